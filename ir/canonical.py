@@ -1,0 +1,117 @@
+"""One canonical graph form for passes, made right after tracing.
+
+Assertions and no-ops are gone, in-place calls are functional, views are reshapes, convolutions
+and batch norms have one spelling, and dropout is out (remembered for training).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphwright.ir.edit import Editor, gw_meta, set_gw_meta
+from graphwright.ir.mode import DROPOUTS
+from graphwright.ir.program import Program
+
+aten = torch.ops.aten
+
+ASSERTIONS = {
+    "_assert_tensor_metadata",
+    "_assert_async",
+    "_assert_scalar",
+    "sym_constrain_range_for_size",
+    "sym_constrain_range",
+}
+
+VIEWS = {
+    "view", "reshape", "expand", "expand_as", "transpose", "permute", "t", "select", "slice",
+    "squeeze", "unsqueeze", "chunk", "split", "split_with_sizes", "unbind", "narrow", "diagonal",
+    "alias", "detach", "view_as", "flatten", "unflatten", "contiguous", "to", "unfold", "T", "mT",
+    "movedim", "swapaxes", "real", "imag", "getitem",
+}  # fmt: skip
+"""Ops whose result may share memory with an operand."""
+
+
+def canonicalize(program: Program) -> Program:
+    """The program in canonical form. Computes the same function."""
+    editor = Editor(program, by="trace")
+    editor.changed = True
+    _erase_assertions(editor)
+    _make_functional(editor)
+    _respell(editor)
+    take_out_dropout(editor)
+    return editor.finish(propagate=True)
+
+
+def op_name(node: fx.Node) -> str:
+    """Base name of an ATen call, as `linear`; empty for anything that is not an operator."""
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.split("::")[1]
+    return getattr(target, "__name__", "") if node.op == "call_function" else ""
+
+
+def _erase_assertions(editor: Editor) -> None:
+    for node in reversed(list(editor.graph.nodes)):
+        if op_name(node) in ASSERTIONS and not node.users:
+            editor.erase(node)
+
+
+def _make_functional(editor: Editor) -> None:
+    """`op_(x, ...)` becomes `op(x, ...)` where x has no alias that is read later."""
+    order = {node: index for index, node in enumerate(editor.graph.nodes)}
+    for node in list(editor.graph.nodes):
+        name = op_name(node)
+        if not name.endswith("_") or name.startswith("__") or name.endswith("__"):
+            continue
+        base = node.args[0]
+        functional = _functional_overload(node)
+        if functional is None or not isinstance(base, fx.Node) or base.op != "call_function":
+            continue
+        later = [user for user in base.users if order[user] > order[node]]
+        if op_name(base) in VIEWS or any(op_name(user) in VIEWS for user in base.users):
+            continue
+        node.target = functional
+        for user in later:
+            user.replace_input_with(base, node)
+
+
+def _functional_overload(node: fx.Node) -> Any:
+    target: Any = node.target
+    packet = getattr(aten, op_name(node)[:-1], None)
+    if target.namespace != "aten" or packet is None:
+        return None
+    return getattr(packet, target._overloadname, None)
+
+
+def _respell(editor: Editor) -> None:
+    for node in list(editor.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is aten.view.default:
+            # A view was chosen for the strides of one moment; a reshape is right for all.
+            node.target = aten.reshape.default
+        elif node.target in (aten.contiguous.default, aten.detach.default, aten.detach_.default,
+                             aten.alias.default, aten.lift_fresh_copy.default):  # fmt: skip
+            editor.replace(node, node.args[0])  # type: ignore[arg-type]
+
+
+def take_out_dropout(editor: Editor) -> None:
+    """Removes dropout; its producer remembers kind and probability when nothing else reads it."""
+    for node in list(editor.graph.nodes):
+        if node.op != "call_function" or node.target not in DROPOUTS.values():
+            continue
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if source.op == "call_function" and len(source.users) == 1:
+            kind = op_name(node)
+            p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
+            found = [*(gw_meta(source).get("dropout") or ()), [kind, p]]
+            set_gw_meta(source, dropout=found)
+            editor.replace(node, source)
+        elif len(node.args) > 2 and node.args[2]:
+            args = list(node.args)
+            args[2] = False
+            editor.set_args(node, *args)

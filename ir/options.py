@@ -1,0 +1,22 @@
+"""The one base of every declared option set (passes, backends). Imports no torch."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Options(BaseModel):
+    """Options of a pass or a backend: one declaration for validation, schema, help and docs.
+
+    Strict and closed: an unknown key or a value of another type is an error. The string under a
+    field is its description, so a default, a unit or a bound is written in no second place.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        defer_build=True,
+        protected_namespaces=(),
+    )

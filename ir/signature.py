@@ -1,0 +1,158 @@
+"""What goes into a program and what comes out: names, dtypes, symbolic sizes, structure.
+
+Everything here is plain data that goes to JSON and back, so that a saved program needs no class
+of the user's to rebuild the model's own output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+Dim = int | str
+"""A size: a number, or the name of a dynamic dimension."""
+
+
+@dataclass(frozen=True)
+class DimRange:
+    """Sizes that a dynamic dimension may take, both ends included; `max` None has no bound."""
+
+    min: int = 1
+    max: int | None = None
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of the signature.
+
+    Attributes:
+        name: name of the input or output.
+        dtype: as `float32`, `int64`.
+        shape: sizes and names of dynamic dimensions.
+        range: half-open range of sensible values [low, high), when known (token ids, say).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+    range: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Inputs, outputs, dynamic dimensions and output structure of a program.
+
+    Attributes:
+        inputs: tensor inputs, in call order.
+        outputs: tensor outputs, in the order of the graph's output tuple.
+        structure: tree that rebuilds the model's own output from the flat tuple; see `rebuild`.
+        dims: range of every dynamic dimension by name.
+        constants: non-tensor arguments that tracing baked in, by name.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    structure: Any
+    dims: dict[str, DimRange] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dict for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Signature:
+        """Inverse of `to_json` (lists come back as tuples)."""
+
+        def spec(item: dict[str, Any]) -> TensorSpec:
+            bounds = item.get("range")
+            return TensorSpec(
+                item["name"], item["dtype"], tuple(item["shape"]), tuple(bounds) if bounds else None
+            )
+
+        return cls(
+            inputs=tuple(spec(i) for i in data["inputs"]),
+            outputs=tuple(spec(o) for o in data["outputs"]),
+            structure=data["structure"],
+            dims={name: DimRange(**bounds) for name, bounds in data["dims"].items()},
+            constants=dict(data["constants"]),
+        )
+
+
+class Outputs(dict[str, Any]):
+    """A model's named outputs: a dict that also answers to attributes and to integer indices."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, int | slice):
+            return tuple(self.values())[key]
+        return super().__getitem__(key)
+
+
+def flatten(value: Any, leaves: list[Any]) -> Any:
+    """Structure tree of `value`; appends its tensors to `leaves`.
+
+    The tree is JSON: `{"leaf": i}`, `{"tuple": [...]}`, `{"list": [...]}`, `{"dict": {...}}`,
+    `{"named": {...}}` (a record such as a transformers ModelOutput), `{"value": constant}`.
+
+    Raises:
+        TypeError: a part is neither a tensor, a container nor a plain constant.
+    """
+    import dataclasses
+
+    import torch
+
+    if isinstance(value, torch.Tensor | torch.fx.Node):
+        leaves.append(value)
+        return {"leaf": len(leaves) - 1}
+    if value is None or isinstance(value, bool | int | float | str):
+        return {"value": value}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        names = value._fields
+        return {"named": {n: flatten(v, leaves) for n, v in zip(names, value, strict=True)}}
+    if isinstance(value, tuple):
+        return {"tuple": [flatten(v, leaves) for v in value]}
+    if isinstance(value, list):
+        return {"list": [flatten(v, leaves) for v in value]}
+    if isinstance(value, dict):
+        kind = "dict" if type(value) is dict else "named"
+        return {kind: {str(k): flatten(v, leaves) for k, v in value.items()}}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return {"named": {k: flatten(v, leaves) for k, v in fields.items()}}
+    raise TypeError(f"an output of type {type(value).__name__} holds no tensors we can name")
+
+
+def rebuild(structure: Any, leaves: Sequence[Any]) -> Any:
+    """The model's own output from the flat tuple; records come back as `Outputs`."""
+    ((kind, body),) = structure.items()
+    if kind == "leaf":
+        return leaves[body]
+    if kind == "value":
+        return body
+    if kind == "tuple":
+        return tuple(rebuild(part, leaves) for part in body)
+    if kind == "list":
+        return [rebuild(part, leaves) for part in body]
+    items = {name: rebuild(part, leaves) for name, part in body.items()}
+    return items if kind == "dict" else Outputs({k: v for k, v in items.items() if v is not None})
+
+
+def leaf_names(structure: Any, prefix: str = "") -> Iterator[tuple[int, str]]:
+    """(leaf index, readable name) for every leaf: `logits`, `hidden_states_0`, `output`."""
+    ((kind, body),) = structure.items()
+    if kind == "leaf":
+        yield body, prefix or "output"
+    elif kind in ("tuple", "list"):
+        for index, part in enumerate(body):
+            name = f"{prefix}_{index}" if prefix else f"output_{index}"
+            yield from leaf_names(part, name)
+    elif kind in ("dict", "named"):
+        for key, part in body.items():
+            yield from leaf_names(part, f"{prefix}_{key}" if prefix else key)
