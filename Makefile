@@ -1,0 +1,58 @@
+# `make demo` and `make test` are all a fresh machine needs; every target installs what it uses.
+
+PYTHON ?= python3
+PYTEST_ARGS ?= -n 2
+BIN := .venv/bin
+STAMP := .venv/installed
+DEMO := out/demo
+
+# One thread per process: the tests run in two processes, and torch's threads would fight over the cores.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help install demo test lint bench docs conformance clean
+
+help:
+	@echo "make demo         compile a pretrained sentence encoder to int8 and compare it with the original"
+	@echo "make test         run the test suite"
+	@echo "make lint         ruff check, ruff format --check, mypy --strict"
+	@echo "make bench        measure the compiled models against their peers (see docs/benchmarks.md)"
+	@echo "make docs         regenerate the pass catalogue, the spec reference and the JSON schema"
+	@echo "make conformance  regenerate docs/conformance.md"
+	@echo "make install      make .venv with everything the other targets need"
+	@echo "make clean        remove build output and caches (not .venv)"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 13) else "graphwright needs Python 3.11 or 3.12; run `make PYTHON=python3.11 $(MAKECMDGOALS)`")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[hub,dev]'
+	touch $(STAMP)
+
+demo: export OMP_NUM_THREADS := 2
+demo: $(STAMP)
+	$(BIN)/python docs/demo/sentences.py docs/demo/data
+	$(BIN)/optimize "$$($(BIN)/python docs/demo/sentences.py --model)" --spec docs/demo/minilm-int8.yaml --out $(DEMO)
+	$(BIN)/python docs/demo/compare.py $(DEMO)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tests/typecheck.py
+
+bench: export OMP_NUM_THREADS := 2
+bench: $(STAMP)
+	$(BIN)/python tests/benchmarks/run.py
+
+docs: $(STAMP)
+	$(BIN)/python docs/generate.py
+
+conformance: $(STAMP)
+	$(BIN)/python tests/conformance/run.py
+
+clean:
+	rm -rf build dist out docs/demo/data .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
