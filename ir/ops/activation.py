@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from graphwright.ir.ops.registry import declare
 from torch import Tensor
+
+from graphwright.ir.ops.registry import declare
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "quick_gelu")
 """`gelu` uses erf, `gelu_tanh` the tanh approximation, `quick_gelu` is x * sigmoid(1.702 x)."""

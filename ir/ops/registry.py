@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.kernels import Kernel
-from torch import Tensor
 
 NAMESPACE = "graphwright"
 SWITCH = "GRAPHWRIGHT_KERNELS"

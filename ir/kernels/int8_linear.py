@@ -1,0 +1,187 @@
+"""Linear layer on an int8 weight: a dot product per row for one token, tiles for more.
+
+The weight is decoded in registers and its per-channel scale is applied to the finished sum, so
+memory traffic is one byte per weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from graphwright.ir.kernels import Kernel
+from graphwright.ir.kernels.common import activate, all_floats, as_rows
+
+
+@triton.jit
+def gemv_kernel(
+    x, weight, scale, bias, y, n, k, weight_stride,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y = act(scale * (weight @ x) + bias) for one token; BLOCK_N rows of the weight per program."""
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_K)
+    start = weight + row.to(tl.int64)[:, None] * weight_stride
+    # summed across threads once, after the loop
+    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for block in range(0, k, BLOCK_K):
+        inside = block + column < k
+        part = tl.load(x + block + column, mask=inside, other=0.0).to(tl.float32)
+        both = (row < n)[:, None] & inside[None, :]
+        codes = tl.load(start + (block + column)[None, :], mask=both, other=0)
+        total += codes.to(tl.float32) * part[None, :]
+    value = tl.sum(total, 1) * tl.load(scale + row, mask=row < n, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        value += tl.load(bias + row, mask=row < n, other=0.0).to(tl.float32)
+    tl.store(y + row, activate(value, ACTIVATION).to(y.dtype.element_ty), mask=row < n)
+
+
+@triton.jit
+def gemm_kernel(
+    x, weight, scale, bias, y, partial, m, n, k, x_stride, weight_stride,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y = act((x @ weight.T) * scale + bias); with SPLIT > 1 the float32 sums go to `partial`."""
+    blocks_m, blocks_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
+    # GROUP row blocks at a time walk along n together, so that their weights come from L2
+    program = tl.program_id(0)
+    group = program // (GROUP * blocks_n)
+    height = min(blocks_m - group * GROUP, GROUP)
+    block_m = group * GROUP + program % (GROUP * blocks_n) % height
+    block_n = program % (GROUP * blocks_n) // height
+    row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    channel = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_K)
+    x_place = x + row.to(tl.int64)[:, None] * x_stride
+    weight_place = weight + channel.to(tl.int64)[None, :] * weight_stride
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    part = tl.program_id(1)
+    for block in range(part * BLOCK_K, k, SPLIT * BLOCK_K):
+        inside = block + column < k
+        left = tl.load(
+            x_place + (block + column)[None, :],
+            mask=(row < m)[:, None] & inside[None, :],
+            other=0.0,
+        )
+        codes = tl.load(
+            weight_place + (block + column)[:, None],
+            mask=inside[:, None] & (channel < n)[None, :],
+            other=0,
+        )
+        total = tl.dot(left.to(COMPUTE), codes.to(COMPUTE), total, input_precision=PRECISION)
+    both = (row < m)[:, None] & (channel < n)[None, :]
+    place = row.to(tl.int64)[:, None] * n + channel[None, :]
+    if SPLIT > 1:
+        tl.store(partial + part.to(tl.int64) * m * n + place, total, mask=both)
+    else:
+        total *= tl.load(scale + channel, mask=channel < n, other=0.0).to(tl.float32)[None, :]
+        if HAS_BIAS:
+            total += tl.load(bias + channel, mask=channel < n, other=0.0).to(tl.float32)[None, :]
+        tl.store(y + place, activate(total, ACTIVATION).to(y.dtype.element_ty), mask=both)
+
+
+@triton.jit
+def reduce_kernel(
+    partial, scale, bias, y, m, n,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add the partial sums in a fixed order, so that reruns agree bit for bit; then the epilogue."""
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = channel < n
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(SPLIT):
+        total += tl.load(partial + (part * m + row) * n + channel, mask=inside, other=0.0)
+    total *= tl.load(scale + channel, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        total += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row * n + channel, activate(total, ACTIVATION).to(y.dtype.element_ty), mask=inside)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tile sizes and launch parameters of the GEMM for a range of token counts."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+def tiles_for(m: int) -> Tiles:
+    """Few tokens: small tiles, many programs. More: tiles that keep the tensor cores fed."""
+    if m <= 16:
+        return Tiles(16, 64, 128, 4, 4)
+    if m <= 128:
+        return Tiles(64, 64, 64, 4, 4)
+    return Tiles(128, 128, 64, 8, 3)
+
+
+def _split(m: int, n: int, k: int, tiles: Tiles) -> int:
+    """Parts of the inner dimension, so that about two programs per multiprocessor are running."""
+    programs = triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n)
+    most = max(1, triton.cdiv(k, tiles.block_k) // 4)
+    return max(1, min(264 // programs, most, 8))
+
+
+def _compute_type(x: Tensor) -> tl.dtype:
+    if x.dtype == torch.float16:
+        return tl.float16
+    # the interpreter (the only way a CPU tensor gets here) multiplies bfloat16 bit patterns
+    return tl.bfloat16 if x.dtype == torch.bfloat16 and x.is_cuda else tl.float32
+
+
+def _fits(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, activation: str) -> bool:
+    return (
+        x.dim() > 0
+        and weight.dtype == torch.int8
+        and weight.dim() == 2
+        and weight.numel() > 0
+        and all_floats(x, scale, bias)
+    )
+
+
+def _launch(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    rows, codes = as_rows(x), as_rows(weight)
+    (m, k), n = rows.shape, codes.shape[0]
+    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+    scale = scale.contiguous()
+    has_bias = bias is not None
+    added = scale if bias is None else bias.contiguous()
+    if m == 1:
+        block_n, block_k = 4, min(1024, triton.next_power_of_2(k))
+        gemv_kernel[(triton.cdiv(n, block_n),)](
+            rows, codes, scale, added, y, n, k, codes.stride(0),
+            HAS_BIAS=has_bias, ACTIVATION=activation, BLOCK_N=block_n, BLOCK_K=block_k,
+        )  # fmt: skip
+        return y
+    tiles = tiles_for(m)
+    split = _split(m, n, k, tiles)
+    partial = torch.empty((split, m, n) if split > 1 else (1,), device=x.device)
+    exact = torch.get_float32_matmul_precision() == "highest"
+    grid = (triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n), split)
+    gemm_kernel[grid](
+        rows, codes, scale, added, y, partial, m, n, k, rows.stride(0), codes.stride(0),
+        HAS_BIAS=has_bias, ACTIVATION=activation, COMPUTE=_compute_type(x),
+        PRECISION="ieee" if exact else "tf32", SPLIT=split, GROUP=8,
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    if split > 1:
+        reduce_kernel[(m, triton.cdiv(n, 512))](
+            partial, scale, added, y, m, n,
+            HAS_BIAS=has_bias, ACTIVATION=activation, SPLIT=split, BLOCK=512,
+        )  # fmt: skip
+    return y
+
+
+int8_linear = Kernel(_fits, _launch)
