@@ -1,1 +1,65 @@
-"""Part of Graphwright."""
+"""Graphwright: a declarative compiler for trained PyTorch models.
+
+    import graphwright as gw
+    program = gw.trace(model, example_inputs, dynamic={"x": {0: "batch"}})
+    program = gw.passes.cleanup.FoldBatchNorm()(program)
+    compiled = gw.lower(program, "onnxruntime")
+
+Importing this package is cheap: torch and the rest are imported when they are first needed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graphwright import backends, ir, passes, specs
+    from graphwright.api import load, lower, optimize
+    from graphwright.ir.context import Context
+    from graphwright.ir.edit import Editor
+    from graphwright.ir.fidelity import compare
+    from graphwright.ir.options import Options
+    from graphwright.ir.program import Program
+    from graphwright.ir.rewrite import Rewrite
+    from graphwright.ir.trace import trace
+    from graphwright.passes.base import Action, Pass, Result, register
+    from graphwright.specs.spec import load_spec
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "load": "graphwright.api",
+    "lower": "graphwright.api",
+    "optimize": "graphwright.api",
+    "Context": "graphwright.ir.context",
+    "Editor": "graphwright.ir.edit",
+    "compare": "graphwright.ir.fidelity",
+    "Options": "graphwright.ir.options",
+    "Program": "graphwright.ir.program",
+    "Rewrite": "graphwright.ir.rewrite",
+    "trace": "graphwright.ir.trace",
+    "Action": "graphwright.passes.base",
+    "Pass": "graphwright.passes.base",
+    "Result": "graphwright.passes.base",
+    "register": "graphwright.passes.base",
+    "load_spec": "graphwright.specs.spec",
+}
+_PACKAGES = ("backends", "ir", "passes", "specs")
+
+__all__ = [*_HOMES, *_PACKAGES]  # noqa: PLE0604 - the names are listed above, once
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when they are first used."""
+    import importlib
+
+    if name in _PACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Public names, for completion."""
+    return sorted(__all__)

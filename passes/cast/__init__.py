@@ -1,1 +1,5 @@
-"""Part of Graphwright."""
+"""Other floating-point types."""
+
+from graphwright.passes import lazy_family
+
+__getattr__ = lazy_family(__name__, __path__)

@@ -1,1 +1,5 @@
-"""Part of Graphwright."""
+"""Exact tidying: fold, merge, drop what computes nothing."""
+
+from graphwright.passes import lazy_family
+
+__getattr__ = lazy_family(__name__, __path__)

@@ -1,0 +1,103 @@
+"""What a backend is: it lowers a program to something that runs and can be saved."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import ValidationError
+
+from graphwright.ir.context import Context
+from graphwright.ir.errors import ArgumentError
+from graphwright.ir.options import Options
+from graphwright.ir.program import Program
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file or folder that a backend wrote: its path and the bytes of all its files."""
+
+    backend: str
+    path: Path
+    file_bytes: int
+
+
+class Compiled:
+    """A lowered program.
+
+    Attributes:
+        backend: name of the backend that made it.
+        notes: what the backend did: fusions and kernel counts, and what stayed and why; JSON.
+    """
+
+    backend: ClassVar[str] = ""
+
+    def __init__(self, notes: Mapping[str, Any]) -> None:
+        self.notes: dict[str, Any] = dict(notes)
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """Runs it: torch tensors in, the model's own output structure out."""
+        raise TypeError(f"{type(self).__name__} cannot be called")
+
+    def save(self, folder: str | Path) -> Artifact:
+        """Writes the artifact into `folder` and says what was written."""
+        raise TypeError(f"{type(self).__name__} cannot be saved")
+
+
+class Backend:
+    """Lowers programs; found by its place: class `Lowering` in `backends/<name>/lowering.py`.
+
+    Class attributes:
+        name: as in the spec's `lower` section.
+        Options: the options it takes.
+        summary: one line for the docs.
+    """
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    Options: ClassVar[type[Options]] = Options
+
+    def __init__(self, **options: Any) -> None:
+        try:
+            self.options: Any = self.Options.model_validate_json(json.dumps(options))
+        except ValidationError as error:
+            lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+            raise ArgumentError(f"{self.name}: {'; '.join(lines)}") from None
+
+    def lower(self, program: Program, context: Context) -> Compiled:
+        """Lowers `program`, checks the result against it, and hands it over.
+
+        Raises:
+            LoweringError: it cannot be lowered, or computes something else.
+        """
+        raise TypeError(f"{type(self).__name__} defines no lower(program, context)")
+
+
+def backend_names() -> list[str]:
+    """Names of the backends, from their places; imports none."""
+    import graphwright.backends as package
+
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.ispkg)
+
+
+def find_backend(name: str) -> type[Backend]:
+    """The class of a backend: the one `Backend` subclass named `Lowering` in its package.
+
+    Raises:
+        ArgumentError: there is none of that name.
+    """
+    if name not in backend_names():
+        raise ArgumentError(f"no backend named {name!r}; there are {', '.join(backend_names())}")
+    module = importlib.import_module(f"graphwright.backends.{name}.lowering")
+    found: type[Backend] = module.Lowering
+    return found
+
+
+def all_backends() -> dict[str, type[Backend]]:
+    """Every backend by name."""
+    return {name: find_backend(name) for name in backend_names()}

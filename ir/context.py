@@ -1,0 +1,54 @@
+"""What a pass is given besides the program: seed, data, device, folders. No global state."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Batch = Mapping[str, torch.Tensor] | tuple[torch.Tensor, ...]
+
+
+def _silent(description: str, done: int, total: int) -> None:
+    """The progress callback of a run without a bar."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """Surroundings of one pass or one lowering.
+
+    Attributes:
+        seed: seed of the run; every unit of work derives its own stream with `generator`.
+        calibration: re-iterable batches (input name -> tensor, or a tuple in input order).
+        device: where work is done; the program comes back on the device it came on.
+        jobs: parallel workers, or `ray`.
+        work: folder that may be written; None when there is none.
+        progress: called with (description, done, total).
+        scope: place in the run, as (2, "quantize.int8"); part of every derived seed.
+    """
+
+    seed: int = 0
+    calibration: Iterable[Batch] | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    jobs: int | str = 1
+    work: Path | None = None
+    progress: Callable[[str, int, int], None] = _silent
+    scope: tuple[str | int, ...] = ()
+
+    def generator(self, *path: str | int) -> torch.Generator:
+        """A CPU generator of its own for `path`: adding a pass never reshuffles another."""
+        text = repr((self.seed, *self.scope, *path)).encode()
+        seed = int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
+        return torch.Generator().manual_seed(seed)
+
+    def within(self, *scope: str | int) -> Context:
+        """The same surroundings one level down."""
+        return replace(self, scope=(*self.scope, *scope))
+
+    def replace(self, **changes: Any) -> Context:
+        """The same surroundings with some fields replaced."""
+        return replace(self, **changes)

@@ -1,0 +1,174 @@
+"""One language for "which layers", used by every pass.
+
+A selector is a list of patterns. A pattern is a glob over the layer's qualified name
+(`encoder.layer.0.*`), or a kind (`kind:linear`); a leading `!` excludes. A layer is selected when
+any including pattern matches it and no excluding one does. A list with only exclusions starts
+from every layer.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import fx
+
+from graphwright.ir.errors import ModelError
+from graphwright.ir.program import Program
+
+aten = torch.ops.aten
+
+KINDS: dict[object, str] = {
+    aten.linear.default: "linear",
+    aten.conv1d.default: "conv1d",
+    aten.conv1d.padding: "conv1d",
+    aten.conv2d.default: "conv2d",
+    aten.conv2d.padding: "conv2d",
+    aten.conv3d.default: "conv3d",
+    aten.conv3d.padding: "conv3d",
+    aten.conv_transpose1d.default: "conv_transpose1d",
+    aten.conv_transpose2d.input: "conv_transpose2d",
+    aten.conv_transpose3d.input: "conv_transpose3d",
+    aten.embedding.default: "embedding",
+    aten.matmul.default: "matmul",
+    aten.addmm.default: "addmm",
+    aten.layer_norm.default: "layer_norm",
+    aten.rms_norm.default: "rms_norm",
+    aten.batch_norm.default: "batch_norm",
+    aten.group_norm.default: "group_norm",
+}
+"""Ops with a weight, by the kind that selectors call them."""
+
+WEIGHT_ARGUMENT = {"embedding": 0, "layer_norm": 2, "rms_norm": 2, "addmm": 2}
+"""Position of the weight in the call; 1 for the rest."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One use of a weight.
+
+    Attributes:
+        name: qualified name of the module that owns the weight, as `encoder.layer.0.output.dense`.
+        kind: one of the values of `KINDS`.
+        node: the call.
+        weight: name of the weight in the program's state; empty when it is computed in the graph
+            (a quantized or adapted weight).
+        names: every name the weight has in the original model (tied weights have several).
+    """
+
+    name: str
+    kind: str
+    node: fx.Node
+    weight: str
+    names: tuple[str, ...]
+
+
+def layers(program: Program, kinds: Collection[str] | None = None) -> list[Layer]:
+    """Every layer of the given kinds (all kinds when None), in graph order."""
+    found = []
+    for node in program.graph.nodes:
+        kind = KINDS.get(node.target) if node.op == "call_function" else None
+        if kind is None or (kinds is not None and kind not in kinds):
+            continue
+        position = WEIGHT_ARGUMENT.get(kind, 1)
+        weight = node.args[position] if len(node.args) > position else None
+        source = weight_source(weight)
+        if source is None:
+            continue
+        state = str(source.target)
+        aliases = program.aliases.get(state, (state,))
+        name = _owner(node, state, aliases)
+        direct = state if source is weight else ""
+        found.append(Layer(name, kind, node, direct, tuple(_module(a) for a in aliases)))
+    return found
+
+
+def weight_source(node: object) -> fx.Node | None:
+    """The first stored tensor that a weight operand is computed from without any input."""
+    seen: list[object] = [node]
+    while seen:
+        current = seen.pop(0)
+        if not isinstance(current, fx.Node) or current.op == "placeholder":
+            continue
+        if current.op == "get_attr":
+            return current
+        if not _depends_on_input(current):
+            seen.extend(current.all_input_nodes)
+    return None
+
+
+def _depends_on_input(node: fx.Node) -> bool:
+    stack, seen = [node], set()
+    while stack:
+        current = stack.pop()
+        if current.op == "placeholder":
+            return True
+        if current not in seen:
+            seen.add(current)
+            stack.extend(current.all_input_nodes)
+    return False
+
+
+def _owner(node: fx.Node, state: str, aliases: tuple[str, ...]) -> str:
+    """A tied weight has one state name, but each use its own module: the scope tells which."""
+    if len(aliases) > 1:
+        scopes = list(node.meta.get("nn_module_stack", {}))
+        for alias in aliases:
+            if scopes and _module(alias) == scopes[-1]:
+                return _module(alias)
+    return _module(state)
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0] or name
+
+
+def select(
+    program: Program, targets: Sequence[str], kinds: Collection[str] | None = None
+) -> list[Layer]:
+    """The layers that `targets` selects among those of the given kinds.
+
+    Raises:
+        ModelError: a pattern matches no layer (near misses are named), or nothing is selected.
+    """
+    candidates = layers(program, kinds)
+    everything = layers(program)
+    for pattern in targets:
+        bare = pattern.removeprefix("!")
+        if not any(_matches(layer, bare) for layer in everything):
+            raise ModelError(f"selector {pattern!r} matches no layer", fix=_near(bare, everything))
+    including = [p for p in targets if not p.startswith("!")] or ["*"]
+    excluding = [p[1:] for p in targets if p.startswith("!")]
+    chosen = [
+        layer
+        for layer in candidates
+        if any(_matches(layer, p) for p in including)
+        and not any(_matches(layer, p) for p in excluding)
+    ]
+    if not chosen:
+        wanted = f" of kind {', '.join(sorted(kinds))}" if kinds else ""
+        raise ModelError(
+            f"targets {list(targets)} select no layer{wanted}",
+            fix=_near(including[0], candidates or everything),
+        )
+    return chosen
+
+
+def _matches(layer: Layer, pattern: str) -> bool:
+    if pattern.startswith("kind:"):
+        return fnmatchcase(layer.kind, pattern.removeprefix("kind:"))
+    return any(fnmatchcase(name, pattern) for name in {layer.name, *layer.names})
+
+
+def _near(pattern: str, candidates: list[Layer]) -> str:
+    names = sorted({layer.name for layer in candidates})
+    if not names:
+        return "The program has no layer with a weight."
+    plain = pattern.strip("*.!")
+    by_part = {part for name in names for part in name.split(".")}
+    near = difflib.get_close_matches(plain, [*names, *by_part], n=3, cutoff=0.5)
+    shown = near or names[:3]
+    return f"Did you mean one of {', '.join(repr(n) for n in shown)}? ({len(names)} layers in all)"

@@ -1,0 +1,240 @@
+"""What a pass is: one class that declares its options, needs and contract, and runs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from pydantic import ValidationError
+
+from graphwright.ir.context import Batch, Context
+from graphwright.ir.errors import ArgumentError
+from graphwright.ir.options import Options
+from graphwright.ir.program import Program, Provenance
+
+Contract = Literal["exact", "identity_at_init", "lossy"]
+Need = Literal["nothing", "calibration", "gradients", "training"]
+
+__all__ = ["Action", "Context", "Contract", "Need", "Options", "Pass", "Result", "all_passes",
+           "find_pass", "register"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Action:
+    """What a pass did to one layer, or why it did nothing: `("fc1", "int8", "")`."""
+
+    layer: str
+    what: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a pass hands back.
+
+    Attributes:
+        program: the new program, or the very same object when nothing changed.
+        actions: one entry per layer it looked at; nothing is silently left alone.
+        metrics: figures worth a row in the report, by name.
+    """
+
+    program: Program
+    actions: tuple[Action, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Pass:
+    """A transformation of a program.
+
+    A subclass in `passes/<family>/<method>.py` gets the id `<family>.<method>`; one of your own
+    gets its id from `@gw.register("family.method")`. An instance holds only frozen options.
+
+    Class attributes:
+        Options: the options it takes, a pydantic model.
+        contract: `exact` (same function up to rounding), `identity_at_init` (same function until
+            trained) or `lossy` (changes it by a measured amount).
+        needs: `nothing`, `calibration`, `gradients` or `training`.
+        tolerance: for the first two contracts, the largest relative error ||a-b||/||a|| in
+            float32 that still counts as rounding.
+        papers: ids of the papers it implements.
+        after: ids or family globs that must not come later in a chain.
+        before: ids or family globs that must not come earlier.
+        conflicts: ids or family globs that cannot be in the same chain.
+        lowers_to: backends that can lower its result.
+    """
+
+    id: ClassVar[str] = ""
+    Options: ClassVar[type[Options]] = Options
+    contract: ClassVar[Contract] = "exact"
+    needs: ClassVar[Need] = "nothing"
+    tolerance: ClassVar[float] = 1e-5
+    papers: ClassVar[tuple[str, ...]] = ()
+    after: ClassVar[tuple[str, ...]] = ()
+    before: ClassVar[tuple[str, ...]] = ()
+    conflicts: ClassVar[tuple[str, ...]] = ()
+    lowers_to: ClassVar[tuple[str, ...]] = ("onnxruntime", "triton")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        package, _, method = cls.__module__.rpartition(".")
+        if package.startswith("graphwright.passes."):
+            cls.id = f"{package.rpartition('.')[2]}.{method}"
+
+    def __init__(self, **options: Any) -> None:
+        try:
+            self.options: Any = self.Options.model_validate_json(json.dumps(options))
+        except ValidationError as error:
+            raise ArgumentError(_readable(self.id or type(self).__name__, error)) from None
+        except TypeError as error:
+            raise ArgumentError(f"{self.id}: an option is not plain data: {error}") from None
+
+    def run(self, program: Program, context: Context) -> Result:
+        """Transforms `program`; the arithmetic of the pass."""
+        raise TypeError(f"{type(self).__name__} defines no run(program, context)")
+
+    def __call__(
+        self,
+        program: Program,
+        *,
+        calibration: Iterable[Batch] | None = None,
+        seed: int = 0,
+        check: bool = True,
+    ) -> Program:
+        """Runs the pass, checks its contract on the example inputs, and records it.
+
+        Args:
+            program: left as it is.
+            calibration: re-iterable batches, for passes that need them.
+            seed: seed of the pass's random streams.
+            check: compare the results before and after, as the contract asks.
+
+        Raises:
+            ContractError: the pass changed the function more than its contract allows.
+            ArgumentError: it needs calibration data and got none.
+        """
+        context = Context(seed=seed, calibration=calibration, scope=(self.id,))
+        result = self.execute(program, context)
+        if check:
+            from graphwright.ir.verify import check_contract
+
+            check_contract(
+                program, result.program, self.id, self.contract, self.tolerance,
+                max_error=getattr(self.options, "max_error", None),
+            )  # fmt: skip
+        return result.program
+
+    def execute(self, program: Program, context: Context) -> Result:
+        """Runs the pass and adds its provenance; no check of the contract."""
+        if self.needs == "calibration" and context.calibration is None:
+            raise ArgumentError(
+                f"{self.id} needs calibration data",
+                fix="Give the spec a `calibration` section, or pass calibration=batches.",
+            )
+        result = self.run(program, context)
+        record = Provenance(self.id, self.resolved_options(), context.seed, self.contract)
+        changed = result.program.replace(provenance=(*program.provenance, record))
+        return Result(changed, result.actions, result.metrics)
+
+    def resolved_options(self) -> dict[str, Any]:
+        """All options with their defaults, as plain data."""
+        return dict(self.options.model_dump(mode="json"))
+
+    def __repr__(self) -> str:
+        given = ", ".join(f"{k}={v!r}" for k, v in self.options.model_dump().items())
+        return f"{type(self).__name__}({given})"
+
+
+def _readable(name: str, error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        place = ".".join(str(part) for part in item["loc"])
+        lines.append(f"{place}: {item['msg']} (got {item['input']!r})")
+    return f"{name}: " + "; ".join(lines)
+
+
+_OWN: dict[str, type[Pass]] = {}
+"""Passes registered in this process with `register`, by id."""
+
+
+def register(name: str) -> Callable[[type[Pass]], type[Pass]]:
+    """Class decorator: makes a pass of one's own known under `family.method`.
+
+    Raises:
+        ArgumentError: the id is malformed or already taken by another class.
+    """
+
+    def add(cls: type[Pass]) -> type[Pass]:
+        family, dot, method = name.partition(".")
+        if not (dot and family.isidentifier() and method.isidentifier()):
+            raise ArgumentError(f"pass id {name!r} is not of the form family.method")
+        taken = _OWN.get(name) or _built_in(name)
+        if taken is not None and taken.__qualname__ != cls.__qualname__:
+            raise ArgumentError(f"pass id {name!r} is already taken by {taken.__module__}")
+        cls.id = name
+        _OWN[name] = cls
+        return cls
+
+    return add
+
+
+def pass_ids() -> list[str]:
+    """Ids of all built-in passes, from their places in the folder tree; imports none."""
+    import graphwright.passes as package
+
+    ids = []
+    for family in pkgutil.iter_modules(package.__path__):
+        if not family.ispkg:
+            continue
+        folders = [f"{path}/{family.name}" for path in package.__path__]
+        found = (module.name for module in pkgutil.iter_modules(folders))
+        ids += [f"{family.name}.{name}" for name in found if not name.startswith("_")]
+    return sorted(ids)
+
+
+def class_name(method: str) -> str:
+    """Class name of a method's file: `fold_batch_norm` -> `FoldBatchNorm`."""
+    return "".join(part.capitalize() for part in method.split("_"))
+
+
+def _built_in(name: str) -> type[Pass] | None:
+    if name not in pass_ids():
+        return None
+    module = importlib.import_module(f"graphwright.passes.{name}")
+    found: type[Pass] = getattr(module, class_name(name.partition(".")[2]))
+    return found
+
+
+def find_pass(name: str) -> type[Pass]:
+    """The class of a pass id: built in, registered, or from an entry point.
+
+    Raises:
+        ArgumentError: there is no such pass; names the nearest.
+    """
+    found = _OWN.get(name) or _built_in(name) or _from_entry_point(name)
+    if found is None:
+        import difflib
+
+        near = difflib.get_close_matches(name, [*pass_ids(), *_OWN], n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else "`graphwright passes` lists them."
+        raise ArgumentError(f"no pass named {name!r}", fix=hint)
+    return found
+
+
+def _from_entry_point(name: str) -> type[Pass] | None:
+    from importlib.metadata import entry_points
+
+    for point in entry_points(group="graphwright.passes", name=name):
+        cls: type[Pass] = point.load()
+        cls.id = name
+        return cls
+    return None
+
+
+def all_passes() -> dict[str, type[Pass]]:
+    """Every built-in pass and every one registered in this process, by id."""
+    built_in = {name: find_pass(name) for name in pass_ids()}
+    return dict(sorted({**built_in, **_OWN}.items()))
