@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -128,8 +128,12 @@ def leaves(outputs: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """(path, tensor) of every tensor, array or number in a nest; None and text are skipped."""
     if isinstance(outputs, Mapping):
         children = [(str(key), value) for key, value in outputs.items()]
+    elif isinstance(outputs, tuple) and hasattr(outputs, "_fields"):
+        children = list(outputs._asdict().items())
     elif isinstance(outputs, (list, tuple)):
         children = [(str(index), value) for index, value in enumerate(outputs)]
+    elif is_dataclass(outputs) and not isinstance(outputs, type):
+        children = [(f.name, getattr(outputs, f.name)) for f in fields(outputs)]
     else:
         leaf = _as_tensor(outputs)
         if leaf is not None:

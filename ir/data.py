@@ -1,0 +1,418 @@
+"""Calibration and evaluation data: checked batches of named tensors that can be read again."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphwright.ir.data_sources import Column, Table, TextSource, open_source
+from graphwright.ir.errors import ArgumentError
+from graphwright.ir.signature import DimRange, Signature, TensorSpec
+
+LABEL_NAMES = ("labels", "targets")
+DEFAULT_BATCH_SIZE = 8
+DEFAULT_SYNTHETIC_SAMPLES = 32
+
+RawBatch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches of inputs, in signature order, as often as they are asked for.
+
+    Iterating gives `{input name: tensor}`, fit for `program(**batch)`; `labelled()` gives the
+    labels beside it. Every batch is checked against the signature as it is read.
+
+    Attributes:
+        source: where the data comes from, as the user wrote it.
+        has_labels: whether there are labels (a `labels` or `targets` column).
+        notes: what a reader should know, such as columns that were left out.
+    """
+
+    source: str
+    signature: Signature
+    read: Callable[[], Iterable[RawBatch]]
+    label_name: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for inputs, _ in self.labelled():
+            yield inputs
+
+    def labelled(self) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
+        """(inputs, labels) of every batch; labels is None where there are none.
+
+        Raises:
+            ArgumentError: a batch does not fit the signature; names the batch and the input.
+        """
+        for index, raw in enumerate(self.read()):
+            where = f"{self.source}, batch {index}"
+            labels = raw.get(self.label_name) if self.label_name else None
+            yield check_batch(raw, self.signature, where), labels
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return self._counts[0]
+
+    @property
+    def samples(self) -> int:
+        """Number of samples in all batches."""
+        return self._counts[1]
+
+    @property
+    def has_labels(self) -> bool:
+        return self.label_name is not None
+
+    @cached_property
+    def _counts(self) -> tuple[int, int]:
+        sizes = [batch_size(inputs, self.signature) for inputs in self]
+        return len(sizes), sum(sizes)
+
+
+def load_data(
+    section: Mapping[str, Any],
+    signature: Signature,
+    seed: int,
+    *,
+    root: str | Path = ".",
+    sizes: Mapping[str, int] | None = None,
+    tokenizer: str | Path | None = None,
+) -> Batches:
+    """Opens the data that a `calibration` or `evaluate` section names.
+
+    `section["data"]` is one of: an `.npz` or `.safetensors` file or a folder of `.npy` files with
+    one array per input, samples first; `package.module:name`, a function without arguments (or a
+    list) that gives batches as mappings by input name or tuples in input order; a `.txt` file
+    with one text per line, tokenized by the model's own tokenizer; `synthetic`, seeded random
+    values within the signature's ranges. The first `samples` samples are used, in file order.
+
+    Args:
+        section: `data`, and optionally `samples`, `batch_size`, `tokenizer`, `max_length`.
+        signature: what the batches must fit.
+        seed: of synthetic data; other sources do not draw.
+        root: folder that relative paths start from.
+        sizes: example size of each dynamic dimension, the largest that synthetic data uses.
+        tokenizer: folder with the tokenizer's files, where the section names none.
+
+    Raises:
+        ArgumentError: the data cannot be opened or does not fit; says which input and why.
+    """
+    data = str(section["data"])
+    samples, size = section.get("samples"), section.get("batch_size") or DEFAULT_BATCH_SIZE
+    fixed = signature.inputs[0].shape[:1] if signature.inputs else ()
+    if fixed and isinstance(fixed[0], int):
+        size = fixed[0]
+    if data == "synthetic":
+        return _synthetic(signature, samples or DEFAULT_SYNTHETIC_SAMPLES, size, seed, sizes or {})
+    options = {"tokenizer": section.get("tokenizer") or tokenizer}
+    source = open_source(data, Path(root), **options)
+    if isinstance(source, dict):
+        return _from_table(data, source, signature, samples, size)
+    if isinstance(source, TextSource):
+        return _from_text(data, source, signature, samples, size, section.get("max_length"))
+    return _from_stream(data, source, signature, samples)
+
+
+def example_sizes(signature: Signature, examples: Sequence[Tensor]) -> dict[str, int]:
+    """Size of every dynamic dimension in the example inputs."""
+    return {
+        dim: size
+        for spec, example in zip(signature.inputs, examples, strict=True)
+        for dim, size in zip(spec.shape, example.shape, strict=True)
+        if isinstance(dim, str)
+    }
+
+
+def batch_size(inputs: RawBatch, signature: Signature) -> int:
+    """Samples in a batch: the first axis of the first input that has one."""
+    for spec in signature.inputs:
+        if spec.shape:
+            return int(inputs[spec.name].shape[0])
+    return 1
+
+
+# --- checks ------------------------------------------------------------------------------------
+
+
+def check_batch(raw: RawBatch, signature: Signature, where: str) -> dict[str, Tensor]:
+    """`raw`'s inputs in signature order, in the signature's dtypes.
+
+    Raises:
+        ArgumentError: a missing input, a wrong rank or size, a NaN, or a dtype that would lose
+            values when cast.
+    """
+    check_names(list(raw), signature, where)
+    sizes: dict[str, int] = {}
+    return {
+        spec.name: _check_input(spec, raw[spec.name], signature.dims, sizes, where)
+        for spec in signature.inputs
+    }
+
+
+def check_names(given: Sequence[str], signature: Signature, where: str) -> None:
+    """Raises ArgumentError when an input is not among the names, with the nearest of them."""
+    for spec in signature.inputs:
+        if spec.name not in given:
+            near = difflib.get_close_matches(spec.name, given, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ArgumentError(
+                f"there is nothing for input {spec.name!r}{hint}",
+                where=where,
+                fix=f"It holds {sorted(given)}; the model takes "
+                f"{[s.name for s in signature.inputs]}.",
+            )
+
+
+def _check_input(
+    spec: TensorSpec,
+    value: Tensor,
+    dims: Mapping[str, DimRange],
+    sizes: dict[str, int],
+    where: str,
+) -> Tensor:
+    where = f"{where}: input {spec.name!r}"
+    shape, wanted = tuple(value.shape), _shape_text(spec)
+    if len(shape) != len(spec.shape):
+        raise ArgumentError(f"has rank {len(shape)} {shape}; the model takes {wanted}", where=where)
+    for dim, size in zip(spec.shape, shape, strict=True):
+        if isinstance(dim, int):
+            if dim != size:
+                raise ArgumentError(f"has shape {shape}; the model takes {wanted}", where=where)
+            continue
+        bounds = dims.get(dim, DimRange())
+        if size < bounds.min or (bounds.max is not None and size > bounds.max):
+            most = "" if bounds.max is None else f" to {bounds.max}"
+            raise ArgumentError(
+                f"dimension {dim!r} is {size}; the model takes {bounds.min}{most}", where=where
+            )
+        if sizes.setdefault(dim, size) != size:
+            raise ArgumentError(
+                f"dimension {dim!r} is {size} here and {sizes[dim]} in another input", where=where
+            )
+    return _cast(value, getattr(torch, spec.dtype), where)
+
+
+def _cast(value: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+    if value.is_floating_point() and not bool(value.isfinite().all()):
+        row = int(
+            (~value.isfinite())
+            .reshape(value.shape[0] if value.dim() else 1, -1)
+            .any(1)
+            .int()
+            .argmax()
+        )
+        raise ArgumentError(f"row {row} holds NaN or infinity", where=where)
+    if value.dtype == dtype:
+        return value
+    cast = value.to(dtype)
+    # Comparing in the given dtype is exact both ways: a cast that loses anything does not return.
+    if not torch.equal(cast.to(value.dtype), value):
+        given, wanted = (str(d).removeprefix("torch.") for d in (value.dtype, dtype))
+        raise ArgumentError(
+            f"is {given}, and {wanted} cannot hold its values exactly",
+            where=where,
+            fix=f"Store it as {wanted}.",
+        )
+    return cast
+
+
+def _shape_text(spec: TensorSpec) -> str:
+    return f"rank {len(spec.shape)} ({', '.join(map(str, spec.shape))})"
+
+
+# --- kinds of source ---------------------------------------------------------------------------
+
+
+def _from_table(
+    data: str, table: Table, signature: Signature, samples: int | None, size: int
+) -> Batches:
+    check_names(list(table), signature, data)
+    label = next((n for n in LABEL_NAMES if n in table and not _is_input(n, signature)), None)
+    batched = {n: c for n, c in table.items() if n == label or _is_batched(n, c, signature)}
+    whole = {n: c for n, c in table.items() if _is_input(n, signature) and n not in batched}
+    rows = {name: column.shape[0] for name, column in batched.items() if column.shape}
+    if len(set(rows.values())) > 1:
+        raise ArgumentError(f"the arrays have different numbers of samples: {rows}", where=data)
+    available = next(iter(rows.values()), 1)
+    count = _wanted_samples(data, samples, available)
+    pieces = _pieces(data, signature, count, size)
+
+    def read() -> Iterator[RawBatch]:
+        for start, stop in pieces:
+            piece = {n: c.read(start, stop) for n, c in batched.items()}
+            yield piece | {n: c.read(0, c.shape[0] if c.shape else 1) for n, c in whole.items()}
+
+    extra = sorted(set(table) - set(batched) - set(whole))
+    notes = (f"{data}: {extra} are not inputs of the model: left out",) if extra else ()
+    batches = Batches(data, signature, read, label, notes)
+    _ = len(batches)  # reads everything once: bad data is refused now, not an hour into a run
+    return batches
+
+
+def _from_text(
+    data: str,
+    source: TextSource,
+    signature: Signature,
+    samples: int | None,
+    size: int,
+    max_length: int | None,
+) -> Batches:
+    lengths = [spec.shape[1] for spec in signature.inputs if len(spec.shape) == 2]
+    if not lengths:
+        raise ArgumentError("text needs a model with inputs of shape (batch, length)", where=data)
+    length = lengths[0]
+    fixed = length if isinstance(length, int) else None
+    bounds = signature.dims.get(str(length), DimRange())
+    limits = [limit for limit in (fixed, bounds.max, max_length) if limit is not None]
+    count = _wanted_samples(data, samples, len(source.texts))
+    names = [spec.name for spec in signature.inputs]
+    pieces = _pieces(data, signature, count, size)
+
+    def read() -> Iterator[RawBatch]:
+        for start, stop in pieces:
+            texts = source.texts[start:stop]
+            yield source.encode(texts, names, min(limits, default=None), fixed, bounds.min)
+
+    batches = Batches(data, signature, read)
+    _ = len(batches)
+    return batches
+
+
+def _from_stream(
+    data: str, items: Callable[[], Iterable[Any]], signature: Signature, samples: int | None
+) -> Batches:
+    def read() -> Iterator[RawBatch]:
+        seen = 0
+        for index, item in enumerate(items()):
+            if samples is not None and seen >= samples:
+                return
+            batch = _named(item, signature, f"{data}, batch {index}")
+            first = next(iter(batch.values()), None)
+            seen += int(first.shape[0]) if first is not None and first.dim() else 1
+            yield batch
+        if seen == 0 or (samples is not None and seen < samples):
+            raise ArgumentError(
+                f"gives {seen} samples, {samples or 'some'} were asked for", where=data
+            )
+
+    head = next(iter(read()))
+    label = next((n for n in LABEL_NAMES if n in head and not _is_input(n, signature)), None)
+    check_batch(head, signature, f"{data}, batch 0")
+    return Batches(data, signature, read, label)
+
+
+def _synthetic(
+    signature: Signature, samples: int, size: int, seed: int, sizes: Mapping[str, int]
+) -> Batches:
+    first = signature.inputs[0].shape[:1] if signature.inputs else ()
+
+    def read() -> Iterator[RawBatch]:
+        generator = torch.Generator().manual_seed(seed)
+        for start in range(0, samples, size):
+            drawn = {n: _draw_size(n, signature, sizes, generator) for n in signature.dims}
+            if first and isinstance(first[0], str):
+                low = signature.dims.get(first[0], DimRange()).min
+                drawn[first[0]] = max(low, min(size, samples - start))
+            yield synthetic_inputs(signature, drawn, generator)
+
+    return Batches("synthetic", signature, read)
+
+
+def synthetic_inputs(
+    signature: Signature, sizes: Mapping[str, int], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """One batch of random inputs with the given size of every dynamic dimension.
+
+    Integers are uniform in the input's range, [0, 2) where none is known; floats uniform in it,
+    standard normal where none is known. A 2-D integer or boolean input whose name ends in `mask`
+    is a right-padding mask: random ones and zeros would leave rows with nothing to attend to.
+    """
+    return {
+        spec.name: _draw(
+            spec, [d if isinstance(d, int) else sizes[d] for d in spec.shape], generator
+        )
+        for spec in signature.inputs
+    }
+
+
+def _draw(spec: TensorSpec, shape: list[int], generator: torch.Generator) -> Tensor:
+    dtype = getattr(torch, spec.dtype)
+    if dtype.is_floating_point or dtype.is_complex:
+        if spec.range is None:
+            return torch.randn(shape, generator=generator).to(dtype)
+        low, high = spec.range
+        return (low + (high - low) * torch.rand(shape, generator=generator)).to(dtype)
+    if spec.name.endswith("mask") and len(shape) == 2:
+        lengths = torch.randint(1, shape[1] + 1, (shape[0], 1), generator=generator)
+        return (torch.arange(shape[1]) < lengths).to(dtype)
+    low, high = (int(v) for v in spec.range or (0, 2))
+    return torch.randint(low, max(high, low + 1), shape, generator=generator).to(dtype)
+
+
+def _draw_size(
+    dim: str, signature: Signature, sizes: Mapping[str, int], generator: torch.Generator
+) -> int:
+    bounds = signature.dims[dim]
+    low = max(2, bounds.min)
+    high = max(low, sizes.get(dim, 32))
+    if bounds.max is not None:
+        low, high = min(low, bounds.max), min(high, bounds.max)
+    return int(torch.randint(low, high + 1, (), generator=generator))
+
+
+def _named(item: Any, signature: Signature, where: str) -> dict[str, Tensor]:
+    if isinstance(item, Tensor) or not isinstance(item, (Mapping, tuple, list)):
+        item = (item,)
+    if not isinstance(item, Mapping):
+        names = [spec.name for spec in signature.inputs]
+        # one value more than there are inputs: the usual (inputs..., labels)
+        names += [LABEL_NAMES[0]] if len(item) == len(names) + 1 else []
+        if len(item) != len(names):
+            raise ArgumentError(
+                f"is a tuple of {len(item)}; the model takes {len(names)} inputs {names}",
+                where=where,
+            )
+        item = dict(zip(names, item, strict=True))
+    try:
+        return {str(name): torch.as_tensor(value) for name, value in item.items()}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"holds something that is no tensor: {error}", where=where) from error
+
+
+def _wanted_samples(data: str, samples: int | None, available: int) -> int:
+    if available == 0:
+        raise ArgumentError("holds no samples", where=data)
+    if samples is not None and samples > available:
+        raise ArgumentError(f"holds {available} samples, {samples} were asked for", where=data)
+    return available if samples is None else samples
+
+
+def _is_input(name: str, signature: Signature) -> bool:
+    return any(spec.name == name for spec in signature.inputs)
+
+
+def _pieces(data: str, signature: Signature, count: int, size: int) -> list[tuple[int, int]]:
+    """(start, stop) of each batch; a rest smaller than the model takes is left out."""
+    first = next((s.shape[0] for s in signature.inputs if s.shape), size)
+    least = first if isinstance(first, int) else signature.dims.get(first, DimRange()).min
+    spans = [(start, min(start + size, count)) for start in range(0, count, size)]
+    pieces = [(start, stop) for start, stop in spans if stop - start >= least]
+    if not pieces:
+        raise ArgumentError(
+            f"holds {count} samples, and the model takes batches of {least} or more", where=data
+        )
+    return pieces
+
+
+def _is_batched(name: str, column: Column, signature: Signature) -> bool:
+    """Whether an input's first axis counts samples: it is the first input's first axis too."""
+    first = next((s.shape[0] for s in signature.inputs if s.shape), None)
+    spec = next((s for s in signature.inputs if s.name == name), None)
+    return spec is not None and bool(spec.shape) and spec.shape[0] == first and bool(column.shape)
