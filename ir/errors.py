@@ -50,12 +50,15 @@ class Problem:
     """Place in the document, as `passes[1].sparsity`."""
     message: str
     suggestion: str = ""
-    """Nearest valid name or value, empty when there is none."""
+    """Nearest valid name or value, as it is to be written; empty when there is none."""
 
     def __str__(self) -> str:
         text = f"{self.file}:{self.line}:{self.column}: "
         text += f"{self.path}: {self.message}" if self.path else self.message
-        return f"{text}; did you mean {self.suggestion!r}?" if self.suggestion else text
+        if not self.suggestion:
+            return text
+        is_name = self.suggestion[0].isalpha() and self.suggestion not in ("true", "false")
+        return f"{text}; did you mean {repr(self.suggestion) if is_name else self.suggestion}?"
 
 
 class SpecError(GraphwrightError):

@@ -234,6 +234,11 @@ def _from_entry_point(name: str) -> type[Pass] | None:
     return None
 
 
+def registered_passes() -> dict[str, type[Pass]]:
+    """Every pass registered in this process, by id."""
+    return dict(_OWN)
+
+
 def all_passes() -> dict[str, type[Pass]]:
     """Every built-in pass and every one registered in this process, by id."""
     built_in = {name: find_pass(name) for name in pass_ids()}
