@@ -46,7 +46,27 @@ _HOMES = {
 }
 _PACKAGES = ("backends", "ir", "passes", "specs")
 
-__all__ = [*_HOMES, *_PACKAGES]  # noqa: PLE0604 - the names are listed above, once
+__all__ = [
+    "Action",
+    "Context",
+    "Editor",
+    "Options",
+    "Pass",
+    "Program",
+    "Result",
+    "Rewrite",
+    "backends",
+    "compare",
+    "ir",
+    "load",
+    "load_spec",
+    "lower",
+    "optimize",
+    "passes",
+    "register",
+    "specs",
+    "trace",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,184 @@
+"""cast.dtype: half precision, with what needs range or digits kept in float32."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import fx, nn
+
+from graphwright.ir.canonical import op_name
+from graphwright.ir.edit import Editor
+from graphwright.ir.program import Program
+from graphwright.ir.select import select
+from graphwright.passes.base import Action, Context, Options, Pass, Result
+
+aten = torch.ops.aten
+
+FLOAT32_OPS = frozenset(
+    {"layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "softmax",
+     "log_softmax", "exp", "expm1", "log", "log1p", "log2", "log10", "pow", "rsqrt", "reciprocal",
+     "sqrt", "sum", "mean", "var", "std", "norm", "linalg_vector_norm", "cumsum", "cumprod", "prod",
+     "softplus", "erfinv", "logsumexp", "cosine_similarity", "cos", "sin", "add_rms_norm",
+     "add_layer_norm"}
+)  # fmt: skip
+"""Ops that overflow or lose their digits in half precision; the usual autocast list."""
+
+
+class DtypeOptions(Options):
+    """Options of cast.dtype."""
+
+    to: Literal["float16", "bfloat16"] = "float16"
+    """Type of weights and arithmetic."""
+
+    keep: tuple[str, ...] = ()
+    """Layers that stay in float32: selector patterns over names and kinds."""
+
+    keep_ops: tuple[str, ...] = ()
+    """Further operators that stay in float32, by ATen name, as `sigmoid`."""
+
+    max_error: Annotated[float, Field(gt=0)] | None = None
+    """Largest relative error of the outputs, ||a-b|| / ||a||; no bound when absent."""
+
+
+class Dtype(Pass):
+    """Computes in float16 or bfloat16; inputs and outputs keep their types.
+
+    Weights are stored in the new type. Norms, softmax, exponentials, logarithms, powers and sums
+    stay in float32 (the usual autocast list), and so do the layers in `keep`; casts are put where
+    a value crosses. Constants beyond the range of float16 (the -3.4e38 of masks) are clamped to
+    its largest finite value, so that a masked row gives no NaN.
+    """
+
+    contract = "lossy"
+    Options = DtypeOptions
+    after = ("cleanup.*",)
+
+    def run(self, program: Program, context: Context) -> Result:
+        dtype = getattr(torch, self.options.to)
+        editor = Editor(program, by=self.id)
+        kept = set()
+        if self.options.keep:
+            kept = {layer.node.name for layer in select(program, self.options.keep)}
+        work = _Caster(editor, dtype, kept, FLOAT32_OPS | set(self.options.keep_ops))
+        actions = work.run()
+        return Result(editor.finish(propagate=True), actions)
+
+
+class _Caster:
+    """One walk over the graph; every value has the type its producer computed in."""
+
+    def __init__(
+        self, editor: Editor, dtype: torch.dtype, kept: set[str], float32_ops: frozenset[str]
+    ) -> None:
+        self.editor = editor
+        self.dtype = dtype
+        self.kept = kept
+        self.float32_ops = float32_ops
+        self.casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+
+    def run(self) -> tuple[Action, ...]:
+        stays: dict[str, int] = {}
+        for node in list(self.editor.graph.nodes):
+            if node.op == "call_function":
+                wide = node.name in self.kept or op_name(node) in self.float32_ops
+                self._convert(node, torch.float32 if wide else self.dtype)
+                if wide and _is_float(node.meta.get("val")):
+                    reason = "in keep" if node.name in self.kept else "needs float32"
+                    stays[f"{op_name(node)}: {reason}"] = stays.get(op_name(node), 0) + 1
+            elif node.op == "output":
+                self._restore_outputs(node)
+        done = Action("graph", str(self.dtype).removeprefix("torch."))
+        return (done, *(Action(k, "float32", f"{n} calls") for k, n in sorted(stays.items())))
+
+    def _convert(self, node: fx.Node, dtype: torch.dtype) -> None:
+        """Gives `node` operands of one type and recomputes its result type."""
+        if not _is_operator(node):
+            return
+        node.args, node.kwargs = fx.map_arg(
+            (node.args, node.kwargs), lambda n: self._as(n, dtype, node)
+        )
+        node.args = _map_plain(node.args, lambda v: self._constant(v, dtype))
+        node.kwargs = {
+            k: dtype if v is torch.float32 and k == "dtype" else self._constant(v, dtype)
+            for k, v in node.kwargs.items()
+        }
+        node.meta["val"] = self.editor.evaluate(node)
+        self.editor.changed = True
+
+    def _constant(self, value: Any, dtype: torch.dtype) -> Any:
+        if value is torch.float32:
+            return dtype
+        if isinstance(value, float) and dtype is torch.float16 and abs(value) != float("inf"):
+            limit = torch.finfo(torch.float16).max
+            return max(-limit, min(limit, value))
+        return value
+
+    def _as(self, operand: fx.Node, dtype: torch.dtype, before: fx.Node) -> fx.Node:
+        value = operand.meta.get("val")
+        if not _is_float(value) or value.dtype is dtype:
+            return operand
+        if operand.op == "get_attr":
+            return self._stored(operand, dtype)
+        key = (operand, dtype)
+        if key not in self.casts:
+            self.casts[key] = self.editor.call(
+                aten.to.dtype, operand, dtype, before=_behind(operand, before), like=operand
+            )
+        return self.casts[key]
+
+    def _stored(self, operand: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """A weight is stored in the type its reader wants; two types only when two are wanted."""
+        key = (operand, dtype)
+        if key not in self.casts:
+            name = str(operand.target)
+            tensor = self.editor.state[name]
+            limit = torch.finfo(dtype)
+            value = tensor.detach().clamp(limit.min, limit.max).to(dtype)
+            if isinstance(tensor, nn.Parameter):
+                value = nn.Parameter(value, requires_grad=tensor.requires_grad)
+            suffix = str(dtype).removeprefix("torch.")
+            readers_agree = all(self._wants(u) is dtype for u in operand.users)
+            if readers_agree:
+                self.editor.set_state(name, value)
+                return operand
+            self.casts[key] = self.editor.get(self.editor.add_state(f"{name}.{suffix}", value))
+        return self.casts[key]
+
+    def _wants(self, node: fx.Node) -> torch.dtype:
+        wide = node.name in self.kept or op_name(node) in self.float32_ops
+        return torch.float32 if wide else self.dtype
+
+    def _restore_outputs(self, node: fx.Node) -> None:
+        outputs = node.args[0]
+        assert isinstance(outputs, tuple)
+        specs = self.editor.program.signature.outputs
+        restored = [
+            self._as(out, getattr(torch, spec.dtype), node)
+            if isinstance(out, fx.Node) and spec.dtype == "float32"
+            else out
+            for out, spec in zip(outputs, specs, strict=True)
+        ]
+        node.args = (tuple(restored),)
+
+
+def _behind(operand: fx.Node, before: fx.Node) -> fx.Node:
+    """Right behind the operand, so that later readers can use the cast too."""
+    return before if operand.op == "placeholder" else operand.next
+
+
+def _is_operator(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype in (
+        torch.float32, torch.float16, torch.bfloat16,
+    )  # fmt: skip
+
+
+def _map_plain(value: Any, change: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value)(_map_plain(v, change) for v in value)
+    return value if isinstance(value, fx.Node) else change(value)
