@@ -42,50 +42,73 @@ class Difference:
         return f"{self.node} ({self.op}){place}, made by {self.by}: {self.error}"
 
 
-def check_contract(
-    before: Program,
-    after: Program,
-    pass_id: str,
-    contract: str,
-    tolerance: float,
-    *,
-    max_error: float | None = None,
-    batches: Iterable[Batch] | None = None,
-) -> Fidelity:
-    """Runs both programs on the example inputs (and `batches`) and holds the pass to its word.
+@dataclass(frozen=True)
+class Promise:
+    """What a pass says of its effect on the function.
+
+    Attributes:
+        by: id of the pass.
+        contract: `exact`, `identity_at_init` or `lossy`.
+        tolerance: largest relative error ||a-b||/||a|| of the first two contracts, for float32.
+        max_error: largest relative error of a lossy pass; None for no bound.
+    """
+
+    by: str
+    contract: str
+    tolerance: float = 1e-5
+    max_error: float | None = None
+
+
+class Checker:
+    """Runs every program of a chain once on the same inputs and compares neighbours.
 
     Args:
-        before: the program given to the pass.
-        after: the program it returned.
-        pass_id: named in the error.
-        contract: `exact`, `identity_at_init` or `lossy`.
-        tolerance: largest relative error of the first two contracts, for float32 programs.
-        max_error: largest relative error of a lossy pass; None for no bound.
-        batches: further inputs.
-
-    Returns:
-        The measured distance.
-
-    Raises:
-        ContractError: the signature changed, or the error is above the bound; names the first
-            node whose value differs.
+        program: first program of the chain.
+        batches: inputs beside the example inputs.
     """
-    _check_signature(before, after, pass_id)
-    if after.graph is before.graph and dict(after.state) == dict(before.state):
-        inputs = before.examples
-        out = run(before, inputs)
-        return compare(out, out)
-    fidelity = measure(before, after, batches)
-    bound = max_error
-    if contract != "lossy":
-        bound = tolerance * max(1.0, _roundoff(before) / 2**-23)
-    if fidelity.broken or (bound is not None and not fidelity.relative <= bound):
-        raise ContractError(
-            f"{pass_id} broke its contract ({contract}): relative error "
-            f"{fidelity.relative:.3g}, allowed {bound if bound is not None else 'any finite'}",
-            details=_diagnosis(before, after, bound or 0.0, fidelity),
-        )
-    return fidelity
+
+    def __init__(self, program: Program, batches: Iterable[Batch] | None = None) -> None:
+        self.inputs = list(_inputs(program, batches))
+        self.program = program
+        self.original = [run(program, inputs) for inputs in self.inputs]
+        self.current = self.original
+
+    def accept(self, after: Program, promise: Promise) -> Fidelity:
+        """Measures `after` against the program before it, and takes its place.
+
+        Raises:
+            ContractError: the signature changed, or the error is above the bound; names the first
+                node whose value differs.
+        """
+        before = self.program
+        _check_signature(before, after, promise.by)
+        if after.graph is before.graph and dict(after.state) == dict(before.state):
+            self.program = after
+            return merge(compare(out, out) for out in self.current)
+        outputs = [run(after, inputs) for inputs in self.inputs]
+        fidelity = merge(compare(a, b) for a, b in zip(self.current, outputs, strict=True))
+        bound = promise.max_error
+        if promise.contract != "lossy":
+            bound = promise.tolerance * max(1.0, _roundoff(before) / 2**-23)
+        if fidelity.broken or (bound is not None and not fidelity.relative <= bound):
+            raise ContractError(
+                f"{promise.by} broke its contract ({promise.contract}): relative error "
+                f"{fidelity.relative:.3g}, allowed {bound if bound is not None else 'any finite'}",
+                details=_diagnosis(before, after, bound or 0.0, fidelity),
+            )
+        self.program, self.current = after, outputs
+        return fidelity
+
+    def total(self) -> Fidelity:
+        """Distance of the current program from the first one."""
+        return merge(compare(a, b) for a, b in zip(self.original, self.current, strict=True))
+
+
+def check_contract(
+    before: Program, after: Program, promise: Promise, batches: Iterable[Batch] | None = None
+) -> Fidelity:
+    """Holds one pass to its word on the example inputs and `batches`; see `Checker.accept`."""
+    return Checker(before, batches).accept(after, promise)
 
 
 def measure(before: Program, after: Program, batches: Iterable[Batch] | None = None) -> Fidelity:

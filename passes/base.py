@@ -15,6 +15,7 @@ from graphwright.ir.context import Batch, Context
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.options import Options
 from graphwright.ir.program import Program, Provenance
+from graphwright.ir.verify import Promise
 
 Contract = Literal["exact", "identity_at_init", "lossy"]
 Need = Literal["nothing", "calibration", "gradients", "training"]
@@ -121,10 +122,7 @@ class Pass:
         if check:
             from graphwright.ir.verify import check_contract
 
-            check_contract(
-                program, result.program, self.id, self.contract, self.tolerance,
-                max_error=getattr(self.options, "max_error", None),
-            )  # fmt: skip
+            check_contract(program, result.program, self.promise())
         return result.program
 
     def execute(self, program: Program, context: Context) -> Result:
@@ -138,6 +136,11 @@ class Pass:
         record = Provenance(self.id, self.resolved_options(), context.seed, self.contract)
         changed = result.program.replace(provenance=(*program.provenance, record))
         return Result(changed, result.actions, result.metrics)
+
+    def promise(self) -> Promise:
+        """What this pass, with these options, says of its effect on the function."""
+        bound = getattr(self.options, "max_error", None)
+        return Promise(self.id, self.contract, self.tolerance, bound)
 
     def resolved_options(self) -> dict[str, Any]:
         """All options with their defaults, as plain data."""

@@ -39,18 +39,19 @@ class FoldBatchNorm(Pass):
     def run(self, program: Program, context: Context) -> Result:
         editor = Editor(program, by=self.id)
         remembered = dict(editor.facts.get(self.id, {}))
-        actions: list[Action] = []
-        for node in list(editor.graph.find_nodes(op="call_function", target=_BATCH_NORM)):
-            if affine.split_over_concat(editor, node):
-                actions.append(Action(_name(node), "split over a concatenation"))
-        for node in list(editor.graph.find_nodes(op="call_function", target=_BATCH_NORM)):
-            actions.append(_fold(editor, node, remembered))
+        split = [
+            Action(_name(node), "split over a concatenation")
+            for node in _norms(editor)
+            if affine.split_over_concat(editor, node)
+        ]
+        folded = [_fold(editor, node, remembered) for node in _norms(editor)]
         if remembered:
             editor.facts[self.id] = remembered
-        return Result(editor.finish(), tuple(actions))
+        return Result(editor.finish(), (*split, *folded))
 
 
-_BATCH_NORM = aten.batch_norm.default
+def _norms(editor: Editor) -> list[fx.Node]:
+    return list(editor.graph.find_nodes(op="call_function", target=aten.batch_norm.default))
 
 
 def _fold(editor: Editor, norm: fx.Node, remembered: dict[str, Any]) -> Action:

@@ -116,7 +116,8 @@ def _geometry(editor: Editor, conv: fx.Node) -> dict[str, Any]:
 def _product(editor: Editor, first: fx.Node, second: fx.Node) -> tuple[Tensor, Tensor | None]:
     w1, w2 = (_double(editor, n.args[1]) for n in (first, second))
     b1, b2 = (_double(editor, full_arguments(n)[0][2]) for n in (first, second))
-    assert w1 is not None and w2 is not None
+    assert w1 is not None
+    assert w2 is not None
     if first.target is LINEAR:
         weight = w2 @ w1
         moved = None if b1 is None else w2 @ b1
