@@ -32,9 +32,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: export OMP_NUM_THREADS := 2
 demo: $(STAMP)
-	$(BIN)/python docs/demo/sentences.py docs/demo/data
-	$(BIN)/optimize "$$($(BIN)/python docs/demo/sentences.py --model)" --spec docs/demo/minilm-int8.yaml --out $(DEMO)
-	$(BIN)/python docs/demo/compare.py $(DEMO)
+	$(BIN)/python docs/demo/prepare.py docs/demo/data
+	$(BIN)/optimize docs/demo/data/all-MiniLM-L6-v2 --spec docs/demo/minilm-int8.yaml --out $(DEMO)
+	$(BIN)/python docs/demo/compare.py docs/demo/data $(DEMO)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
