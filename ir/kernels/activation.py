@@ -16,8 +16,10 @@ from graphwright.ir.kernels.common import activate, all_floats, as_rows, new_lik
 
 @triton.jit
 def bias_act_kernel(
-    x, bias, y, columns, x_stride, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
+    x, bias, y, columns, x_stride,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """y = act(x + bias); `x_stride` between rows of x, in elements."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
@@ -32,6 +34,7 @@ def bias_act_kernel(
 def gated_act_kernel(
     gate, up, y, columns, gate_stride, up_stride, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """y = act(gate) * up; both inputs may be halves of one packed tensor."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
@@ -46,6 +49,7 @@ def scale_mask_kernel(
     x, mask, y, scale, columns, x_stride, size1, size2, stride0, stride1, stride2, stride3,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """y = x * scale + mask over (.., size1, size2, columns); strides are the mask's."""
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns

@@ -22,7 +22,7 @@ def gemv_kernel(
     x, weight, scale, bias, y, n, k, weight_stride,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y = act(scale * (weight @ x) + bias) for one token; BLOCK_N rows of the weight per program."""
+    """y = act(scale * (weight @ x) + bias) for one token; BLOCK_N channels per program."""
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_K)
     start = weight + row.to(tl.int64)[:, None] * weight_stride
@@ -91,7 +91,7 @@ def reduce_kernel(
     partial, scale, bias, y, m, n,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add the partial sums in a fixed order, so that reruns agree bit for bit; then the epilogue."""
+    """Add the partial sums in a fixed order, so that reruns agree bit for bit, then finish."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < n
@@ -124,8 +124,9 @@ def tiles_for(m: int) -> Tiles:
     return Tiles(128, 128, 64, 8, 3)
 
 
-def _split(m: int, n: int, k: int, tiles: Tiles) -> int:
+def split_for(m: int, n: int, k: int) -> int:
     """Parts of the inner dimension, so that about two programs per multiprocessor are running."""
+    tiles = tiles_for(m)
     programs = triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n)
     most = max(1, triton.cdiv(k, tiles.block_k) // 4)
     return max(1, min(264 // programs, most, 8))
@@ -165,7 +166,7 @@ def _launch(
         )  # fmt: skip
         return y
     tiles = tiles_for(m)
-    split = _split(m, n, k, tiles)
+    split = split_for(m, n, k)
     partial = torch.empty((split, m, n) if split > 1 else (1,), device=x.device)
     exact = torch.get_float32_matmul_precision() == "highest"
     grid = (triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n), split)

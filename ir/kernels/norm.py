@@ -22,6 +22,7 @@ def norm_kernel(
     HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     CENTERED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """y = norm(x + residual), total = x + residual; `total` unused without a residual."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < columns

@@ -79,7 +79,7 @@ def _onnx(x: Any, bias: Any, activation: str) -> Any:
 def _samples() -> Iterator[tuple[Tensor, Tensor | None, str]]:
     generator = torch.Generator().manual_seed(0)
     for activation in ACTIVATIONS:
-        x = torch.randn(3, 17, 37, generator=generator) * 3
+        x = torch.randn(3, 5, 37, generator=generator) * 3
         yield x, torch.randn(37, generator=generator), activation
     yield torch.randn(75, 17, generator=generator).T, None, "gelu"
 

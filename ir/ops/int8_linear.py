@@ -28,6 +28,10 @@ def _meta(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, activat
     return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
 
 
+def _macs(x: Tensor, weight: Tensor, *_: object) -> Any:
+    return x.numel() * weight.shape[0]
+
+
 def _onnx(x: Any, weight: Any, scale: Any, bias: Any, activation: str) -> Any:
     from onnxscript import opset18 as op
 
@@ -63,4 +67,5 @@ int8_linear = declare(
     onnx=_onnx,
     kernel="graphwright.ir.kernels.int8_linear:int8_linear",
     samples=_samples,
+    macs=_macs,
 )

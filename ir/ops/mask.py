@@ -28,8 +28,8 @@ def _onnx(x: Any, mask: Any, scale: float) -> Any:
 def _samples() -> Iterator[tuple[Tensor, Tensor, float]]:
     """Every way a mask of attention scores (batch, heads, queries, keys) is broadcast."""
     generator = torch.Generator().manual_seed(0)
-    for mask_shape in [(2, 1, 1, 37), (2, 1, 17, 37), (17, 37), (2, 3, 17, 37), (1, 3, 17, 1)]:
-        x = torch.randn(2, 3, 17, 37, generator=generator)
+    for mask_shape in [(2, 1, 1, 37), (2, 1, 5, 37), (5, 37), (2, 3, 5, 37), (1, 3, 5, 1)]:
+        x = torch.randn(2, 3, 5, 37, generator=generator)
         yield x, torch.randn(mask_shape, generator=generator), 0.125
     yield x.transpose(1, 2), torch.randn(37, generator=generator), -2.0
 

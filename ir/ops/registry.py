@@ -44,6 +44,8 @@ class Op:
             values. Fit for `torch.onnx.export(custom_translation_table=...)`.
         kernel: `module:attribute` of a `Kernel`, imported when first wanted.
         samples: argument tuples that the tests run; awkward shapes included.
+        macs: same arguments as fake tensors; multiply-accumulates of one call, an int or a
+            symbolic size. None for an op that multiplies no matrices.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Op:
     onnx: Callable[..., Any]
     kernel: str
     samples: Callable[[], Iterable[tuple[Any, ...]]]
+    macs: Callable[..., Any] | None = None
 
     @property
     def overload(self) -> torch._ops.OpOverload:
@@ -79,12 +82,13 @@ def declare(
     samples: Callable[[], Iterable[tuple[Any, ...]]],
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
+    macs: Callable[..., Any] | None = None,
 ) -> torch._ops.OpOverload:
     """Register a custom op from its one declaration and return what to put into a graph.
 
     Args:
         schema: `name(Tensor x, Tensor? bias, str activation) -> Tensor`.
-        eager, meta, onnx, kernel, samples: the faces, see `Op`.
+        eager, meta, onnx, kernel, samples, macs: the faces, see `Op`.
         backward, setup_context: as for `torch.library.register_autograd`. Left out, the gradient
             is that of `eager`, recomputed in the backward pass.
 
@@ -94,7 +98,7 @@ def declare(
     name, _, rest = schema.partition("(")
     if name in OPS:
         raise ValueError(f"custom op {name!r} is declared twice")
-    op = Op(name, f"({rest}", eager, meta, onnx, kernel, samples)
+    op = Op(name, f"({rest}", eager, meta, onnx, kernel, samples, macs)
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, functools.partial(_run, op), "CompositeExplicitAutograd")
     qualified = f"{NAMESPACE}::{name}"
@@ -106,12 +110,18 @@ def declare(
     return op.overload
 
 
+def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Every op's ONNX face, as `torch.onnx.export(custom_translation_table=...)` takes them."""
+    return {op.overload: op.onnx for op in OPS.values()}
+
+
 def _run(op: Op, *args: Any, **kwargs: Any) -> Any:
     arguments = _bind(op, args, kwargs)
-    if kernels_enabled(_device(arguments)):
+    if kernels_enabled(_first_tensor(arguments).device):
         kernel = op.load_kernel()
         if kernel.fits(*arguments):
-            return kernel.launch(*arguments)
+            with torch.cuda.device_of(_first_tensor(arguments)):
+                return kernel.launch(*arguments)
     result = op.eager(*arguments)
     if isinstance(result, tuple):
         return tuple(part.contiguous() for part in result)
@@ -127,8 +137,8 @@ def _bind(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, .
     return (*args, *(kwargs.get(a.name, a.default_value) for a in missing))
 
 
-def _device(arguments: tuple[Any, ...]) -> torch.device:
-    return next(a.device for a in arguments if isinstance(a, Tensor))
+def _first_tensor(arguments: tuple[Any, ...]) -> Tensor:
+    return next(a for a in arguments if isinstance(a, Tensor))
 
 
 def kernels_enabled(device: torch.device) -> bool:

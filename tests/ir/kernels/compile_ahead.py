@@ -1,0 +1,188 @@
+"""Compile every kernel for named GPUs on a machine that has none; print what came out as JSON.
+
+Run as a process of its own, without TRITON_INTERPRET: the choice between interpreter and
+compiler is made when a kernel is decorated. `python compile_ahead.py` prints a list of records.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from graphwright.ir.kernels import activation, int8_linear, norm  # sets triton's environment
+
+TARGETS = (80, 90)
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One specialization of a kernel: argument types, constants, launch parameters."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    weights: int = 0
+    """Weights that one pass of the loop decodes in the whole program; 0 where there are none."""
+    warps: int = 4
+    stages: int = 3
+
+
+def sizes(*names: str) -> dict[str, str]:
+    return dict.fromkeys(names, "i32")
+
+
+def floats(dtype: str, *names: str) -> dict[str, str]:
+    return dict.fromkeys(names, f"*{dtype}")
+
+
+def cases() -> Iterator[Case]:
+    yield Case(
+        "bias_act-gelu-fp32",
+        activation.bias_act_kernel,
+        floats("fp32", "x", "bias", "y") | sizes("columns", "x_stride"),
+        {"HAS_BIAS": True, "ACTIVATION": "gelu", "BLOCK": 1024},
+    )
+    yield Case(
+        "gated_act-silu-bf16",
+        activation.gated_act_kernel,
+        floats("bf16", "gate", "up", "y") | sizes("columns", "gate_stride", "up_stride"),
+        {"ACTIVATION": "silu", "BLOCK": 1024},
+    )
+    yield Case(
+        "scale_mask-bf16",
+        activation.scale_mask_kernel,
+        floats("bf16", "x", "mask", "y")
+        | {"scale": "fp32"}
+        | sizes("columns", "x_stride", "size1", "size2", "stride0", "stride1", "stride2"),
+        {"stride3": 1, "BLOCK": 1024},
+    )
+    for columns, centered in [(4096, False), (norm.WIDEST_ROW, True)]:
+        yield Case(
+            f"norm-{columns}-bf16",
+            norm.norm_kernel,
+            floats("bf16", "x", "residual", "weight", "bias", "y", "total")
+            | sizes("columns", "x_stride", "residual_stride")
+            | {"eps": "fp32"},
+            {
+                "HAS_RESIDUAL": True,
+                "HAS_WEIGHT": True,
+                "HAS_BIAS": centered,
+                "CENTERED": centered,
+                "BLOCK": columns,
+            },
+            warps=norm.warps_for(columns),
+        )
+    yield from int8_cases()
+
+
+def int8_cases() -> Iterator[Case]:
+    epilogue = {"HAS_BIAS": True, "ACTIVATION": "silu"}
+    yield Case(
+        "int8_gemv-fp16",
+        int8_linear.gemv_kernel,
+        floats("fp16", "x", "scale", "bias", "y")
+        | {"weight": "*i8"}
+        | sizes("n", "k", "weight_stride"),
+        epilogue | {"BLOCK_N": 4, "BLOCK_K": 1024},
+        weights=4 * 1024,
+    )
+    for tokens, split, dtype in [(16, 4, "bf16"), (128, 1, "fp16"), (4096, 1, "bf16")]:
+        tiles = int8_linear.tiles_for(tokens)
+        blocks = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k}
+        compute = tl.float16 if dtype == "fp16" else tl.bfloat16
+        yield Case(
+            f"int8_gemm-{tokens}-{dtype}",
+            int8_linear.gemm_kernel,
+            floats(dtype, "x", "scale", "bias", "y")
+            | {"weight": "*i8", "partial": "*fp32"}
+            | sizes("m", "n", "k", "x_stride", "weight_stride"),
+            epilogue
+            | blocks
+            | {"COMPUTE": compute, "PRECISION": "tf32", "SPLIT": split, "GROUP": 8},
+            weights=tiles.block_n * tiles.block_k,
+            warps=tiles.warps,
+            stages=tiles.stages,
+        )
+    yield Case(
+        "int8_reduce-bf16",
+        int8_linear.reduce_kernel,
+        floats("bf16", "scale", "bias", "y") | {"partial": "*fp32"} | sizes("m", "n"),
+        {"HAS_BIAS": True, "ACTIVATION": "silu", "SPLIT": 4, "BLOCK": 512},
+    )
+
+
+def build(case: Case, capability: int) -> Any:
+    """Compile with the divisibility hints that a launch on ordinary sizes would give."""
+    names = case.kernel.arg_names
+    signature = {n: "constexpr" if n in case.constants else case.types[n] for n in names}
+    aligned = [
+        (names.index(name),) for name, kind in case.types.items() if kind[0] == "*" or kind == "i32"
+    ]
+    source = ASTSource(
+        case.kernel, signature, case.constants, {k: [["tt.divisibility", 16]] for k in aligned}
+    )
+    options = {"num_warps": case.warps, "num_stages": case.stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def disassemble(cubin: bytes) -> str:
+    """Resource usage and machine code of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [TOOLS / "cuobjdump", "-res-usage", "-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def loop_body(sass: str) -> list[str]:
+    """Instructions of the largest loop: between a branch backwards and its target."""
+    code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/]+);", sass)
+    place = {int(address, 16): index for index, (address, _) in enumerate(code)}
+    loops = []
+    for index, (address, text) in enumerate(code):
+        jump = re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)
+        if jump and int(jump[1], 16) < int(address, 16):
+            loops.append([line for _, line in code[place[int(jump[1], 16)] : index + 1]])
+    return max(loops, key=len, default=[])
+
+
+def describe(case: Case, capability: int) -> dict[str, Any]:
+    compiled = build(case, capability)
+    sass = disassemble(compiled.asm["cubin"])
+    body = loop_body(sass)
+    ptx = compiled.asm["ptx"]
+    return {
+        "name": case.name,
+        "kernel": case.kernel.__name__,
+        "capability": capability,
+        "registers": int(re.search(r"REG:(\d+)", sass)[1]),  # type: ignore[index]
+        "stack": int(re.search(r"STACK:(\d+)", sass)[1]),  # type: ignore[index]
+        "shared": compiled.metadata.shared,
+        "loop": len(body),
+        "loop_spills": sum(bool(re.search(r"\b(STL|LDL)\b", line)) for line in body),
+        "per_weight": len(body) * 32 * case.warps / case.weights if case.weights else None,
+        "vector_loads": len(
+            re.findall(r"ld\.global\S*\.v[248]|cp\.async\S* .*?, 0x10|, 16[,;]", ptx)
+        ),
+        "async_copies": len(re.findall(r"cp\.async\.c[ag]", ptx)),
+        "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
+        "mma": len(re.findall(r"mma\.sync", ptx)),
+    }
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps([describe(case, target) for case in cases() for target in TARGETS]))
