@@ -99,6 +99,11 @@ class Checker:
         self.program, self.current = after, outputs
         return fidelity
 
+    def resume(self, program: Program) -> None:
+        """Goes on from `program`, which an earlier run has already checked."""
+        self.program = program
+        self.current = [run(program, inputs) for inputs in self.inputs]
+
     def total(self) -> Fidelity:
         """Distance of the current program from the first one."""
         return merge(compare(a, b) for a, b in zip(self.original, self.current, strict=True))

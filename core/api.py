@@ -1,0 +1,72 @@
+"""The public functions that drive the parts: load, lower, optimize."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graphwright.backends.base import Compiled
+    from graphwright.ir.program import Program
+    from graphwright.pipeline import Outcome
+
+
+def load(path: str | Path) -> Program | Compiled:
+    """Opens a saved program, or an artifact that a backend saved.
+
+    Raises:
+        ModelError: the file is neither, or is damaged.
+    """
+    from graphwright.backends.base import open_artifact
+    from graphwright.ir.archive import load_program
+
+    compiled = open_artifact(Path(path))
+    return load_program(path) if compiled is None else compiled
+
+
+def lower(program: Program, backend: str, *, seed: int = 0, **options: Any) -> Compiled:
+    """Lowers a program; the result is checked against it before it is handed over.
+
+    Args:
+        program: left as it is.
+        backend: `onnxruntime` or `triton`.
+        seed: of the inputs that the check draws.
+        options: the backend's options, as in a spec's `lower` section.
+
+    Raises:
+        LoweringError: it cannot be lowered, or the result differs from the program.
+        ArgumentError: there is no such backend or option.
+    """
+    from graphwright.backends.base import find_backend
+    from graphwright.ir.context import Context
+
+    context = Context(seed=seed, scope=("lower", backend))
+    return find_backend(backend)(**options).lower(program, context)
+
+
+def optimize(
+    model: str | Path,
+    spec: str | Path,
+    *,
+    out: str | Path = "out",
+    overrides: Sequence[str] = (),
+    **settings: Any,
+) -> Outcome:
+    """The main job, as the command line does it.
+
+    Args:
+        model: model file or folder.
+        spec: YAML file, or name of a ready-made spec.
+        out: folder for the results.
+        overrides: `KEY=VALUE` strings, as `passes.1.sparsity=0.5`.
+        settings: further fields of `graphwright.pipeline.Settings`.
+
+    Raises:
+        GraphwrightError: with the exit status of the stage that failed.
+    """
+    from graphwright.pipeline import Settings, run
+    from graphwright.specs.spec import load_spec
+
+    loaded = load_spec(str(spec), list(overrides))
+    return run(model, loaded, Settings(out=out, quiet=settings.pop("quiet", True), **settings))

@@ -1,0 +1,83 @@
+"""The bounds of the spec's `require` section."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graphwright.specs.sections import RequireSection
+
+
+@dataclass(frozen=True)
+class Bound:
+    """One bound and what was measured.
+
+    Attributes:
+        name: as in the spec, `max_drop`.
+        bound: the value asked for.
+        measured: the value found; None when it could not be measured, which counts as missed.
+        what: what the figure is of, as `onnxruntime`.
+    """
+
+    name: str
+    bound: float
+    measured: float | None
+    what: str = ""
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the bound holds."""
+        if self.measured is None:
+            return False
+        if self.name.startswith("min_"):
+            return self.measured >= self.bound
+        return self.measured <= self.bound
+
+    def __str__(self) -> str:
+        of = f" ({self.what})" if self.what else ""
+        found = "not measured" if self.measured is None else f"{self.measured:.4g}"
+        return f"{self.name}: {found}{of}, bound {self.bound:.4g}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Row of the report."""
+        return {
+            "name": self.name,
+            "bound": self.bound,
+            "measured": self.measured,
+            "what": self.what,
+            "met": self.is_met,
+        }
+
+
+def check_bounds(
+    section: RequireSection | None,
+    *,
+    drop: float | None,
+    latency: list[dict[str, Any]],
+    artifacts: list[dict[str, Any]],
+    peak_rss_bytes: int,
+    seconds: float,
+) -> list[Bound]:
+    """Every bound of the section with its measurement; a bound per backend where that applies."""
+    if section is None:
+        return []
+    bounds: list[Bound] = []
+    if section.max_drop is not None:
+        bounds.append(Bound("max_drop", section.max_drop, drop))
+    if section.min_speedup is not None:
+        rows = latency or [{"speedup": None, "backend": "no artifact"}]
+        bounds += [
+            Bound("min_speedup", section.min_speedup, row["speedup"], row["backend"])
+            for row in rows
+        ]
+    if section.max_file_mb is not None:
+        bounds += [
+            Bound("max_file_mb", section.max_file_mb, a["file_bytes"] / 1e6, a["backend"])
+            for a in artifacts
+        ]
+    if section.max_rss_gb is not None:
+        bounds.append(Bound("max_rss_gb", section.max_rss_gb, peak_rss_bytes / 1e9))
+    if section.max_minutes is not None:
+        bounds.append(Bound("max_minutes", section.max_minutes, seconds / 60))
+    return bounds
