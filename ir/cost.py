@@ -65,7 +65,7 @@ def cost(program: Program) -> Cost:
     and recurrent layers; elementwise work is not counted, as in `torch.utils.flop_counter`, whose
     floating-point operations are twice these.
     """
-    names = _dimension_names(program)
+    names = dimension_names(program)
     sizes = example_sizes(program.signature, program.examples)
     owned = _stored_at_first_use(program)
     layers, total, notes = [], sympy.Integer(0), []
@@ -260,7 +260,7 @@ _COUNTERS: dict[str, Callable[[list[Any], tuple[Size, ...]], Size]] = {
 }
 
 
-def _dimension_names(program: Program) -> dict[sympy.Symbol, sympy.Symbol]:
+def dimension_names(program: Program) -> dict[sympy.Symbol, sympy.Symbol]:
     """Torch's own size symbols to the names in the signature."""
     names = {}
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
