@@ -1,0 +1,235 @@
+"""Regenerate what the code says best: the JSON schema, the spec reference, the pass catalogue.
+
+    python docs/generate.py
+
+A test compares the committed files with what this makes. Options, bounds, defaults and units are
+written in the option models and nowhere else.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PASSES = ROOT / "docs" / "passes"
+
+Schema = dict[str, Any]
+
+CONTRACTS = {
+    "exact": "same function up to rounding",
+    "identity_at_init": "same function until it is trained",
+    "lossy": "changes the function by a measured amount",
+}
+NOTE = "<!-- Made by `make docs` from the option models; do not edit. -->\n"
+
+
+def outputs() -> dict[Path, str]:
+    """Every generated file and its text."""
+    from graphwright.passes.base import find_pass, pass_ids
+    from graphwright.specs.generate import current_schema, schema_text
+
+    schema = current_schema()
+    classes = {name: find_pass(name) for name in pass_ids()}
+    files = {
+        ROOT / "specs" / "schema.json": schema_text(schema),
+        ROOT / "docs" / "spec-reference.md": spec_reference(schema),
+        PASSES / "README.md": catalogue(schema, list(classes)),
+    }
+    for name, cls in classes.items():
+        files[PASSES / f"{name}.md"] = pass_page(name, inspect.getdoc(cls) or "", schema)
+    return files
+
+
+def catalogue(schema: Schema, names: list[str]) -> str:
+    """One line per pass, by family."""
+    lines = [NOTE, "# Passes", ""]
+    lines += ["What each contract promises, and what is checked after the pass has run:", ""]
+    lines += [f"- `{contract}`: {meaning}" for contract, meaning in CONTRACTS.items()]
+    for family in dict.fromkeys(name.partition(".")[0] for name in names):
+        lines += ["", f"## {family}", "", "| pass | contract | needs | what it does |"]
+        lines += ["| --- | --- | --- | --- |"]
+        for name in (n for n in names if n.partition(".")[0] == family):
+            entry, facts = schema["$defs"][name], schema["$defs"][name]["x-graphwright"]
+            summary = _cell(entry["description"])
+            row = f"[`{name}`]({name}.md) | {facts['contract']} | {facts['needs']} | {summary}"
+            lines.append(f"| {row} |")
+    return "\n".join(lines) + "\n"
+
+
+def pass_page(name: str, doc: str, schema: Schema) -> str:
+    """The page of one pass: what it does, what it promises, its options, a spec that uses it."""
+    entry = schema["$defs"][name]
+    facts = entry["x-graphwright"]
+    family, _, method = name.partition(".")
+    lines = [NOTE, f"# {name}", "", doc, "", "| | |", "| --- | --- |"]
+    lines.append(f"| contract | `{facts['contract']}`: {CONTRACTS[facts['contract']]} |")
+    lines.append(f"| needs | {facts['needs']}{_needs_when(facts)} |")
+    for label, key in (
+        ("comes after", "after"),
+        ("comes before", "before"),
+        ("not with", "conflicts"),
+    ):
+        if facts.get(key):
+            lines.append(f"| {label} | {_codes(facts[key])} |")
+    lines.append(f"| lowers to | {_codes(facts.get('lowers_to', ['onnxruntime', 'triton']))} |")
+    if facts.get("papers"):
+        lines.append(f"| papers | {', '.join(facts['papers'])} |")
+    code, test = f"passes/{family}/{method}.py", f"tests/passes/{family}/test_{method}.py"
+    lines.append(f"| source | [`{code}`](../../{code}), tested by [`{test}`](../../{test}) |")
+    lines += ["", "## Options", "", *_options(entry, schema)]
+    lines += ["", "## In a spec", "", "```yaml", *example_spec(name, schema), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def spec_reference(schema: Schema) -> str:
+    """Every section and key of a spec, and the options of each backend."""
+    lines = [NOTE, "# Spec reference", "", schema["description"], ""]
+    lines += [
+        "The pass options are in [passes/](passes/README.md). `graphwright schema` prints the JSON"
+    ]
+    lines += ["schema that editors complete from.", ""]
+    lines += ["## Top level", "", *_options(schema, schema)]
+    for section, heading in _sections(schema):
+        entry = schema["$defs"][section]
+        lines += [
+            "",
+            f"## {heading}",
+            "",
+            entry.get("description", ""),
+            "",
+            *_options(entry, schema),
+        ]
+    for name, entry in schema["$defs"].items():
+        if "backend" in entry.get("x-graphwright", {}):
+            lines += ["", f"## `lower: {name}`", "", entry["description"], ""]
+            lines += _options(entry, schema)
+    return "\n".join(lines) + "\n"
+
+
+def _sections(schema: Schema) -> Iterator[tuple[str, str]]:
+    """Name in the schema and heading of every section, in the order of the top-level keys."""
+    for key, option in schema["properties"].items():
+        section = option.get("$ref", "").removeprefix("#/$defs/")
+        if section:
+            yield section, f"`{key}`"
+        if key == "model":
+            yield "InputSection", "an input under `model.inputs`"
+
+
+def _options(entry: Schema, schema: Schema) -> list[str]:
+    """A table of the properties of a schema object."""
+    if not entry.get("properties"):
+        return ["None."]
+    rows = ["| option | type | default | meaning |", "| --- | --- | --- | --- |"]
+    required = entry.get("required", [])
+    for key, option in entry["properties"].items():
+        default = "required" if key in required else _default(option)
+        meaning = option.get("description") or _resolve(option, schema).get("description", "")
+        rows.append(f"| `{key}` | {type_text(option, schema)} | {default} | {_cell(meaning)} |")
+    return rows
+
+
+def _default(option: Schema) -> str:
+    if option.get("default") in (None, [], {}) or isinstance(option.get("default"), dict):
+        return "-"
+    return f"`{json.dumps(option['default'])}`".replace('"', "")
+
+
+def type_text(option: Schema, schema: Schema) -> str:
+    """A JSON schema type as a reader would say it: `number > 0`, `list of string`."""
+    if "enum" in option:
+        return _codes(option["enum"], " \\| ")
+    if "const" in option:
+        return f"`{option['const']}`"
+    if "$ref" in option:
+        return "mapping"
+    if "anyOf" in option:
+        return " or ".join(dict.fromkeys(type_text(o, schema) for o in option["anyOf"]))
+    kind = option.get("type", "any")
+    if kind == "array":
+        item = type_text(option.get("items") or {}, schema)
+        return "list" if item == "any" else f"list of {item}"
+    if hint := option.get("x-graphwright", {}).get("is"):
+        return str(hint)
+    names = {"object": "mapping", "null": "nothing"}
+    return names.get(kind, kind) + _bounds(option)
+
+
+def _bounds(option: Schema) -> str:
+    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    found = [f"{sign} {_number(option[key])}" for key, sign in signs.items() if key in option]
+    unit = option.get("x-graphwright", {}).get("unit", "")
+    return (" " + ", ".join(found) if found else "") + (f" ({unit})" if unit else "")
+
+
+def _number(value: float) -> str:
+    return "2^63" if value == 2**63 else str(value)
+
+
+def example_spec(name: str, schema: Schema) -> list[str]:
+    """A spec with this pass alone, its options written out."""
+    entry = schema["$defs"][name]
+    required = entry.get("required", [])
+    options = {key: _example(name, key, option) for key, option in entry["properties"].items()
+               if key in required or option.get("default") not in (None, [], {})}  # fmt: skip
+    lines = ["version: 1"]
+    if entry["x-graphwright"]["needs"] != "nothing":
+        lines.append("calibration: {data: synthetic}")
+    lines.append("passes:")
+    written = ", ".join(f"{key}: {_yaml(value)}" for key, value in options.items())
+    return [*lines, f"  - {name}: {{{written}}}" if written else f"  - {name}"]
+
+
+def _yaml(value: Any) -> str:
+    """A value in YAML's flow style; a plain word needs no quotes."""
+    if isinstance(value, str) and value.replace("_", "").isalnum() and not value.isdigit():
+        return value
+    return json.dumps(value)
+
+
+def _example(name: str, key: str, option: Schema) -> Any:
+    """A value for an option: its default, or an example it declares, or its first choice."""
+    if "default" in option:
+        return option["default"]
+    choices = [*option.get("examples", []), *option.get("enum", [])]
+    if not choices:
+        raise ValueError(f"{name}: the required option {key!r} needs Field(examples=[...])")
+    return choices[0]
+
+
+def _needs_when(facts: Schema) -> str:
+    cases = facts.get("needs_when", [])
+    return "".join(f"; {c['needs']} with `{c['option']}: {c['value']}`" for c in cases)
+
+
+def _resolve(option: Schema, schema: Schema) -> Schema:
+    ref = option.get("$ref", "").removeprefix("#/$defs/")
+    found: Schema = schema["$defs"][ref] if ref else option
+    return found
+
+
+def _codes(values: list[Any], joint: str = ", ") -> str:
+    return joint.join(f"`{value}`" for value in values)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def main() -> None:
+    """Write the files, and remove pages of passes that are gone."""
+    files = outputs()
+    for path, text in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    for stale in set(PASSES.glob("*.md")) - set(files):
+        stale.unlink()
+    print(f"{len(files)} files written")
+
+
+if __name__ == "__main__":
+    main()
