@@ -130,6 +130,30 @@ def example_sizes(signature: Signature, examples: Sequence[Tensor]) -> dict[str,
     }
 
 
+def other_size_inputs(
+    signature: Signature, examples: Sequence[Tensor], seed: int
+) -> dict[str, Tensor] | None:
+    """Random inputs in which every dynamic dimension that can has another size than the examples.
+
+    The first axis grows by one; others are halved from 32 on and doubled below, which keeps what
+    a model divides by and stays clear of what a convolution needs at least. None where nothing
+    can differ.
+    """
+    sizes = example_sizes(signature, examples)
+    leading = {spec.shape[0] for spec in signature.inputs if spec.shape}
+    other = dict(sizes)
+    for dim, size in sizes.items():
+        bounds = signature.dims.get(dim, DimRange())
+        wanted = [size + 1] if dim in leading else [size // 2] if size >= 32 else [2 * size]
+        for candidate in (*wanted, size + 1, size - 1):
+            if bounds.min <= candidate and (bounds.max is None or candidate <= bounds.max):
+                other[dim] = candidate
+                break
+    if other == sizes:
+        return None
+    return synthetic_inputs(signature, other, torch.Generator().manual_seed(seed))
+
+
 def batch_size(inputs: RawBatch, signature: Signature) -> int:
     """Samples in a batch: the first axis of the first input that has one."""
     for spec in signature.inputs:
