@@ -1,0 +1,138 @@
+"""Rules between fields that a JSON schema cannot say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from graphwright.specs.document import Node, Path, show
+from graphwright.specs.entries import chain_nodes, entry_id
+from graphwright.specs.meant import yaml_text
+from graphwright.specs.schema import Schema
+from graphwright.specs.selector import excludes_only, pattern_faults
+from graphwright.specs.translate import Finding
+
+
+def rule_findings(root: Node, schema: Schema, doubtful: set[Path]) -> Iterator[Finding]:
+    """Findings about fields that are each valid by themselves.
+
+    Args:
+        root: the document, misspelt names already taken for what they mean.
+        schema: what is valid.
+        doubtful: places that are wrong in an unclear way; nothing is concluded from them.
+    """
+    document = root.plain()
+
+    def sound(*path: str | int) -> bool:
+        return not any(
+            path[: len(bad)] == bad or bad[: len(path)] == path for bad in doubtful if bad
+        )
+
+    if sound("model", "kwargs") and sound("model", "factory"):
+        yield from _factory(document.get("model"))
+    yield from _inputs(document.get("model"), sound)
+    if sound("require") and sound("evaluate"):
+        yield from _drop_without_metric(document)
+    if sound("passes") and sound("lower"):
+        yield from _nothing_to_do(document)
+    for index, node in enumerate(chain_nodes(root, "passes")):
+        if sound("passes", index):
+            yield from _selectors(node, index, schema)
+            if sound("calibration"):
+                yield from _calibration(document, node, index, schema)
+
+
+def _factory(model: Any) -> Iterator[Finding]:
+    if isinstance(model, dict) and model.get("kwargs") and not model.get("factory"):
+        message = "kwargs are for a factory, and there is none"
+        yield Finding(("model", "kwargs"), message, at_key=True)
+
+
+def _inputs(model: Any, sound: Callable[..., bool]) -> Iterator[Finding]:
+    inputs = model.get("inputs") if isinstance(model, dict) else None
+    sizes: dict[str, tuple[int, str]] = {}
+    for name, tensor in (inputs if isinstance(inputs, dict) else {}).items():
+        path: Path = ("model", "inputs", name)
+        if not sound(*path):
+            continue
+        low_high = tensor.get("range")
+        if low_high and low_high[0] >= low_high[1]:
+            swapped = yaml_text(low_high[::-1]) if low_high[0] > low_high[1] else ""
+            message = f"expected [low, high) with low < high, got {yaml_text(low_high)}"
+            yield Finding((*path, "range"), message, swapped)
+        if tensor.get("example") is not None:
+            yield from _example(path, tensor["shape"], tensor["example"], sizes)
+
+
+def _example(
+    path: Path, shape: list[int | str], example: list[int], sizes: dict[str, tuple[int, str]]
+) -> Iterator[Finding]:
+    """An example must be a shape that the input can have."""
+    if len(shape) != len(example):
+        message = f"expected one size per dimension of shape {yaml_text(shape)}"
+        message += f", got {yaml_text(example)}"
+        yield Finding((*path, "example"), message)
+        return
+    for axis, (dim, size) in enumerate(zip(shape, example, strict=True)):
+        place = (*path, "example", axis)
+        if isinstance(dim, int):
+            if dim != size:
+                message = f"size {size} does not fit shape {yaml_text(shape)}"
+                yield Finding(place, message, str(dim))
+            continue
+        if size < 2:
+            message = f"dimension {show(dim)} must be traced with 2 or more, or its size is fixed"
+            yield Finding(place, message, "2")
+        first, owner = sizes.setdefault(dim, (size, str(path[-1])))
+        if first != size:
+            message = f"dimension {show(dim)} is {size} here and {first} in input {show(owner)}"
+            yield Finding(place, message, str(first))
+
+
+def _drop_without_metric(document: dict[str, Any]) -> Iterator[Finding]:
+    bounds = document.get("require") or {}
+    if "max_drop" in bounds and "evaluate" not in document:
+        message = "max_drop bounds the loss of a metric, and there is no 'evaluate' section"
+        yield Finding(("require", "max_drop"), message, at_key=True)
+
+
+def _nothing_to_do(document: dict[str, Any]) -> Iterator[Finding]:
+    if not document.get("passes") and not document.get("lower"):
+        message = "neither 'passes' nor 'lower' has an entry: there is nothing to do"
+        yield Finding((), message)
+
+
+def _calibration(
+    document: dict[str, Any], node: Node, index: int, schema: Schema
+) -> Iterator[Finding]:
+    name = entry_id(node)
+    facts = schema.facts(name)
+    if facts is None or "calibration" in document:
+        return
+    options = {} if not node.entries else node.entries[0].node.plain() or {}
+    if facts.needs_with(options, schema.defaults(name)) != "nothing":
+        message = f"{name} needs data, and there is no 'calibration' section"
+        remedy = "add one, such as 'calibration: {data: samples.npz}'"
+        yield Finding(("passes", index), f"{message}; {remedy}")
+
+
+def _selectors(node: Node, index: int, schema: Schema) -> Iterator[Finding]:
+    name = entry_id(node)
+    for entry in (node.entries[0].node.entries or ()) if node.entries else ():
+        patterns = entry.node.plain()
+        if not is_selector(entry.name, schema.options(name).get(entry.name, {})):
+            continue
+        path: Path = ("passes", index, name, entry.name)
+        if not patterns:
+            yield Finding(path, "an empty list selects nothing", "['*']")
+        elif excludes_only(patterns):
+            message = "only exclusions; say first what is selected"
+            yield Finding(path, message, yaml_text(["*", *patterns]))
+        for position, fault, suggestion in pattern_faults(patterns, schema.kinds):
+            yield Finding((*path, position), fault, suggestion)
+
+
+def is_selector(name: str, option: dict[str, Any]) -> bool:
+    """Whether an option of a pass is a list of layer patterns."""
+    marked = option.get("x-graphwright", {}).get("selector") is True
+    return marked or (name == "targets" and option.get("type") == "array")

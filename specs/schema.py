@@ -1,0 +1,140 @@
+"""The shipped schema, and the facts about passes and backends it carries."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+FILE = Path(__file__).with_name("schema.json")
+
+
+@dataclass(frozen=True)
+class PassFacts:
+    """What the class of a pass says about it; see `graphwright.passes.base.Pass`."""
+
+    id: str
+    contract: str
+    needs: str
+    needs_when: tuple[tuple[str, Any, str], ...]
+    after: tuple[str, ...]
+    before: tuple[str, ...]
+    conflicts: tuple[str, ...]
+    lowers_to: tuple[str, ...]
+
+    def needs_with(self, options: dict[str, Any], defaults: dict[str, Any]) -> str:
+        """What the pass needs when it has these options."""
+        for option, value, needs in self.needs_when:
+            if options.get(option, defaults.get(option)) == value:
+                return needs
+        return self.needs
+
+
+class Schema:
+    """The JSON schema of a spec, with the passes and backends that can stand in it."""
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        self.document = document
+
+    @property
+    def definitions(self) -> dict[str, Any]:
+        """Options by pass id and backend name, and the sections."""
+        found: dict[str, Any] = self.document["$defs"]
+        return found
+
+    def names(self, role: str) -> list[str]:
+        """Ids of all passes (role `pass`) or names of all backends (role `backend`)."""
+        return [n for n, d in self.definitions.items() if role in d.get("x-graphwright", {})]
+
+    @cached_property
+    def kinds(self) -> list[str]:
+        """Layer kinds that a selector may name."""
+        found: list[str] = self.document["x-graphwright"]["kinds"]
+        return found
+
+    def options(self, name: str) -> dict[str, Any]:
+        """Schema of each option of a pass or backend, by option name."""
+        found: dict[str, Any] = self.definitions.get(name, {}).get("properties", {})
+        return found
+
+    def defaults(self, name: str) -> dict[str, Any]:
+        """Default of each option that has one."""
+        options = self.options(name).items()
+        return {key: copy.deepcopy(opt["default"]) for key, opt in options if "default" in opt}
+
+    def facts(self, name: str) -> PassFacts | None:
+        """What is known about a pass, or None when there is no such pass."""
+        found = self.definitions.get(name, {}).get("x-graphwright", {})
+        if "pass" not in found:
+            return None
+        when = tuple((w["option"], w["value"], w["needs"]) for w in found.get("needs_when", ()))
+        lists = (tuple(found.get(k, ())) for k in ("after", "before", "conflicts", "lowers_to"))
+        needs = found.get("needs", "nothing")
+        return PassFacts(name, found.get("contract", "exact"), needs, when, *lists)
+
+    def resolve(self, part: dict[str, Any]) -> dict[str, Any]:
+        """`part`, or what its `$ref` points to."""
+        while "$ref" in part:
+            part = self.definitions[part["$ref"].removeprefix("#/$defs/")]
+        return part
+
+    def with_own_passes(self, wanted: Iterable[str]) -> Schema:
+        """This schema and the passes of other packages among `wanted`.
+
+        A pass registered in this process is found at once. Entry points are read, and their
+        modules imported, only for ids that are not built in.
+
+        Raises:
+            ArgumentError: the module of an entry point cannot be imported.
+        """
+        unknown = [name for name in dict.fromkeys(wanted) if name not in self.definitions]
+        classes = {name: cls for name in unknown if (cls := _find_own(name)) is not None}
+        if not classes:
+            return self
+        from graphwright.specs.generate import chain_items, define_pass
+
+        document = copy.deepcopy(self.document)
+        for name, cls in classes.items():
+            document["$defs"] |= define_pass(name, cls)
+        document["properties"]["passes"]["items"] = chain_items(document["$defs"], "pass")
+        return Schema(document)
+
+
+def _find_own(name: str) -> Any:
+    """The class of a pass that does not come with the package, or None."""
+    if name in (registered := _registered()):
+        return registered[name]
+    if name not in _entry_point_names():
+        return None
+    from graphwright.passes.base import find_pass
+
+    return find_pass(name)
+
+
+def own_names() -> list[str]:
+    """Ids of passes of other packages, without importing them; candidates for a suggestion."""
+    return [*_registered(), *_entry_point_names()]
+
+
+def _registered() -> dict[str, Any]:
+    """Passes registered in this process; none as long as nothing imported the passes."""
+    base = sys.modules.get("graphwright.passes.base")
+    return base.registered_passes() if base is not None else {}
+
+
+@lru_cache(maxsize=1)
+def _entry_point_names() -> tuple[str, ...]:
+    from importlib.metadata import entry_points  # 35 ms: only when a name is not built in
+
+    return tuple(sorted({point.name for point in entry_points(group="graphwright.passes")}))
+
+
+@lru_cache(maxsize=1)
+def shipped_schema() -> Schema:
+    """The schema that comes with the package."""
+    return Schema(json.loads(FILE.read_text(encoding="utf-8")))

@@ -1,0 +1,146 @@
+"""The sections of a spec: one declaration for the schema, the help and the typed object."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from graphwright.ir.options import Options
+
+FUNCTION = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
+DIM = r"^[A-Za-z_]\w*$"
+
+Dtype = Literal[
+    "float32", "float16", "bfloat16", "float64",
+    "int64", "int32", "int16", "int8", "uint8", "bool",
+]  # fmt: skip
+Function = Annotated[
+    str, Field(pattern=FUNCTION, json_schema_extra={"x-graphwright": {"is": "module:function"}})
+]
+DimName = Annotated[
+    str, Field(pattern=DIM, json_schema_extra={"x-graphwright": {"is": "dimension name"}})
+]
+Size = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+def _unit(unit: str) -> dict[str, Any]:
+    return {"x-graphwright": {"unit": unit}}
+
+
+class InputSection(Options):
+    """One input tensor of the model."""
+
+    dtype: Dtype
+    """Element type."""
+
+    shape: tuple[Size | DimName, ...]
+    """Sizes; a name in place of a number is a dynamic dimension, shared by the inputs using it."""
+
+    example: tuple[Size, ...] | None = None
+    """Sizes to trace with, one per dimension; 2 or more where the dimension has a name."""
+
+    range: tuple[float, float] | None = None
+    """Values lie in [low, high): token ids below the size of the vocabulary, for instance."""
+
+
+class ModelSection(Options):
+    """What the model file does not say itself."""
+
+    inputs: dict[str, InputSection] = Field(default={})
+    """Inputs by name, in the order the model takes them."""
+
+    factory: Function | None = None
+    """`package.module:function` that builds the module a state dict or safetensors file fills."""
+
+    kwargs: dict[str, Any] = Field(default={})
+    """Keyword arguments of the factory."""
+
+
+class CalibrationSection(Options):
+    """Inputs that passes may look at while they change the program."""
+
+    data: Text
+    """`.npz` or `.safetensors` file or folder of `.npy` files with one array per input, `.txt` file
+    with one text per line, `module:function` that gives batches, or `synthetic`. Paths start at
+    the spec's folder."""
+
+    samples: Size | None = None
+    """How many samples to use, the first ones; all when left out (32 when synthetic)."""
+
+    batch_size: Size = 8
+    """Samples per batch."""
+
+    tokenizer: Text | None = None
+    """Folder with the tokenizer of a `.txt` file, where it is not the model's own."""
+
+    max_length: Size | None = None
+    """Tokens per text at most."""
+
+
+class EvaluateSection(CalibrationSection):
+    """How good the result is, on data that no pass has seen."""
+
+    metric: Literal["cosine", "accuracy", "perplexity", "snr_db"] | Function = "cosine"
+    """Metric, of the original and of the result; `module:function` is one of your own."""
+
+
+class RequireSection(Options):
+    """Bounds the result has to keep; a missed one ends the run with exit status 6."""
+
+    max_drop: Annotated[float | None, Field(ge=0, json_schema_extra=_unit("share"))] = None
+    """Largest loss of the metric from the original to the result, in units of the metric."""
+
+    min_speedup: Annotated[float | None, Field(gt=0, json_schema_extra=_unit("times"))] = None
+    """Least latency of the original divided by that of the result, for every backend."""
+
+    max_file_mb: Annotated[float | None, Field(gt=0, json_schema_extra=_unit("MB"))] = None
+    """Largest artifact, in MB (10^6 bytes)."""
+
+    max_rss_gb: Annotated[float | None, Field(gt=0, json_schema_extra=_unit("GB"))] = None
+    """Largest resident memory of the run, in GB (10^9 bytes)."""
+
+    max_minutes: Annotated[float | None, Field(gt=0, json_schema_extra=_unit("minutes"))] = None
+    """Longest run, in minutes."""
+
+
+class LockSection(Options):
+    """Facts of the run that wrote this file: versions, digests, thread count."""
+
+    model_config = ConfigDict(extra="allow")
+
+    folder: Text = "."
+    """Folder of the original spec as seen from this file; relative paths of data start there."""
+
+
+class Document(Options):
+    """A Graphwright spec: what to do to a model, in which order, and what must hold after."""
+
+    version: Literal[1]
+    """Version of the spec language."""
+
+    model: ModelSection = ModelSection()
+    """What the model file does not say itself."""
+
+    calibration: CalibrationSection | None = None
+    """Inputs that passes may look at while they change the program."""
+
+    evaluate: EvaluateSection | None = None
+    """How good the result is, on data that no pass has seen."""
+
+    require: RequireSection = RequireSection()
+    """Bounds the result has to keep; a missed one ends the run with exit status 6."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of every random stream of the run."""
+
+    passes: tuple[Any, ...] = ()
+    """Passes in order: an id, or one id with its options."""
+
+    lower: tuple[Any, ...] = ()
+    """Backends that the program is lowered to: a name, or one name with its options."""
+
+    lock: LockSection | None = None
+    """Facts of the run that wrote this file (`spec.lock.yaml`)."""
