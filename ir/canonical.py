@@ -12,10 +12,10 @@ import torch
 from torch import fx
 
 from graphwright.ir.edit import Editor, gw_meta, set_gw_meta
+from graphwright.ir.functional import make_functional
 from graphwright.ir.mode import DROPOUTS
 from graphwright.ir.program import Program
-
-aten = torch.ops.aten
+from graphwright.ir.respell import respell
 
 ASSERTIONS = {
     "_assert_tensor_metadata",
@@ -39,9 +39,11 @@ def canonicalize(program: Program) -> Program:
     editor = Editor(program, by="trace")
     editor.changed = True
     _erase_assertions(editor)
-    _make_functional(editor)
-    _respell(editor)
+    lost = make_functional(editor)
+    respell(editor)
     take_out_dropout(editor)
+    if lost:
+        editor.facts.setdefault("trace", {})["updates_dropped"] = lost
     return editor.finish(propagate=True)
 
 
@@ -57,45 +59,6 @@ def _erase_assertions(editor: Editor) -> None:
     for node in reversed(list(editor.graph.nodes)):
         if op_name(node) in ASSERTIONS and not node.users:
             editor.erase(node)
-
-
-def _make_functional(editor: Editor) -> None:
-    """`op_(x, ...)` becomes `op(x, ...)` where x has no alias that is read later."""
-    order = {node: index for index, node in enumerate(editor.graph.nodes)}
-    for node in list(editor.graph.nodes):
-        name = op_name(node)
-        if not name.endswith("_") or name.startswith("__") or name.endswith("__"):
-            continue
-        base = node.args[0]
-        functional = _functional_overload(node)
-        if functional is None or not isinstance(base, fx.Node) or base.op != "call_function":
-            continue
-        later = [user for user in base.users if order[user] > order[node]]
-        if op_name(base) in VIEWS or any(op_name(user) in VIEWS for user in base.users):
-            continue
-        node.target = functional
-        for user in later:
-            user.replace_input_with(base, node)
-
-
-def _functional_overload(node: fx.Node) -> Any:
-    target: Any = node.target
-    packet = getattr(aten, op_name(node)[:-1], None)
-    if target.namespace != "aten" or packet is None:
-        return None
-    return getattr(packet, target._overloadname, None)
-
-
-def _respell(editor: Editor) -> None:
-    for node in list(editor.graph.nodes):
-        if node.op != "call_function":
-            continue
-        if node.target is aten.view.default:
-            # A view was chosen for the strides of one moment; a reshape is right for all.
-            node.target = aten.reshape.default
-        elif node.target in (aten.contiguous.default, aten.detach.default, aten.detach_.default,
-                             aten.alias.default, aten.lift_fresh_copy.default):  # fmt: skip
-            editor.replace(node, node.args[0])  # type: ignore[arg-type]
 
 
 def take_out_dropout(editor: Editor) -> None:

@@ -10,6 +10,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from graphwright.ir.program import Program
+from graphwright.ir.recurrent import shape_function
 
 aten = torch.ops.aten
 
@@ -141,7 +142,7 @@ class Editor:
         """The node's result on fake tensors."""
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         with torch.no_grad(), self.fake_mode:
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            return shape_function(node.target)(*args, **kwargs)
 
     def set_args(self, node: fx.Node, *args: Any, **kwargs: Any) -> None:
         """Changes a call's arguments; shapes behind it are propagated by `finish`."""

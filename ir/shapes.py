@@ -10,6 +10,7 @@ from torch import fx
 from graphwright.ir.edit import fake_mode_of, gw_meta
 from graphwright.ir.errors import ModelError
 from graphwright.ir.program import Program
+from graphwright.ir.recurrent import shape_function
 
 
 def propagate_shapes(program: Program) -> None:
@@ -39,7 +40,7 @@ def _evaluate(node: fx.Node, values: dict[fx.Node, Any], mode: Any) -> Any:
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
     try:
         with mode:
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            return shape_function(node.target)(*args, **kwargs)
     except Exception as error:
         operands = [
             f"{n.name}: {tuple(values[n].shape)}"

@@ -1,0 +1,138 @@
+"""Any calling convention as flat tensors in, flat tuple of tensors out."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphwright.ir.errors import ArgumentError
+from graphwright.ir.signature import flatten, leaf_names, rebuild
+
+POSITIONAL = "*"
+"""Key of arguments that have no name, as those of `forward(*inputs)`."""
+
+
+class _Record:
+    """What a trace saw. Held in an object, since torch resets attributes of a traced module."""
+
+    def __init__(self) -> None:
+        self.structure: Any = None
+        self.dropped: dict[str, str] = {}
+
+
+class FlatModel(nn.Module):
+    """A model that takes flat tensors and returns a flat tuple of tensors.
+
+    Attributes:
+        model: the user's model.
+        inputs: example tensors by input name, in call order.
+        constants: arguments that are no tensors, by name; baked in.
+        record: structure of the last output, and parts of it that hold no tensors we can name.
+    """
+
+    def __init__(self, model: nn.Module, examples: Sequence[Any] | Mapping[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+        arguments = named_arguments(model, examples)
+        tensors: list[torch.Tensor] = []
+        self.trees = {name: _flatten_argument(v, tensors) for name, v in arguments.items()}
+        self.inputs = dict(zip(_input_names(self.trees), tensors, strict=True))
+        self.constants = {
+            name: value
+            for name, value in arguments.items()
+            if isinstance(value, bool | int | float | str)
+        }
+        self.record = _Record()
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        arguments = {name: rebuild(tree, tensors) for name, tree in self.trees.items()}
+        positional = arguments.pop(POSITIONAL, ())
+        leaves: list[torch.Tensor] = []
+        record = _Record()
+        output = self.model(*positional, **arguments)
+        record.structure = flatten(_nameable(output, "", record.dropped), leaves)
+        self.record.__dict__.update(record.__dict__)
+        return tuple(leaves)
+
+
+def named_arguments(
+    model: nn.Module, examples: Sequence[Any] | Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of one call by name; unnamed ones as a tuple under `*`.
+
+    A mapping whose keys are no parameters of a `forward` that takes one argument is itself that
+    argument (models that take one dict).
+    """
+    if isinstance(examples, torch.Tensor):
+        examples = (examples,)
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if isinstance(examples, Mapping):
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        unknown = [name for name in examples if name not in names]
+        required = [p.name for p in parameters if p.default is p.empty and p.name in names]
+        if unknown and len(required) == 1 and required[0] not in examples:
+            return {required[0]: dict(examples)}
+        if unknown and not takes_any:
+            raise ArgumentError(f"the model takes no {unknown}; its arguments are {names}")
+        return dict(examples)
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if len(positional) < len(examples):
+        return {POSITIONAL: tuple(examples)}
+    return dict(zip(positional, examples, strict=False))
+
+
+def _flatten_argument(value: Any, leaves: list[Any]) -> Any:
+    """As `flatten`; an object that is no container is baked in as it is."""
+    try:
+        return flatten(value, leaves)
+    except TypeError:
+        return {"value": value}
+
+
+def _input_names(trees: dict[str, Any]) -> list[str]:
+    """One identifier per tensor. The name of an argument is left out where it is the only one."""
+    leaves = dict(leaf_names({"dict": trees}))
+    names: list[str] = []
+    for index in range(len(leaves)):
+        name = leaves[index].removeprefix(f"{POSITIONAL}_")
+        (only,) = trees if len(trees) == 1 else ("",)
+        name = name.removeprefix(f"{only}_") if only else name
+        name = re.sub(r"\W", "_", name)
+        name = name if name.isidentifier() else f"input_{name}"
+        while name in names:
+            name += "_"
+        names.append(name)
+    return names
+
+
+def _nameable(value: Any, path: str, dropped: dict[str, str]) -> Any:
+    """The output with symbolic sizes as tensors, and objects that hold no tensors left out."""
+    if isinstance(value, torch.SymInt | torch.SymFloat):
+        dtype = torch.int64 if isinstance(value, torch.SymInt) else torch.float32
+        return torch.scalar_tensor(value, dtype=dtype)
+    if isinstance(value, dict) and type(value) is not dict:
+        # A record as transformers' ModelOutput: a dict that knows its fields.
+        items = {k: _nameable(v, f"{path}.{k}", dropped) for k, v in value.items()}
+        return _Named(items)
+    if type(value) is dict:
+        return {k: _nameable(v, f"{path}.{k}", dropped) for k, v in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_nameable(v, f"{path}.{i}", dropped) for i, v in enumerate(value))
+    try:
+        flatten(value, [])
+    except TypeError:
+        if not path:
+            raise
+        dropped[path.lstrip(".")] = type(value).__name__
+        return None
+    return value
+
+
+class _Named(dict[str, Any]):
+    """Marks a record, so that its structure is `named` and comes back with attributes."""

@@ -1,0 +1,116 @@
+"""Puts a model into the state in which it can be traced, and back."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphwright.ir.recurrent import whole_recurrent_layers
+
+
+@contextlib.contextmanager
+def traceable(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no key-value cache, experts as batched products, no gradients, no chatter.
+
+    Everything is put back on the way out, training flags module by module.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_inference_mode(model))
+        stack.enter_context(_no_cache(model))
+        stack.enter_context(_batched_experts(model))
+        stack.enter_context(_given_masks())
+        stack.enter_context(whole_recurrent_layers())
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.no_grad())
+        yield
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Holds back what torch.export prints: whole graphs and advice about torch's internals."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+@contextlib.contextmanager
+def _inference_mode(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextlib.contextmanager
+def _no_cache(model: nn.Module) -> Iterator[None]:
+    """A key-value cache among the outputs is Python state, which no graph can hold."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    found = [c for c in configs.values() if getattr(c, "use_cache", False) is True]
+    for config in found:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in found:
+            config.use_cache = True
+
+
+@contextlib.contextmanager
+def _batched_experts(model: nn.Module) -> Iterator[None]:
+    """Mixture-of-experts layers of transformers loop over the experts that were hit, or call an
+    op no backend knows; `batched_mm` is the form that is plain matrix products."""
+    restore: list[tuple[Any, Any]] = []
+    for module in model.modules():
+        settable = getattr(module, "_can_set_experts_implementation", None)
+        if settable is None or not settable():
+            continue
+        config: Any = module.config
+        before = getattr(config, "_experts_implementation", None)
+        try:
+            module.set_experts_implementation("batched_mm")  # type: ignore[operator]
+        except (ValueError, RuntimeError):
+            continue
+        restore.append((module, before))
+    try:
+        yield
+    finally:
+        for module, before in reversed(restore):
+            with contextlib.suppress(ValueError, RuntimeError):
+                module.set_experts_implementation(before)
+
+
+@contextlib.contextmanager
+def _given_masks() -> Iterator[None]:
+    """nn.Transformer compares a mask with the causal one, a branch on data, to pass a hint on.
+
+    The hint only chooses a faster kernel; without it the mask itself is used.
+    """
+    module = nn.modules.transformer
+    before = getattr(module, "_detect_is_causal_mask", None)
+    if before is None:
+        yield
+        return
+
+    def hint(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
+        return is_causal is True
+
+    module._detect_is_causal_mask = hint
+    try:
+        yield
+    finally:
+        module._detect_is_causal_mask = before

@@ -1,0 +1,80 @@
+"""What torch.export says, in the user's terms: which of their lines, why, what to do instead."""
+
+from __future__ import annotations
+
+import os
+import re
+import traceback
+
+import torch
+
+from graphwright.ir.errors import ModelError
+
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_LIBRARY = os.path.dirname(os.path.abspath(traceback.__file__)) + os.sep + "contextlib"
+_OWN = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
+REMEDIES = (
+    (
+        r"data-dependent|DataDependent|Eq\(u\d+|\bu\d+\b",
+        "a branch or a size depends on the values of a tensor, which a graph cannot hold",
+        "Use torch.where or masking instead of `if`, `.item()`, `.tolist()` or a loop over values.",
+    ),
+    (
+        r"numpy|\.numpy\(\)|__array__",
+        "a tensor is turned into a NumPy array, where tracing cannot follow",
+        "Use the torch function of the same name.",
+    ),
+    (
+        r"mutat\w+ .*(input|attribute)|assigned during export|attributes .* were assigned",
+        "the forward method changes the module's own attributes",
+        "Return the value instead, or register it as a buffer.",
+    ),
+    (
+        r"deepcopy|pickle|generator|torch\.jit|ScriptModule",
+        "the forward method goes through code that torch.export cannot see into",
+        "Call the plain Python form of the function.",
+    ),
+    (
+        r"specializ|Constraints violated|could not prove|0/1",
+        "the model fixes a dimension that was asked to be free",
+        "Leave that dimension out of `dynamic`, or change the line that fixes it.",
+    ),
+)
+
+
+def user_line(error: BaseException) -> tuple[str, str]:
+    """("path:line", source text) of the innermost frame that is the user's; empty when none is.
+
+    Frames of torch, of this package, and of generated code are left out. What remains innermost
+    is the model's own code, or that of the library the model comes from.
+    """
+    frames = list(traceback.extract_tb(error.__traceback__))
+    ours = [i for i, f in enumerate(frames) if os.path.abspath(f.filename).startswith(_OWN)]
+    # What called `trace` lies outside our own innermost frame; the model's code lies inside.
+    inner = frames[ours[-1] + 1 :] if ours else frames
+    model = [
+        frame
+        for frame in inner
+        if not frame.filename.startswith("<")
+        and not os.path.abspath(frame.filename).startswith((_TORCH, _LIBRARY))
+    ]
+    if not model:
+        return "", ""
+    return f"{model[-1].filename}:{model[-1].lineno}", (model[-1].line or "").strip()
+
+
+def explain(error: BaseException) -> ModelError:
+    """The refusal for a failed trace: the user's line, the reason, the remedy."""
+    place, code = user_line(error)
+    message = str(error).strip() or type(error).__name__
+    reason, fix = "", "Change that line to plain tensor operations."
+    for pattern, meaning, remedy in REMEDIES:
+        if re.search(pattern, f"{type(error).__name__} {message}"):
+            reason, fix = meaning, remedy
+            break
+    first = re.split(r"\n|(?<=\.)\s", message)[0][:300]
+    text = f"the model cannot be traced: {reason or first}"
+    details = [f"> {code}"] if code else []
+    details += [f"torch says: {first}"] if reason else []
+    return ModelError(text, where=place, fix=fix, details=tuple(details))
