@@ -463,7 +463,7 @@ class _Job:
 
         write_report(report, program, staging)
         lock = {"environment": environment(), "model": {"sha256": loaded.sha256}}
-        write_lock(self.spec, lock, staging / "spec.lock.yaml")
+        write_lock(self.spec, lock, staging / "spec.lock.yaml", home=self.place.out)
 
     def _require(self, report: dict[str, Any]) -> None:
         missed = [row for row in report["require"] if not row["met"]]

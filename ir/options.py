@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Options(BaseModel):
@@ -20,3 +22,9 @@ class Options(BaseModel):
         defer_build=True,
         protected_namespaces=(),
     )
+
+
+Selector = Annotated[
+    tuple[str, ...], Field(json_schema_extra={"x-graphwright": {"selector": True}})
+]
+"""An option that is a list of layer patterns; the spec checks their syntax. See `ir/select.py`."""

@@ -120,10 +120,11 @@ def _selectors(node: Node, index: int, schema: Schema) -> Iterator[Finding]:
     name = entry_id(node)
     for entry in (node.entries[0].node.entries or ()) if node.entries else ():
         patterns = entry.node.plain()
-        if not is_selector(entry.name, schema.options(name).get(entry.name, {})):
+        option = schema.options(name).get(entry.name, {})
+        if not is_selector(entry.name, option):
             continue
         path: Path = ("passes", index, name, entry.name)
-        if not patterns:
+        if not patterns and option.get("default") != []:
             yield Finding(path, "an empty list selects nothing", "['*']")
         elif excludes_only(patterns):
             message = "only exclusions; say first what is selected"

@@ -200,17 +200,21 @@ def resolve(spec: Spec) -> dict[str, Any]:
     return document
 
 
-def write_lock(spec: Spec, extra: Mapping[str, Any], path: str | Path) -> None:
+def write_lock(
+    spec: Spec, extra: Mapping[str, Any], path: str | Path, *, home: str | Path | None = None
+) -> None:
     """Writes `spec.lock.yaml`; the same spec and facts give the same bytes.
 
     Args:
         spec: what was compiled.
         extra: plain facts for the `lock` section: versions, thread count, digests.
-        path: the file. Relative paths in the spec keep their meaning when it is read again from
-            the same place.
+        path: the file.
+        home: folder the file will be read from, when it is moved later; relative paths in the
+            spec keep their meaning there.
     """
     path = Path(path)
-    folder = Path(os.path.relpath(spec.folder.resolve(), path.resolve().parent)).as_posix()
+    home = Path(home or path.parent).resolve()
+    folder = Path(os.path.relpath(spec.folder.resolve(), home)).as_posix()
     lock = {"folder": folder, **{key: extra[key] for key in sorted(extra)}}
     header = (
         "# Written by graphwright: the spec as it was compiled. Compiling from it repeats it.\n"

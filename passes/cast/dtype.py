@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from graphwright.ir.canonical import op_name
 from graphwright.ir.edit import Editor
+from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
 from graphwright.ir.select import select
 from graphwright.passes.base import Action, Context, Options, Pass, Result
@@ -32,7 +33,7 @@ class DtypeOptions(Options):
     to: Literal["float16", "bfloat16"] = "float16"
     """Type of weights and arithmetic."""
 
-    keep: tuple[str, ...] = ()
+    keep: Selector = ()
     """Layers that stay in float32: selector patterns over names and kinds."""
 
     keep_ops: tuple[str, ...] = ()
