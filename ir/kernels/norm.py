@@ -19,10 +19,10 @@ WIDEST_ROW = 16384
 @triton.jit
 def norm_kernel(
     x, residual, weight, bias, y, total, columns, x_stride, residual_stride, eps,
-    HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    CENTERED: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, KEEP_SUM: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, CENTERED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y = norm(x + residual), total = x + residual; `total` unused without a residual."""
+    """y = norm(x + residual), total = x + residual; `total` written with KEEP_SUM only."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < columns
@@ -31,8 +31,9 @@ def norm_kernel(
         place = residual + row * residual_stride + column
         value += tl.load(place, mask=inside, other=0.0).to(tl.float32)
         # The stored sum is what eager normalizes: round first, or the two disagree.
-        rounded = value.to(total.dtype.element_ty)
-        tl.store(total + row * columns + column, rounded, mask=inside)
+        rounded = value.to(y.dtype.element_ty)
+        if KEEP_SUM:
+            tl.store(total + row * columns + column, rounded, mask=inside)
         value = rounded.to(tl.float32)
     if CENTERED:
         # masked again: the lanes beyond the row would add mean^2 to the variance
@@ -57,16 +58,17 @@ def _launch(
     bias: Tensor | None,
     eps: float,
     centered: bool,
+    keep_sum: bool,
 ) -> tuple[Tensor, Tensor]:
     rows, y = as_rows(x), new_like(x)
-    total = y if residual is None else new_like(x)
+    total = new_like(x) if keep_sum else y.new_empty(0)
     added = rows if residual is None else as_rows(residual)
     block = triton.next_power_of_2(rows.shape[1])
     norm_kernel[(rows.shape[0],)](
         rows, added, rows if weight is None else weight.contiguous(),
         rows if bias is None else bias.contiguous(), y, total,
         rows.shape[1], rows.stride(0), added.stride(0), eps,
-        HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None,
+        HAS_RESIDUAL=residual is not None, KEEP_SUM=keep_sum, HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None, CENTERED=centered, BLOCK=block, num_warps=warps_for(block),
     )  # fmt: skip
     return y, total
@@ -77,25 +79,47 @@ def _fits(x: Tensor, *others: Tensor | None) -> bool:
 
 
 def _launch_add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    keep_sum: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    return _launch(x, residual, weight, bias, eps, centered=True)
+    return _launch(x, residual, weight, bias, eps, centered=True, keep_sum=keep_sum)
 
 
 def _launch_add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, keep_sum: bool = True
 ) -> tuple[Tensor, Tensor]:
-    return _launch(x, residual, weight, None, eps, centered=False)
+    return _launch(x, residual, weight, None, eps, centered=False, keep_sum=keep_sum)
 
 
 def _launch_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    return _launch(x, None, weight, None, eps, centered=False)[0]
+    return _launch(x, None, weight, None, eps, centered=False, keep_sum=False)[0]
 
 
-add_layer_norm = Kernel(
-    lambda x, residual, weight, bias, eps: _fits(x, residual, weight, bias), _launch_add_layer_norm
-)
-add_rms_norm = Kernel(
-    lambda x, residual, weight, eps: _fits(x, residual, weight), _launch_add_rms_norm
-)
-rms_norm = Kernel(lambda x, weight, eps: _fits(x, weight), _launch_rms_norm)
+def _fits_add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    keep_sum: bool = True,
+) -> bool:
+    return x.shape == residual.shape and _fits(x, residual, weight, bias)
+
+
+def _fits_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, keep_sum: bool = True
+) -> bool:
+    return x.shape == residual.shape and _fits(x, residual, weight)
+
+
+def _fits_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> bool:
+    return _fits(x, weight)
+
+
+add_layer_norm = Kernel(_fits_add_layer_norm, _launch_add_layer_norm)
+add_rms_norm = Kernel(_fits_add_rms_norm, _launch_add_rms_norm)
+rms_norm = Kernel(_fits_rms_norm, _launch_rms_norm)

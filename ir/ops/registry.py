@@ -181,7 +181,9 @@ def _backward_of(eager: Callable[..., Any]) -> Callable[..., Any]:
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Recompute the eager reference and differentiate it."""
         saved: Iterator[Tensor] = iter(ctx.saved_tensors)
-        needed: tuple[bool, ...] = ctx.needs_input_grad
+        # the dispatcher leaves out trailing arguments that equal their defaults; never tensors
+        absent = len(ctx.is_tensor) - len(ctx.needs_input_grad)
+        needed: tuple[bool, ...] = (*ctx.needs_input_grad, *(False,) * absent)
         inputs: list[Any] = [
             next(saved).detach().requires_grad_(needs) if is_tensor else other
             for is_tensor, other, needs in zip(ctx.is_tensor, ctx.others, needed, strict=True)

@@ -79,6 +79,7 @@ def cases() -> Iterator[Case]:
             | {"eps": "fp32"},
             {
                 "HAS_RESIDUAL": True,
+                "KEEP_SUM": True,
                 "HAS_WEIGHT": True,
                 "HAS_BIAS": centered,
                 "CENTERED": centered,
