@@ -1,0 +1,272 @@
+"""Checks the graph of an export archive before torch sees it; drops what a program does not need.
+
+`torch.export.load` evaluates size expressions, executes guards, resolves operators by attribute
+look-up from `torch`, and pastes names into the Python source of the graph. So every string that
+goes one of these ways must match a grammar here. Nothing is executed by the scan.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from graphwright.ir.errors import ModelError
+
+NAMESPACES = {
+    "aten": "",
+    "prims": "",
+    "graphwright": "graphwright.ir.ops",
+    "quantized_decomposed": "torch.ao.quantization.fx._decomposed",
+    "torchvision": "torchvision",
+    "torchaudio": "torchaudio",
+    "transformers": "transformers.integrations.moe",
+}
+"""Operator namespaces without side effects, each with the module that registers it."""
+
+DENIED_OPS = frozenset({"from_file", "save", "load", "_load_for_executorch", "_print", "warn"})
+"""Operators of these namespaces that touch files or the console."""
+
+HIGHER_ORDER = frozenset(
+    {
+        "cond", "while_loop", "map_impl", "scan", "associative_scan", "autograd_function_apply",
+        "wrap_with_set_grad_enabled", "wrap_with_autocast", "flex_attention", "invoke_subgraph",
+        "wrap", "checkpoint", "tag_activation_checkpoint", "auto_functionalized",
+        "auto_functionalized_v2",
+    }
+)  # fmt: skip
+
+PYTHON_OPS = frozenset(
+    f"_operator.{name}"
+    for name in (
+        "getitem", "add", "mul", "sub", "truediv", "floordiv", "mod", "pow", "neg", "abs",
+        "ge", "le", "gt", "lt", "eq", "ne", "and_", "or_", "not_", "lshift", "rshift",
+    )
+) | {"math.ceil", "math.floor", "math.trunc"}  # fmt: skip
+
+TORCH_FUNCTIONS = re.compile(r"torch\.sym_(int|float|ite|max|min|not|sqrt|sum)")
+
+_EXPR_NAMES = frozenset(
+    {
+        "Symbol", "Integer", "Float", "Rational", "Mul", "Add", "Pow", "Mod", "PythonMod",
+        "FloorDiv", "CleanDiv", "CeilDiv", "ModularIndexing", "Max", "Min", "Eq", "Ne", "Lt", "Le",
+        "Gt", "Ge", "Equality", "Unequality", "StrictLessThan", "LessThan", "StrictGreaterThan",
+        "GreaterThan", "And", "Or", "Not", "Where", "CeilToInt", "FloorToInt", "TruncToInt",
+        "TruncToFloat", "RoundToInt", "ToFloat", "FloatTrueDiv", "IntTrueDiv", "FloatPow",
+        "PowByNatural", "LShift", "RShift", "Identity", "Abs", "floor", "ceiling", "oo", "int_oo",
+        "true", "false", "True", "False", "positive", "integer", "nonnegative", "real", "precision",
+        "IsNonOverlappingAndDenseIndicator", "evaluate", "zoo", "nan", "Half", "One", "Zero",
+        "NegativeOne", "Infinity", "NegativeInfinity", "BooleanTrue", "BooleanFalse",
+    }
+)  # fmt: skip
+_SYMBOL = re.compile(r"(zuf|zf|s|u|f|i|us)\d+|[A-Za-z_]\w{0,63}")
+_EXPR_TOKEN = re.compile(r"\s+|\d+(?:\.\d*)?(?:e[+-]?\d+)?|'[A-Za-z_]\w{0,63}'|[A-Za-z_]\w*|[-+*/%(),=<>~&|]")
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+_QUALIFIED = re.compile(r"[\w.:/@\-]*")
+_TREE_TYPES = frozenset(
+    {"builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"}
+)
+_GUARD_CALLS = frozenset({"size", "stride", "storage_offset", "dim", "numel", "ndimension"})
+_GUARD_FUNCTIONS = frozenset({"max", "min", "abs", "len"})
+_GUARD_NODES = (
+    ast.Expression, ast.Compare, ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Constant, ast.Subscript,
+    ast.Load, ast.boolop, ast.operator, ast.unaryop, ast.cmpop,
+)  # fmt: skip
+KEPT_METADATA = frozenset({"nn_module_stack", "custom"})
+
+
+def scan_model(model: Any, where: str) -> dict[str, Any]:
+    """The archive's `model.json` with guards and stray metadata dropped, every string checked.
+
+    Args:
+        model: the JSON value of `models/<name>.json`.
+        where: file, for messages.
+
+    Raises:
+        ModelError: it could run code, or is not what torch writes; lists what was found.
+    """
+    try:
+        found = list(_problems(model))
+        if not found:
+            return _reduced(model)
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise ModelError(
+            "the graph in the archive is not what torch.export writes",
+            where=where,
+            details=(f"{type(error).__name__}: {error}",),
+        ) from error
+    raise ModelError(
+        "this export archive could run code when it is opened",
+        where=where,
+        fix="Do not open it unless you trust its maker; --allow-pickle then opens it.",
+        details=tuple(found[:8]),
+    )
+
+
+def _problems(model: dict[str, Any]) -> Iterator[str]:
+    graph_module = model["graph_module"]
+    for guard in model.get("guards_code") or []:
+        if not is_plain_guard(str(guard)):
+            yield f"guard: {_short(guard)}"
+    yield from _in_value(graph_module["graph"])
+    yield from _in_value(graph_module["signature"])
+    for name in model.get("range_constraints") or {}:
+        if not _SYMBOL.fullmatch(name):
+            yield f"size symbol: {_short(name)}"
+    for entry in graph_module.get("module_call_graph") or []:
+        if not _QUALIFIED.fullmatch(entry["fqn"]):
+            yield f"module name: {_short(entry['fqn'])}"
+        if entry.get("signature"):
+            yield from _in_call(entry["signature"])
+
+
+def _in_call(signature: dict[str, Any]) -> Iterator[str]:
+    for name in signature.get("forward_arg_names") or []:
+        if not _IDENTIFIER.fullmatch(name):
+            yield f"argument name: {_short(name)}"
+    for key in ("in_spec", "out_spec"):
+        _, tree = json.loads(signature[key])
+        yield from _in_tree(tree)
+    yield from _in_value([signature["inputs"], signature["outputs"]])
+
+
+def _in_tree(tree: dict[str, Any]) -> Iterator[str]:
+    """Output trees: a context may hold keys of a dict, never a class or a module to import."""
+    kind, context = tree["type"], tree["context"]
+    if kind is not None:
+        keys = json.loads(context) if isinstance(context, str) else context
+        plain = keys is None or (
+            isinstance(keys, list) and all(_is_plain_key(key) for key in keys)
+        )
+        if kind in _TREE_TYPES:
+            if not plain:
+                yield f"container context: {_short(context)}"
+        elif not _QUALIFIED.fullmatch(kind) or "defaultdict" in kind or "__enum__" in str(context):
+            yield f"container {_short(kind)} with context {_short(context)}"
+    for child in tree["children_spec"]:
+        yield from _in_tree(child)
+
+
+def _is_plain_key(key: object) -> bool:
+    if isinstance(key, str):
+        return _QUALIFIED.fullmatch(key) is not None
+    return isinstance(key, int)
+
+
+def _in_value(value: Any, key: str = "") -> Iterator[str]:
+    """Walks graph and signature; the key a string stands under says which grammar it must match."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            if key in ("tensor_values", "sym_int_values", "sym_float_values", "sym_bool_values"):
+                yield from _identifier(name)
+            if name == "metadata":
+                continue  # reduced to plain strings below, never looked up
+            if name in ("custom_obj", "as_custom_obj", "custom_obj_values") and part:
+                yield "a torch-bind object among the inputs or constants"
+            yield from _in_value(part, name)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _in_value(part, key)
+    elif isinstance(value, str):
+        yield from _in_string(value, key)
+
+
+def _in_string(value: str, key: str) -> Iterator[str]:
+    if key in ("name", "as_name"):
+        yield from _identifier(value)
+    elif key in ("target", "as_operator"):
+        if not is_plain_operator(value):
+            yield f"operator: {_short(value)}"
+    elif key == "expr_str":
+        if not is_plain_expression(value):
+            yield f"size expression: {_short(value)}"
+    elif key.endswith("_name") and not _QUALIFIED.fullmatch(value):
+        yield f"tensor name: {_short(value)}"
+
+
+def _identifier(name: str) -> Iterator[str]:
+    if name and not _IDENTIFIER.fullmatch(name):
+        yield f"node name: {_short(name)}"
+
+
+def is_plain_operator(target: str) -> bool:
+    """Whether a call target is an operator known to have no effect but its result."""
+    if target in PYTHON_OPS or TORCH_FUNCTIONS.fullmatch(target):
+        return True
+    parts = target.split(".")
+    if parts[:2] != ["torch", "ops"] or not all(_IDENTIFIER.fullmatch(p) for p in parts):
+        return False
+    if len(parts) == 4 and parts[2] == "higher_order":
+        return parts[3] in HIGHER_ORDER
+    return len(parts) in (4, 5) and parts[2] in NAMESPACES and parts[3] not in DENIED_OPS
+
+
+def is_plain_expression(text: str) -> bool:
+    """Whether a size expression is arithmetic on numbers and size symbols."""
+    position = 0
+    while position < len(text):
+        match = _EXPR_TOKEN.match(text, position)
+        if match is None:
+            return False
+        token = match.group()
+        position = match.end()
+        if token[0].isalpha() or token[0] == "_":
+            if token not in _EXPR_NAMES and not re.fullmatch(r"(zuf|zf|s|u)\d+", token):
+                return False
+        elif token[0] == "'" and text[: match.start()].rstrip()[-7:] != "Symbol(":
+            return False
+    return len(text) < 10_000
+
+
+def is_plain_guard(text: str) -> bool:
+    """Whether a guard is a comparison of input sizes and constants."""
+    try:
+        tree = ast.parse(text, mode="eval")
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return False
+    callees = {id(n.func): n for n in ast.walk(tree) if isinstance(n, ast.Call)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            if node.keywords:
+                return False
+        elif isinstance(node, ast.Attribute):
+            if node.attr not in _GUARD_CALLS or id(node) not in callees:
+                return False
+        elif isinstance(node, ast.Name):
+            if id(node) in callees:
+                if node.id not in _GUARD_FUNCTIONS:
+                    return False
+            elif node.id.startswith("__"):
+                return False
+        elif not isinstance(node, _GUARD_NODES):
+            return False
+    return True
+
+
+def _reduced(model: dict[str, Any]) -> dict[str, Any]:
+    """The model without guards (we check inputs ourselves) and without metadata torch resolves."""
+    model = {**model, "guards_code": []}
+    for graph in _graphs(model["graph_module"]["graph"]):
+        for node in graph["nodes"]:
+            kept = {k: v for k, v in (node.get("metadata") or {}).items() if k in KEPT_METADATA}
+            node["metadata"] = kept
+    return model
+
+
+def _graphs(value: Any) -> Iterator[dict[str, Any]]:
+    """The graph and the graphs nested in its calls."""
+    if isinstance(value, dict):
+        if "nodes" in value and "tensor_values" in value:
+            yield value
+        for part in value.values():
+            yield from _graphs(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _graphs(part)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return repr(text if len(text) <= 100 else text[:97] + "...")
