@@ -59,6 +59,7 @@ class Pass:
         contract: `exact` (same function up to rounding), `identity_at_init` (same function until
             trained) or `lossy` (changes it by a measured amount).
         needs: `nothing`, `calibration`, `gradients` or `training`.
+        needs_with: what it needs instead when an option has a value, by (option, value).
         tolerance: for the first two contracts, the largest relative error ||a-b||/||a|| in
             float32 that still counts as rounding.
         papers: ids of the papers it implements.
@@ -72,6 +73,7 @@ class Pass:
     Options: ClassVar[type[Options]] = Options
     contract: ClassVar[Contract] = "exact"
     needs: ClassVar[Need] = "nothing"
+    needs_with: ClassVar[Mapping[tuple[str, Any], Need]] = {}
     tolerance: ClassVar[float] = 1e-5
     papers: ClassVar[tuple[str, ...]] = ()
     after: ClassVar[tuple[str, ...]] = ()
@@ -127,7 +129,7 @@ class Pass:
 
     def execute(self, program: Program, context: Context) -> Result:
         """Runs the pass and adds its provenance; no check of the contract."""
-        if self.needs == "calibration" and context.calibration is None:
+        if self.needed == "calibration" and context.calibration is None:
             raise ArgumentError(
                 f"{self.id} needs calibration data",
                 fix="Give the spec a `calibration` section, or pass calibration=batches.",
@@ -141,6 +143,14 @@ class Pass:
         """What this pass, with these options, says of its effect on the function."""
         bound = getattr(self.options, "max_error", None)
         return Promise(self.id, self.contract, self.tolerance, bound)
+
+    @property
+    def needed(self) -> Need:
+        """What this instance needs, given its options."""
+        for (option, value), need in self.needs_with.items():
+            if getattr(self.options, option) == value:
+                return need
+        return self.needs
 
     def resolved_options(self) -> dict[str, Any]:
         """All options with their defaults, as plain data."""

@@ -86,5 +86,5 @@ def type_text(option: dict[str, Any], schema: Schema) -> str:
 def _needs(schema: Schema, name: str) -> str:
     facts = schema.facts(name)
     assert facts is not None  # callers pass known ids
-    when = [f"{needs} with {o}: {yaml_text(v)}" for o, v, needs in facts.needs_when]
+    when = [f"{needs} with {o}: {yaml_text(v)}" for o, v, needs in facts.needs_with]
     return "; ".join([facts.needs, *when] if facts.needs != "nothing" or not when else when)

@@ -111,7 +111,8 @@ def make_validator(schema: dict[str, Any]) -> Any:
     checker = Draft202012Validator.TYPE_CHECKER.redefine_many(
         {name: lambda _, value, name=name: is_type(value, name) for name in ("integer", "number")}
     )
-    return extend(Draft202012Validator, type_checker=checker)(schema)
+    strict: Any = extend  # has no types
+    return strict(Draft202012Validator, type_checker=checker)(schema)
 
 
 def _put(node: Node, value: Any) -> None:

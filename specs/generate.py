@@ -56,10 +56,11 @@ def build_schema(
 def define_pass(name: str, cls: type[Pass]) -> dict[str, Any]:
     """Definitions of a pass: its options and what its class says about it."""
     facts = {fact: _plain(getattr(cls, fact)) for fact in FACTS if _plain(getattr(cls, fact, None))}
-    if isinstance(inspect.getattr_static(cls, "needs", None), property):
-        facts["needs"] = _needs(cls, {})
-    if dependent := _dependent_needs(cls, facts.get("needs")):
-        facts["needs_when"] = dependent
+    if cls.needs_with:
+        facts["needs_with"] = [
+            {"option": option, "value": value, "needs": need}
+            for (option, value), need in cls.needs_with.items()
+        ]
     return _define(name, cls, {"pass": name, **facts}, _first_line(cls.__doc__))
 
 
@@ -115,26 +116,6 @@ def tidy(schema: Any) -> Any:
         else:
             result["anyOf"] = rest
     return result
-
-
-def _dependent_needs(cls: Any, usual: Any) -> list[dict[str, Any]]:
-    """Option values with which an instance needs something else than its class says."""
-    found = []
-    for option, schema in tidy(cls.Options.model_json_schema()).get("properties", {}).items():
-        for value in schema.get("enum", []):
-            needs = _needs(cls, {option: value})
-            if needs is not None and needs != usual:
-                found.append({"option": option, "value": value, "needs": needs})
-    return found
-
-
-def _needs(cls: Any, options: dict[str, Any]) -> Any:
-    from graphwright.ir.errors import ArgumentError
-
-    try:
-        return _plain(cls(**options).needs)
-    except ArgumentError:  # other options are required beside this one
-        return None
 
 
 def _plain(value: Any) -> Any:

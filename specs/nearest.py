@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 _ALSO_CALLED = {
@@ -77,6 +78,9 @@ def _edits(written: str, name: str) -> float:
         return 0.1 if written.lower() == name.lower() else 0.2
     if a.rstrip("s") == b.rstrip("s"):
         return 0.7
+    apart = sum(((Counter(a) - Counter(b)) | (Counter(b) - Counter(a))).values())
+    if apart > 2 * max(1.1, len(b) / 3):  # far too many letters differ: no need to align them
+        return float(apart)
     two_back: list[float] = []
     previous = [float(j) for j in range(len(b) + 1)]
     for i in range(1, len(a) + 1):

@@ -110,7 +110,7 @@ def _calibration(
     if facts is None or "calibration" in document:
         return
     options = {} if not node.entries else node.entries[0].node.plain() or {}
-    if facts.needs_with(options, schema.defaults(name)) != "nothing":
+    if facts.needed(options, schema.defaults(name)) != "nothing":
         message = f"{name} needs data, and there is no 'calibration' section"
         remedy = "add one, such as 'calibration: {data: samples.npz}'"
         yield Finding(("passes", index), f"{message}; {remedy}")

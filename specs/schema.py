@@ -21,15 +21,15 @@ class PassFacts:
     id: str
     contract: str
     needs: str
-    needs_when: tuple[tuple[str, Any, str], ...]
+    needs_with: tuple[tuple[str, Any, str], ...]
     after: tuple[str, ...]
     before: tuple[str, ...]
     conflicts: tuple[str, ...]
     lowers_to: tuple[str, ...]
 
-    def needs_with(self, options: dict[str, Any], defaults: dict[str, Any]) -> str:
+    def needed(self, options: dict[str, Any], defaults: dict[str, Any]) -> str:
         """What the pass needs when it has these options."""
-        for option, value, needs in self.needs_when:
+        for option, value, needs in self.needs_with:
             if options.get(option, defaults.get(option)) == value:
                 return needs
         return self.needs
@@ -72,7 +72,7 @@ class Schema:
         found = self.definitions.get(name, {}).get("x-graphwright", {})
         if "pass" not in found:
             return None
-        when = tuple((w["option"], w["value"], w["needs"]) for w in found.get("needs_when", ()))
+        when = tuple((w["option"], w["value"], w["needs"]) for w in found.get("needs_with", ()))
         lists = (tuple(found.get(k, ())) for k in ("after", "before", "conflicts", "lowers_to"))
         needs = found.get("needs", "nothing")
         return PassFacts(name, found.get("contract", "exact"), needs, when, *lists)
