@@ -1,0 +1,129 @@
+"""What `report.json` holds. Keys declared here are stable; further ones may be added."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+
+class Figures(_Part):
+    """Distance between two sets of outputs; a figure that is not finite is None.
+
+    `snr_db: None` means no error when `max_abs` is 0, and a broken output otherwise.
+    """
+
+    max_abs: float | None
+    relative: float | None
+    cosine: float | None
+    snr_db: float | None
+
+
+class ModelPart(_Part):
+    """The model that was given."""
+
+    source: str
+    sha256: str
+    parameters: int
+    weight_bytes: int
+    macs: int | None
+    """Multiply-accumulates of one run at the example sizes."""
+
+
+class PassPart(_Part):
+    """One pass of the chain; `error` is against the program before it."""
+
+    id: str
+    options: dict[str, Any]
+    contract: str
+    seconds: float
+    peak_rss_bytes: int
+    error: Figures
+    actions: list[tuple[str, str, str]] = []
+    """(layer, what was done, why): one entry per layer that the pass looked at."""
+    metrics: dict[str, float | None] = {}
+
+
+class ArtifactPart(_Part):
+    """One file or folder that was written; `path` is relative to the report."""
+
+    backend: str
+    path: str
+    file_bytes: int
+
+
+class ResultPart(_Part):
+    """The program after all passes, and what was made of it."""
+
+    parameters: int
+    weight_bytes: int
+    macs: int | None
+    artifacts: list[ArtifactPart]
+
+
+class EvaluationPart(_Part):
+    """The metric of the spec's `evaluate` section."""
+
+    metric: str
+    before: float | None
+    after: float | None
+    drop: float | None = None
+
+
+class LatencyPart(_Part):
+    """Median time of one call of the original and of an artifact, measured in alternation."""
+
+    backend: str
+    device: str
+    threads: int
+    before_ms: float
+    after_ms: float
+    speedup: float
+
+
+class RequirePart(_Part):
+    """A bound of the spec's `require` section."""
+
+    name: str
+    bound: float
+    measured: float | None
+    met: bool
+
+
+class LayerPart(_Part):
+    """A layer of the original: what it costs before and after, and the error at its output."""
+
+    name: str
+    kind: str
+    node: str
+    macs: int | None
+    parameters: int
+    weight_bytes: int
+    weight_bytes_after: int | None
+    relative: float | None
+    """||a - b|| / ||a|| of its output, everything before it changed too; None if it is gone."""
+
+
+class Report(_Part):
+    """`report.json`."""
+
+    version: str
+    model: ModelPart
+    passes: list[PassPart]
+    result: ResultPart
+    fidelity: Figures
+    evaluation: EvaluationPart | None
+    latency: list[LatencyPart]
+    layers: list[LayerPart] = []
+    notes: dict[str, Any] = {}
+    """What each backend did: fusions, kernel counts, what stayed and why."""
+    require: list[RequirePart] = []
+    warnings: list[str] = []
+    seconds: float = 0.0
+    peak_rss_bytes: int = 0
+    versions: dict[str, str] = {}
+    machine: dict[str, Any] = {}
