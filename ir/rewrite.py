@@ -243,8 +243,16 @@ def _match(
     elif isinstance(pattern, Op):
         if isinstance(found, fx.Node) and found.op == "call_function":
             yield from _match_call(pattern, found, captures, inner)
-    elif not isinstance(found, fx.Node) and type(found) is type(pattern) and found == pattern:
+    elif _same_plain(pattern, found):
         yield captures, inner
+
+
+def _same_plain(pattern: Any, found: Any) -> bool:
+    """Equal by type and value; FX stores lists as a subclass of list."""
+    if isinstance(pattern, list | tuple):
+        same_length = isinstance(found, list | tuple) and len(found) == len(pattern)
+        return same_length and all(_same_plain(p, f) for p, f in zip(pattern, found, strict=True))
+    return not isinstance(found, fx.Node) and type(found) is type(pattern) and found == pattern
 
 
 def _capture(

@@ -56,7 +56,7 @@ class Layer:
         node: the call.
         weight: name of the weight in the program's state; empty when it is computed in the graph
             (a quantized or adapted weight).
-        names: every name the weight has in the original model (tied weights have several).
+        names: every name this use answers to (several for a tied weight used outside its modules).
     """
 
     name: str
@@ -80,9 +80,9 @@ def layers(program: Program, kinds: Collection[str] | None = None) -> list[Layer
             continue
         state = str(source.target)
         aliases = program.aliases.get(state, (state,))
-        name = _owner(node, state, aliases)
+        names = _owners(node, state, aliases)
         direct = state if source is weight else ""
-        found.append(Layer(name, kind, node, direct, tuple(_module(a) for a in aliases)))
+        found.append(Layer(names[0], kind, node, direct, names))
     return found
 
 
@@ -112,14 +112,17 @@ def _depends_on_input(node: fx.Node) -> bool:
     return False
 
 
-def _owner(node: fx.Node, state: str, aliases: tuple[str, ...]) -> str:
-    """A tied weight has one state name, but each use its own module: the scope tells which."""
+def _owners(node: fx.Node, state: str, aliases: tuple[str, ...]) -> tuple[str, ...]:
+    """A tied weight has one state name, but each use its own module: the scope tells which.
+
+    Where the scope does not tell, the use answers to every name of the weight.
+    """
     if len(aliases) > 1:
         scopes = list(node.meta.get("nn_module_stack", {}))
         for alias in aliases:
             if scopes and _module(alias) == scopes[-1]:
-                return _module(alias)
-    return _module(state)
+                return (_module(alias),)
+    return (_module(state), *(_module(a) for a in aliases if a != state))
 
 
 def _module(name: str) -> str:

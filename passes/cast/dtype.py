@@ -48,7 +48,7 @@ class Dtype(Pass):
 
     Weights are stored in the new type. Norms, softmax, exponentials, logarithms, powers and sums
     stay in float32 (the usual autocast list), and so do the layers in `keep`; casts are put where
-    a value crosses. Constants beyond the range of float16 (the -3.4e38 of masks) are clamped to
+    a value crosses. Constants beyond the range of the type (the -3.4e38 of masks) are clamped to
     its largest finite value, so that a masked row gives no NaN.
     """
 
@@ -111,8 +111,8 @@ class _Caster:
     def _constant(self, value: Any, dtype: torch.dtype) -> Any:
         if value is torch.float32:
             return dtype
-        if isinstance(value, float) and dtype is torch.float16 and abs(value) != float("inf"):
-            limit = torch.finfo(torch.float16).max
+        if isinstance(value, float) and abs(value) != float("inf"):
+            limit = torch.finfo(dtype).max
             return max(-limit, min(limit, value))
         return value
 
