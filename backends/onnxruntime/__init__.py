@@ -1,1 +1,1 @@
-"""Part of Graphwright."""
+"""Lowering to ONNX Runtime: `lowering.Lowering` is the backend, `compiled.OnnxCompiled` its result."""

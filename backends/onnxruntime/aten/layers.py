@@ -1,0 +1,348 @@
+"""Layers with weights, pooling, resizing, and attention in primitive form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from graphwright.backends.onnxruntime.aten import translates
+from graphwright.backends.onnxruntime.emitter import Emitter, Untranslatable, sizes_of
+from torch import fx
+
+aten = torch.ops.aten
+
+
+# ---- matrix products
+
+
+def transposed_weight(e: Emitter, weight: fx.Node) -> ir.Value:
+    """A linear weight as (in, out).
+
+    A weight that only linears read is stored that way; any other (tied to an embedding, computed
+    by a node) is transposed in the graph, so that it is stored once.
+    """
+    only_linear = all(u.target is aten.linear.default and u.args[1] is weight for u in weight.users)
+    if weight.op == "get_attr" and only_linear and weight.meta["val"].dim() == 2:
+        return e.weight(str(weight.target), "transposed")
+    if weight.meta["val"].dim() < 2:
+        return e.values[weight]  # type: ignore[no-any-return]
+    return e.op("Transpose", e.values[weight], perm=[1, 0])  # type: ignore[no-any-return]
+
+
+@translates(aten.linear.default)
+def linear(e: Emitter, node: fx.Node, x: Any, weight: Any, bias: Any = None) -> Any:
+    # Never Gemm: ONNX Runtime's integer kernels replace MatMul + Add only.
+    product = e.op("MatMul", e.values[x], transposed_weight(e, weight))
+    return product if bias is None else e.op("Add", product, e.values[bias])
+
+
+@translates(aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default)
+def matmul(e: Emitter, node: fx.Node, a: Any, b: Any) -> Any:
+    return e.op("MatMul", e.values[a], e.values[b])
+
+
+@translates(aten.addmm.default, aten.baddbmm.default)
+def addmm(e: Emitter, node: fx.Node, c: Any, a: Any, b: Any, beta: Any = 1, alpha: Any = 1) -> Any:
+    dtype = node.meta["val"].dtype
+    product = e.op("MatMul", e.values[a], e.values[b])
+    if alpha != 1:
+        product = e.op("Mul", product, e.constant(alpha, dtype))
+    if beta == 0:
+        return product
+    term = e.values[c] if beta == 1 else e.op("Mul", e.values[c], e.constant(beta, dtype))
+    return e.op("Add", product, term)
+
+
+@translates(aten.einsum.default)
+def einsum(e: Emitter, node: fx.Node, equation: str, tensors: list[Any], **_: Any) -> Any:
+    return e.op("Einsum", *[e.values[t] for t in tensors], equation=equation.replace(" ", ""))
+
+
+@translates(aten.outer.default)
+def outer(e: Emitter, node: fx.Node, a: Any, b: Any) -> Any:
+    return e.op("Mul", e.op("Unsqueeze", e.values[a], e.ints(1)), e.values[b])
+
+
+# ---- convolutions
+
+
+def spread(value: Any, rank: int) -> list[int]:
+    """A per-axis argument given once or per axis, as a list."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values * rank if len(values) == 1 else values
+
+
+@translates(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
+            aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)  # fmt: skip
+def conv(
+    e: Emitter, node: fx.Node, x: Any, weight: Any, bias: Any = None, stride: Any = 1,
+    padding: Any = 0, dilation: Any = 1, groups: int = 1,
+) -> Any:  # fmt: skip
+    rank = weight.meta["val"].dim() - 2
+    if x.meta["val"].dim() != rank + 2:
+        raise Untranslatable(node, "unbatched convolution")
+    kernel = [int(k) for k in weight.meta["val"].shape[2:]]
+    dilations = spread(dilation, rank)
+    if isinstance(padding, str):
+        total = [0 if padding == "valid" else d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
+        pads = [t // 2 for t in total] + [t - t // 2 for t in total]
+    else:
+        pads = spread(padding, rank) * 2
+    return e.op(
+        "Conv", e.values[x], e.values[weight], None if bias is None else e.values[bias],
+        kernel_shape=kernel, strides=spread(stride, rank), pads=pads, dilations=dilations,
+        group=groups,
+    )  # fmt: skip
+
+
+@translates(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+def conv_transpose(
+    e: Emitter, node: fx.Node, x: Any, weight: Any, bias: Any = None, stride: Any = 1,
+    padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+) -> Any:  # fmt: skip
+    rank = weight.meta["val"].dim() - 2
+    return e.op(
+        "ConvTranspose", e.values[x], e.values[weight], None if bias is None else e.values[bias],
+        kernel_shape=[int(k) for k in weight.meta["val"].shape[2:]],
+        strides=spread(stride, rank), pads=spread(padding, rank) * 2,
+        output_padding=spread(output_padding, rank), dilations=spread(dilation, rank),
+        group=groups,
+    )  # fmt: skip
+
+
+# ---- norms
+
+
+@translates(aten.layer_norm.default)
+def layer_norm(
+    e: Emitter, node: fx.Node, x: Any, shape: Sequence[int], weight: Any = None, bias: Any = None,
+    eps: float = 1e-5, _: bool = True,
+) -> Any:  # fmt: skip
+    dtype = node.meta["val"].dtype
+    scale = e.values[weight] if weight is not None else e.weight_like(1.0, list(shape), dtype)
+    shift = None if bias is None else e.values[bias]
+    return e.op(
+        "LayerNormalization", e.values[x], scale, shift, axis=-len(shape), epsilon=float(eps)
+    )
+
+
+@translates(aten.rms_norm.default)
+def rms_norm(
+    e: Emitter, node: fx.Node, x: Any, shape: Sequence[int], weight: Any = None, eps: Any = None
+) -> Any:
+    # Written exactly as ONNX Runtime's own SimplifiedLayerNormalization fusion looks for it.
+    dtype = node.meta["val"].dtype
+    eps = torch.finfo(dtype).eps if eps is None else eps
+    axes = e.ints(*range(-len(shape), 0))
+    mean = e.op("ReduceMean", e.op("Pow", e.values[x], e.constant(2.0, dtype)), axes)
+    root = e.op("Sqrt", e.op("Add", mean, e.constant(eps, dtype)))
+    scaled = e.op("Div", e.values[x], root)
+    return scaled if weight is None else e.op("Mul", scaled, e.values[weight])
+
+
+@translates(aten.batch_norm.default)
+def batch_norm(
+    e: Emitter, node: fx.Node, x: Any, weight: Any, bias: Any, mean: Any, var: Any,
+    training: bool, momentum: float, eps: float, *_: Any,
+) -> Any:  # fmt: skip
+    if training:
+        raise Untranslatable(node, "batch norm in training mode")
+    dtype, count = node.meta["val"].dtype, [int(mean.meta["val"].shape[0])]
+    scale = e.values[weight] if weight is not None else e.weight_like(1.0, count, dtype)
+    shift = e.values[bias] if bias is not None else e.weight_like(0.0, count, dtype)
+    return e.op(
+        "BatchNormalization", e.values[x], scale, shift, e.values[mean], e.values[var],
+        epsilon=float(eps),
+    )  # fmt: skip
+
+
+@translates(aten.group_norm.default)
+def group_norm(
+    e: Emitter, node: fx.Node, x: Any, groups: int, weight: Any = None, bias: Any = None,
+    eps: float = 1e-5, _: bool = True,
+) -> Any:  # fmt: skip
+    # ONNX Runtime takes GroupNormalization apart into primitives; InstanceNormalization over
+    # (batch, groups, everything else) is one kernel.
+    dtype, rank = node.meta["val"].dtype, x.meta["val"].dim()
+    flat = e.op("Reshape", e.values[x], e.ints(0, groups, -1))
+    ones, zeros = e.weight_like(1.0, [groups], dtype), e.weight_like(0.0, [groups], dtype)
+    normed = e.op("InstanceNormalization", flat, ones, zeros, epsilon=float(eps))
+    value = e.op("Reshape", normed, e.op("Shape", e.values[x]))
+    axes = e.ints(*range(1, rank - 1))
+    for kind, term in (("Mul", weight), ("Add", bias)):
+        if term is not None:
+            value = e.op(kind, value, e.op("Unsqueeze", e.values[term], axes) if rank > 2 else e.values[term])
+    return value
+
+
+@translates(aten.instance_norm.default)
+def instance_norm(
+    e: Emitter, node: fx.Node, x: Any, weight: Any, bias: Any, mean: Any, var: Any,
+    use_input_stats: bool, momentum: float, eps: float, *_: Any,
+) -> Any:  # fmt: skip
+    if not use_input_stats:
+        return batch_norm(e, node, x, weight, bias, mean, var, False, momentum, eps)
+    dtype, count = node.meta["val"].dtype, [int(x.meta["val"].shape[1])]
+    scale = e.values[weight] if weight is not None else e.weight_like(1.0, count, dtype)
+    shift = e.values[bias] if bias is not None else e.weight_like(0.0, count, dtype)
+    return e.op("InstanceNormalization", e.values[x], scale, shift, epsilon=float(eps))
+
+
+# ---- pooling and resizing
+
+
+@translates(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
+def max_pool(
+    e: Emitter, node: fx.Node, x: Any, kernel: Any, stride: Any = (), padding: Any = 0,
+    dilation: Any = 1, ceil_mode: bool = False,
+) -> Any:  # fmt: skip
+    rank = x.meta["val"].dim() - 2
+    kernel = spread(kernel, rank)
+    return e.op(
+        "MaxPool", e.values[x], kernel_shape=kernel,
+        strides=spread(stride, rank) if stride else kernel, pads=spread(padding, rank) * 2,
+        dilations=spread(dilation, rank), ceil_mode=int(ceil_mode),
+    )  # fmt: skip
+
+
+@translates(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
+def avg_pool(
+    e: Emitter, node: fx.Node, x: Any, kernel: Any, stride: Any = (), padding: Any = 0,
+    ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: Any = None,
+) -> Any:  # fmt: skip
+    if divisor_override is not None:
+        raise Untranslatable(node, "divisor_override")
+    rank = x.meta["val"].dim() - 2
+    kernel = spread(kernel, rank)
+    return e.op(
+        "AveragePool", e.values[x], kernel_shape=kernel,
+        strides=spread(stride, rank) if stride else kernel, pads=spread(padding, rank) * 2,
+        ceil_mode=int(ceil_mode), count_include_pad=int(count_include_pad),
+    )  # fmt: skip
+
+
+@translates(
+    aten.adaptive_avg_pool1d.default,
+    aten.adaptive_avg_pool2d.default,
+    aten.adaptive_avg_pool3d.default,
+)
+def adaptive_avg_pool(e: Emitter, node: fx.Node, x: Any, output_size: Any) -> Any:
+    have, want = sizes_of(x)[2:], sizes_of(node)[2:]
+    axes = list(range(2, 2 + len(have)))
+    if all(w == 1 for w in want):
+        return e.op("ReduceMean", e.values[x], e.ints(*axes), keepdims=1)
+    if have == want:
+        return e.values[x]
+    if not all(isinstance(s, int) for s in [*have, *want]):
+        raise Untranslatable(node, "adaptive pooling of a dynamic size")
+    if all(h % w == 0 for h, w in zip(have, want, strict=True)):
+        kernel = [h // w for h, w in zip(have, want, strict=True)]
+        return e.op("AveragePool", e.values[x], kernel_shape=kernel, strides=kernel)
+    if len(have) != 2:
+        raise Untranslatable(node, "uneven adaptive pooling")
+    dtype = node.meta["val"].dtype
+    rows = e.constant(_bins(have[0], want[0]), dtype)
+    columns = e.op("Transpose", e.constant(_bins(have[1], want[1]), dtype), perm=[1, 0])
+    return e.op("MatMul", e.op("MatMul", rows, e.values[x]), columns)
+
+
+def _bins(size: int, out: int) -> list[list[float]]:
+    """The averaging matrix (out, size) of uneven adaptive pooling along one axis."""
+    matrix = torch.zeros(out, size)
+    for i in range(out):
+        low, high = i * size // out, math.ceil((i + 1) * size / out)
+        matrix[i, low:high] = 1 / (high - low)
+    return matrix.tolist()  # type: ignore[no-any-return]
+
+
+def _resize(e: Emitter, node: fx.Node, x: Any, factors: Any, **attributes: Any) -> Any:
+    if factors is not None and all(isinstance(f, float | int) for f in factors):
+        scales = e.constant([1.0, 1.0, *map(float, factors)], torch.float32)
+        return e.op("Resize", e.values[x], None, scales, **attributes)
+    return e.op("Resize", e.values[x], None, None, e.shape(sizes_of(node)), **attributes)
+
+
+@translates(
+    aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec
+)
+def upsample_nearest(e: Emitter, node: fx.Node, x: Any, output_size: Any, factors: Any) -> Any:
+    return _resize(
+        e, node, x, factors, mode="nearest", nearest_mode="floor",
+        coordinate_transformation_mode="asymmetric",
+    )  # fmt: skip
+
+
+@translates(
+    aten.upsample_linear1d.vec, aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec
+)
+def upsample_linear(
+    e: Emitter, node: fx.Node, x: Any, output_size: Any, align_corners: bool, factors: Any
+) -> Any:
+    mode = "cubic" if node.target is aten.upsample_bicubic2d.vec else "linear"
+    corners = "align_corners" if align_corners else "pytorch_half_pixel"
+    return _resize(
+        e, node, x, factors, mode=mode, coordinate_transformation_mode=corners,
+        cubic_coeff_a=-0.75 if mode == "cubic" else None,
+    )  # fmt: skip
+
+
+@translates(aten.pixel_shuffle.default)
+def pixel_shuffle(e: Emitter, node: fx.Node, x: Any, factor: int) -> Any:
+    return e.op("DepthToSpace", e.values[x], blocksize=factor, mode="CRD")
+
+
+# ---- attention
+
+
+@translates(aten.scaled_dot_product_attention.default)
+def attention(
+    e: Emitter, node: fx.Node, q: Any, k: Any, v: Any, mask: Any = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: Any = None, enable_gqa: bool = False,
+) -> Any:  # fmt: skip
+    if dropout_p:
+        raise Untranslatable(node, "attention dropout in training mode")
+    dtype, rank = node.meta["val"].dtype, q.meta["val"].dim()
+    key, value = e.values[k], e.values[v]
+    if enable_gqa:
+        key, value = repeat_heads(e, q, k, key), repeat_heads(e, q, v, value)
+    scale = q.meta["val"].shape[-1] ** -0.5 if scale is None else scale
+    query = e.op("Mul", e.values[q], e.constant(float(scale), dtype))
+    swap = [*range(rank - 2), rank - 1, rank - 2]
+    scores = e.op("MatMul", query, e.op("Transpose", key, perm=swap))
+    if is_causal:
+        scores = e.op("Add", scores, causal_bias(e, q, k, dtype))
+    if mask is None:
+        return e.op("MatMul", e.op("Softmax", scores, axis=-1), value)
+    bias = e.values[mask]
+    if mask.meta["val"].dtype == torch.bool:
+        closed = e.constant(float("-inf"), dtype)
+        bias = e.op("Where", bias, e.constant(0.0, dtype), closed)
+    probabilities = e.op("Softmax", e.op("Add", scores, bias), axis=-1)
+    # A query that may see no key gets zeros in torch; the plain formula has 0 / 0.
+    unseen = e.op("IsNaN", probabilities)
+    probabilities = e.op("Where", unseen, e.constant(0.0, dtype), probabilities)
+    return e.op("MatMul", probabilities, value)
+
+
+def repeat_heads(e: Emitter, q: fx.Node, k: fx.Node, value: ir.Value) -> ir.Value:
+    """Key or value heads (B, G, T, D) repeated to the query's head count (B, H, T, D)."""
+    have = sizes_of(k)
+    count = int(q.meta["val"].shape[-3]) // int(have[-3])
+    if count == 1:
+        return value
+    wide = e.op("Unsqueeze", value, e.ints(2))
+    tiled = e.op("Expand", wide, e.ints(1, 1, count, 1, 1))
+    middle = [have[0], have[1], count, *have[2:]]
+    return e.reshape(tiled, middle, [have[0], have[1] * count, *have[2:]])
+
+
+def causal_bias(e: Emitter, q: fx.Node, k: fx.Node, dtype: torch.dtype) -> ir.Value:
+    """(queries, keys): 0 where key <= query, -inf elsewhere."""
+    zero, one = e.constant(0, torch.int64), e.constant(1, torch.int64)
+    rows = e.op("Range", zero, e.op("Squeeze", e.size(q.meta["val"].shape[-2])), one)
+    columns = e.op("Range", zero, e.op("Squeeze", e.size(k.meta["val"].shape[-2])), one)
+    seen = e.op("GreaterOrEqual", e.op("Unsqueeze", rows, e.ints(1)), columns)
+    return e.op("Where", seen, e.constant(0.0, dtype), e.constant(float("-inf"), dtype))  # type: ignore[no-any-return]

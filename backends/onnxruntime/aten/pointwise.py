@@ -1,0 +1,458 @@
+"""Elementwise ops: arithmetic, comparison, activation, casts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from graphwright.backends.onnxruntime.aten import translates
+from graphwright.backends.onnxruntime.emitter import Emitter, Untranslatable
+from torch import fx
+
+aten = torch.ops.aten
+
+BINARY = {
+    aten.add: "Add",
+    aten.sub: "Sub",
+    aten.mul: "Mul",
+    aten.pow: "Pow",
+    aten.maximum: "Max",
+    aten.minimum: "Min",
+    aten.eq: "Equal",
+    aten.lt: "Less",
+    aten.le: "LessOrEqual",
+    aten.gt: "Greater",
+    aten.ge: "GreaterOrEqual",
+    aten.logical_and: "And",
+    aten.logical_or: "Or",
+    aten.logical_xor: "Xor",
+}
+LOGICAL = {"And", "Or", "Xor"}
+
+UNARY = {
+    aten.abs: "Abs",
+    aten.acos: "Acos",
+    aten.asin: "Asin",
+    aten.atan: "Atan",
+    aten.ceil: "Ceil",
+    aten.cos: "Cos",
+    aten.cosh: "Cosh",
+    aten.erf: "Erf",
+    aten.exp: "Exp",
+    aten.floor: "Floor",
+    aten.isnan: "IsNaN",
+    aten.log: "Log",
+    aten.neg: "Neg",
+    aten.reciprocal: "Reciprocal",
+    aten.relu: "Relu",
+    aten.round: "Round",
+    aten.sigmoid: "Sigmoid",
+    aten.sign: "Sign",
+    aten.sin: "Sin",
+    aten.sinh: "Sinh",
+    aten.sqrt: "Sqrt",
+    aten.tan: "Tan",
+    aten.tanh: "Tanh",
+    aten.hardswish: "HardSwish",
+}
+FLOAT_RESULT = {"Abs", "Neg", "Relu", "Sign", "IsNaN"}
+
+
+def operand_dtype(node: fx.Node, args: tuple[Any, ...]) -> torch.dtype:
+    """The dtype in which torch computes an elementwise op on these operands."""
+    fakes = [a.meta["val"] if isinstance(a, fx.Node) else a for a in args]
+    result = fakes[0]
+    if len(fakes) == 1:
+        return result.dtype if isinstance(result, torch.Tensor) else node.meta["val"].dtype
+    with_tensor = [f for f in fakes if isinstance(f, torch.Tensor)]
+    plain = [
+        1 if isinstance(f, torch.SymInt) else 1.0 if isinstance(f, torch.SymFloat) else f
+        for f in fakes
+        if not isinstance(f, torch.Tensor)
+    ]
+    if not with_tensor:
+        return node.meta["val"].dtype  # type: ignore[no-any-return]
+    # result_type wants real tensors or numbers; empty stand-ins of the same rank class will do.
+    stand_ins: list[Any] = [
+        torch.empty((1,) if f.dim() else (), dtype=f.dtype) for f in with_tensor
+    ] + plain
+    found = stand_ins[0]
+    if len(stand_ins) == 1:
+        return found.dtype  # type: ignore[no-any-return]
+    dtype = torch.result_type(stand_ins[0], stand_ins[1])
+    for other in stand_ins[2:]:
+        dtype = torch.result_type(torch.empty((1,), dtype=dtype), other)
+    return dtype
+
+
+def binary(e: Emitter, node: fx.Node, kind: str, a: Any, b: Any) -> ir.Value:
+    """A broadcasting op on two operands in torch's promoted dtype."""
+    dtype = torch.bool if kind in LOGICAL else operand_dtype(node, (a, b))
+    out = node.meta["val"].dtype
+    if out.is_floating_point and not dtype.is_floating_point:
+        dtype = out
+    if dtype == torch.bool and kind in ("Add", "Max"):
+        kind = "Or"
+    elif dtype == torch.bool and kind in ("Mul", "Min"):
+        kind = "And"
+    elif dtype == torch.bool and kind not in ("Equal", *LOGICAL):
+        dtype = torch.int32
+    return e.op(kind, e.tensor(a, dtype), e.tensor(b, dtype))  # type: ignore[no-any-return]
+
+
+def _scaled(e: Emitter, node: fx.Node, b: Any, alpha: Any, a: Any) -> Any:
+    if alpha == 1:
+        return None
+    dtype = operand_dtype(node, (a, b))
+    return e.op("Mul", e.tensor(b, dtype), e.constant(alpha, dtype))
+
+
+@translates(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar)
+def add(e: Emitter, node: fx.Node, a: Any, b: Any, alpha: Any = 1) -> Any:
+    kind = "Add" if node.target in (aten.add.Tensor, aten.add.Scalar) else "Sub"
+    if kind == "Add" and alpha == 1 and b == 0 and _keeps(node, a):
+        return e.values[a]
+    scaled = _scaled(e, node, b, alpha, a)
+    if scaled is None:
+        return binary(e, node, kind, a, b)
+    return e.op(kind, e.tensor(a, operand_dtype(node, (a, b))), scaled)
+
+
+def _keeps(node: fx.Node, a: Any) -> bool:
+    return (
+        isinstance(a, fx.Node)
+        and isinstance(a.meta["val"], torch.Tensor)
+        and a.meta["val"].dtype == node.meta["val"].dtype
+    )
+
+
+@translates(aten.rsub.Scalar, aten.rsub.Tensor)
+def rsub(e: Emitter, node: fx.Node, a: Any, b: Any, alpha: Any = 1) -> Any:
+    if alpha != 1:
+        raise Untranslatable(node, "rsub with alpha")
+    return binary(e, node, "Sub", b, a)
+
+
+def _binary_entry(kind: str) -> Any:
+    def translate(e: Emitter, node: fx.Node, a: Any, b: Any) -> Any:
+        return binary(e, node, kind, a, b)
+
+    return translate
+
+
+for _packet, _kind in BINARY.items():
+    if _kind in ("Add", "Sub"):
+        continue
+    for _overload in _packet.overloads():
+        if _overload in ("default", "Tensor", "Scalar", "Tensor_Tensor", "Tensor_Scalar"):
+            translates(getattr(_packet, _overload))(_binary_entry(_kind))
+translates(aten.min.other)(_binary_entry("Min"))
+translates(aten.max.other)(_binary_entry("Max"))
+
+
+@translates(aten.pow.Scalar)
+def pow_scalar(e: Emitter, node: fx.Node, a: Any, b: Any) -> Any:
+    return binary(e, node, "Pow", a, b)
+
+
+@translates(aten.ne.Tensor, aten.ne.Scalar)
+def not_equal(e: Emitter, node: fx.Node, a: Any, b: Any) -> Any:
+    if b == 0 and isinstance(a, fx.Node) and a.meta["val"].dtype != torch.bool:
+        return e.op("Cast", e.values[a], to=int(ir.DataType.BOOL))
+    return e.op("Not", binary(e, node, "Equal", a, b))
+
+
+def _bitwise(kind: str) -> Any:
+    def translate(e: Emitter, node: fx.Node, a: Any, b: Any) -> Any:
+        dtype = node.meta["val"].dtype
+        name = kind if dtype == torch.bool else f"Bitwise{kind}"
+        return e.op(name, e.tensor(a, dtype), e.tensor(b, dtype))
+
+    return translate
+
+
+for _name in ("And", "Or", "Xor"):
+    for _packet in (f"bitwise_{_name.lower()}", f"__{_name.lower()}__"):
+        for _overload in ("Tensor", "Scalar"):
+            translates(getattr(getattr(aten, _packet), _overload))(_bitwise(_name))
+
+
+@translates(aten.bitwise_not.default, aten.logical_not.default)
+def logical_not(e: Emitter, node: fx.Node, a: Any) -> Any:
+    if node.target is aten.bitwise_not.default and node.meta["val"].dtype != torch.bool:
+        return e.op("BitwiseNot", e.values[a])
+    return e.op("Not", e.tensor(a, torch.bool))
+
+
+@translates(aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor)
+def div(e: Emitter, node: fx.Node, a: Any, b: Any) -> Any:
+    dtype = operand_dtype(node, (a, b))
+    dtype = dtype if dtype.is_floating_point else node.meta["val"].dtype
+    if isinstance(b, int | float) and b == 1:
+        return e.tensor(a, dtype)
+    return e.op("Div", e.tensor(a, dtype), e.tensor(b, dtype))
+
+
+@translates(aten.div.Tensor_mode, aten.div.Scalar_mode)
+def div_mode(e: Emitter, node: fx.Node, a: Any, b: Any, rounding_mode: str | None = None) -> Any:
+    if rounding_mode == "floor":
+        return floor_divide(e, node, a, b)
+    if rounding_mode is None:
+        return div(e, node, a, b)
+    dtype = node.meta["val"].dtype
+    quotient = e.op("Div", e.tensor(a, dtype), e.tensor(b, dtype))
+    if not dtype.is_floating_point:
+        return quotient
+    return e.op("Mul", e.op("Sign", quotient), e.op("Floor", e.op("Abs", quotient)))
+
+
+@translates(aten.floor_divide.default, aten.floor_divide.Scalar)
+def floor_divide(e: Emitter, node: fx.Node, a: Any, b: Any) -> Any:
+    dtype = node.meta["val"].dtype
+    x, y = e.tensor(a, dtype), e.tensor(b, dtype)
+    if dtype.is_floating_point:
+        return e.op("Floor", e.op("Div", x, y))
+    return e.op("Div", e.op("Sub", x, e.op("Mod", x, y)), y)
+
+
+@translates(aten.remainder.Scalar, aten.remainder.Tensor, aten.fmod.Scalar, aten.fmod.Tensor)
+def remainder(e: Emitter, node: fx.Node, a: Any, b: Any) -> Any:
+    dtype = node.meta["val"].dtype
+    x, y = e.tensor(a, dtype), e.tensor(b, dtype)
+    if "fmod" in str(node.target):
+        return e.op("Mod", x, y, fmod=1)
+    if not dtype.is_floating_point:
+        return e.op("Mod", x, y)
+    return e.op("Sub", x, e.op("Mul", e.op("Floor", e.op("Div", x, y)), y))
+
+
+def _unary_entry(kind: str) -> Any:
+    def translate(e: Emitter, node: fx.Node, a: Any) -> Any:
+        dtype = a.meta["val"].dtype if kind in FLOAT_RESULT else node.meta["val"].dtype
+        return e.op(kind, e.tensor(a, dtype))
+
+    return translate
+
+
+for _packet, _kind in UNARY.items():
+    translates(_packet.default)(_unary_entry(_kind))
+
+
+@translates(aten.rsqrt.default)
+def rsqrt(e: Emitter, node: fx.Node, a: Any) -> Any:
+    return e.op("Reciprocal", e.op("Sqrt", e.tensor(a, node.meta["val"].dtype)))
+
+
+@translates(aten.square.default)
+def square(e: Emitter, node: fx.Node, a: Any) -> Any:
+    return e.op("Mul", e.values[a], e.values[a])
+
+
+@translates(aten.exp2.default)
+def exp2(e: Emitter, node: fx.Node, a: Any) -> Any:
+    dtype = node.meta["val"].dtype
+    return e.op("Pow", e.constant(2, dtype), e.tensor(a, dtype))
+
+
+@translates(aten.expm1.default)
+def expm1(e: Emitter, node: fx.Node, a: Any) -> Any:
+    # exp(x) - 1 loses digits near zero; 2 sinh(x/2) exp(x/2) does not.
+    dtype = node.meta["val"].dtype
+    half = e.op("Mul", e.tensor(a, dtype), e.constant(0.5, dtype))
+    return e.op("Mul", e.op("Mul", e.op("Sinh", half), e.op("Exp", half)), e.constant(2.0, dtype))
+
+
+@translates(aten.log1p.default)
+def log1p(e: Emitter, node: fx.Node, a: Any) -> Any:
+    dtype = node.meta["val"].dtype
+    return e.op("Log", e.op("Add", e.tensor(a, dtype), e.constant(1.0, dtype)))
+
+
+@translates(aten.log2.default, aten.log10.default)
+def log_base(e: Emitter, node: fx.Node, a: Any) -> Any:
+    dtype = node.meta["val"].dtype
+    base = 2 if node.target is aten.log2.default else 10
+    return e.op("Mul", e.op("Log", e.tensor(a, dtype)), e.constant(1 / math.log(base), dtype))
+
+
+@translates(aten.isinf.default)
+def isinf(e: Emitter, node: fx.Node, a: Any) -> Any:
+    return e.op("IsInf", e.values[a])
+
+
+@translates(aten.gelu.default)
+def gelu(e: Emitter, node: fx.Node, a: Any, approximate: str = "none") -> Any:
+    if e.opset >= 20:
+        return e.op("Gelu", e.values[a], approximate=approximate)
+    if approximate == "none":
+        return e.op("Gelu", e.values[a], domain="com.microsoft")
+    return e.op("FastGelu", e.values[a], domain="com.microsoft")
+
+
+@translates(aten.silu.default)
+def silu(e: Emitter, node: fx.Node, a: Any) -> Any:
+    if node.meta["val"].dtype == torch.float32:
+        return e.op("QuickGelu", e.values[a], domain="com.microsoft", alpha=1.0)
+    return e.op("Mul", e.values[a], e.op("Sigmoid", e.values[a]))
+
+
+@translates(aten.softplus.default)
+def softplus(e: Emitter, node: fx.Node, a: Any, beta: float = 1, threshold: float = 20) -> Any:
+    dtype = node.meta["val"].dtype
+    if beta == 1:
+        return e.op("Softplus", e.values[a])
+    scaled = e.op("Mul", e.values[a], e.constant(beta, dtype))
+    return e.op("Div", e.op("Softplus", scaled), e.constant(beta, dtype))
+
+
+@translates(aten.mish.default)
+def mish(e: Emitter, node: fx.Node, a: Any) -> Any:
+    return e.op("Mul", e.values[a], e.op("Tanh", e.op("Softplus", e.values[a])))
+
+
+@translates(aten.elu.default)
+def elu(
+    e: Emitter, node: fx.Node, a: Any, alpha: float = 1, scale: float = 1, input_scale: float = 1
+) -> Any:
+    if scale != 1 or input_scale != 1:
+        raise Untranslatable(node, "scaled elu")
+    return e.op("Elu", e.values[a], alpha=float(alpha))
+
+
+@translates(aten.selu.default)
+def selu(e: Emitter, node: fx.Node, a: Any) -> Any:
+    return e.op("Selu", e.values[a])
+
+
+@translates(aten.leaky_relu.default)
+def leaky_relu(e: Emitter, node: fx.Node, a: Any, negative_slope: float = 0.01) -> Any:
+    return e.op("LeakyRelu", e.values[a], alpha=float(negative_slope))
+
+
+@translates(aten.prelu.default)
+def prelu(e: Emitter, node: fx.Node, a: Any, weight: Any) -> Any:
+    rank, count = a.meta["val"].dim(), weight.meta["val"].shape[0]
+    slope = e.values[weight]
+    if count > 1 and rank > 2:
+        slope = e.op("Reshape", slope, e.ints(count, *[1] * (rank - 2)))
+    return e.op("PRelu", e.values[a], slope)
+
+
+@translates(aten.relu6.default)
+def relu6(e: Emitter, node: fx.Node, a: Any) -> Any:
+    return clamp(e, node, a, 0, 6)
+
+
+@translates(aten.hardtanh.default)
+def hardtanh(e: Emitter, node: fx.Node, a: Any, low: float = -1, high: float = 1) -> Any:
+    return clamp(e, node, a, low, high)
+
+
+@translates(aten.hardsigmoid.default)
+def hardsigmoid(e: Emitter, node: fx.Node, a: Any) -> Any:
+    return e.op("HardSigmoid", e.values[a], alpha=1 / 6, beta=0.5)
+
+
+@translates(aten.log_sigmoid.default)
+def log_sigmoid(e: Emitter, node: fx.Node, a: Any) -> Any:
+    return e.op("Neg", e.op("Softplus", e.op("Neg", e.values[a])))
+
+
+@translates(aten.glu.default)
+def glu(e: Emitter, node: fx.Node, a: Any, dim: int = -1) -> Any:
+    first, second = e.multi("Split", 2, e.values[a], axis=dim, num_outputs=2)
+    return e.op("Mul", first, e.op("Sigmoid", second))
+
+
+@translates(aten.clamp.default, aten.clamp.Tensor)
+def clamp(e: Emitter, node: fx.Node, a: Any, min: Any = None, max: Any = None) -> Any:
+    dtype = node.meta["val"].dtype
+    value = e.tensor(a, dtype)
+    if node.target is aten.clamp.Tensor:
+        value = value if min is None else e.op("Max", value, e.tensor(min, dtype))
+        return value if max is None else e.op("Min", value, e.tensor(max, dtype))
+    low = None if min is None else e.tensor(min, dtype)
+    high = None if max is None else e.tensor(max, dtype)
+    return e.op("Clip", value, low, high)
+
+
+@translates(aten.clamp_min.default, aten.clamp_min.Tensor)
+def clamp_min(e: Emitter, node: fx.Node, a: Any, min: Any) -> Any:
+    dtype = node.meta["val"].dtype
+    return e.op("Max", e.tensor(a, dtype), e.tensor(min, dtype))
+
+
+@translates(aten.clamp_max.default, aten.clamp_max.Tensor)
+def clamp_max(e: Emitter, node: fx.Node, a: Any, max: Any) -> Any:
+    dtype = node.meta["val"].dtype
+    return e.op("Min", e.tensor(a, dtype), e.tensor(max, dtype))
+
+
+@translates(aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar)
+def where(e: Emitter, node: fx.Node, condition: Any, a: Any, b: Any) -> Any:
+    dtype = node.meta["val"].dtype
+    return e.op("Where", e.tensor(condition, torch.bool), e.tensor(a, dtype), e.tensor(b, dtype))
+
+
+@translates(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+def masked_fill(e: Emitter, node: fx.Node, a: Any, mask: Any, value: Any) -> Any:
+    dtype = node.meta["val"].dtype
+    return e.op("Where", e.tensor(mask, torch.bool), e.tensor(value, dtype), e.tensor(a, dtype))
+
+
+@translates(aten.lerp.Scalar, aten.lerp.Tensor)
+def lerp(e: Emitter, node: fx.Node, a: Any, b: Any, weight: Any) -> Any:
+    dtype = node.meta["val"].dtype
+    delta = e.op("Sub", e.values[b], e.values[a])
+    return e.op("Add", e.values[a], e.op("Mul", delta, e.tensor(weight, dtype)))
+
+
+@translates(aten.addcmul.default)
+def addcmul(e: Emitter, node: fx.Node, a: Any, b: Any, c: Any, value: Any = 1) -> Any:
+    product = e.op("Mul", e.values[b], e.values[c])
+    if value != 1:
+        product = e.op("Mul", product, e.constant(value, node.meta["val"].dtype))
+    return e.op("Add", e.values[a], product)
+
+
+@translates(
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.to.other,
+    aten._to_copy.default,
+    aten.type_as.default,
+    torch.ops.prims.convert_element_type.default,
+    aten.float.default if hasattr(aten, "float") else aten.to.dtype,
+)
+def to(e: Emitter, node: fx.Node, a: Any, *_: Any, **__: Any) -> Any:
+    return e.tensor(a, node.meta["val"].dtype)
+
+
+@translates(
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.detach_.default,
+    aten.alias.default,
+    aten.lift_fresh_copy.default,
+    aten.positive.default,
+)
+def same(e: Emitter, node: fx.Node, a: Any, *_: Any, **__: Any) -> Any:
+    return e.values[a]
+
+
+@translates(
+    aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default
+)
+def dropout(e: Emitter, node: fx.Node, a: Any, p: float, train: bool) -> Any:
+    if train:
+        raise Untranslatable(node, "dropout in training mode")
+    return e.values[a]
+
+
+@translates(aten.atan2.default)
+def atan2(e: Emitter, node: fx.Node, a: Any, b: Any) -> Any:
+    raise Untranslatable(node, "left to the standard exporter")

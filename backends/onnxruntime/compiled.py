@@ -1,0 +1,99 @@
+"""A program lowered to ONNX Runtime: runs on torch tensors, saves to one folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+from graphwright.backends.base import Artifact, Compiled
+from graphwright.backends.onnxruntime.runtime import SessionSettings, open_session, run_session
+from graphwright.ir.errors import LoweringError
+from graphwright.ir.program import bind_inputs
+from graphwright.ir.signature import Signature, rebuild
+
+FILE = "model.onnx"
+DATA = "model.onnx.data"
+"""Weights, when they are too large for the model file."""
+
+
+class OnnxCompiled(Compiled):
+    """An ONNX model with its session.
+
+    Attributes:
+        model: serialized model, or the path of one with its weights beside it.
+        signature: inputs, outputs and structure, as the program's.
+        session: ONNX Runtime's session.
+    """
+
+    backend = "onnxruntime"
+
+    def __init__(
+        self,
+        model: bytes | Path,
+        signature: Signature,
+        session: onnxruntime.InferenceSession,
+        notes: Mapping[str, Any],
+        keep: TemporaryDirectory[str] | None = None,
+    ) -> None:
+        super().__init__(notes)
+        self.model = model
+        self.signature = signature
+        self.session = session
+        self._keep = keep
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """Runs it on torch tensors; the result is structured like the model's own output.
+
+        Raises:
+            ArgumentError: inputs that do not fit the signature.
+        """
+        flat = bind_inputs(self.signature, inputs, named)
+        return rebuild(self.signature.structure, self.run_flat(flat))
+
+    def run_flat(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Flat outputs for one tensor per input, unchecked."""
+        return run_session(self.session, self.signature, inputs)
+
+    def save(self, folder: str | Path) -> Artifact:
+        """Writes `model.onnx` (and `model.onnx.data` when the weights are large)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        written = [folder / FILE]
+        part = folder / f"{FILE}.part"
+        if isinstance(self.model, bytes):
+            part.write_bytes(self.model)
+        else:
+            written.append(folder / DATA)
+            shutil.copyfile(self.model.parent / DATA, folder / f"{DATA}.part")
+            os.replace(folder / f"{DATA}.part", folder / DATA)
+            shutil.copyfile(self.model, part)
+        os.replace(part, folder / FILE)
+        return Artifact(self.backend, folder / FILE, sum(f.stat().st_size for f in written))
+
+
+def load(path: str | Path, settings: SessionSettings | None = None) -> OnnxCompiled:
+    """Opens a saved artifact: the folder, or its `model.onnx`.
+
+    Raises:
+        LoweringError: the file is no artifact of ours.
+    """
+    path = Path(path)
+    path = path / FILE if path.is_dir() else path
+    try:
+        head = onnx.load(path, load_external_data=False)
+    except Exception as error:
+        raise LoweringError("not a readable ONNX file", where=str(path)) from error
+    record = {item.key: item.value for item in head.metadata_props}.get("graphwright")
+    if record is None:
+        raise LoweringError("carries no graphwright metadata", where=str(path))
+    signature = Signature.from_json(json.loads(record)["signature"])
+    session = open_session(path, settings or SessionSettings())
+    return OnnxCompiled(path, signature, session, {})

@@ -1,0 +1,223 @@
+"""The backend: rewrite, translate, check, and only then hand over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import torch
+from graphwright.backends.base import Backend
+from graphwright.backends.onnxruntime.check import (
+    Case,
+    Differs,
+    check_cases,
+    compare_outputs,
+    tolerance_for,
+)
+from graphwright.backends.onnxruntime.compiled import DATA, FILE, OnnxCompiled
+from graphwright.backends.onnxruntime.diagnose import first_differing_node
+from graphwright.backends.onnxruntime.emitter import Untranslatable
+from graphwright.backends.onnxruntime.options import OnnxRuntimeOptions
+from graphwright.backends.onnxruntime.runtime import (
+    SessionSettings,
+    open_and_count,
+    run_session,
+)
+from graphwright.backends.onnxruntime.steps.catalog import STEPS, Step
+from graphwright.backends.onnxruntime.steps.leftovers import leftovers
+from graphwright.backends.onnxruntime.translate import translate
+from graphwright.ir.context import Context
+from graphwright.ir.edit import Editor
+from graphwright.ir.errors import ArgumentError, LoweringError
+from graphwright.ir.program import Program
+
+
+@dataclass
+class Attempt:
+    """A program after some steps, as a checked model.
+
+    Attributes:
+        program: what was translated.
+        applied: step name to how often it applied.
+        translator: `direct`, or `torch.onnx.export` and the op that called for it.
+        model: serialized model, or its path when the weights lie beside it.
+        session: the session that was checked.
+        kernels: op type to how many kernels of it the session runs.
+        errors: relative error by sizes.
+    """
+
+    program: Program
+    applied: dict[str, int]
+    translator: str = ""
+    model: bytes | Path = b""
+    session: onnxruntime.InferenceSession | None = None
+    kernels: dict[str, int] = field(default_factory=dict)
+    errors: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Lowering(Backend):
+    """Lowers a program to an ONNX model with dynamic dimensions that ONNX Runtime runs fast."""
+
+    name = "onnxruntime"
+    summary = "ONNX model with fused attention, norms and activations, run by ONNX Runtime."
+    Options = OnnxRuntimeOptions
+
+    def lower(self, program: Program, context: Context) -> OnnxCompiled:
+        """The program as an ONNX model, compared to it at two sizes of every dynamic dimension.
+
+        A step that makes a model which does not load, or computes something else, is left out
+        and named in the notes.
+
+        Raises:
+            LoweringError: an op has no ONNX form, or the model differs without any step.
+        """
+        options: OnnxRuntimeOptions = self.options
+        unknown = sorted(set(options.skip) - {step.name for step in STEPS})
+        if unknown:
+            known = ", ".join(step.name for step in STEPS)
+            raise ArgumentError(f"skip: no step named {unknown[0]!r}", fix=f"There are {known}.")
+        job = _Job(program, options, TemporaryDirectory())
+        steps = [step for step in STEPS if step.name not in options.skip]
+        dropped: dict[str, str] = {}
+        try:
+            attempt = job.attempt(steps)
+        except Differs as error:
+            if not steps:
+                raise job.failure(error) from error
+            attempt, dropped = job.one_by_one(steps)
+        assert attempt.session is not None
+        notes = {
+            "translator": attempt.translator,
+            "steps": attempt.applied,
+            "dropped": dropped,
+            "left": leftovers(attempt.program),
+            "kernels": attempt.kernels,
+            "session": {
+                "providers": attempt.session.get_providers(),
+                "threads": job.settings.thread_count(),
+                "opset": options.opset,
+            },
+            "checked": attempt.errors,
+        }
+        keep = job.folder if isinstance(attempt.model, Path) else None
+        return OnnxCompiled(attempt.model, program.signature, attempt.session, notes, keep)
+
+
+class _Job:
+    """One lowering: the program, its expected outputs, and the folder for large weights."""
+
+    def __init__(
+        self, program: Program, options: OnnxRuntimeOptions, folder: TemporaryDirectory[str]
+    ) -> None:
+        self.program = program
+        self.options = options
+        self.folder = folder
+        self.settings = SessionSettings(options.provider, options.threads)
+        self.settings.providers()
+        self.cases: list[Case] = check_cases(program)
+        self.bound = tolerance_for(program, options.tolerance)
+
+    def attempt(self, steps: list[Step]) -> Attempt:
+        """Applies the steps, translates, and checks.
+
+        Raises:
+            Differs: the model does not load, or computes something else.
+        """
+        made = Attempt(self.program, {})
+        with torch.no_grad():
+            for step in steps:
+                self._apply(step, made)
+            model = self._translate(made)
+            self._check(model, made)
+        return made
+
+    def _apply(self, step: Step, made: Attempt) -> None:
+        editor = Editor(made.program, by=f"lower.{step.name}")
+        try:
+            count = step.run(editor)
+            program = editor.finish(propagate=False)
+        except Exception as error:
+            raise Differs(f"step {step.name} failed: {error!r}") from error
+        if count:
+            made.program = program
+            made.applied[step.name] = made.applied.get(step.name, 0) + count
+
+    def _translate(self, made: Attempt) -> ir.Model:
+        try:
+            model = translate(made.program, self.options.opset)
+        except Untranslatable as why:
+            from graphwright.backends.onnxruntime.stock import export_with_torch
+
+            made.translator = f"torch.onnx.export, for {why}"
+            return export_with_torch(made.program, self.options.opset, why)
+        made.translator = "direct"
+        return model
+
+    def _check(self, model: ir.Model, made: Attempt) -> None:
+        made.model = self._write(model)
+        first, *others = self.cases
+        try:
+            onnx.checker.check_model(
+                made.model if isinstance(made.model, bytes) else str(made.model)
+            )
+            made.session, outputs, made.kernels = open_and_count(
+                made.model, self.settings, self.program.signature, first.inputs
+            )
+        except Exception as error:
+            text = str(error).strip().splitlines() or [type(error).__name__]
+            raise Differs(f"ONNX Runtime refuses the model: {text[0]}") from error
+        self._compare(first, outputs, made)
+        for case in others:
+            try:
+                outputs = run_session(made.session, self.program.signature, case.inputs)
+            except Exception as error:
+                text = str(error).strip().splitlines() or [type(error).__name__]
+                raise Differs(f"the model fails at {case.sizes}: {text[0]}") from error
+            self._compare(case, outputs, made)
+
+    def _compare(self, case: Case, outputs: tuple[torch.Tensor, ...], made: Attempt) -> None:
+        error = compare_outputs(self.program, case, outputs, self.bound)
+        made.errors.append({"sizes": case.sizes, "relative": error})
+
+    def _write(self, model: ir.Model) -> bytes | Path:
+        """Serialized in memory, or in a folder with the weights apart when they are large."""
+        weights = sum(
+            value.const_value.nbytes
+            for value in model.graph.initializers.values()
+            if value.const_value is not None
+        )
+        if weights <= self.options.external_data_mb * 1e6:
+            return ir.to_proto(model).SerializeToString()
+        path = Path(self.folder.name) / FILE
+        ir.save(model, path, external_data=DATA)
+        return path
+
+    def one_by_one(self, steps: list[Step]) -> tuple[Attempt, dict[str, str]]:
+        """Adds one step at a time and leaves out each that breaks the model.
+
+        Raises:
+            LoweringError: the model is wrong without any step.
+        """
+        kept: list[Step] = []
+        dropped: dict[str, str] = {}
+        try:
+            best = self.attempt(kept)
+        except Differs as error:
+            raise self.failure(error) from error
+        for step in steps:
+            try:
+                best = self.attempt([*kept, step])
+                kept.append(step)
+            except (Differs, LoweringError) as error:
+                dropped[step.name] = str(error)
+        return best, dropped
+
+    def failure(self, error: Differs) -> LoweringError:
+        """The error for a model that is wrong without any step; names the node where it can."""
+        node = first_differing_node(self.program, self.options.opset, self.settings, self.bound)
+        return LoweringError(str(error), details=(node,) if node else ())

@@ -1,0 +1,114 @@
+"""Sessions: providers, threads, running on torch tensors, and which kernels really ran."""
+
+from __future__ import annotations
+
+import collections
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import onnxruntime
+import torch
+from graphwright.ir.errors import LoweringError
+from graphwright.ir.signature import Signature
+
+ERRORS_ONLY = 4
+"""ONNX Runtime's severity `fatal`: its failures reach us as exceptions anyway."""
+
+
+@dataclass(frozen=True)
+class SessionSettings:
+    """What a session is made with; goes into the notes.
+
+    Attributes:
+        provider: `cpu`, `cuda` or `auto`.
+        threads: within an operator.
+    """
+
+    provider: str = "cpu"
+    threads: int = 0
+
+    def providers(self) -> list[str]:
+        """Execution providers in order of preference.
+
+        Raises:
+            LoweringError: CUDA is asked for and cannot be used here.
+        """
+        usable = (
+            "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+            and torch.cuda.is_available()
+        )
+        if self.provider == "cuda" and not usable:
+            raise LoweringError(
+                "provider cuda: ONNX Runtime finds no CUDA device here",
+                fix="Use provider cpu, or auto.",
+            )
+        cuda = ["CUDAExecutionProvider"] if usable and self.provider != "cpu" else []
+        return [*cuda, "CPUExecutionProvider"]
+
+    def thread_count(self) -> int:
+        """Threads within an operator."""
+        return self.threads or torch.get_num_threads()
+
+
+def open_session(
+    model: bytes | Path, settings: SessionSettings, profile: Path | None = None
+) -> onnxruntime.InferenceSession:
+    """An inference session on a model in memory or on disk.
+
+    Args:
+        model: serialized model, or the path of one whose weights lie beside it.
+        settings: providers and threads.
+        profile: prefix of the profile to write until `end_profiling` is called.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = settings.thread_count()
+    options.log_severity_level = ERRORS_ONLY
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    source = model if isinstance(model, bytes) else str(model)
+    return onnxruntime.InferenceSession(source, options, providers=settings.providers())
+
+
+def run_session(
+    session: onnxruntime.InferenceSession, signature: Signature, inputs: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """Flat outputs for flat inputs, as torch tensors on the device of the first input."""
+    feeds = {
+        spec.name: tensor.detach().cpu().contiguous().numpy()
+        for spec, tensor in zip(signature.inputs, inputs, strict=True)
+    }
+    wanted = {item.name for item in session.get_inputs()}
+    results = session.run(None, {name: array for name, array in feeds.items() if name in wanted})
+    device = inputs[0].device if inputs else torch.device("cpu")
+    return tuple(torch.from_numpy(array).to(device) for array in results)
+
+
+def open_and_count(
+    model: bytes | Path,
+    settings: SessionSettings,
+    signature: Signature,
+    inputs: Sequence[torch.Tensor],
+) -> tuple[onnxruntime.InferenceSession, tuple[torch.Tensor, ...], dict[str, int]]:
+    """Opens a session, runs it once, and counts the kernels that the run called, by op type."""
+    with TemporaryDirectory() as folder:
+        session = open_session(model, settings, Path(folder) / "profile")
+        try:
+            outputs = run_session(session, signature, inputs)
+        finally:
+            file = session.end_profiling()
+        events = json.loads(Path(file).read_text())
+    return session, outputs, _kernel_counts(events)
+
+
+def _kernel_counts(events: list[dict[str, Any]]) -> dict[str, int]:
+    names = {
+        (event["args"]["op_name"], event["name"])
+        for event in events
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
+    }
+    return dict(collections.Counter(kind for kind, _ in sorted(names)).most_common())

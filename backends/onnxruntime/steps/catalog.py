@@ -1,0 +1,43 @@
+"""The list of graph steps, in the order they run. A further step is one more line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from graphwright.backends.onnxruntime.steps.activations import (
+    find_gelu,
+    find_silu,
+    fuse_bias_gelu,
+)
+from graphwright.backends.onnxruntime.steps.attention import fuse_attention
+from graphwright.backends.onnxruntime.steps.biases import move_biases
+from graphwright.backends.onnxruntime.steps.layout import simplify_layout
+from graphwright.backends.onnxruntime.steps.norms import find_rms_norm, fuse_skip_norm
+from graphwright.ir.edit import Editor
+
+
+@dataclass(frozen=True)
+class Step:
+    """A named rewrite.
+
+    Attributes:
+        name: shown in notes, and what the `skip` option takes.
+        run: edits the graph through the editor; returns how often it applied.
+    """
+
+    name: str
+    run: Callable[[Editor], int]
+
+
+STEPS: tuple[Step, ...] = (
+    Step("simplify_layout", simplify_layout),
+    Step("find_rms_norm", find_rms_norm),
+    Step("find_gelu", find_gelu),
+    Step("find_silu", find_silu),
+    Step("attention", fuse_attention),
+    Step("skip_norm", fuse_skip_norm),
+    Step("tidy", simplify_layout),
+    Step("bias_gelu", fuse_bias_gelu),
+    Step("move_biases", move_biases),
+)

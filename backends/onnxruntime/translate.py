@@ -1,0 +1,173 @@
+"""Program to ONNX, directly from the traced graph: no retracing and no decomposition."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from graphwright.backends.onnxruntime import aten
+from graphwright.backends.onnxruntime.aten.contrib import by_face
+from graphwright.backends.onnxruntime.emitter import (
+    Emitter,
+    Untranslatable,
+    onnx_dtype,
+    sizes_of,
+)
+from graphwright.ir.ops import OPS
+from graphwright.ir.program import Program
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from torch import fx
+
+IR_VERSIONS = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
+"""ONNX file format version by opset; runtimes refuse files newer than they need to be."""
+
+
+def dimension_names(program: Program) -> dict[Any, str]:
+    """sympy symbol of each dynamic dimension to its name in the signature."""
+    names: dict[Any, str] = {}
+    for node, spec in zip(_placeholders(program), program.signature.inputs, strict=True):
+        for size, dim in zip(sizes_of(node), spec.shape, strict=True):
+            if isinstance(dim, str) and not isinstance(size, int) and size.is_Symbol:
+                names.setdefault(size, dim)
+    return names
+
+
+def _placeholders(program: Program) -> list[fx.Node]:
+    return list(program.graph.find_nodes(op="placeholder"))
+
+
+def untranslatable(program: Program) -> list[str]:
+    """Names of the ops in the graph that only the standard exporter can translate."""
+    table = aten.load()
+    found = {
+        str(n.target)
+        for n in program.graph.nodes
+        if n.op == "call_function"
+        and isinstance(n.meta.get("val"), torch.Tensor | list | tuple)
+        and n.target not in table
+        and _own_op(n) is None
+    }
+    return sorted(found)
+
+
+def translate(program: Program, opset: int) -> ir.Model:
+    """The program as an ONNX model with its names, dynamic dimensions and metadata.
+
+    Raises:
+        Untranslatable: a node that has no exact form here; the standard exporter may know it.
+    """
+    return translate_with_values(program, opset)[0]
+
+
+def translate_with_values(program: Program, opset: int) -> tuple[ir.Model, dict[fx.Node, Any]]:
+    """As `translate`, with the ONNX value of every node of the program's graph."""
+    table = aten.load()
+    e = Emitter(program.state, dimension_names(program), opset)
+    inputs = []
+    for node, spec in zip(_placeholders(program), program.signature.inputs, strict=True):
+        value = ir.Value(name=e.name(spec.name))
+        value.shape = ir.Shape(list(spec.shape))
+        value.type = ir.TensorType(onnx_dtype(node.meta["val"].dtype))
+        e.values[node] = value
+        e.place(node, value)
+        inputs.append(value)
+    for spec in program.signature.outputs:
+        e.name(spec.name)
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            if not _only_transposed(node):
+                e.values[node] = e.weight(str(node.target))
+        elif node.op == "call_function":
+            _translate_node(e, table, node)
+    outputs = _outputs(e, program)
+    domains = dict(e.domains)
+    graph = ir.Graph(
+        inputs, outputs, nodes=e.nodes, initializers=list(e.initializers.values()),
+        opset_imports=domains, name="graphwright",
+    )  # fmt: skip
+    model = ir.Model(
+        graph, ir_version=IR_VERSIONS[opset], producer_name="graphwright", functions=e.functions
+    )
+    RemoveUnusedNodesPass()(model)
+    finish(model, program)
+    return model, e.values
+
+
+def _only_transposed(node: fx.Node) -> bool:
+    linear = torch.ops.aten.linear.default
+    return node.meta["val"].dim() == 2 and all(
+        user.target is linear and user.args[1] is node and node not in (user.args[0], *user.args[2:])
+        for user in node.users
+    )
+
+
+def _own_op(node: fx.Node) -> Any:
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload) and target.namespace == "graphwright":
+        return OPS.get(target._schema.name.split("::")[1])
+    return None
+
+
+def _translate_node(e: Emitter, table: dict[Any, Any], node: fx.Node) -> None:
+    fake = node.meta.get("val")
+    if not isinstance(fake, torch.Tensor | list | tuple):
+        return  # A size: computed from its expression where it is used.
+    e.begin(node)
+    own = _own_op(node)
+    if node.target in table:
+        try:
+            result = table[node.target](e, node, *node.args, **node.kwargs)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise Untranslatable(node, f"unusual arguments ({error!r})") from error
+    elif own is not None:
+        result = by_face(e, node, own.onnx)
+    else:
+        raise Untranslatable(node, "no translation")
+    e.values[node] = result
+    if isinstance(fake, torch.Tensor):
+        e.typed(result, node)
+        e.place(node, result)
+
+
+def _outputs(e: Emitter, program: Program) -> list[ir.Value]:
+    """Graph outputs under the signature's names."""
+    e.begin(program.graph.output_node())
+    taken: set[int] = set()
+    outputs = []
+    nodes = program.graph.output_node().args[0]
+    assert isinstance(nodes, tuple | list)
+    for node, spec in zip(nodes, program.signature.outputs, strict=True):
+        value = e.values[node]
+        if value.producer() is None or id(value) in taken or _is_shared(e, node, value):
+            value = e.op("Identity", value)
+            e.typed(value, node)
+        taken.add(id(value))
+        value.name = spec.name
+        value.shape = ir.Shape(e.shape_names(node.meta["val"].shape))
+        value.type = ir.TensorType(onnx_dtype(node.meta["val"].dtype))
+        outputs.append(value)
+    return outputs
+
+
+def _is_shared(e: Emitter, node: fx.Node, value: ir.Value) -> bool:
+    """Whether the value was first made for another node that has another dtype or shape."""
+    return value.type is not None and value.type.dtype != onnx_dtype(node.meta["val"].dtype)
+
+
+def finish(model: ir.Model, program: Program) -> None:
+    """Puts our metadata into a model and takes doc strings and node metadata out."""
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        node.doc_string = None
+        node.metadata_props.clear()
+    model.doc_string = None
+    model.graph.doc_string = None
+    signature = program.signature
+    record = {
+        "signature": signature.to_json(),
+        "aliases": {name: list(names) for name, names in program.aliases.items()},
+        "passes": [{"id": p.id, "options": p.options, "seed": p.seed, "contract": p.contract}
+                   for p in program.provenance],
+    }  # fmt: skip
+    model.metadata_props["graphwright"] = json.dumps(record, sort_keys=True)
