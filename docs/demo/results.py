@@ -20,18 +20,20 @@ README = Path(__file__).resolve().parents[2] / "README.md"
 BLOCK = re.compile(r"(<!-- results:begin -->\n).*?(<!-- results:end -->)", re.DOTALL)
 
 
-def table(report: dict[str, Any], comparison: list[dict[str, Any]], example: str) -> str:
+def table(report: dict[str, Any], comparison: list[dict[str, Any]]) -> str:
     """The Markdown table and the line that says where its figures come from."""
     latency = next(row for row in report["latency"] if row["backend"] == "onnxruntime")
     artifact = next(a for a in report["result"]["artifacts"] if a["backend"] == "onnxruntime")
     batch = comparison[-1]
+    texts, tokens = latency["shapes"][0]
     before, after = report["model"]["weight_bytes"] / 1e6, artifact["file_bytes"] / 1e6
+    job = f"{texts} texts of {tokens} tokens, {latency['threads']} threads"
     versions = f"torch {report['environment']['torch']}, {cpu()}"
     return f"""\
 | | original (PyTorch, fp32) | compiled (ONNX Runtime, int8) |
 | --- | --- | --- |
 | size | {before:.1f} MB of weights | {after:.1f} MB file |
-| latency, {example}, {latency["threads"]} threads | {latency["before_ms"]:.1f} ms \
+| latency, {job} | {latency["before_ms"]:.1f} ms \
 | {latency["after_ms"]:.1f} ms ({latency["speedup"]:.2f}x) |
 | cosine of embeddings, {batch["texts"]} texts | 1 \
 | {batch["mean_cosine"]:.4f} mean, {batch["lowest_cosine"]:.4f} lowest |
@@ -51,20 +53,11 @@ def cpu() -> str:
     return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
-def example_sizes(lock: Path) -> str:
-    """Sizes that latency was measured at: those of the spec's first input."""
-    import yaml
-
-    inputs = yaml.safe_load(lock.read_text(encoding="utf-8"))["model"]["inputs"]
-    batch, tokens = next(iter(inputs.values()))["example"]
-    return f"{batch} texts of {tokens} tokens"
-
-
 def main(out: Path) -> None:
     """Rewrite the README."""
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     comparison = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
-    filled = table(report, comparison, example_sizes(out / "spec.lock.yaml"))
+    filled = table(report, comparison)
     text, count = BLOCK.subn(rf"\1{filled}\2", README.read_text(encoding="utf-8"))
     if count != 1:
         raise SystemExit(f"{README} has no results markers")
