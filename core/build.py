@@ -114,3 +114,69 @@ def example_sizes(inputs: Mapping[str, InputSection]) -> dict[str, int]:
                     where=f"model.inputs.{name}",
                 )
     return sizes
+
+
+def other_size_inputs(program: Program, seed: int) -> tuple[Any, ...] | None:
+    """Inputs at another size of every dynamic dimension, so that a fixed size shows.
+
+    None where there is no dynamic dimension, or the program runs at no neighbouring size (a
+    dimension may have to be a multiple of something).
+    """
+    import torch
+
+    from graphwright.ir.data import example_sizes, synthetic_inputs
+
+    sizes = example_sizes(program.signature, program.examples)
+    if not sizes:
+        return None
+    generator = torch.Generator().manual_seed(seed + 1)
+    for change in (1, -1, 2, 8):
+        moved = {name: size + change for name, size in sizes.items()}
+        if any(not _allowed(program, name, size) for name, size in moved.items()):
+            continue
+        inputs = synthetic_inputs(program.signature, moved, generator)
+        flat = program.bind(**inputs)
+        if _runs(program, flat):
+            return flat
+    return None
+
+
+def _allowed(program: Program, name: str, size: int) -> bool:
+    bounds = program.signature.dims[name]
+    return size >= bounds.min and (bounds.max is None or size <= bounds.max)
+
+
+def _runs(program: Program, inputs: tuple[Any, ...]) -> bool:
+    import torch
+
+    try:
+        with torch.no_grad():
+            program.run_flat(inputs)
+    except (RuntimeError, IndexError, ValueError):
+        # The size does not fit the model itself; that is for the user to know, not an error.
+        return False
+    return True
+
+
+def eager_runner(module: Any, program: Program) -> Any:
+    """The original as the user runs it: the module in eager mode, on the program's flat inputs.
+
+    The traced program stands in where there is no module (it came as a program) or the module
+    takes its inputs in another form (nested containers).
+    """
+    import torch
+
+    names = [spec.name for spec in program.signature.inputs]
+    constants = program.signature.constants
+
+    def call(*inputs: Any) -> Any:
+        return module(**dict(zip(names, inputs, strict=True)), **constants)
+
+    if module is None:
+        return program
+    try:
+        with torch.no_grad():
+            call(*program.examples)
+    except TypeError:
+        return program
+    return call

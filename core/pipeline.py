@@ -291,9 +291,11 @@ class _Job:
                 if len(found) == CHECK_BATCHES:
                     break
             return found
-        from graphwright.ir.data import other_size_inputs
+        from graphwright.build import other_size_inputs
 
-        other = other_size_inputs(program.signature, program.examples, self.spec.seed)
+        other = other_size_inputs(program, self.spec.seed)
+        if other is None and program.signature.dims:
+            self.warnings.append("passes were checked at the example sizes only")
         return [] if other is None else [other]
 
     def _one_pass(
@@ -410,15 +412,21 @@ class _Job:
         result = next(iter(compiled.values()), program)
         with self.progress.stage("evaluate"):
             return evaluate(
-                original, result, data, self.spec.evaluate.metric, progress=self.progress.update
+                original,
+                result,
+                data,
+                self.spec.evaluate.metric,
+                root=self.spec.folder,
+                progress=self.progress.update,
             ).to_json()
 
     def _latency(
         self, original: Program, loaded: LoadedModel, compiled: dict[str, Compiled]
     ) -> list[dict[str, Any]]:
+        from graphwright.build import eager_runner
         from graphwright.latency import measure_latency
 
-        before = original if loaded.module is None else loaded.runner(original.signature)
+        before = eager_runner(loaded.module, original)
         with self.progress.stage("latency"):
             return measure_latency(before, compiled, original.examples, device=self.settings.device)
 
