@@ -48,11 +48,11 @@ def error_text(error: dict[str, Any]) -> str:
 
 
 def figure_text(value: float | None) -> str:
-    """A figure; close below 1 with as many nines as tell: `0.99999951`."""
+    """A figure; close below 1 with as many nines as it takes: `0.99999951`."""
     if value is None:
         return "-"
     if 0.99 < value < 1.0:
-        return f"{value:.{min(12, 2 - math.floor(math.log10(1 - value)) - 1)}f}"
+        return f"{value:.{1 - math.floor(math.log10(1 - value))}f}".rstrip("0")
     return f"{value:.6g}"
 
 
