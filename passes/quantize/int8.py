@@ -1,0 +1,377 @@
+"""quantize.int8: 8-bit weights and activations, in the forms that integer kernels compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, fx
+
+import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize and its kin
+from graphwright.ir.calibrate import RangeObserver, bound_batches, observe, range_observer
+from graphwright.ir.context import Batch
+from graphwright.ir.edit import Editor
+from graphwright.ir.errors import ArgumentError, ModelError
+from graphwright.ir.options import Selector
+from graphwright.ir.program import Program
+from graphwright.ir.select import WEIGHT_ARGUMENT, Layer, select
+from graphwright.passes.base import Action, Context, Need, Options, Pass, Result
+from graphwright.passes.quantize import _math
+from graphwright.passes.quantize._sites import CONVOLUTIONS, INPUT_ARGUMENT, Sites, find_sites
+
+ops = torch.ops.graphwright
+
+CHANNEL_AXIS = {"linear": 0, "conv1d": 0, "conv2d": 0, "embedding": 0, "matmul": 1, "addmm": 1}
+"""Axis of the weight that the output channels (or table rows) are on."""
+
+NO_KERNEL = ("conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+"""Layers with a weight that no runtime has an integer kernel for: reported, left in float."""
+
+MEASURED_BATCHES = 2
+"""Batches that the error of every layer is measured on."""
+
+
+class Int8Options(Options):
+    """Options of quantize.int8."""
+
+    activations: Literal["dynamic", "static"] = "dynamic"
+    """`dynamic` finds the range of every activation as it runs; `static` fixes it by calibration
+    (faster, the same for every batch, and what convolutions need)."""
+
+    targets: Selector = ("*",)
+    """Layers to quantize: selector patterns over names and kinds."""
+
+    activation_range: Literal["min_max", "moving_average", "percentile", "entropy", "mse"] = (
+        "min_max"
+    )
+    """How `static` finds a range: extremes, their moving average, percentile, least KL divergence,
+    or least squared error."""
+
+    percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
+    """Share of the values, in percent, that the estimator `percentile` keeps."""
+
+    weight_range: Literal["min_max", "mse"] = "min_max"
+    """How the scale of a weight's channel is found: its largest value, or least squared error."""
+
+    any_cpu: bool = True
+    """Keep weight codes where CPUs without VNNI instructions (AVX2, older AVX-512) compute
+    them exactly: their 16-bit sums saturate otherwise. Costs part of a bit."""
+
+    embeddings: bool = True
+    """Store embedding tables as int8 too, one scale per row."""
+
+    max_error: Annotated[float, Field(gt=0)] | None = None
+    """Largest relative error of the outputs, ||a-b|| / ||a||; no bound when absent."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Codes of one stored weight, as `graphwright::dequantize` takes them."""
+
+    codes: Tensor
+    scale: Tensor
+    axis: int
+
+    def value(self) -> Tensor:
+        """The weight that the codes stand for."""
+        return ops.dequantize(self.codes, self.scale, None, self.axis)  # type: ignore[no-any-return]
+
+
+class Int8(Pass):
+    """Quantizes weights to int8, one symmetric scale per output channel, and activations to uint8.
+
+    A weight becomes codes in [-127, 127] and `graphwright::dequantize`; the input of its layer
+    goes through `graphwright::fake_quantize` (static) or `graphwright::fake_quantize_dynamic`,
+    once per tensor. In static programs the results of convolutions, and sums and concatenations
+    of them, are quantized too, behind their ReLU, and their biases are int32 codes: integer
+    convolutions exist in no other form. Biases of matrix products stay in float32.
+
+    Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference".
+    """
+
+    contract = "lossy"
+    Options = Int8Options
+    after = ("cleanup.*", "quantize.smoothquant")
+    lowers_to = ("onnxruntime", "triton")
+    needs_with: ClassVar[Mapping[tuple[str, Any], Need]] = {
+        ("activations", "static"): "calibration"
+    }
+
+    def run(self, program: Program, context: Context) -> Result:
+        options: Int8Options = self.options
+        is_static = options.activations == "static"
+        if is_static and context.calibration is None:
+            raise ArgumentError(
+                f"{self.id} with static activations needs calibration data",
+                fix="Give the spec a `calibration` section, or use activations: dynamic.",
+            )
+        chosen = select(program, options.targets, {*CHANNEL_AXIS, *NO_KERNEL})
+        refused = {layer.node: why for layer in chosen if (why := refusal(layer, program, options))}
+        layers = [layer for layer in chosen if layer.node not in refused]
+        if not layers:
+            reasons = sorted({f"{layer.name}: {refused[layer.node]}" for layer in chosen})
+            raise ModelError(f"{self.id} can quantize none of its targets", details=tuple(reasons))
+        sites = find_sites(
+            program.graph, {layer.node: layer.kind for layer in layers}, outputs=is_static
+        )
+        ranges = self._ranges(program, sites, context) if is_static else {}
+        weights = quantize_weights(program, layers, ranges, options)
+        errors = layer_errors(program, layers, weights, ranges, context.calibration)
+        edited = _Inserter(program, self.id, sites, ranges, is_static).run(layers, weights)
+        return Result(edited, self._actions(chosen, refused, errors), _metrics(errors))
+
+    def _ranges(
+        self, program: Program, sites: Sites, context: Context
+    ) -> dict[fx.Node, tuple[float, int]]:
+        """Scale and zero point of every quantized tensor, by calibration."""
+        options: Int8Options = self.options
+        assert context.calibration is not None
+        observers: dict[str, RangeObserver] = {
+            node.name: range_observer(options.activation_range, options.percentile)
+            for node in sites.observed()
+        }
+        observe(program, observers, context.calibration, context.progress)
+        found: dict[fx.Node, tuple[float, int]] = {}
+        for node in sites.observed():
+            try:
+                found[node] = _math.activation_parameters(*observers[node.name].range())
+            except ArgumentError as error:
+                raise ArgumentError(error.message, where=node.name, fix=error.fix) from None
+        found.update({moved: found[root] for moved, root in sites.same.items()})
+        return found
+
+    def _actions(
+        self, chosen: list[Layer], refused: dict[fx.Node, str], errors: dict[fx.Node, float]
+    ) -> tuple[Action, ...]:
+        actions = []
+        for layer in chosen:
+            if layer.node in refused:
+                actions.append(Action(layer.name, "float32", refused[layer.node]))
+                continue
+            how = "weight" if layer.kind == "embedding" else self.options.activations
+            actions.append(
+                Action(layer.name, f"int8 {how}", f"relative error {errors[layer.node]:.2e}")
+            )
+        return tuple(actions)
+
+
+def refusal(layer: Layer, program: Program, options: Int8Options) -> str:
+    """Why a layer stays in float32; empty when it can be quantized."""
+    if layer.kind in NO_KERNEL:
+        return f"no integer kernel for {layer.kind}"
+    if not layer.weight:
+        return "its weight is computed in the graph (compressed or adapted before)"
+    weight = program.state[layer.weight]
+    if weight.dtype != torch.float32:
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}, not float32"
+    if layer.kind == "embedding":
+        return "" if options.embeddings else "embeddings: false"
+    if layer.kind in ("matmul", "addmm") and weight.dim() != 2:
+        return f"its weight has {weight.dim()} dimensions, not 2"
+    if layer.kind == "addmm" and (len(layer.node.args) > 3 or layer.node.kwargs):
+        return "addmm with factors alpha or beta"
+    if layer.kind in CONVOLUTIONS and options.activations == "dynamic":
+        return "no fast integer convolution with dynamic ranges; use activations: static"
+    if not bool(torch.isfinite(weight).all()):
+        return "its weight holds NaN or infinity"
+    return ""
+
+
+def quantize_weights(
+    program: Program,
+    layers: Iterable[Layer],
+    ranges: dict[fx.Node, tuple[float, int]],
+    options: Int8Options,
+) -> dict[tuple[str, int], Quantized]:
+    """Codes of every weight, by (name, axis): tied layers share them."""
+    kinds: dict[tuple[str, int], set[str]] = {}
+    layers = list(layers)
+    for layer in layers:
+        kinds.setdefault((layer.weight, CHANNEL_AXIS[layer.kind]), set()).add(layer.kind)
+    found: dict[tuple[str, int], Quantized] = {}
+    for layer in layers:
+        axis = CHANNEL_AXIS[layer.kind]
+        if (layer.weight, axis) in found:
+            continue
+        bias = conv_bias(program, layer)
+        floor = None if bias is None else _math.least_scale(bias, ranges[input_node(layer)][0])
+        weight = program.state[layer.weight].detach()
+        overflow = overflow_rule(kinds[layer.weight, axis]) if options.any_cpu else "any"
+        codes, scale = _math.quantize_weight(weight, axis, options.weight_range, overflow, floor)
+        found[layer.weight, axis] = Quantized(codes, scale, axis)
+    return found
+
+
+def overflow_rule(kinds: set[str]) -> str:
+    """Which codes cannot overflow a CPU's 16-bit sums, for a weight that layers of `kinds` read.
+
+    The order in which a convolution sums is the runtime's choice, so that half the range is safe
+    and no pairing is; a table is multiplied with nothing.
+    """
+    if kinds == {"embedding"}:
+        return "any"
+    return "half" if kinds & set(CONVOLUTIONS) else "pairs"
+
+
+def conv_bias(program: Program, layer: Layer) -> Tensor | None:
+    """The stored bias of a convolution; None for anything else."""
+    if layer.kind not in CONVOLUTIONS or len(layer.node.args) < 3:
+        return None
+    bias = layer.node.args[2]
+    if not isinstance(bias, fx.Node) or bias.op != "get_attr":
+        return None
+    return program.state[str(bias.target)].detach()
+
+
+def input_node(layer: Layer) -> fx.Node:
+    """The activation that a layer reads."""
+    node = layer.node.args[INPUT_ARGUMENT.get(layer.kind, 0)]
+    assert isinstance(node, fx.Node)
+    return node
+
+
+def layer_errors(
+    program: Program,
+    layers: list[Layer],
+    weights: dict[tuple[str, int], Quantized],
+    ranges: dict[fx.Node, tuple[float, int]],
+    calibration: Iterable[Batch] | None,
+) -> dict[fx.Node, float]:
+    """||y_int8 - y|| / ||y|| of every layer by itself, on the float program's own inputs."""
+    by_name = {layer.node.name: layer for layer in layers}
+    totals = dict.fromkeys(by_name, (0.0, 0.0))
+
+    class Measure(fx.Interpreter):
+        """Computes every layer a second time, quantized."""
+
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            layer = by_name.get(n.name)
+            if layer is not None:
+                args, kwargs = self.fetch_args_kwargs_from_env(n)
+                changed = list(args)
+                quantized = weights[layer.weight, CHANNEL_AXIS[layer.kind]]
+                changed[WEIGHT_ARGUMENT.get(layer.kind, 1)] = quantized.value()
+                if layer.kind != "embedding":
+                    place = INPUT_ARGUMENT.get(layer.kind, 0)
+                    changed[place] = fake_quantized(args[place], ranges.get(input_node(layer)))
+                other = n.target(*changed, **kwargs)  # type: ignore[operator]
+                error, size = totals[n.name]
+                error += float((other - result).double().square().sum())
+                totals[n.name] = (error, size + float(result.double().square().sum()))
+            return result
+
+    batches: Iterable[tuple[Tensor, ...]] = [program.examples]
+    if calibration is not None:
+        batches = islice(bound_batches(program, calibration), MEASURED_BATCHES)
+    runner = Measure(program.module)
+    with torch.no_grad():
+        for inputs in batches:
+            runner.run(*inputs)
+    sizes = {name: (e / s if s > 0 else e) ** 0.5 for name, (e, s) in totals.items()}
+    return {layer.node: sizes[layer.node.name] for layer in layers}
+
+
+def fake_quantized(x: Tensor, parameters: tuple[float, int] | None) -> Tensor:
+    """x as the quantized program's layer sees it."""
+    if parameters is None:
+        return ops.fake_quantize_dynamic(x)  # type: ignore[no-any-return]
+    return ops.fake_quantize(x, *parameters, 0, 255)  # type: ignore[no-any-return]
+
+
+def _metrics(errors: dict[fx.Node, float]) -> dict[str, float]:
+    values = list(errors.values())
+    return {
+        "layers": float(len(values)),
+        "layer_error_mean": sum(values) / len(values),
+        "layer_error_max": max(values),
+    }
+
+
+class _Inserter:
+    """Puts codes and quantizers into a copy of the program."""
+
+    def __init__(
+        self,
+        program: Program,
+        by: str,
+        sites: Sites,
+        ranges: dict[fx.Node, tuple[float, int]],
+        is_static: bool,
+    ) -> None:
+        self.editor = Editor(program, by=by)
+        self.twin = dict(zip(program.graph.nodes, self.editor.graph.nodes, strict=True))
+        self.sites = sites
+        self.ranges = ranges
+        self.is_static = is_static
+        self.rebuilt: dict[tuple[str, int], fx.Node] = {}
+
+    def run(self, layers: list[Layer], weights: dict[tuple[str, int], Quantized]) -> Program:
+        for layer in layers:
+            self._weight(layer, weights[layer.weight, CHANNEL_AXIS[layer.kind]])
+        for x, readers in self.sites.inputs.items():
+            node = self.twin[x]
+            quantized = self._quantizer(node, x)
+            for user in list(node.users):
+                if user.name in readers:
+                    user.replace_input_with(node, quantized)
+        for y in self.sites.outputs:
+            node = self.twin[y]
+            quantized = self._quantizer(node, y)
+            node.replace_all_uses_with(quantized, delete_user_cb=lambda u, q=quantized: u is not q)
+        return self.editor.finish()
+
+    def _quantizer(self, node: fx.Node, original: fx.Node) -> fx.Node:
+        before = _behind(node)
+        if not self.is_static:
+            return self.editor.call(
+                ops.fake_quantize_dynamic.default, node, before=before, like=node
+            )
+        scale, zero_point = self.ranges[original]
+        return self.editor.call(
+            ops.fake_quantize.default, node, scale, zero_point, 0, 255, before=before, like=node
+        )
+
+    def _weight(self, layer: Layer, quantized: Quantized) -> None:
+        node = self.twin[layer.node]
+        position = WEIGHT_ARGUMENT.get(layer.kind, 1)
+        key = (layer.weight, quantized.axis)
+        if key not in self.rebuilt:
+            self.rebuilt[key] = self._dequantize(
+                layer.weight, quantized.codes, quantized.scale, quantized.axis, node
+            )
+        old = node.args[position]
+        assert isinstance(old, fx.Node)
+        node.replace_input_with(old, self.rebuilt[key])
+        bias = conv_bias(self.editor.program, layer)
+        if bias is not None:
+            scale = quantized.scale * self.ranges[input_node(layer)][0]
+            old = node.args[2]
+            assert isinstance(old, fx.Node)
+            codes = _math.bias_codes(bias, scale)
+            new = self._dequantize(str(old.target), codes, scale, 0, node)
+            node.replace_input_with(old, new)
+
+    def _dequantize(
+        self, name: str, codes: Tensor, scale: Tensor, axis: int, before: fx.Node
+    ) -> fx.Node:
+        first = self.editor.get(self.editor.add_state(f"{name}.codes", codes))
+        second = self.editor.get(self.editor.add_state(f"{name}.scale", scale))
+        # At the head of the graph: a tied weight's layers all read this one node.
+        place = next(n for n in self.editor.graph.nodes if n.op not in ("placeholder", "get_attr"))
+        return self.editor.call(
+            ops.dequantize.default, first, second, None, axis, before=place, like=before
+        )
+
+
+def _behind(node: fx.Node) -> fx.Node:
+    """Right behind the node; behind all inputs when it is one."""
+    following = node.next
+    while following.op == "placeholder":
+        following = following.next
+    return following
