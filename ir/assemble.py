@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from graphwright.ir.dims import Dynamic, ranges_found
+from graphwright.ir.dims import Dynamic, is_free, ranges_found
 from graphwright.ir.errors import ModelError
 from graphwright.ir.inline import inline_regions
 from graphwright.ir.program import Program
@@ -170,10 +170,9 @@ def _shapes(graph: fx.Graph, dynamic: Dynamic) -> list[tuple[int | str, ...]]:
     shapes: list[tuple[int | str, ...]] = []
     for node in graph.find_nodes(op="placeholder"):
         axes = dynamic.get(str(node.target), {})
-        sizes = enumerate(node.meta["val"].shape)
-        shapes.append(
-            tuple(axes[i] if i in axes and not isinstance(s, int) else int(s) for i, s in sizes)
-        )
+        sizes = node.meta["val"].shape
+        named = (axes[i] if i in axes and is_free(s) else int(s) for i, s in enumerate(sizes))
+        shapes.append(tuple(named))
     return shapes
 
 
@@ -188,13 +187,9 @@ def _symbol_names(graph: fx.Graph, specs: tuple[TensorSpec, ...]) -> dict[Any, s
 
 
 def _symbolic(shape: Any, symbols: dict[Any, str]) -> tuple[int | str, ...]:
-    out: list[int | str] = []
-    for size in shape:
-        if isinstance(size, torch.SymInt):
-            import sympy
+    import sympy
 
-            named = {s: sympy.Symbol(n) for s, n in symbols.items()}
-            out.append(str(size.node.expr.xreplace(named)))
-        else:
-            out.append(int(size))
-    return tuple(out)
+    named = {symbol: sympy.Symbol(name) for symbol, name in symbols.items()}
+    return tuple(
+        str(size.node.expr.xreplace(named)) if is_free(size) else int(size) for size in shape
+    )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphwright.ir.errors import ArgumentError
+from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.signature import flatten, leaf_names, rebuild
 
 POSITIONAL = "*"
@@ -56,6 +56,8 @@ class FlatModel(nn.Module):
         record = _Record()
         output = self.model(*positional, **arguments)
         record.structure = flatten(_nameable(output, "", record.dropped), leaves)
+        if not leaves:
+            raise ModelError("the model returns no tensors")
         self.record.__dict__.update(record.__dict__)
         return tuple(leaves)
 
@@ -114,8 +116,9 @@ def _input_names(trees: dict[str, Any]) -> list[str]:
 def _nameable(value: Any, path: str, dropped: dict[str, str]) -> Any:
     """The output with symbolic sizes as tensors, and objects that hold no tensors left out."""
     if isinstance(value, torch.SymInt | torch.SymFloat):
+        number: Any = value
         dtype = torch.int64 if isinstance(value, torch.SymInt) else torch.float32
-        return torch.scalar_tensor(value, dtype=dtype)
+        return torch.scalar_tensor(number, dtype=dtype)
     if isinstance(value, dict) and type(value) is not dict:
         # A record as transformers' ModelOutput: a dict that knows its fields.
         items = {k: _nameable(v, f"{path}.{k}", dropped) for k, v in value.items()}
@@ -128,7 +131,10 @@ def _nameable(value: Any, path: str, dropped: dict[str, str]) -> Any:
         flatten(value, [])
     except TypeError:
         if not path:
-            raise
+            raise ModelError(
+                f"the model returns a {type(value).__name__}, which holds no tensors",
+                fix="Return tensors, in tuples, lists, dicts or dataclasses.",
+            ) from None
         dropped[path.lstrip(".")] = type(value).__name__
         return None
     return value

@@ -62,19 +62,16 @@ def _erase_assertions(editor: Editor) -> None:
 
 
 def take_out_dropout(editor: Editor) -> None:
-    """Removes dropout; its producer remembers kind and probability when nothing else reads it."""
+    """Removes dropout; the node it followed remembers kind, probability and who read the result."""
     for node in list(editor.graph.nodes):
         if node.op != "call_function" or node.target not in DROPOUTS.values():
             continue
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        if source.op == "call_function" and len(source.users) == 1:
-            kind = op_name(node)
-            p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
-            found = [*(gw_meta(source).get("dropout") or ()), [kind, p]]
-            set_gw_meta(source, dropout=found)
-            editor.replace(node, source)
-        elif len(node.args) > 2 and node.args[2]:
-            args = list(node.args)
-            args[2] = False
-            editor.set_args(node, *args)
+        p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
+        entry: list[Any] = [op_name(node), p]
+        if len(source.users) > 1:
+            entry.append([user.name for user in node.users])
+        if node.users:
+            set_gw_meta(source, dropout=[*(gw_meta(source).get("dropout") or ()), entry])
+        editor.replace(node, source)

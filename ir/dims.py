@@ -93,13 +93,18 @@ def shapes_for_export(inputs: Mapping[str, Tensor], dynamic: Dynamic) -> Any:
     return (tuple(dict.fromkeys(dynamic.get(name, {}), free) for name in inputs),)
 
 
+def is_free(size: int | torch.SymInt) -> bool:
+    """Whether a recorded size still stands for more than one number."""
+    return isinstance(size, torch.SymInt) and not size.node.expr.is_number
+
+
 def specialized(exported: Any, inputs: Mapping[str, Tensor], dynamic: Dynamic) -> set[str]:
     """Names of dimensions asked to be free that the trace found fixed."""
     placeholders = _user_placeholders(exported)
     fixed: set[str] = set()
     for node, name in zip(placeholders, inputs, strict=True):
         for axis, dim in dynamic.get(name, {}).items():
-            if isinstance(node.meta["val"].shape[axis], int):
+            if not is_free(node.meta["val"].shape[axis]):
                 fixed.add(dim)
     return fixed
 

@@ -9,6 +9,7 @@ reads that tensor, or another view of it, afterwards reads the new one.
 from __future__ import annotations
 
 import operator
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,8 +93,8 @@ class _Functionalizer:
             if node.op == "placeholder":
                 continue
             args, kwargs = node.args, node.kwargs
-            node.args = fx.map_arg(args, lambda a, n=node: self.fresh(a, n))
-            node.kwargs = fx.map_arg(kwargs, lambda a, n=node: self.fresh(a, n))
+            fresh = partial(self.fresh, before=node)
+            node.args, node.kwargs = fx.map_arg((args, kwargs), fresh)
             positions = writes(node)
             if positions:
                 target = args[positions[0]] if positions[0] < len(args) else None
@@ -245,7 +246,7 @@ def _put_view(
     def call(op: Any, *args: Any) -> fx.Node:
         return editor.call(op, *args, before=before, like=view)
 
-    rest = view.args[1:]
+    rest: Any = view.args[1:]
     if view.op == "get_attr" or kind in SAME_SHAPE:
         return new
     if kind in RESHAPES:
@@ -255,7 +256,7 @@ def _put_view(
     if kind == "t":
         return call(aten.t.default, new)
     if kind == "permute":
-        order = [d % len(rest[0]) for d in rest[0]]  # type: ignore[arg-type, union-attr]
+        order = [d % len(rest[0]) for d in rest[0]]
         return call(aten.permute.default, new, [order.index(i) for i in range(len(order))])
     if kind == "select":
         return call(aten.select_scatter.default, old, new, *rest)
@@ -263,7 +264,7 @@ def _put_view(
         return call(aten.slice_scatter.default, old, new, *rest)
     if kind == "narrow":
         dim, start, length = rest
-        return call(aten.slice_scatter.default, old, new, dim, start, start + length)  # type: ignore[operator]
+        return call(aten.slice_scatter.default, old, new, dim, start, start + length)
     if kind == "diagonal":
         return call(aten.diagonal_scatter.default, old, new, *rest)
     raise _UnknownEffectError
@@ -287,7 +288,7 @@ def _put_part(
         )
     if kind not in ("chunk", "split", "split_with_sizes"):
         raise _UnknownEffectError
-    sizes = [part.shape[axis] for part in parts.meta["val"]]  # type: ignore[index]
+    sizes: list[Any] = [part.shape[axis] for part in parts.meta["val"]]
     if not all(isinstance(size, int) for size in sizes):
         raise _UnknownEffectError
     start = sum(sizes[:index])

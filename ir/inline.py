@@ -51,11 +51,12 @@ def _inline(graph: fx.Graph, module: torch.nn.Module, node: fx.Node) -> None:
         zip(body.graph.find_nodes(op="placeholder"), node.args[body_at + 1 :], strict=True)
     )
     with graph.inserting_before(node):
-        results = graph.graph_copy(body.graph, mapping)
+        results: Any = graph.graph_copy(body.graph, mapping)
     many = isinstance(results, tuple | list)
     for user in list(node.users):
         if many and user.target is operator.getitem:
-            user.replace_all_uses_with(results[user.args[1]])
+            index: Any = user.args[1]
+            user.replace_all_uses_with(results[index])
             graph.erase_node(user)
     if not many:
         node.replace_all_uses_with(results)

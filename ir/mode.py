@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import fx
 
 from graphwright.ir.edit import Editor, gw_meta, set_gw_meta
 from graphwright.ir.program import Program
@@ -16,8 +19,14 @@ FLAG_ARGUMENT = {
     aten.feature_dropout.default: 2,
     aten.alpha_dropout.default: 2,
     aten.feature_alpha_dropout.default: 2,
+    aten.lstm.input: 6,
+    aten.gru.input: 6,
+    aten.rnn_tanh.input: 6,
+    aten.rnn_relu.input: 6,
 }
 """Which argument of an op says that it trains."""
+
+NORMS = (aten.batch_norm.default, aten.instance_norm.default)
 
 DROPOUTS = {
     "dropout": aten.dropout.default,
@@ -26,23 +35,31 @@ DROPOUTS = {
     "feature_alpha_dropout": aten.feature_alpha_dropout.default,
 }
 
+ATTENTION = aten.scaled_dot_product_attention.default
+ATTENTION_DROPOUT = 4
+"""Position of `dropout_p` among the arguments of an attention call."""
+
 
 def set_mode(program: Program, *, training: bool) -> Program:
     """The program with its norms and dropouts in the mode asked for.
 
     Dropout is not in an inference program: `canonical` takes it out and leaves
-    `meta["custom"]["gw"]["dropout"]` on the node it followed; training puts it back there.
+    `meta["custom"]["gw"]["dropout"]` on the node it followed, a list of [kind, p] or, where only
+    some readers got the dropped value, [kind, p, names of those]; training puts it back there.
+    The same goes for `attention_dropout` on attention calls.
+
+    A training program gets running statistics of its own, because running it updates them.
+    Stochastic depth, and whatever else a model does only `if self.training`, is not in a trace.
     """
     editor = Editor(program, by="train" if training else "eval")
     for node in list(editor.graph.nodes):
-        if node.op != "call_function":
-            continue
-        position = FLAG_ARGUMENT.get(node.target)
-        if position is not None and node.target not in DROPOUTS.values():
-            _set_flag(editor, node, position, training)
+        if node.op == "call_function" and node.target in FLAG_ARGUMENT:
+            _set_flag(editor, node, training)
+        if node.target is ATTENTION:
+            _set_attention_dropout(editor, node, training)
         if training:
-            for kind, p in gw_meta(node).get("dropout") or ():
-                _insert_dropout(editor, node, kind, p)
+            for kind, p, *readers in gw_meta(node).get("dropout") or ():
+                _insert_dropout(editor, node, kind, p, readers[0] if readers else None)
     if not training:
         from graphwright.ir.canonical import take_out_dropout
 
@@ -50,19 +67,50 @@ def set_mode(program: Program, *, training: bool) -> Program:
     return editor.finish()
 
 
-def _set_flag(editor: Editor, node: torch.fx.Node, position: int, training: bool) -> None:
-    args = list(node.args)
-    # An instance norm without running statistics always uses the input's, in both modes.
-    if node.target is aten.instance_norm.default and args[3] is None:
+def _set_flag(editor: Editor, node: fx.Node, training: bool) -> None:
+    if node.target in DROPOUTS.values():
         return
-    if args[position] != training:
-        args[position] = training
-        editor.set_args(node, *args, **node.kwargs)
+    args = list(node.args)
+    statistics = [node.args[3], node.args[4]] if node.target in NORMS else []
+    # A norm without running statistics always uses the input's, in both modes.
+    if node.target in NORMS and not isinstance(statistics[0], fx.Node):
+        return
+    position = FLAG_ARGUMENT[node.target]
+    if args[position] == training:
+        return
+    args[position] = training
+    editor.set_args(node, *args, **node.kwargs)
+    for statistic in statistics:
+        tensor = editor.tensor(statistic)
+        if training and tensor is not None and isinstance(statistic, fx.Node):
+            editor.set_state(str(statistic.target), tensor.clone())
 
 
-def _insert_dropout(editor: Editor, node: torch.fx.Node, kind: str, p: float) -> None:
-    users = list(node.users)
-    new = editor.call(DROPOUTS[kind], node, p, True, before=node.next, like=node)
+def _set_attention_dropout(editor: Editor, node: fx.Node, training: bool) -> None:
+    p = gw_meta(node).get("attention_dropout")
+    if p is None:
+        return
+    defaults: list[Any] = [None, None, None, None, 0.0, False]
+    args = [*node.args, *defaults[len(node.args) :]][: max(len(node.args), ATTENTION_DROPOUT + 1)]
+    kwargs = dict(node.kwargs)
+    if len(node.args) < 4 and "attn_mask" in kwargs:
+        args[3] = kwargs.pop("attn_mask")
+    kwargs.pop("dropout_p", None)
+    args[ATTENTION_DROPOUT] = p if training else 0.0
+    editor.set_args(node, *args, **kwargs)
+
+
+def _insert_dropout(
+    editor: Editor, node: fx.Node, kind: str, p: float, readers: list[str] | None
+) -> None:
+    users = [user for user in node.users if readers is None or user.name in readers]
+    if not users:
+        return
+    # A parameter's or an input's dropout goes behind all of them, where calls begin.
+    place = node.next
+    while place.op in ("placeholder", "get_attr"):
+        place = place.next
+    new = editor.call(DROPOUTS[kind], node, p, True, before=place, like=node)
     for user in users:
         user.replace_input_with(node, new)
     set_gw_meta(node, dropout=None)

@@ -97,8 +97,9 @@ def _extremum(editor: Editor, node: fx.Node) -> None:
 
 def _convolution(editor: Editor, node: fx.Node) -> None:
     """`convolution`, `_convolution` -> `conv1d/2d/3d` or `conv_transpose1d/2d/3d`."""
-    x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = node.args[:9]
-    assert isinstance(weight, fx.Node)
+    arguments: Any = node.args[:9]
+    x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = arguments
+    args: tuple[Any, ...]
     rank = weight.meta["val"].dim() - 2
     if transposed:
         op = (
@@ -119,7 +120,8 @@ def _named_padding(editor: Editor, node: fx.Node) -> None:
     target: Any = node.target
     if target._overloadname != "padding":
         return
-    x, weight, *rest = node.args
+    x, weight = node.args[:2]
+    rest: list[Any] = list(node.args[2:])
     assert isinstance(weight, fx.Node)
     rank = weight.meta["val"].dim() - 2
     defaults: list[Any] = [None, [1] * rank, "valid", [1] * rank, 1]
@@ -169,7 +171,8 @@ def _native_dropout(editor: Editor, node: fx.Node) -> None:
 
 def _native_attention(editor: Editor, node: fx.Node) -> None:
     """The CPU flash kernel's call -> `scaled_dot_product_attention`."""
-    q, k, v, *rest = node.args
+    q, k, v = node.args[:3]
+    rest: list[Any] = list(node.args[3:])
     p, causal = [*rest, *[0.0, False][len(rest) :]]
     args = (q, k, v, node.kwargs.get("attn_mask"), p, causal)
     scale = node.kwargs.get("scale")

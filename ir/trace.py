@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from graphwright.ir.assemble import assemble
+from graphwright.ir.attention_dropout import note_attention_dropout
 from graphwright.ir.calling import FlatModel
 from graphwright.ir.canonical import canonicalize
 from graphwright.ir.dims import (
@@ -24,7 +25,7 @@ from graphwright.ir.dims import (
 from graphwright.ir.prepare import quiet, traceable
 from graphwright.ir.program import Program
 from graphwright.ir.signature import DimRange
-from graphwright.ir.trace_check import check_against_model
+from graphwright.ir.trace_check import batch_axes, check_against_model
 from graphwright.ir.trace_errors import explain
 
 __all__ = ["Dynamic", "TraceWarning", "trace"]
@@ -37,7 +38,7 @@ class TraceWarning(UserWarning):
 def trace(
     model: nn.Module,
     example_inputs: Sequence[Any] | Mapping[str, Any],
-    dynamic: Dynamic | None = None,
+    dynamic: Dynamic | Literal["batch"] | None = None,
     *,
     dims: Mapping[str, DimRange] | None = None,
     ranges: Mapping[str, tuple[float, float]] | None = None,
@@ -53,7 +54,8 @@ def trace(
         example_inputs: positional arguments, or arguments by name. Tensors become inputs; other
             values are baked in.
         dynamic: for each input, which axes are free and under what name; the same name in two
-            inputs is the same size. A dimension that the model fixes becomes static.
+            inputs is the same size. A dimension that the model fixes becomes static. "batch"
+            frees the first axis of all inputs if the model runs at another size of it.
         dims: ranges of free dimensions; [1, unbounded) where absent.
         ranges: half-open range of sensible values per input.
         check: run the model and the program on the examples and at other sizes of the free
@@ -64,9 +66,10 @@ def trace(
         ArgumentError: `dynamic` names an input, an axis or a size that is not there.
     """
     flat = FlatModel(model, example_inputs)
-    wanted = normalize(flat.inputs, dynamic or {})
     notes: list[str] = []
     with traceable(model):
+        asked = batch_axes(flat) if dynamic == "batch" else dynamic
+        wanted: Dynamic = normalize(flat.inputs, asked or {})
         program, wanted = _capture(flat, wanted, dict(dims or {}), dict(ranges or {}), notes)
         if check:
             verdict = check_against_model(program, flat, wanted)
@@ -117,6 +120,7 @@ def _capture(
         exported, flat.model, flat.inputs, flat.record.structure,
         dynamic=dynamic, dims=dims, ranges=ranges, constants=flat.constants,
     )  # fmt: skip
+    note_attention_dropout(program.graph, flat)
     return canonicalize(program), dynamic
 
 
@@ -141,6 +145,7 @@ def _export_as_free_as_possible(
     try:
         return _export(flat, dynamic), dynamic
     except Exception as error:
+        _run_eagerly(flat)
         first = explain(error)
     names = dim_names(dynamic)
     if not names:
@@ -162,6 +167,14 @@ def _export_as_free_as_possible(
     where = f"{first.where}: " if first.where else ""
     notes += [_note(dim, sizes[dim], f"{where}{first.message}") for dim in names if dim in given_up]
     return chosen, kept
+
+
+def _run_eagerly(flat: FlatModel) -> None:
+    """Tells a model that does not run on the example inputs from one that cannot be traced."""
+    try:
+        flat(*flat.inputs.values())
+    except Exception as error:
+        raise explain(error, "the model does not run on the example inputs") from error
 
 
 def _export(flat: FlatModel, dynamic: Dynamic) -> torch.export.ExportedProgram:

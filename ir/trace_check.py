@@ -12,7 +12,7 @@ from graphwright.ir.dims import Dynamic, dim_names, example_sizes, resized
 from graphwright.ir.errors import ModelError
 from graphwright.ir.fidelity import compare
 from graphwright.ir.program import Program
-from graphwright.ir.signature import DimRange
+from graphwright.ir.signature import DimRange, leaf_names
 
 TOLERANCE = 1e-4
 """Relative error that still counts as rounding: the same operations, other kernels and orders."""
@@ -63,6 +63,25 @@ def check_against_model(program: Program, flat: FlatModel, dynamic: Dynamic) -> 
     return verdict
 
 
+def batch_axes(flat: FlatModel) -> Dynamic:
+    """The first axis of every input, as the dimension `batch`; empty when that cannot be free.
+
+    It can when all inputs agree in it, the model runs with one more, and the outputs grow.
+    """
+    sizes = {t.shape[0] for t in flat.inputs.values() if t.dim() > 0}
+    if len(sizes) != 1:
+        return {}
+    axes = {name: {0: "batch"} for name, t in flat.inputs.items() if t.dim() > 0}
+    (size,) = sizes
+    try:
+        before = flat(*flat.inputs.values())
+        after = flat(*resized(flat.inputs, axes, {"batch": size + 1}).values())
+    except Exception:
+        return {}
+    grew = any(a.shape != b.shape for a, b in zip(before, after, strict=True))
+    return axes if grew else {}
+
+
 def _differing(
     program: Program, flat: FlatModel, dynamic: Dynamic, sizes: Mapping[str, int]
 ) -> list[str]:
@@ -97,7 +116,12 @@ def _agree(program: Program, flat: FlatModel, inputs: Mapping[str, Tensor]) -> b
         actual = program.run_flat(tuple(t.clone() for t in tensors))
     except Exception:
         return False
-    return _close(expected, actual)
+    # A size among the outputs is a number in eager mode and a tensor in the graph.
+    names = dict(leaf_names(flat.record.structure))
+    found = {spec.name: t for spec, t in zip(program.signature.outputs, actual, strict=True)}
+    if any(names[i] not in found for i in range(len(expected))):
+        return False
+    return _close(expected, tuple(found[names[i]] for i in range(len(expected))))
 
 
 def _agree_with_itself(flat: FlatModel) -> bool:

@@ -64,17 +64,26 @@ def user_line(error: BaseException) -> tuple[str, str]:
     return f"{model[-1].filename}:{model[-1].lineno}", (model[-1].line or "").strip()
 
 
-def explain(error: BaseException) -> ModelError:
-    """The refusal for a failed trace: the user's line, the reason, the remedy."""
+def explain(error: BaseException, what: str = "") -> ModelError:
+    """The refusal for a failed trace: the user's line, the reason, the remedy.
+
+    Args:
+        error: what was raised inside the trace; one of ours is handed back as it is.
+        what: what failed, where it is not the tracing.
+    """
+    if isinstance(error, ModelError):
+        return error
     place, code = user_line(error)
     message = str(error).strip() or type(error).__name__
+    first = re.split(r"\n|(?<=\.)\s", message)[0][:300]
+    details = [f"> {code}"] if code else []
+    if what:
+        return ModelError(f"{what}: {first}", where=place, details=tuple(details))
     reason, fix = "", "Change that line to plain tensor operations."
     for pattern, meaning, remedy in REMEDIES:
         if re.search(pattern, f"{type(error).__name__} {message}"):
             reason, fix = meaning, remedy
+            details.append(f"torch says: {first}")
             break
-    first = re.split(r"\n|(?<=\.)\s", message)[0][:300]
     text = f"the model cannot be traced: {reason or first}"
-    details = [f"> {code}"] if code else []
-    details += [f"torch says: {first}"] if reason else []
     return ModelError(text, where=place, fix=fix, details=tuple(details))

@@ -94,7 +94,7 @@ add(
         in_channels=2,
         out_channels=2,
         block_out_channels=(32, 32, 64),
-        extra_in_channels=16,
+        extra_in_channels=64,
         down_block_types=("DownBlock1DNoSkip", "DownBlock1D", "AttnDownBlock1D"),
         up_block_types=("AttnUpBlock1D", "UpBlock1D", "UpBlock1DNoSkip"),
     ),

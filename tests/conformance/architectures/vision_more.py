@@ -197,8 +197,7 @@ staged(
     fields=LARGE,
     embed_dim=[8, 16, 16],
     num_heads=[1, 2, 2],
-    depth=[1, 1, 2],
-    drop_path_rate=[0.0, 0.0, 0.0],
+    depth=[1, 2, 3],
     num_labels=5,
 )
 staged(

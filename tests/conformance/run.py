@@ -1,0 +1,143 @@
+"""Takes the whole zoo through the compiler and writes the table of docs/conformance.md.
+
+    python tests/conformance/run.py                    everything
+    python tests/conformance/run.py bert llama --show  some of it, printed only
+
+Every architecture runs in a process of its own, forked after the imports, with bounds on time
+and memory: one that hangs or eats the machine costs its own row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+TABLE = ROOT / "docs" / "conformance.md"
+GIB = 1 << 30
+
+
+def main() -> int:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", help="architectures; all when none is named")
+    parser.add_argument("--show", action="store_true", help="print rows, leave the docs alone")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds per architecture")
+    parser.add_argument("--memory", type=float, default=12, help="GiB of address space each")
+    parser.add_argument("--json", type=Path, help="also write the rows, with timings, here")
+    options = parser.parse_args()
+    zoo = _imported()
+    names = options.names or list(zoo)
+    unknown = [name for name in names if name not in zoo]
+    if unknown:
+        parser.error(f"no architecture {unknown}; there are {', '.join(zoo)}")
+    rows = run(names, options.jobs, options.timeout, options.memory)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if not options.show and not options.names:
+        from conformance.table import render
+
+        TABLE.write_text(render(rows))
+        print(f"wrote {TABLE.relative_to(ROOT)}")
+    passed = sum(all(s == "ok" for s in row["stages"].values()) for row in rows)
+    print(f"{passed} of {len(rows)} architectures passed every stage")
+    return 0 if passed == len(rows) else 1
+
+
+def _imported() -> dict[str, Any]:
+    """The zoo; everything heavy is imported once, before the first fork."""
+    import diffusers  # noqa: F401
+    import onnxruntime  # noqa: F401
+    import torch
+    import transformers
+    from conformance import judge, zoo  # noqa: F401
+
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    return zoo.load()
+
+
+def run(names: list[str], jobs: int, timeout: float, memory: float) -> list[dict[str, Any]]:
+    """One row per name, in the order given; prints each as it comes in."""
+    context = multiprocessing.get_context("fork")
+    waiting, running = list(names), {}
+    rows: dict[str, dict[str, Any]] = {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            name = waiting.pop(0)
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_child, args=(name, theirs, memory))
+            process.start()
+            theirs.close()
+            running[name] = (process, ours, time.monotonic() + timeout)
+        for name, (process, ours, deadline) in list(running.items()):
+            row = _collect(name, process, ours, deadline, timeout)
+            if row is not None:
+                rows[name] = row
+                del running[name]
+                print(_line(row), flush=True)
+        time.sleep(0.05)
+    return [rows[name] for name in names]
+
+
+def _child(name: str, out: Connection, memory: float) -> None:
+    from conformance.judge import judge
+    from conformance.zoo import ZOO
+
+    limit = int(memory * GIB)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    try:
+        out.send(judge(ZOO[name]).as_json())
+    except BaseException as error:
+        out.send(_failed(name, f"{type(error).__name__}: {error}"[:300]))
+
+
+def _collect(
+    name: str, process: Any, ours: Connection, deadline: float, timeout: float
+) -> dict[str, Any] | None:
+    """The row of a process that has ended, by itself or by force; None while it runs."""
+    if ours.poll():
+        try:
+            row: dict[str, Any] = ours.recv()
+        except EOFError:
+            process.join()
+            row = _failed(name, f"the process ended with status {process.exitcode}")
+    elif not process.is_alive():
+        row = _failed(name, f"the process ended with status {process.exitcode}")
+    elif time.monotonic() > deadline:
+        process.kill()
+        row = _failed(name, f"took longer than {timeout:.0f} s")
+    else:
+        return None
+    process.join()
+    return row
+
+
+def _failed(name: str, why: str) -> dict[str, Any]:
+    from conformance.judge import Row
+    from conformance.zoo import ZOO
+
+    return Row(name, ZOO[name].family, {"trace": why}).as_json()
+
+
+def _line(row: dict[str, Any]) -> str:
+    bad = {stage: what for stage, what in row["stages"].items() if what != "ok"}
+    took = sum(row["seconds"].values())
+    state = "ok  " if not bad else "FAIL"
+    head = f"{state} {row['name']:28} {row['error']:.0e} {took:6.1f} s"
+    return f"{head}  {bad or ''} {row['notes'] or ''}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
