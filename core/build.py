@@ -156,27 +156,3 @@ def _runs(program: Program, inputs: tuple[Any, ...]) -> bool:
         # The size does not fit the model itself; that is for the user to know, not an error.
         return False
     return True
-
-
-def eager_runner(module: Any, program: Program) -> Any:
-    """The original as the user runs it: the module in eager mode, on the program's flat inputs.
-
-    The traced program stands in where there is no module (it came as a program) or the module
-    takes its inputs in another form (nested containers).
-    """
-    import torch
-
-    names = [spec.name for spec in program.signature.inputs]
-    constants = program.signature.constants
-
-    def call(*inputs: Any) -> Any:
-        return module(**dict(zip(names, inputs, strict=True)), **constants)
-
-    if module is None:
-        return program
-    try:
-        with torch.no_grad():
-            call(*program.examples)
-    except TypeError:
-        return program
-    return call

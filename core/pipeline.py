@@ -126,8 +126,10 @@ class _Place:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise ArgumentError(f"another run is writing to {self.out}") from None
-            yield
-        self._tidy()
+            try:
+                yield
+            finally:
+                self._tidy()
 
     def _is_ours(self) -> bool:
         return (self.out / "report.json").is_file() and (self.out / "spec.lock.yaml").is_file()
@@ -423,10 +425,9 @@ class _Job:
     def _latency(
         self, original: Program, loaded: LoadedModel, compiled: dict[str, Compiled]
     ) -> list[dict[str, Any]]:
-        from graphwright.build import eager_runner
         from graphwright.latency import measure_latency
 
-        before = eager_runner(loaded.module, original)
+        before = original if loaded.module is None else loaded.runner(original.signature)
         with self.progress.stage("latency"):
             return measure_latency(before, compiled, original.examples, device=self.settings.device)
 
