@@ -58,14 +58,14 @@ def _split(section: str, index: int, node: Node, schema: Schema) -> Iterator[Fin
     head, rest = entries[0], entries[1:]
     names = schema.names("pass" if section == "passes" else "backend")
     if nearest(head.name, names) and not any(e.name in names for e in rest) and _can_take(head):
+        head.node.entries = [*(head.node.entries or ()), *rest]
+        node.entries = [head]
         yield Finding(
-            (section, index, rest[0].name),
+            (section, index, head.name, rest[0].name),
             f"{show(rest[0].written)} stands beside {show(head.written)}; "
             "options are indented below it",
             at_key=True,
         )
-        head.node.value = None
-        head.node.entries = [*(head.node.entries or ()), *rest]
     else:
         yield Finding(
             (section, index, rest[0].name),
@@ -73,7 +73,7 @@ def _split(section: str, index: int, node: Node, schema: Schema) -> Iterator[Fin
             "each entry starts with its own dash",
             at_key=True,
         )
-    node.entries = [head]
+        node.entries = [head]
 
 
 def _can_take(head: Entry) -> bool:

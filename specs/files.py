@@ -27,7 +27,7 @@ def find_spec(source: str | Path) -> tuple[Path, Path]:
     """The file of a spec, and the folder its relative paths start from."""
     path = Path(source)
     bare = isinstance(source, str) and re.fullmatch(r"[\w-]+", source)
-    if bare and (READY_MADE / f"{source}.yaml").is_file():
+    if bare and _exists(READY_MADE / f"{source}.yaml"):
         return READY_MADE / f"{source}.yaml", Path()
     if _exists(path):
         return path, path.parent

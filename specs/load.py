@@ -218,7 +218,7 @@ class _Builder:
         if twin is not None:
             message = f"the key {show(text)} stands twice; the first is in line {twin.line}"
             self._problem(event, message)
-        elif text == "<<":
+        elif text == "<<" and event.implicit[0]:
             self._problem(event, "merge keys (<<) do not exist in YAML 1.2; write the keys out")
             frame.key_ignored = True
         else:
@@ -261,9 +261,13 @@ class _Builder:
 
 def _syntax_problem(error: yaml.MarkedYAMLError, text: str, file: str) -> Problem:
     mark = error.problem_mark or error.context_mark
+    if error.context_mark and re.search("alias|tag", error.context or ""):
+        mark = error.context_mark
     line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
-    lines = text.splitlines()
-    here = lines[line - 1][column - 1 :] if line <= len(lines) else ""
+    lines = text.splitlines() or [""]
+    if line > len(lines):  # the parser's place for the end of the file
+        line, column = len(lines), len(lines[-1]) + 1
+    here = lines[line - 1][column - 1 :]
     reason, context = error.problem or "", error.context or ""
     if "alias" in context or here.startswith("*"):
         message = "a text that starts with * must stand in quotes"

@@ -56,7 +56,7 @@ def yaml_text(value: Any) -> str:
         return f"{{{', '.join(f'{key}: {yaml_text(v)}' for key, v in value.items())}}}"
     if isinstance(value, str) and not re.fullmatch(r"[A-Za-z_][\w.:/-]*", value):
         return repr(value)
-    return f"{value:.12g}" if isinstance(value, float) else str(value)
+    return repr(float(f"{value:.12g}")) if isinstance(value, float) else str(value)
 
 
 def _items(value: str | int | float) -> list[Any]:

@@ -16,7 +16,7 @@ _ALSO_CALLED = {
     "backends": "lower", "data": "calibration", "constraints": "require",
     "requirements": "require", "eval": "evaluate", "steps": "passes", "pipeline": "passes",
     "maxhours": "max_minutes", "maxseconds": "max_minutes", "maxtime": "max_minutes",
-    "maxmemory": "max_rss_gb", "maxsize": "max_file_mb", "minlatency": "min_speedup",
+    "maxloss": "max_drop", "maxmemory": "max_rss_gb", "maxsize": "max_file_mb",
 }  # fmt: skip
 """What other tools call the same thing. Used only where the right-hand name is valid."""
 

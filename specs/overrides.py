@@ -17,7 +17,7 @@ def apply_override(root: Node, text: str) -> None:
     """Changes the tree as `text`, of the form KEY=VALUE, says.
 
     A key is a path of names and list indices joined by dots; an entry of `passes` or `lower` is
-    named by its index or by its id. The value is YAML. What is absent is added.
+    named by its index or by its id. The value is YAML, or a layer pattern. What is absent is added.
 
     Raises:
         SpecError: the text has no `=`, the value is not YAML, or the path leads nowhere.
@@ -36,6 +36,8 @@ def apply_override(root: Node, text: str) -> None:
 def _value(key: str, text: str, offset: int) -> Node:
     if not text.strip():
         return Node(FILE, 1, offset + 1)
+    if text.lstrip()[0] in "*!":  # a layer pattern; a shell has taken its quotes away
+        return Node(FILE, 1, offset + 1, text.strip())
     try:
         node, problems = read_text(text, FILE)
     except SpecError as error:

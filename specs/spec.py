@@ -140,7 +140,9 @@ def _build(
     if isinstance(lock, str):
         folder = folder / lock
     if check_files and root.is_mapping:
-        problems += missing_files(root, folder)
+        said = {(p.line, p.column) for p in problems}
+        missing = missing_files(root, folder)
+        problems += [p for p in missing if (p.line, p.column) not in said]
     if problems:
         raise SpecError(list(dict.fromkeys(problems)))
     return _typed(root, name, folder, schema)

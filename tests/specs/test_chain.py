@@ -1,0 +1,93 @@
+"""Orders that are refused before a model is opened, with both places and the way out."""
+
+from __future__ import annotations
+
+import pytest
+
+from graphwright.specs.check import check_document
+from graphwright.specs.load import read_text
+from graphwright.specs.schema import Schema, shipped_schema
+
+
+def schema_with(**facts) -> Schema:
+    """The shipped schema plus passes of a family `t` with these facts."""
+    document = dict(shipped_schema().document)
+    document["$defs"] = dict(document["$defs"])
+    for name, own in facts.items():
+        own = {
+            "contract": "lossy",
+            "needs": "nothing",
+            "lowers_to": ["onnxruntime", "triton"],
+        } | own
+        document["$defs"][f"t.{name}"] = {
+            "type": "object", "properties": {}, "additionalProperties": False, "description": "",
+            "x-graphwright": {"pass": f"t.{name}", **own},
+        }  # fmt: skip
+    from graphwright.specs.generate import chain_items
+
+    properties = dict(document["properties"])
+    properties["passes"] = {**properties["passes"], "items": chain_items(document["$defs"], "pass")}
+    return Schema({**document, "properties": properties})
+
+
+def check(chain: list[str], lower: str = "triton", **facts) -> list[str]:
+    text = "version: 1\npasses:\n" + "".join(f"  - {p}\n" for p in chain) + f"lower: [{lower}]\n"
+    root, _ = read_text(text, "spec.yaml")
+    problems, _ = check_document(root, schema_with(**facts))
+    return [str(problem) for problem in problems]
+
+
+def test_a_pass_after_one_that_must_come_last():
+    facts = {"a": {"after": ["t.b", "cleanup.*"]}, "b": {}}
+    assert check(["t.b", "cleanup.canonicalize", "t.a"], **facts) == []
+    assert check(["t.a", "t.b"], **facts) == [
+        "spec.yaml:4:5: passes[1]: t.b must come before t.a (passes[0], line 3); move it up to "
+        "line 3"
+    ]
+    assert check(["t.b", "t.a", "cleanup.canonicalize"], **facts) == [
+        "spec.yaml:5:5: passes[2]: cleanup.canonicalize must come before t.a (passes[1], line 4); "
+        "move it up to line 4"
+    ]
+
+
+def test_a_pass_behind_one_that_it_must_precede():
+    facts = {"a": {"before": ["t.b"]}, "b": {}}
+    assert check(["t.a", "t.b", "t.b"], **facts) == []
+    assert check(["t.b", "t.b", "t.a"], **facts) == [
+        "spec.yaml:5:5: passes[2]: t.a must come before t.b (passes[0], line 3); move it up to "
+        "line 3"
+    ]
+
+
+@pytest.mark.parametrize("chain", [["t.a", "t.b"], ["t.b", "t.a"]])
+def test_passes_that_exclude_each_other(chain):
+    (only,) = check(chain, a={"conflicts": ["t.b"]}, b={})
+    assert only == (
+        f"spec.yaml:4:5: passes[1]: {chain[1]} cannot be in a chain with {chain[0]} (passes[0], "
+        "line 3); remove one of the two"
+    )
+
+
+def test_a_pass_that_the_backend_cannot_lower():
+    facts = {"a": {"lowers_to": ["triton"]}, "b": {"lowers_to": []}}
+    assert check(["t.a"], **facts) == []
+    assert check(["t.a", "t.b"], "onnxruntime", **facts) == [
+        "spec.yaml:3:5: passes[0]: backend onnxruntime (line 5) cannot lower t.a; lower to triton, "
+        "or remove the pass",
+        "spec.yaml:4:5: passes[1]: backend onnxruntime (line 5) cannot lower t.b; remove the pass",
+    ]
+
+
+def test_needs_beyond_calibration_are_data_too():
+    for need in ("calibration", "gradients", "training"):
+        (only,) = check(["t.a"], a={"needs": need})
+        assert "t.a needs data, and there is no 'calibration' section" in only
+
+
+def test_a_misspelt_pass_is_placed_like_the_one_it_means(problems):
+    assert problems("version: 1\npasses: [quantize.int8, cleanup.fold_constant]\n") == [
+        "spec.yaml:2:25: passes[1]: no pass named 'cleanup.fold_constant'; did you mean "
+        "'cleanup.fold_constants'?",
+        "spec.yaml:2:25: passes[1]: cleanup.fold_constants must come before quantize.int8 "
+        "(passes[0], line 2); move it up to line 2",
+    ]
