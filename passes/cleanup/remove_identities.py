@@ -152,8 +152,10 @@ def _one_or_all_chunks(node: fx.Node) -> fx.Node | None:
         return None
     if len(parts) == 1:
         return parts[0] if isinstance(parts[0], fx.Node) else None
-    sources = {p.args[0] for p in parts if isinstance(p, fx.Node) and op_name(p) == "getitem"}
-    if len(sources) != 1 or len(parts) != sum(isinstance(p, fx.Node) for p in parts):
+    if not all(isinstance(p, fx.Node) and op_name(p) == "getitem" for p in parts):
+        return None
+    sources = {p.args[0] for p in parts if isinstance(p, fx.Node)}
+    if len(sources) != 1:
         return None
     split = sources.pop()
     if not isinstance(split, fx.Node) or op_name(split) not in (
