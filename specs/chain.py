@@ -32,9 +32,11 @@ def chain_findings(root: Node, schema: Schema) -> Iterator[Finding]:
         for index, node in enumerate(chain_nodes(root, "passes"))
         if (facts := schema.facts(entry_id(node))) is not None
     ]
-    for position, later in enumerate(links):
-        found = [f for earlier in links[:position] if (f := _pair(earlier, later)) is not None]
+    seen: dict[str, _Link] = {}
+    for later in links:
+        found = [f for earlier in seen.values() if (f := _pair(earlier, later)) is not None]
         yield from found[:1]  # one move puts it before them all
+        seen.setdefault(later.facts.id, later)
     backends = [entry_id(node) for node in chain_nodes(root, "lower")]
     known = schema.names("backend")
     for place, backend in enumerate(backends):

@@ -19,7 +19,7 @@ from graphwright.specs.document import Entry, Node, Path, Scalar, show, show_pat
 
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 32
-MAX_VALUES = 10_000
+MAX_VALUES = 4_000
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")

@@ -171,7 +171,7 @@ HUGE = {
 def test_bombs_are_refused_before_they_cost_anything(name):
     start = time.process_time()
     (message,) = faults(HUGE[name])
-    assert "nested deeper than 32" in message or "more than 10000 values" in message
+    assert "nested deeper than 32" in message or "more than 4000 values" in message
     assert time.process_time() - start < 3  # quadratic scanning took minutes
 
 
@@ -204,8 +204,9 @@ def test_what_is_written_reads_back_the_same(document):
 PIECES = st.sampled_from(
     ["version: 1\n", "passes:\n", "  - ", "quantize.int8", ": ", "{", "}", "[", "]", "targets",
      "*", "!", "&a ", "*a", "\n", "  ", "\t", "'", '"', "|\n", "seed", "1e-4", "0x", "null",
-     "lower", "model", "inputs", "shape", "range", "- ", "? ", "<<", "#", "---\n", "...\n", "%YAML 1.2\n",
-     "require", "max_drop", ".nan", ".inf", "-1", "9" * 50, "é", "\u2028", "\x00", "\ud800", ","]
+     "lower", "model", "inputs", "shape", "range", "- ", "? ", "<<", "#", "---\n", "...\n",
+     "%YAML 1.2\n", "require", "max_drop", ".nan", ".inf", "-1", "9" * 50,
+     "é", "\u2028", "\x00", "\ud800", ","]
 )  # fmt: skip
 
 
