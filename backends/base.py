@@ -77,6 +77,11 @@ class Backend:
         """
         raise TypeError(f"{type(self).__name__} defines no lower(program, context)")
 
+    @classmethod
+    def open(cls, path: Path) -> Compiled | None:
+        """The saved artifact at `path`; None when the file is not one of this backend's."""
+        return None
+
 
 def backend_names() -> list[str]:
     """Names of the backends, from their places; imports none."""
@@ -101,3 +106,9 @@ def find_backend(name: str) -> type[Backend]:
 def all_backends() -> dict[str, type[Backend]]:
     """Every backend by name."""
     return {name: find_backend(name) for name in backend_names()}
+
+
+def open_artifact(path: Path) -> Compiled | None:
+    """A saved artifact of whichever backend wrote it; None when it is none of theirs."""
+    opened = (backend.open(path) for backend in all_backends().values())
+    return next((compiled for compiled in opened if compiled is not None), None)

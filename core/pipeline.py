@@ -212,14 +212,27 @@ class _Job:
                 allow_pickle=self.settings.allow_pickle,
                 device=self.settings.device,
             )
-        self.warnings += loaded.warnings
+        for text in loaded.warnings:
+            self._warn(text)
         return loaded
 
     def _trace(self, loaded: LoadedModel) -> Program:
-        from graphwright.build import build_program
+        import warnings
 
-        with self.progress.stage("trace"):
-            return build_program(loaded, self.spec.model, self.spec.seed)
+        from graphwright.build import build_program
+        from graphwright.ir.trace import TraceWarning
+
+        with self.progress.stage("trace"), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", TraceWarning)
+            program = build_program(loaded, self.spec.model, self.spec.seed)
+        for warning in caught:
+            if issubclass(warning.category, TraceWarning):
+                self._warn(str(warning.message))
+        return program
+
+    def _warn(self, text: str) -> None:
+        self.warnings.append(text)
+        self.progress.note(f"warning: {text}")
 
     def _data(self, section: Any, program: Program, loaded: LoadedModel) -> Batches | None:
         if section is None:
@@ -297,7 +310,7 @@ class _Job:
 
         other = other_size_inputs(program, self.spec.seed)
         if other is None and program.signature.dims:
-            self.warnings.append("passes were checked at the example sizes only")
+            self._warn("passes were checked at the example sizes only")
         return [] if other is None else [other]
 
     def _one_pass(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,7 +48,8 @@ class OnnxCompiled(Compiled):
         self.model = model
         self.signature = signature
         self.session = session
-        self._keep = keep
+        if keep is not None:
+            weakref.finalize(self, keep.cleanup)
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Runs it on torch tensors; the result is structured like the model's own output.

@@ -19,7 +19,7 @@ from graphwright.backends.onnxruntime.check import (
     compare_outputs,
     tolerance_for,
 )
-from graphwright.backends.onnxruntime.compiled import DATA, FILE, OnnxCompiled
+from graphwright.backends.onnxruntime.compiled import DATA, FILE, OnnxCompiled, load
 from graphwright.backends.onnxruntime.diagnose import first_differing_node
 from graphwright.backends.onnxruntime.emitter import Untranslatable
 from graphwright.backends.onnxruntime.options import OnnxRuntimeOptions
@@ -67,6 +67,12 @@ class Lowering(Backend):
     summary = "ONNX model with fused attention, norms and activations, run by ONNX Runtime."
     Options = OnnxRuntimeOptions
 
+    @classmethod
+    def open(cls, path: Path) -> OnnxCompiled | None:
+        """A `model.onnx` that this backend wrote, or the folder it is in."""
+        file = path / FILE if path.is_dir() else path
+        return load(file) if file.suffix == ".onnx" and file.is_file() else None
+
     def lower(self, program: Program, context: Context) -> OnnxCompiled:
         """The program as an ONNX model, compared to it at two sizes of every dynamic dimension.
 
@@ -105,6 +111,8 @@ class Lowering(Backend):
             "checked": attempt.errors,
         }
         keep = job.folder if isinstance(attempt.model, Path) else None
+        if keep is None:
+            job.folder.cleanup()
         return OnnxCompiled(attempt.model, program.signature, attempt.session, notes, keep)
 
 
