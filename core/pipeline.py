@@ -358,7 +358,7 @@ class _Job:
         self, failure: ContractError, program: Program, index: int
     ) -> ContractError:
         """The same failure, with the program before the pass and a spec of that pass on disk."""
-        import yaml
+        from graphwright.specs.emit import to_yaml
 
         call = self.spec.passes[index]
         folder = self.place.out.with_name(f"{self.place.out.name}.reproducer")
@@ -372,7 +372,7 @@ class _Job:
                 {**section, "data": str(data.absolute())} if (data.exists()) else section
             )
         document["passes"] = [{call.id: call.options} if call.options else call.id]
-        (folder / "spec.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+        (folder / "spec.yaml").write_text(to_yaml(document))
         return ContractError(
             failure.message,
             where=f"passes[{index}] (line {call.line})",

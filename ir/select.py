@@ -2,8 +2,8 @@
 
 A selector is a list of patterns. A pattern is a glob over the layer's qualified name
 (`encoder.layer.0.*`), or a kind (`kind:linear`); a leading `!` excludes. A layer is selected when
-any including pattern matches it and no excluding one does. A list with only exclusions starts
-from every layer.
+any including pattern matches it and no excluding one does; a list needs at least one pattern that
+includes (`*` for all).
 """
 
 from __future__ import annotations
@@ -143,7 +143,9 @@ def select(
         bare = pattern.removeprefix("!")
         if not any(_matches(layer, bare) for layer in everything):
             raise ModelError(f"selector {pattern!r} matches no layer", fix=_near(bare, everything))
-    including = [p for p in targets if not p.startswith("!")] or ["*"]
+    including = [p for p in targets if not p.startswith("!")]
+    if not including:
+        raise ModelError(f"targets {list(targets)} only exclude", fix="Put '*' in front.")
     excluding = [p[1:] for p in targets if p.startswith("!")]
     chosen = [
         layer

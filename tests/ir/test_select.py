@@ -53,7 +53,6 @@ def test_a_use_of_a_tied_weight_has_the_name_of_its_own_module(program: gw.Progr
     [
         (["*"], {"block.0", "block.1", "block.2", "head"}),
         (["block.*", "!block.1"], {"block.0", "block.2"}),
-        (["!head"], {"block.0", "block.1", "block.2"}),
         (["kind:linear"], {"block.0", "block.1", "block.2", "head"}),
         (["block.[02]"], {"block.0", "block.2"}),
     ],
@@ -73,6 +72,11 @@ def test_a_pattern_that_matches_nothing_names_near_misses(program: gw.Program) -
 def test_an_exclusion_that_matches_nothing_is_an_error_too(program: gw.Program) -> None:
     with pytest.raises(ModelError, match="'!hed' matches no layer"):
         select(program, ["*", "!hed"])
+
+
+def test_only_exclusions_are_refused(program: gw.Program) -> None:
+    with pytest.raises(ModelError, match="only exclude. Put"):
+        select(program, ["!head"])
 
 
 def test_selecting_only_other_kinds_is_an_error(program: gw.Program) -> None:
