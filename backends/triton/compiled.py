@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from graphwright.backends.base import Artifact, Compiled
+from graphwright.backends.triton.device import set_device
 from graphwright.backends.triton.fuse import count_ops, largest_leftovers
 from graphwright.ir.edit import copy_graph
 from graphwright.ir.program import Program
@@ -84,27 +85,6 @@ def load(folder: str | Path) -> FusedModule:
     from graphwright.ir.archive import load_program
 
     return FusedModule(load_program(Path(folder) / FILE))
-
-
-def set_device(graph: fx.Graph, device: torch.device) -> bool:
-    """Lets every call that names a device (`arange`, `full`, `to`) name this one.
-
-    Returns whether anything changed.
-    """
-    changed = False
-
-    def moved(value: Any) -> Any:
-        nonlocal changed
-        if isinstance(value, torch.device) and value != device:
-            changed = True
-            return device
-        return value
-
-    for node in graph.nodes:
-        if node.op == "call_function":
-            node.args = tuple(moved(value) for value in node.args)
-            node.kwargs = {key: moved(value) for key, value in node.kwargs.items()}
-    return changed
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from graphwright.ir.kernels import Kernel
+from graphwright.ir.kernels import Kernel, quantize
+from graphwright.ir.kernels.activation import bias_act
 from graphwright.ir.kernels.common import activate, all_floats, as_rows
 
 
@@ -104,6 +105,11 @@ def reduce_kernel(
     tl.store(y + row * n + channel, activate(total, ACTIVATION).to(y.dtype.element_ty), mask=inside)
 
 
+DENSE_FROM = 1024
+"""Tokens from which decoding the weight once costs less than decoding it in every tile (measured
+on an H100: docs/benchmarks-gpu.md)."""
+
+
 @dataclass(frozen=True)
 class Tiles:
     """Tile sizes and launch parameters of the GEMM for a range of token counts."""
@@ -156,6 +162,8 @@ def _launch(
     (m, k), n = rows.shape, codes.shape[0]
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
     scale = scale.contiguous()
+    if m >= DENSE_FROM and scale.dtype == x.dtype:
+        return _launch_dense(rows, codes, scale, bias, activation).view(y.shape)
     has_bias = bias is not None
     added = scale if bias is None else bias.contiguous()
     if m == 1:
@@ -183,6 +191,16 @@ def _launch(
             HAS_BIAS=has_bias, ACTIVATION=activation, SPLIT=split, BLOCK=512,
         )  # fmt: skip
     return y
+
+
+def _launch_dense(
+    rows: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    """Rebuild the weight once and leave the product to cuBLAS; the activation is our kernel."""
+    weight = quantize.dequantize.launch(codes, scale, None, 0)
+    if activation == "none":
+        return torch.nn.functional.linear(rows, weight, bias)
+    return bias_act.launch(torch.nn.functional.linear(rows, weight), bias, activation)
 
 
 int8_linear = Kernel(_fits, _launch)

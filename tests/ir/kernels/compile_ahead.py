@@ -21,7 +21,12 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from graphwright.ir.kernels import activation, int8_linear, norm  # sets triton's environment
+from graphwright.ir.kernels import (
+    activation,
+    int8_linear,
+    norm,
+    quantize,
+)  # sets triton's environment
 
 TARGETS = (80, 90)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -87,6 +92,20 @@ def cases() -> Iterator[Case]:
             },
             warps=norm.warps_for(columns),
         )
+    yield Case(
+        "dequantize-bf16",
+        quantize.dequantize_kernel,
+        floats("bf16", "scale", "y") | {"codes": "*i8", "zero_point": "*i8"}
+        | sizes("count", "channels", "inner"),
+        {"HAS_ZERO": False, "BLOCK": quantize.BLOCK},
+    )  # fmt: skip
+    yield Case(
+        "fake_quantize-fp32",
+        quantize.fake_quantize_kernel,
+        floats("fp32", "x", "scale", "zero_point", "y") | sizes("count")
+        | {"low": "fp32", "high": "fp32"},
+        {"EXACT": quantize.EXACT, "BLOCK": quantize.BLOCK},
+    )  # fmt: skip
     yield from int8_cases()
 
 

@@ -70,6 +70,7 @@ def test_the_switch_decides_which_face_runs(monkeypatch: pytest.MonkeyPatch) -> 
     assert not kernels_enabled(CPU)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
 def test_the_switch_runs_kernels_on_a_cpu_through_the_interpreter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
