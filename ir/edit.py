@@ -9,8 +9,8 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from graphwright.ir.fake import fake_call
 from graphwright.ir.program import Program
-from graphwright.ir.recurrent import shape_function
 
 aten = torch.ops.aten
 
@@ -141,8 +141,7 @@ class Editor:
     def evaluate(self, node: fx.Node) -> Any:
         """The node's result on fake tensors."""
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with torch.no_grad(), self.fake_mode:
-            return shape_function(node.target)(*args, **kwargs)
+        return fake_call(node.target, args, kwargs, self.fake_mode)
 
     def set_args(self, node: fx.Node, *args: Any, **kwargs: Any) -> None:
         """Changes a call's arguments; shapes behind it are propagated by `finish`."""

@@ -9,8 +9,8 @@ from torch import fx
 
 from graphwright.ir.edit import fake_mode_of, gw_meta
 from graphwright.ir.errors import ModelError
+from graphwright.ir.fake import fake_call
 from graphwright.ir.program import Program
-from graphwright.ir.recurrent import shape_function
 
 
 def propagate_shapes(program: Program) -> None:
@@ -39,8 +39,7 @@ def propagate_shapes(program: Program) -> None:
 def _evaluate(node: fx.Node, values: dict[fx.Node, Any], mode: Any) -> Any:
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
     try:
-        with mode:
-            return shape_function(node.target)(*args, **kwargs)
+        return fake_call(node.target, args, kwargs, mode)
     except Exception as error:
         operands = [
             f"{n.name}: {tuple(values[n].shape)}"
