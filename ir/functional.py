@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from graphwright.ir.edit import Editor
-from graphwright.ir.recurrent import shape_function
+from graphwright.ir.fake import fake_call
 
 aten = torch.ops.aten
 
@@ -189,8 +189,7 @@ def _fake_values(editor: Editor) -> dict[fx.Node, Any]:
                 values[node] = state[name]
             elif node.op == "call_function":
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
-                with editor.fake_mode:
-                    values[node] = shape_function(node.target)(*args, **kwargs)
+                values[node] = fake_call(node.target, args, kwargs, editor.fake_mode)
     return values
 
 

@@ -15,6 +15,8 @@ from conformance.zoo import Architecture
 from torch import Tensor
 
 import graphwright as gw
+from graphwright.ir.archive import load_program
+from graphwright.ir.dims import is_free
 from graphwright.ir.errors import GraphwrightError
 
 TOLERANCE = 1e-4
@@ -73,6 +75,8 @@ def judge(architecture: Architecture, stages: tuple[str, ...] = STAGES) -> Row:
                 warnings.simplefilter("always")
                 made[stage] = make()
             row.notes += [str(w.message) for w in caught if _is_trace_warning(w)]
+            if hasattr(made[stage], "graph"):
+                _expect_free(made[stage])
             row.error = max(row.error, _compare(made[stage], architecture, sizes, expected))
             row.stages[stage] = "ok"
         except (_DiffersError, GraphwrightError) as error:
@@ -101,6 +105,16 @@ def _trace(model: torch.nn.Module, architecture: Architecture) -> Any:
     return gw.trace(model, examples, dynamic=architecture.dynamic)
 
 
+def _expect_free(program: Any) -> None:
+    """Every dimension asked to be free still is, in the recorded shapes too."""
+    for node, spec in zip(
+        program.graph.find_nodes(op="placeholder"), program.signature.inputs, strict=True
+    ):
+        for size, dim in zip(node.meta["val"].shape, spec.shape, strict=True):
+            if isinstance(dim, str) and not is_free(size):
+                raise _DiffersError(f"dimension {dim!r} of {spec.name!r} became {size}")
+
+
 def _clean(program: Any) -> Any:
     from graphwright.passes.base import find_pass
 
@@ -113,7 +127,7 @@ def _reloaded(program: Any) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pt2"
         program.save(path)
-        return gw.load(path)
+        return load_program(path)
 
 
 @torch.no_grad()
