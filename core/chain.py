@@ -1,0 +1,167 @@
+"""The chain of passes: each one run, timed, checked against its contract, and kept for a resume."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graphwright.checkpoint import Checkpoints, chain_key
+from graphwright.environment import environment
+from graphwright.ir.errors import ContractError
+
+if TYPE_CHECKING:
+    from graphwright.ir.data import Batches
+    from graphwright.ir.program import Program
+    from graphwright.ir.verify import Checker
+    from graphwright.run import Run
+
+CHECK_BATCHES = 2
+"""Calibration batches that every pass is checked on, beside the example inputs."""
+
+
+def run_chain(
+    run: Run, original: Program, calibration: Batches | None
+) -> tuple[Program, list[dict[str, Any]], Checker]:
+    """Runs the spec's passes; goes on after the last one that an earlier run has finished.
+
+    Returns:
+        The program after all passes, one report row per pass, and the checker that compared
+        every program with the one before it.
+
+    Raises:
+        ContractError: a pass broke its contract; a reproducer is left beside the output folder.
+    """
+    from graphwright.ir.digest import digest
+    from graphwright.ir.verify import Checker
+
+    keys = _keys(run, digest(original)) if run.spec.passes else []
+    program, records, begin = original, [], 0
+    checkpoints = Checkpoints(run.place.work / "checkpoints")
+    checker = Checker(original, _check_batches(run, original, calibration))
+    found = checkpoints.load(keys) if run.settings.resume else None
+    if found is not None:
+        index, program, records = found
+        begin = index + 1
+        checker.resume(program)
+        run.progress.note(f"resumed after pass {index} ({run.spec.passes[index].id})")
+    unsaved = 0.0
+    for index in range(begin, len(run.spec.passes)):
+        program, record = _one_pass(run, index, program, checker, calibration)
+        records.append(record)
+        unsaved += record["seconds"]
+        if unsaved >= run.settings.checkpoint_seconds:
+            checkpoints.save(index, keys[index], program, records)
+            unsaved = 0.0
+        run.check_time(f"pass {index} ({record['id']})")
+    return program, records, checker
+
+
+def _keys(run: Run, base: str) -> list[str]:
+    keys, key = [], base
+    for index, call in enumerate(run.spec.passes):
+        key = chain_key(
+            key, id=call.id, options=call.options, index=index, seed=run.spec.seed,
+            environment=environment(), calibration=_calibration_digest(run),
+        )  # fmt: skip
+        keys.append(key)
+    return keys
+
+
+def _calibration_digest(run: Run) -> str:
+    """Calibration data is an input like any other: a changed file makes another run."""
+    section = run.spec.calibration
+    if section is None:
+        return ""
+    file = Path(run.spec.folder) / section.data
+    if file.is_file():
+        from graphwright.checkpoint import file_sha256
+
+        return chain_key(file_sha256(file), **section.model_dump(mode="json"))
+    return chain_key("", **section.model_dump(mode="json"))
+
+
+def _check_batches(run: Run, program: Program, calibration: Batches | None) -> list[Any]:
+    """Inputs that passes are checked on: real ones where there are any, another size too."""
+    if calibration is not None:
+        found = []
+        for batch in calibration:
+            found.append(batch)
+            if len(found) == CHECK_BATCHES:
+                break
+        return found
+    from graphwright.build import other_size_inputs
+
+    other = other_size_inputs(program, run.spec.seed)
+    if other is None and program.signature.dims:
+        run.warn("passes were checked at the example sizes only")
+    return [] if other is None else [other]
+
+
+def _one_pass(
+    run: Run, index: int, program: Program, checker: Checker, calibration: Batches | None
+) -> tuple[Program, dict[str, Any]]:
+    import torch
+
+    from graphwright.ir.context import Context
+    from graphwright.passes.base import find_pass
+
+    call = run.spec.passes[index]
+    step = find_pass(call.id)(**call.options)
+    context = Context(
+        seed=run.spec.seed,
+        calibration=calibration,
+        device=torch.device(run.settings.device),
+        jobs=run.settings.jobs,
+        work=run.place.work / "passes" / f"{index:03d}",
+        progress=run.progress.update,
+        scope=(index, call.id),
+    )
+    run.note_peak()
+    begin = time.monotonic()
+    with run.progress.stage(call.id):
+        result = step.execute(program, context)
+        peak = run.note_peak()
+        seconds = time.monotonic() - begin
+        try:
+            error = checker.accept(result.program, step.promise())
+        except ContractError as failure:
+            raise _with_reproducer(run, failure, program, index) from failure
+    record = {
+        "id": call.id,
+        "options": step.resolved_options(),
+        "contract": step.contract,
+        "seconds": seconds,
+        "peak_rss_bytes": peak,
+        "error": error.as_dict(),
+        "actions": [[a.layer, a.what, a.reason] for a in result.actions],
+        "metrics": dict(result.metrics),
+    }
+    return result.program, record
+
+
+def _with_reproducer(
+    run: Run, failure: ContractError, program: Program, index: int
+) -> ContractError:
+    """The same failure, with the program before the pass and a spec of that pass on disk."""
+    from graphwright.specs.emit import to_yaml
+
+    call = run.spec.passes[index]
+    folder = run.place.out.with_name(f"{run.place.out.name}.reproducer")
+    folder.mkdir(parents=True, exist_ok=True)
+    program.save(folder / "before.pt2")
+    document: dict[str, Any] = {"version": 1, "seed": run.spec.seed}
+    if run.spec.calibration is not None:
+        section = run.spec.calibration.model_dump(mode="json", exclude_none=True)
+        data = Path(run.spec.folder) / section["data"]
+        document["calibration"] = (
+            {**section, "data": str(data.absolute())} if (data.exists()) else section
+        )
+    document["passes"] = [{call.id: call.options} if call.options else call.id]
+    (folder / "spec.yaml").write_text(to_yaml(document))
+    return ContractError(
+        failure.message,
+        where=f"passes[{index}] (line {call.line})",
+        fix=f"Reproduce it: optimize {folder}/before.pt2 --spec {folder}/spec.yaml",
+        details=failure.details,
+    )
