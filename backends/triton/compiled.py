@@ -69,7 +69,7 @@ class FusedModule(nn.Module, Compiled):
         return Artifact(self.backend, path / FILE, (path / FILE).stat().st_size)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> FusedModule:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         tensors = [_attribute(self.body, name) for name in self.program.state]
         if tensors and set_device(self.body.graph, tensors[0].device):
             self.body.recompile()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from graphwright.backends.base import Backend
-from graphwright.backends.base import Options as BackendOptions
 from graphwright.backends.triton.compiled import FusedModule
 from graphwright.backends.triton.fuse import BY, fuse
 from graphwright.ir.context import Context
+from graphwright.ir.data import other_size_inputs
 from graphwright.ir.errors import ContractError, LoweringError
+from graphwright.ir.options import Options as BaseOptions
 from graphwright.ir.program import Program
 from graphwright.ir.verify import Promise, check_contract
 
@@ -17,12 +18,12 @@ TOLERANCE = 1e-5
 """Largest relative error of a fused float32 program; other dtypes in proportion to roundoff."""
 
 
-class Options(BackendOptions):
+class Options(BaseOptions):
     """The triton backend takes no options."""
 
 
 class Lowering(Backend):
-    """Fuses a program, checks it against the original, and wraps it as a module."""
+    """Fuses a program, checks it at two sizes of its dynamic dimensions, wraps it as a module."""
 
     name = "triton"
     summary = "PyTorch with fused ops: Triton kernels on a GPU, eager on a CPU."
@@ -36,8 +37,11 @@ class Lowering(Backend):
             LoweringError: the fused program computes something else; names the first node.
         """
         fused = fuse(program)
+        other = other_size_inputs(program.signature, program.examples, context.seed)
         try:
-            check_contract(program, fused, Promise(BY, "exact", TOLERANCE))
+            check_contract(
+                program, fused, Promise(BY, "exact", TOLERANCE), [] if other is None else [other]
+            )
         except ContractError as error:
             raise LoweringError(error.message, details=error.details) from error
         return FusedModule(fused).to(context.device)

@@ -64,7 +64,7 @@ def scale_mask_kernel(
 
 
 def _block(columns: int) -> int:
-    return min(1024, triton.next_power_of_2(columns))
+    return min(1024, int(triton.next_power_of_2(columns)))
 
 
 def _grid(rows: Tensor) -> tuple[int, int]:

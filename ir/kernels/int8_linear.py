@@ -135,7 +135,7 @@ def split_for(m: int, n: int, k: int) -> int:
     tiles = tiles_for(m)
     programs = triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n)
     most = max(1, triton.cdiv(k, tiles.block_k) // 4)
-    return max(1, min(264 // programs, most, 8))
+    return int(max(1, min(264 // programs, most, 8)))
 
 
 def _compute_type(x: Tensor) -> tl.dtype:
@@ -200,7 +200,8 @@ def _launch_dense(
     weight = quantize.dequantize.launch(codes, scale, None, 0)
     if activation == "none":
         return torch.nn.functional.linear(rows, weight, bias)
-    return bias_act.launch(torch.nn.functional.linear(rows, weight), bias, activation)
+    y: Tensor = bias_act.launch(torch.nn.functional.linear(rows, weight), bias, activation)
+    return y
 
 
 int8_linear = Kernel(_fits, _launch)

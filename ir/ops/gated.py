@@ -31,7 +31,8 @@ def _samples() -> Iterator[tuple[Tensor, Tensor, str]]:
     for activation in ACTIVATIONS:
         # both halves of one projection: rows that are not adjacent in memory
         packed = torch.randn(2, 5, 2 * 37, generator=generator) * 2
-        yield *packed.chunk(2, dim=-1), activation
+        gate, up = packed.chunk(2, dim=-1)
+        yield gate, up, activation
 
 
 gated_act = declare(

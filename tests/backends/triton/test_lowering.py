@@ -135,6 +135,21 @@ def test_a_wrong_fusion_is_refused(program: Program, monkeypatch: pytest.MonkeyP
     assert "relu" in str(caught.value)
 
 
+def test_a_fusion_that_holds_at_one_size_only_is_refused(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(given: Program) -> Program:
+        editor = Editor(given, by="lower.triton")
+        (node,) = [n for n in editor.graph.nodes if n.target is aten.mean.dim]
+        total = editor.call(aten.sum.dim_IntList, node.args[0], [1], before=node)
+        editor.replace(node, editor.call(aten.div.Tensor, total, 3, before=node))
+        return editor.finish()
+
+    monkeypatch.setattr(lowering, "fuse", broken)
+    with pytest.raises(LoweringError, match=r"lower\.triton broke its contract"):
+        lowering.Lowering().lower(program, Context())
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_runs_its_kernels_on_a_gpu(compiled: FusedModule, model: Model) -> None:
