@@ -11,6 +11,7 @@ from torch import fx
 
 from graphwright.ir.edit import Editor
 from graphwright.ir.functional import writes
+from graphwright.ir.scalars import known_number
 
 aten = torch.ops.aten
 
@@ -28,7 +29,31 @@ RENAMED = {
     "__xor__": "bitwise_xor",
     "_unsafe_view": "reshape",
     "view": "reshape",
+    "multiply": "mul",
+    "divide": "div",
+    "true_divide": "div",
+    "subtract": "sub",
+    "negative": "neg",
+    "absolute": "abs",
+    "clip": "clamp",
+    "concat": "cat",
+    "concatenate": "cat",
+    "fix": "trunc",
+    "not_equal": "ne",
+    "greater": "gt",
+    "greater_equal": "ge",
+    "less": "lt",
+    "less_equal": "le",
+    "special_expit": "sigmoid",
+    "special_erf": "erf",
+    "special_expm1": "expm1",
+    "special_log1p": "log1p",
+    "special_softmax": "softmax",
+    "special_log_softmax": "log_softmax",
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
 }
+"""Other names of an operation -> the one that passes and backends know."""
 
 
 def respell(editor: Editor) -> None:
@@ -58,7 +83,7 @@ def _drop_no_op(editor: Editor, node: fx.Node) -> None:
 def _rename(editor: Editor, node: fx.Node) -> None:
     target: Any = node.target
     packet = getattr(aten, RENAMED[target._schema.name.split("::")[1]])
-    overload = getattr(packet, target._overloadname, None)
+    overload = getattr(packet, target._overloadname, None) or getattr(packet, "int", None)
     if overload is not None:
         node.target = overload
 
@@ -76,16 +101,37 @@ def _cast(editor: Editor, node: fx.Node) -> None:
         editor.replace(node, new)
 
 
+def _item(editor: Editor, node: fx.Node) -> None:
+    """A number read out of a tensor that only carries sizes: the sizes' own arithmetic."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    number = known_number(editor, source, node)
+    if isinstance(number, fx.Node):
+        editor.replace(node, number)
+    elif number is not None:
+        for user in list(node.users):
+            args, kwargs = fx.map_arg(
+                (user.args, user.kwargs), lambda a: number if a is node else a
+            )
+            editor.set_args(user, *args, **kwargs)
+        editor.erase(node)
+
+
 def _like(editor: Editor, node: fx.Node) -> None:
-    """`reshape_as`, `view_as`, `expand_as`: the sizes themselves where they are known."""
+    """`reshape_as`, `view_as`, `expand_as`: `reshape` and `expand` to the other's sizes."""
     target: Any = node.target
-    sizes = node.meta["val"].shape
-    if not all(isinstance(size, int) for size in sizes):
-        return
+    other = node.args[1]
+    assert isinstance(other, fx.Node)
+
+    def size(axis: int, known: Any) -> Any:
+        if isinstance(known, int):
+            return known
+        return editor.call(aten.sym_size.int, other, axis, before=node, like=node)
+
+    sizes = [size(axis, known) for axis, known in enumerate(other.meta["val"].shape)]
     expands = target._schema.name.endswith("expand_as")
     op = aten.expand.default if expands else aten.reshape.default
-    new = editor.call(op, node.args[0], [int(s) for s in sizes], before=node, like=node)
-    editor.replace(node, new)
+    editor.replace(node, editor.call(op, node.args[0], sizes, before=node, like=node))
 
 
 def _extremum(editor: Editor, node: fx.Node) -> None:
@@ -181,6 +227,8 @@ def _native_attention(editor: Editor, node: fx.Node) -> None:
 
 def _first_result(editor: Editor, node: fx.Node, op: Any, args: Any, **kwargs: Any) -> None:
     """Replaces item 0 of a call with several results; leaves it alone when others are read."""
+    for unread in [u for u in node.users if not u.users]:
+        editor.erase(unread)
     readers = [u for u in node.users if u.target is operator.getitem and u.args[1] == 0]
     if not readers or len(readers) != len(node.users):
         return
@@ -230,6 +278,7 @@ Rule = Callable[[Editor, fx.Node], None]
 RULES: dict[str, Rule] = {
     **dict.fromkeys(RENAMED, _rename),
     **dict.fromkeys(CASTS, _cast),
+    **dict.fromkeys(("item", "_local_scalar_dense"), _item),
     **dict.fromkeys(("reshape_as", "view_as", "expand_as"), _like),
     **dict.fromkeys(("min", "max"), _extremum),
     **dict.fromkeys(("convolution", "_convolution"), _convolution),
