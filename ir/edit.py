@@ -80,7 +80,8 @@ class Editor:
     def add_state(self, name: str, tensor: torch.Tensor) -> str:
         """Adds a tensor under `name`, or under a free name derived from it; returns the name."""
         free, count = name, 1
-        while free in self.state:
+        # An nn.Module cannot hold a tensor under the name of one of its methods, as `to`.
+        while free in self.state or hasattr(fx.GraphModule, free):
             free, count = f"{name}_{count}", count + 1
         self.state[free] = tensor
         self.changed = True
