@@ -1,0 +1,216 @@
+"""The report's content, its page, and what the page does in a real browser."""
+
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from rich.console import Console
+
+from graphwright.report import print_summary, write_report
+from graphwright.report_model import Report
+from graphwright.report_page import note_block, render_page
+
+_SPEC = importlib.util.spec_from_file_location(
+    "report_sample", Path(__file__).with_name("report_sample.py")
+)
+sample = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(sample)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return sample.programs()
+
+
+@pytest.fixture(scope="module")
+def report(pair):
+    return sample.sample_report(*pair)
+
+
+def test_stable_keys(report):
+    assert {"version", "model", "passes", "result", "fidelity", "evaluation", "latency"} <= set(
+        report
+    )
+    assert {"source", "sha256", "parameters", "weight_bytes", "macs"} <= set(report["model"])
+    keys = {"id", "options", "contract", "seconds", "peak_rss_bytes", "error"}
+    assert keys <= set(report["passes"][0])
+    figures = {"max_abs", "relative", "cosine", "snr_db"}
+    assert set(report["passes"][0]["error"]) == set(report["fidelity"]) == figures
+    assert {"parameters", "weight_bytes", "macs", "artifacts"} <= set(report["result"])
+    assert set(report["result"]["artifacts"][0]) == {"backend", "path", "file_bytes"}
+    assert {"metric", "before", "after"} <= set(report["evaluation"])
+    keys = {"backend", "device", "threads", "before_ms", "after_ms", "speedup"}
+    assert keys <= set(report["latency"][0])
+
+
+def test_counts_are_those_of_the_model(report):
+    assert report["model"]["parameters"] == 5 * 72 + 27
+    assert report["model"]["weight_bytes"] == 4 * (5 * 72 + 27)
+    assert report["model"]["macs"] == 2 * (5 * 64 + 24)
+    assert report["model"]["macs_formula"] == "344*batch"
+
+
+def test_layers_carry_the_error_of_their_outputs(report):
+    rows = {row["name"]: row for row in report["layers"]}
+    assert rows["stem"]["relative"] == 0.0  # nothing before the first rounded layer differs
+    assert 0 < rows["blocks.0"]["relative"] < 0.1
+    assert rows["head"]["relative"] > 0
+    assert rows["blocks.3"]["weight_bytes_after"] == 288
+
+
+def test_what_json_cannot_hold_becomes_null(report):
+    text = json.dumps(report, allow_nan=False)
+    assert json.loads(text)["passes"][0]["metrics"]["mean"] is None
+
+
+def test_a_report_without_a_stable_key_is_refused(report):
+    with pytest.raises(ValidationError, match="sha256"):
+        Report.model_validate({**report, "model": {"source": "x"}})
+
+
+def test_files_are_written_and_nothing_else(pair, report, tmp_path):
+    write_report(report, pair[1], tmp_path)
+    write_report(report, pair[1], tmp_path)  # again, over the first
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["report.html", "report.json"]
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert (tmp_path / "report.html").stat().st_size < 2_000_000
+
+
+def test_a_failed_write_leaves_the_old_report(pair, report, tmp_path, monkeypatch):
+    write_report(report, pair[1], tmp_path)
+    before = (tmp_path / "report.json").read_text()
+
+    def no_rename(self, target):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", no_rename)
+    with pytest.raises(OSError, match="disk full"):
+        write_report({**report, "seconds": 99.0}, pair[1], tmp_path)
+    assert (tmp_path / "report.json").read_text() == before
+
+
+class _Tags(HTMLParser):
+    """Every tag and attribute of a page."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.attributes = set(), []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes += attrs
+
+
+def test_page_is_self_contained_and_escaped(pair, report):
+    page = render_page(report, pair[1])
+    assert sample.HOSTILE not in page
+    assert "&lt;script&gt;" in page
+    found = _Tags()
+    found.feed(page)
+    assert not found.tags & {"script", "img", "iframe", "object", "embed"}
+    assert not [name for name, _ in found.attributes if name.startswith("on")]
+    addresses = [value for name, value in found.attributes if name in ("src", "href")]
+    assert addresses == ["data:,"]
+    assert "url(http" not in page
+    assert "@import" not in page
+
+
+def test_page_shows_what_happened(pair, report):
+    page = re.sub(r"\s+", " ", render_page(report, pair[1]))
+    for text in ("quantize.round", "lossy", "1 changed, 1 left alone", "4.00×", "2.00 ms",
+                 "min_speedup missed", "not measured", "MatMul", "blocks.0–3", "±"):  # fmt: skip
+        assert text in page, text
+
+
+def test_page_of_a_run_with_nothing_optional(pair):
+    report = sample.sample_report(
+        *pair, passes=[], latency=[], evaluation=None, notes={}, require=[], warnings=[],
+        artifacts=[],
+    )  # fmt: skip
+    page = render_page(report)
+    assert "No passes" in page
+    assert "Latency" not in page
+
+
+def test_long_tables_are_cut_and_say_so(pair, report):
+    many = [[f"layer{i}", "int8", ""] for i in range(100_000)]
+    passes = [{**report["passes"][0], "actions": many}]
+    page = render_page({**report, "passes": passes, "layers": report["layers"] * 2000}, pair[1])
+    assert len(page.encode()) < 2_000_000
+    assert "99760 more are in report.json" in page
+
+
+def test_notes_of_any_shape_are_shown():
+    block = note_block("b", {"counts": {"x": 3, "y": 6}, "list": [1], "flag": True, "no": {}})
+    assert block["counts"] == [("counts", [("y", 6, 100.0), ("x", 3, 50.0)])]
+    assert block["lists"] == [("list", [1])]
+    assert block["pairs"] == [("flag", True), ("no", {})]
+    assert note_block("b", "a text")["pairs"] == [("", "a text")]
+
+
+def test_summary_on_the_console(report):
+    file = io.StringIO()
+    print_summary(report, "out", Console(file=file, width=100))
+    text = file.getvalue()
+    for part in ("quantize.round", "latency    2.00 ms -> 0.50 ms, 4.00x (onnxruntime, cpu, 2 threads)",
+                 "out/model.onnx (2 kB)", "out/report.html", "min_speedup 5: 4, MISSED"):  # fmt: skip
+        assert part in text, part
+
+
+# --- a real browser ----------------------------------------------------------------------------
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_page_in_a_browser(pair, report, tmp_path, scheme):
+    """No console message, no request but the page itself, the scheme's colours, hostile text inert."""
+    write_report(report, pair[1], tmp_path)
+    log = tmp_path / "net.json"
+    flags = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
+        "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
+        "--disable-default-apps", "--disable-extensions", "--metrics-recording-only",
+        f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1120,1400", "--hide-scrollbars",
+        f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}",
+        f"--log-net-log={log}", "--enable-logging=stderr", "--v=0",
+    ]  # fmt: skip
+    picture = tmp_path / "page.png"
+    page = (tmp_path / "report.html").as_uri()
+    run = subprocess.run(
+        [BROWSER, *flags, f"--screenshot={picture}", page],
+        capture_output=True, text=True, timeout=180, check=False,
+        env={**os.environ, "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert picture.stat().st_size > 20_000, run.stderr[-2000:]
+    # whatever a page logs, Chromium prints as CONSOLE lines: errors, violations, blocked requests
+    assert [line for line in run.stderr.splitlines() if "CONSOLE" in line] == []
+    text = log.read_text()
+    requested = set(re.findall(r'"url":"((?:https?|wss?|file):[^"]*)"', text))
+    assert {url for url in requested if not url.startswith("file:")} == set()
+    dump = subprocess.run(
+        [BROWSER, *flags[:-3], "--dump-dom", page],
+        capture_output=True, text=True, timeout=180, check=False,
+        env={**os.environ, "HOME": str(tmp_path)},
+    ).stdout  # fmt: skip
+    assert "<title>" in dump
+    assert "<title>owned" not in dump
+    assert _corner(picture) == {"light": (244, 246, 249), "dark": (12, 15, 20)}[scheme]
+
+
+def _corner(picture):
+    """Colour of the page's first pixel."""
+    image = pytest.importorskip("PIL.Image")
+    return image.open(picture).convert("RGB").getpixel((0, 0))
