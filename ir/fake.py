@@ -15,7 +15,7 @@ try:
     # size that reaches it is a fixed one from then on, and torch 2.11 refuses linear and matmul.
     from torch._dispatch.python import enable_python_dispatcher
 except ImportError:
-    enable_python_dispatcher = contextlib.nullcontext
+    enable_python_dispatcher = contextlib.nullcontext  # type: ignore[assignment, misc]
 
 
 def fake_call(target: Any, args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:

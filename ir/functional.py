@@ -107,7 +107,9 @@ class _Functionalizer:
                     lost.add(str(root.target))
                 continue
             source = _first_tensor(args)
-            if source is not None and self._aliases(node, source):
+            # An item of a call with several fresh results, as of topk, is a tensor of its own.
+            fresh_item = node.target is operator.getitem and source not in self.parent
+            if source is not None and not fresh_item and self._aliases(node, source):
                 self.parent[node] = source
                 self.value[node] = (self.version.get(self.root(source), 0), node)
         _erase(self.editor, dead)

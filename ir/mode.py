@@ -75,7 +75,8 @@ def _set_flag(editor: Editor, node: fx.Node, training: bool) -> None:
     # A norm without running statistics always uses the input's, in both modes.
     if node.target in NORMS and not isinstance(statistics[0], fx.Node):
         return
-    position = FLAG_ARGUMENT[node.target]
+    target: Any = node.target
+    position = FLAG_ARGUMENT[target]
     if args[position] == training:
         return
     args[position] = training

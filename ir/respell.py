@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +10,13 @@ from torch import fx
 
 from graphwright.ir.edit import Editor
 from graphwright.ir.functional import writes
+from graphwright.ir.recompose import RECOMPOSED
 from graphwright.ir.scalars import known_number
 
 aten = torch.ops.aten
+
+LAST = 2**63 - 1
+"""How torch writes the end of a slice that goes to the end."""
 
 NO_OPS = {
     "contiguous", "detach", "alias", "lift_fresh", "lift_fresh_copy", "clone", "positive",
@@ -134,6 +137,70 @@ def _like(editor: Editor, node: fx.Node) -> None:
     editor.replace(node, editor.call(op, node.args[0], sizes, before=node, like=node))
 
 
+def _slice_scatter(editor: Editor, node: fx.Node) -> None:
+    """`old` with new values from `start` to `end`: what is in front, the new, what is behind."""
+    arguments: dict[str, Any] = _by_name(node)
+    old, new, axis = arguments["input"], arguments["src"], arguments.get("dim", 0)
+    start, end = arguments.get("start"), arguments.get("end")
+    if arguments.get("step", 1) == 1:
+        editor.replace(node, _spliced(editor, node, old, new, axis, start or 0, end))
+
+
+def _select_scatter(editor: Editor, node: fx.Node) -> None:
+    """As `_slice_scatter`, for one index of an axis."""
+    arguments: dict[str, Any] = _by_name(node)
+    old, src, axis, index = (arguments[key] for key in ("input", "src", "dim", "index"))
+    if not isinstance(index, int):
+        return
+    axis %= old.meta["val"].dim()
+    new = editor.call(aten.unsqueeze.default, src, axis, before=node, like=node)
+    end = index + 1 if index != -1 else None
+    editor.replace(node, _spliced(editor, node, old, new, axis, index, end))
+
+
+def _spliced(
+    editor: Editor, node: fx.Node, old: fx.Node, new: fx.Node, axis: int, start: Any, end: Any
+) -> fx.Node:
+    size = old.meta["val"].shape[axis]
+    parts = [new]
+    if start != 0:
+        front = editor.call(aten.slice.Tensor, old, axis, 0, start, before=node, like=node)
+        parts.insert(0, front)
+    reaches_end = end is None or (isinstance(end, int) and end >= LAST)
+    if isinstance(end, int) and isinstance(size, int):
+        reaches_end |= end >= size
+    if not reaches_end:
+        parts.append(editor.call(aten.slice.Tensor, old, axis, end, LAST, before=node, like=node))
+    if len(parts) == 1:
+        return new
+    return editor.call(aten.cat.default, parts, axis, before=node, like=node)
+
+
+def _by_name(node: fx.Node) -> dict[str, Any]:
+    """Arguments of a call by their names in the schema (`self` as `input`), defaults left out."""
+    target: Any = node.target
+    names = [a.name for a in target._schema.arguments]
+    found = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return {"input" if name == "self" else name: value for name, value in found.items()}
+
+
+def _diff(editor: Editor, node: fx.Node) -> None:
+    """`diff(x, 1, axis)`: each value less the one in front of it."""
+    arguments = _by_name(node)
+    x, axis = arguments["input"], arguments.get("dim", -1)
+    edges = [arguments.get(key) for key in ("prepend", "append")]
+    if arguments.get("n", 1) != 1:
+        return
+    if any(edge is not None for edge in edges):
+        parts = [part for part in (edges[0], x, edges[1]) if part is not None]
+        x = editor.call(aten.cat.default, parts, axis, before=node, like=node)
+    late = editor.call(aten.slice.Tensor, x, axis, 1, LAST, before=node, like=node)
+    early = editor.call(aten.slice.Tensor, x, axis, 0, -1, before=node, like=node)
+    logical = node.meta["val"].dtype == torch.bool
+    op = aten.ne.Tensor if logical else aten.sub.Tensor
+    editor.replace(node, editor.call(op, late, early, before=node, like=node))
+
+
 def _extremum(editor: Editor, node: fx.Node) -> None:
     target: Any = node.target
     if target._overloadname == "other":
@@ -184,96 +251,6 @@ def _named_padding(editor: Editor, node: fx.Node) -> None:
     editor.replace(node, editor.call(op, *args, before=node, like=node))
 
 
-def _native_batch_norm(editor: Editor, node: fx.Node) -> None:
-    """Decomposed batch norms, read by their first result only -> `batch_norm`."""
-    target: Any = node.target
-    values = {
-        a.name: node.args[i] if i < len(node.args) else node.kwargs.get(a.name, a.default_value)
-        for i, a in enumerate(target._schema.arguments)
-    }
-    training = values.get("training", "no_training" not in target._schema.name)
-    args = (
-        values["input"], values.get("weight"), values.get("bias"), values.get("running_mean"),
-        values.get("running_var"), bool(training), values.get("momentum", 0.1),
-        values.get("eps", values.get("epsilon", 1e-5)), True,
-    )  # fmt: skip
-    _first_result(editor, node, aten.batch_norm.default, args)
-
-
-def _native_layer_norm(editor: Editor, node: fx.Node) -> None:
-    x, shape, weight, bias, eps = node.args
-    _first_result(editor, node, aten.layer_norm.default, (x, shape, weight, bias, eps))
-
-
-def _native_group_norm(editor: Editor, node: fx.Node) -> None:
-    x, weight, bias, _, _, _, groups, eps = node.args
-    _first_result(editor, node, aten.group_norm.default, (x, groups, weight, bias, eps))
-
-
-def _native_dropout(editor: Editor, node: fx.Node) -> None:
-    x, p, train = node.args
-    _first_result(editor, node, aten.dropout.default, (x, p, bool(train)))
-
-
-def _native_attention(editor: Editor, node: fx.Node) -> None:
-    """The CPU flash kernel's call -> `scaled_dot_product_attention`."""
-    q, k, v = node.args[:3]
-    rest: list[Any] = list(node.args[3:])
-    p, causal = [*rest, *[0.0, False][len(rest) :]]
-    args = (q, k, v, node.kwargs.get("attn_mask"), p, causal)
-    scale = node.kwargs.get("scale")
-    _first_result(editor, node, aten.scaled_dot_product_attention.default, args, scale=scale)
-
-
-def _first_result(editor: Editor, node: fx.Node, op: Any, args: Any, **kwargs: Any) -> None:
-    """Replaces item 0 of a call with several results; leaves it alone when others are read."""
-    for unread in [u for u in node.users if not u.users]:
-        editor.erase(unread)
-    readers = [u for u in node.users if u.target is operator.getitem and u.args[1] == 0]
-    if not readers or len(readers) != len(node.users):
-        return
-    new = editor.call(op, *args, before=node, like=node, **kwargs)
-    for reader in readers:
-        editor.replace(reader, new)
-    if not node.users and node in editor.graph.nodes:
-        editor.erase(node)
-
-
-def _softmax(editor: Editor, node: fx.Node) -> None:
-    """`_softmax(x, dim, half_to_float)` -> `softmax.int(x, dim)`."""
-    target: Any = node.target
-    if len(node.args) > 2 and node.args[2]:
-        return
-    op = aten.log_softmax.int if "log" in target._schema.name else aten.softmax.int
-    editor.replace(node, editor.call(op, node.args[0], node.args[1], before=node, like=node))
-
-
-def _linear(editor: Editor, node: fx.Node) -> None:
-    """`addmm(b, x, t(w))` and `mm(x, t(w))` with a weight w -> `linear(x, w, b)`."""
-    target: Any = node.target
-    added = target._schema.name == "aten::addmm"
-    if added and any(node.kwargs.get(k, 1) != 1 for k in ("alpha", "beta")):
-        return
-    bias, x, weight = node.args if added else (None, *node.args)
-    if not isinstance(weight, fx.Node) or not _is_transpose(weight):
-        return
-    source = weight.args[0]
-    if not isinstance(source, fx.Node) or source.op != "get_attr":
-        return
-    if isinstance(bias, fx.Node) and bias.meta["val"].dim() != 1:
-        return
-    new = editor.call(aten.linear.default, x, source, bias, before=node, like=node)
-    editor.replace(node, new)
-
-
-def _is_transpose(node: fx.Node) -> bool:
-    if node.target is aten.t.default:
-        return True
-    if node.target is aten.permute.default:
-        return list(node.args[1]) == [1, 0]  # type: ignore[arg-type]
-    return node.target is aten.transpose.int and {node.args[1], node.args[2]} in ({0, 1}, {-1, -2})
-
-
 Rule = Callable[[Editor, fx.Node], None]
 RULES: dict[str, Rule] = {
     **dict.fromkeys(RENAMED, _rename),
@@ -281,19 +258,10 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("item", "_local_scalar_dense"), _item),
     **dict.fromkeys(("reshape_as", "view_as", "expand_as"), _like),
     **dict.fromkeys(("min", "max"), _extremum),
+    "diff": _diff,
+    "slice_scatter": _slice_scatter,
+    "select_scatter": _select_scatter,
     **dict.fromkeys(("convolution", "_convolution"), _convolution),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _named_padding),
-    **dict.fromkeys(
-        (
-            "native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit",
-            "_native_batch_norm_legit_no_training", "_native_batch_norm_legit_functional",
-        ),
-        _native_batch_norm,
-    ),
-    "native_layer_norm": _native_layer_norm,
-    "native_group_norm": _native_group_norm,
-    "native_dropout": _native_dropout,
-    "_scaled_dot_product_flash_attention_for_cpu": _native_attention,
-    **dict.fromkeys(("_softmax", "_log_softmax"), _softmax),
-    **dict.fromkeys(("addmm", "mm"), _linear),
+    **RECOMPOSED,
 }  # fmt: skip

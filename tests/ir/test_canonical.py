@@ -80,6 +80,11 @@ def views(m: Wrap, x: Tensor) -> Tensor:
     return y.contiguous().view(x.shape[0], -1).view_as(x.reshape(x.shape[0], -1))
 
 
+def differences(m: Wrap, x: Tensor) -> Tensor:
+    first = torch.diff(x, dim=1, prepend=x[:, :1])
+    return first * torch.diff(x > 0, append=x[..., :1] > 0)
+
+
 CASES: list[tuple[Callable[..., Any], str]] = [
     (convolution, "conv2d"),
     (transposed_convolution, "transpose conv_transpose2d"),
@@ -91,6 +96,7 @@ CASES: list[tuple[Callable[..., Any], str]] = [
     (matrix_product, "reshape reshape t mm"),
     (casts, "to to"),
     (other_names, "mul neg minimum sub abs cat transpose gt lt bitwise_and any mul"),
+    (differences, "slice slice cat slice slice sub gt slice gt cat slice slice ne mul"),
     (views, "permute reshape reshape reshape"),
 ]
 
