@@ -6,9 +6,12 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from graphwright.ir.program import Program
 
 Batch = Mapping[str, torch.Tensor] | tuple[torch.Tensor, ...]
 
@@ -29,6 +32,13 @@ class Context:
         work: folder that may be written; None when there is none.
         progress: called with (description, done, total).
         scope: place in the run, as (2, "quantize.int8"); part of every derived seed.
+        training: labelled batches for passes that train: `ir.data.Batches`, or re-iterable like
+            `calibration`, with the labels as one value more.
+        teacher: the program that a student is trained to follow; in a run, the one before the
+            first pass.
+        folder: where relative names in options start, such as modules of `module:function`.
+        key: digest of all that the pass's result depends on; empty when it is not known.
+        checkpoint_seconds: work worth saving in `work` while a pass runs.
     """
 
     seed: int = 0
@@ -38,6 +48,11 @@ class Context:
     work: Path | None = None
     progress: Callable[[str, int, int], None] = _silent
     scope: tuple[str | int, ...] = ()
+    training: Iterable[Any] | None = None
+    teacher: Program | None = None
+    folder: Path = field(default_factory=Path)
+    key: str = ""
+    checkpoint_seconds: float = 30.0
 
     def generator(self, *path: str | int) -> torch.Generator:
         """A CPU generator of its own for `path`: adding a pass never reshuffles another."""

@@ -24,6 +24,21 @@ RawBatch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Samples that can be read in any order.
+
+    Attributes:
+        count: how many there are.
+        size: samples per batch, as asked for.
+        take: gives a batch of the samples with these indices.
+    """
+
+    count: int
+    size: int
+    take: Callable[[Sequence[int]], RawBatch]
+
+
+@dataclass(frozen=True)
 class Batches:
     """Batches of inputs, in signature order, as often as they are asked for.
 
@@ -34,6 +49,7 @@ class Batches:
         source: where the data comes from, as the user wrote it.
         has_labels: whether there are labels (a `labels` or `targets` column).
         notes: what a reader should know, such as columns that were left out.
+        rows: the samples in any order; None where the source has an order of its own.
     """
 
     source: str
@@ -41,6 +57,7 @@ class Batches:
     read: Callable[[], Iterable[RawBatch]]
     label_name: str | None = None
     notes: tuple[str, ...] = ()
+    rows: Rows | None = None
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for inputs, _ in self.labelled():
@@ -53,9 +70,17 @@ class Batches:
             ArgumentError: a batch does not fit the signature; names the batch and the input.
         """
         for index, raw in enumerate(self.read()):
-            where = f"{self.source}, batch {index}"
-            labels = raw.get(self.label_name) if self.label_name else None
-            yield check_batch(raw, self.signature, where), labels
+            yield self._checked(raw, f"batch {index}")
+
+    def at(self, indices: Sequence[int]) -> tuple[dict[str, Tensor], Tensor | None]:
+        """(inputs, labels) of the samples with these indices, where the source has `rows`."""
+        if self.rows is None:
+            raise ArgumentError("gives its batches in one order only", where=self.source)
+        return self._checked(self.rows.take(indices), f"samples {indices[0]}, ...")
+
+    def _checked(self, raw: RawBatch, what: str) -> tuple[dict[str, Tensor], Tensor | None]:
+        labels = raw.get(self.label_name) if self.label_name else None
+        return check_batch(raw, self.signature, f"{self.source}, {what}"), labels
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -118,6 +143,23 @@ def load_data(
     if isinstance(source, TextSource):
         return _from_text(data, source, signature, samples, size, section.get("max_length"))
     return _from_stream(data, source, signature, samples)
+
+
+def as_batches(data: Iterable[Any], signature: Signature) -> Batches:
+    """`data` itself when it is `Batches`, else its items as batches, in its own order.
+
+    An item is a mapping by input name, or a tuple in input order; one value more is the labels.
+
+    Raises:
+        ArgumentError: it can be read only once, or its first batch does not fit.
+    """
+    if isinstance(data, Batches):
+        return data
+    if iter(data) is data:
+        raise ArgumentError(
+            "the data is an iterator, which can be read only once", fix="Give a list."
+        )
+    return _from_stream("the data", lambda: data, signature, None)
 
 
 def example_sizes(signature: Signature, examples: Sequence[Tensor]) -> dict[str, int]:
@@ -273,9 +315,14 @@ def _from_table(
             piece = {n: c.read(start, stop) for n, c in batched.items()}
             yield piece | {n: c.read(0, c.shape[0] if c.shape else 1) for n, c in whole.items()}
 
+    def take(indices: Sequence[int]) -> RawBatch:
+        piece = {n: torch.cat([c.read(i, i + 1) for i in indices]) for n, c in batched.items()}
+        return piece | {n: c.read(0, c.shape[0] if c.shape else 1) for n, c in whole.items()}
+
     extra = sorted(set(table) - set(batched) - set(whole))
     notes = (f"{data}: {extra} are not inputs of the model: left out",) if extra else ()
-    batches = Batches(data, signature, read, label, notes)
+    samples_by_index = Rows(count, size, take) if batched else None
+    batches = Batches(data, signature, read, label, notes, samples_by_index)
     _ = len(batches)  # reads everything once: bad data is refused now, not an hour into a run
     return batches
 
@@ -299,12 +346,15 @@ def _from_text(
     names = [spec.name for spec in signature.inputs]
     pieces = _pieces(data, signature, count, size)
 
+    def take(indices: Sequence[int]) -> RawBatch:
+        texts = [source.texts[index] for index in indices]
+        return source.encode(texts, names, min(limits, default=None), fixed, bounds.min)
+
     def read() -> Iterator[RawBatch]:
         for start, stop in pieces:
-            texts = source.texts[start:stop]
-            yield source.encode(texts, names, min(limits, default=None), fixed, bounds.min)
+            yield take(range(start, stop))
 
-    batches = Batches(data, signature, read)
+    batches = Batches(data, signature, read, rows=Rows(count, size, take))
     _ = len(batches)
     return batches
 

@@ -10,8 +10,8 @@ import torch
 from torch import fx, nn
 
 from graphwright.backends.base import Artifact, Compiled
-from graphwright.backends.triton.device import set_device
 from graphwright.backends.triton.fuse import count_ops, largest_leftovers
+from graphwright.ir.device import set_device
 from graphwright.ir.edit import copy_graph
 from graphwright.ir.program import Program
 from graphwright.ir.signature import rebuild

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from graphwright.backends.base import find_backend
 from graphwright.backends.triton import lowering
 from graphwright.backends.triton.compiled import FusedModule, load
-from graphwright.backends.triton.device import set_device
 from graphwright.ir.context import Context
+from graphwright.ir.device import set_device
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ArgumentError, LoweringError
 from graphwright.ir.program import Program

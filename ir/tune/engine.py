@@ -1,0 +1,334 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphwright.ir.context import Context
+from graphwright.ir.data import as_batches
+from graphwright.ir.digest import digest
+from graphwright.ir.errors import ArgumentError, ModelError
+from graphwright.ir.program import Program
+from graphwright.ir.signature import rebuild
+from graphwright.ir.tune.best import Best
+from graphwright.ir.tune.checkpoint import Checkpoint, make_key
+from graphwright.ir.tune.feed import Feed, Labelled
+from graphwright.ir.tune.history import History, Tuned
+from graphwright.ir.tune.hooks import Hook, Hooks, Moment
+from graphwright.ir.tune.losses import Flat, check_teacher, make_loss
+from graphwright.ir.tune.optimizers import MakeOptimizer, lr_factor, make_optimizer
+from graphwright.ir.tune.options import TuneOptions
+from graphwright.ir.tune.processes import Processes
+from graphwright.ir.tune.working import Working, choose, frozen, own_random_numbers
+
+Evaluate = Callable[[Program], float]
+"""How good a program is; lower is better. It runs on live tensors: nothing of it may be kept."""
+
+SHOWN_EVERY = 0.2
+"""Seconds between two looks at the loss; each waits for the device."""
+
+
+def tune(
+    program: Program,
+    data: Iterable[Any],
+    options: TuneOptions,
+    context: Context,
+    *,
+    hooks: Sequence[Hook] = (),
+    evaluate: Evaluate | None = None,
+    teacher: Program | None = None,
+    names: Collection[str] | None = None,
+    optimizer: MakeOptimizer = make_optimizer,
+) -> Tuned:
+    """Trains a program's parameters.
+
+    The order of the data and every random number follow from `context` and the step, so that a
+    run that was killed and started again ends in the same bytes; `context.work` is where it keeps
+    its state. Under accelerate's launcher the processes train together: gradients, losses and
+    running statistics are averaged, and every process returns the same program.
+
+    Args:
+        program: left as it is, tensors included.
+        data: `ir.data.Batches`, or a re-iterable of batches; batch sizes are per process.
+        options: how to train.
+        context: seed, device, work folder, progress.
+        hooks: called at their points of the loop, in this order.
+        evaluate: evaluation of one's own, in the place of the loss on held-out samples.
+        teacher: for the loss `kl`; `context.teacher` when absent.
+        names: parameters to train; all trainable ones when None.
+        optimizer: makes the optimizer, for a recipe with one of its own.
+
+    Returns:
+        The program in inference mode, and the losses.
+
+    Raises:
+        ArgumentError: data, loss and options do not go together, or accelerate is missing.
+        ModelError: nothing can be trained, or the loss is no longer a finite number.
+    """
+    loop = _Loop(program, data, options, context, hooks, evaluate, teacher, names, optimizer)
+    with own_random_numbers(loop.processes.device):
+        return loop.run()
+
+
+class _Loop:
+    def __init__(
+        self,
+        program: Program,
+        data: Iterable[Any],
+        options: TuneOptions,
+        context: Context,
+        hooks: Sequence[Hook],
+        evaluate: Evaluate | None,
+        teacher: Program | None,
+        names: Collection[str] | None,
+        optimizer: MakeOptimizer,
+    ) -> None:
+        self.options, self.context = options, context
+        self.processes = Processes(context.device)
+        device = self.processes.device
+        batches = as_batches(data, program.signature)
+        self.feed = Feed(
+            batches, self._seed, options.hold_out, self.processes.rank, self.processes.count,
+            options.shuffle,
+        )  # fmt: skip
+        self.total = _total_steps(options, self.feed)
+        self.hooks = Hooks(hooks)
+        chosen = choose(program, names)
+        self.working = Working(program, chosen, self.hooks, device)
+        teacher = (teacher or context.teacher) if options.loss == "kl" else None
+        run_teacher = None if teacher is None else _frozen(teacher, program, device)
+        self.loss = make_loss(options.loss, batches, context.folder, run_teacher)
+        self.optimizer = optimizer(self.working.trained, options)
+        self.full_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.evaluate = evaluate or (self._held_out_loss if options.hold_out else None)
+        self.evaluate_every = self._evaluation_interval()
+        self.best = Best(options.patience, options.keep_best)
+        self.losses: list[Tensor | float] = []
+        self.step = 0
+        self.stopped = ""
+        self.checkpoint = self._checkpoint(program, teacher, chosen, batches.source, hooks)
+        self._shown = time.monotonic()
+
+    def run(self) -> Tuned:
+        self._resume()
+        self.processes.accelerator.wait_for_everyone()
+        trained = (f"module.{name}" for name in self.working.trained)
+        model = self.processes.wrap(self.working, trained)
+        batches = self.feed.batches(self.step * self.options.accumulate)
+        while self.step < self.total and not self.stopped:
+            self._one_step(model, [next(batches) for _ in range(self.options.accumulate)])
+            self.step += 1
+            self._look()
+            self._evaluate()
+            if self.processes.is_main and self.checkpoint.is_due:
+                self._save()
+        self._finite_losses()
+        if self.processes.is_main and self.checkpoint.path is not None:
+            self._save()
+        if self.best.tensors:
+            self.working.load(self.best.tensors)
+        history = History(
+            tuple(self._finite_losses()), tuple(self.best.evaluations), self.best.step, self.stopped
+        )
+        return Tuned(self.working.result(), history)
+
+    # ---- a step
+
+    def _one_step(self, model: torch.nn.Module, batches: list[Labelled]) -> None:
+        factor = lr_factor(self.options, self.step, self.total)
+        for group, full in zip(self.optimizer.param_groups, self.full_lr, strict=True):
+            group["lr"] = full * factor
+        self.optimizer.zero_grad()
+        losses = []
+        for micro, batch in enumerate(batches):
+            last = micro == len(batches) - 1
+            alone = self.processes.accelerator.no_sync(model)
+            with contextlib.nullcontext() if last else alone:
+                losses.append(self._backward(model, self._moment(micro), batch))
+        at = self._moment(len(batches) - 1)
+        if self.options.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(at.parameters.values(), self.options.clip_norm)
+        self.hooks.before_step(at)
+        self.optimizer.step()
+        self.hooks.after_step(at)
+        loss = torch.stack(losses).mean()
+        self.processes.mean_([loss, *self.working.moving.values()])
+        self.losses.append(loss)
+
+    def _backward(self, model: torch.nn.Module, at: Moment, batch: Labelled) -> Tensor:
+        """Adds the gradients of a batch; returns its loss."""
+        device, signature = self.processes.device, self.working.base.signature
+        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        torch.manual_seed(self._seed("dropout", at.step, at.micro, self.processes.rank))
+        self.working.at = at
+        try:
+            with self._precision():
+                flat = model(*(batch[spec.name] for spec in signature.inputs))
+            loss = self.loss(flat, batch)
+            loss = self.hooks.on_loss(at, loss, rebuild(signature.structure, flat), batch)
+            self.hooks.before_backward(at, loss)
+            self.processes.accelerator.backward(loss / self.options.accumulate)
+        except RuntimeError as error:
+            first = str(error).splitlines()[0]
+            raise ModelError(f"training step {at.step} failed: {first}") from error
+        self.hooks.after_backward(at)
+        return loss.detach()
+
+    def _moment(self, micro: int) -> Moment:
+        return Moment(self.step, self.total, micro, self.working.trained, self.optimizer)
+
+    def _precision(self) -> torch.autocast:
+        enabled = self.options.precision == "bf16"
+        return torch.autocast(self.processes.device.type, torch.bfloat16, enabled=enabled)
+
+    # ---- evaluation
+
+    def _evaluate(self) -> None:
+        if self.evaluate is None:
+            return
+        if self.step % self.evaluate_every and self.step < self.total:
+            return
+        self.working.at = self._moment(0)
+        with torch.no_grad():
+            value = self.processes.from_main(float(self.evaluate(self.working.in_inference())))
+        self.best.add(self.step, value, self.working.tensors())
+        if self.best.is_out_of_patience and self.step < self.total:
+            self.stopped = f"no better evaluation in the last {self.options.patience}"
+
+    def _held_out_loss(self, program: Program) -> float:
+        """Mean loss over the held-out samples, every batch weighted by its samples."""
+        total, count = 0.0, 0
+        names = [spec.name for spec in program.signature.inputs]
+        for batch in self.feed.held_out():
+            batch = {name: value.to(self.processes.device) for name, value in batch.items()}
+            with self._precision():
+                flat = program.run_flat(tuple(batch[name] for name in names))
+            rows = int(batch[names[0]].shape[0])
+            total += rows * float(self.loss(flat, batch))
+            count += rows
+        return total / count
+
+    def _evaluation_interval(self) -> int:
+        options = self.options
+        if self.evaluate is None:
+            if options.patience or options.evaluate_every:
+                given = "patience" if options.patience else "evaluate_every"
+                raise ArgumentError(
+                    f"{given} needs an evaluation", fix="Set hold_out to a share of the samples."
+                )
+            return 0
+        if options.evaluate_every is not None:
+            return options.evaluate_every
+        if self.feed.data.rows is None:
+            return self.total
+        return max(1, self.feed.epoch_batches() // options.accumulate)
+
+    # ---- what is seen and kept
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        if now - self._shown < SHOWN_EVERY and self.step < self.total:
+            return
+        self._shown = now
+        loss = self._finite_losses()[-1]
+        self.context.progress(f"loss {loss:.4g}", self.step, self.total)
+
+    def _finite_losses(self) -> list[float]:
+        """All losses so far as numbers.
+
+        Raises:
+            ModelError: one of them is none; says in which step.
+        """
+        fresh = next(
+            (i for i, loss in enumerate(self.losses) if isinstance(loss, Tensor)), len(self.losses)
+        )
+        self.losses[fresh:] = [float(loss) for loss in self.losses[fresh:]]
+        numbers = [float(loss) for loss in self.losses]
+        for index in range(fresh, len(numbers)):
+            if not math.isfinite(numbers[index]):
+                raise ModelError(
+                    f"the loss is {numbers[index]} in step {index}",
+                    fix="Lower `lr`, add `warmup` or set `clip_norm`.",
+                )
+        return numbers
+
+    def _checkpoint(
+        self,
+        program: Program,
+        teacher: Program | None,
+        chosen: tuple[str, ...],
+        source: str,
+        hooks: Sequence[Hook],
+    ) -> Checkpoint:
+        context = self.context
+        if context.work is None:
+            return Checkpoint(None, "", math.inf)
+        key = make_key(
+            run=context.key, program=digest(program), seed=context.seed, scope=context.scope,
+            teacher=None if teacher is None else digest(teacher), names=chosen, data=source,
+            options=self.options.model_dump(mode="json"), processes=self.processes.count,
+            hooks=[type(hook).__qualname__ for hook in hooks], torch=torch.__version__,
+        )  # fmt: skip
+        path = context.work / f"tune-{make_key(scope=context.scope)[:12]}.pt"
+        return Checkpoint(path, key, context.checkpoint_seconds)
+
+    def _save(self) -> None:
+        self.checkpoint.save(
+            {
+                "step": self.step,
+                "stopped": self.stopped,
+                "losses": self._finite_losses(),
+                "tensors": dict(self.working.tensors()),
+                "optimizer": self.optimizer.state_dict(),
+                "hooks": self.hooks.state_dict(),
+                "best": self.best.state_dict(),
+            }
+        )
+
+    def _resume(self) -> None:
+        state = self.checkpoint.load()
+        if state is None:
+            return
+        self.step, self.stopped = state["step"], state["stopped"]
+        self.losses = list(state["losses"])
+        self.working.load(state["tensors"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.hooks.load_state_dict(state["hooks"])
+        self.best.load_state_dict(state["best"])
+
+    def _seed(self, *path: str | int) -> int:
+        return self.context.generator("tune", *path).initial_seed()
+
+
+def _total_steps(options: TuneOptions, feed: Feed) -> int:
+    """Optimizer steps that `steps` and `epochs` allow.
+
+    Raises:
+        ArgumentError: none, or all of them are warm-up.
+    """
+    epochs = options.epochs or (None if options.steps else 1)
+    bounds = [options.steps] if options.steps else []
+    if epochs:
+        bounds.append(epochs * feed.epoch_batches() // options.accumulate)
+    total = min(bounds)
+    if total < 1:
+        raise ArgumentError(
+            f"{epochs} epochs hold fewer batches than the {options.accumulate} of one step",
+            where=feed.data.source,
+        )
+    if options.warmup >= total:
+        raise ArgumentError(f"a warm-up of {options.warmup} steps leaves none of {total} to train")
+    return total
+
+
+def _frozen(teacher: Program, student: Program, device: torch.device) -> Callable[[Flat], Flat]:
+    """Runs the teacher on the device, without touching its tensors."""
+    check_teacher(teacher, student)
+    return frozen(teacher, device).run_flat

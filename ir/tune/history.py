@@ -1,0 +1,37 @@
+"""What a training run gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from graphwright.ir.program import Program
+
+
+@dataclass(frozen=True)
+class History:
+    """How a training run went.
+
+    Attributes:
+        losses: loss of every optimizer step, averaged over its batches and processes.
+        evaluations: (steps done, value) of every evaluation; lower is better.
+        best_step: steps done at the best evaluation; None where nothing was evaluated.
+        stopped: why it ended before the last step; empty when it did not.
+    """
+
+    losses: tuple[float, ...]
+    evaluations: tuple[tuple[int, float], ...] = ()
+    best_step: int | None = None
+    stopped: str = ""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps made."""
+        return len(self.losses)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A trained program, in inference mode, and how it got there."""
+
+    program: Program
+    history: History

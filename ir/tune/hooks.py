@@ -1,0 +1,122 @@
+"""Where a recipe acts on the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Values = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where the loop stands.
+
+    Attributes:
+        step: optimizer steps done so far; the one under way has this number, counted from 0.
+        total: steps that there will be at most.
+        micro: batch within the step, counted from 0; the last is `accumulate` - 1.
+        parameters: the live parameters in training, by name.
+        optimizer: the live optimizer.
+    """
+
+    step: int
+    total: int
+    micro: int
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+
+
+class Hook:
+    """Does nothing; a recipe overrides what it needs. Several are called in the order given.
+
+    In every batch: `on_parameters`, forward pass, `on_loss`, `before_backward`, `after_backward`.
+    After the last batch of a step: clipping, `before_step`, the optimizer's step, `after_step`.
+    What a hook writes, it writes under `torch.no_grad()` and in place.
+    """
+
+    def on_parameters(self, at: Moment, values: Values) -> Values:
+        """What the forward pass uses instead of the parameters: masked or noisy values, say.
+
+        Gradients flow through it to the parameters. Evaluations use it too; the result holds the
+        parameters themselves, and the recipe says what becomes of them.
+
+        Args:
+            at: where the loop stands.
+            values: parameters by name, or what the hook before made of them; not to be changed.
+        """
+        return values
+
+    def on_loss(self, at: Moment, loss: Tensor, outputs: Any, batch: Values) -> Tensor:
+        """The loss to minimize; by default the scalar it is given.
+
+        Args:
+            at: where the loop stands.
+            loss: mean over the batch.
+            outputs: of the program, in the model's own structure.
+            batch: inputs by name, and `labels` if there are any.
+        """
+        return loss
+
+    def before_backward(self, at: Moment, loss: Tensor) -> None:
+        """Called with the final loss of a batch."""
+
+    def after_backward(self, at: Moment) -> None:
+        """Called when the gradients of a batch have been added to those of the step."""
+
+    def before_step(self, at: Moment) -> None:
+        """Called before the optimizer's step: gradients are averaged and clipped, `lr` is set."""
+
+    def after_step(self, at: Moment) -> None:
+        """Called after the optimizer's step, with the gradients still there."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive a kill: tensors, numbers, texts, and lists and dicts of them."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+
+
+class Hooks(Hook):
+    """Several hooks as one, in order."""
+
+    def __init__(self, hooks: Iterable[Hook]) -> None:
+        self.hooks = tuple(hooks)
+
+    def on_parameters(self, at: Moment, values: Values) -> Values:
+        for hook in self.hooks:
+            values = hook.on_parameters(at, values)
+        return values
+
+    def on_loss(self, at: Moment, loss: Tensor, outputs: Any, batch: Values) -> Tensor:
+        for hook in self.hooks:
+            loss = hook.on_loss(at, loss, outputs, batch)
+        return loss
+
+    def before_backward(self, at: Moment, loss: Tensor) -> None:
+        for hook in self.hooks:
+            hook.before_backward(at, loss)
+
+    def after_backward(self, at: Moment) -> None:
+        for hook in self.hooks:
+            hook.after_backward(at)
+
+    def before_step(self, at: Moment) -> None:
+        for hook in self.hooks:
+            hook.before_step(at)
+
+    def after_step(self, at: Moment) -> None:
+        for hook in self.hooks:
+            hook.after_step(at)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(index): hook.state_dict() for index, hook in enumerate(self.hooks)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for index, hook in enumerate(self.hooks):
+            hook.load_state_dict(state[str(index)])

@@ -1,0 +1,83 @@
+"""How to train: the options that every pass with `needs: training` embeds as `tune`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from graphwright.ir.options import Options
+
+Function = Annotated[
+    str,
+    Field(
+        pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$",
+        json_schema_extra={"x-graphwright": {"is": "module:function"}},
+    ),
+]
+Count = Annotated[int, Field(ge=1)]
+
+
+class TuneOptions(Options):
+    """How to train; the data is the spec's `training` section."""
+
+    steps: Count | None = None
+    """Optimizer steps at most; no bound when absent."""
+
+    epochs: Count | None = None
+    """Times that the data is gone through at most; 1 when neither this nor `steps` is given."""
+
+    shuffle: bool = True
+    """Whether every epoch draws the samples in a new order (where the data has samples to draw: a
+    `module:function` gives its batches in its own order)."""
+
+    optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
+    """Rule of the update."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Learning rate after the warm-up, before it decays."""
+
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decay of parameters with two or more dimensions (biases and norms have one): decoupled in
+    `adamw`, added to the gradient in the others."""
+
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum of `sgd`."""
+
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.999,
+    )
+    """Decay rates of the two moments of `adam` and `adamw`."""
+
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate goes from `lr` (after the warm-up) to 0 (at the end), or stays."""
+
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """Steps in which the learning rate rises linearly to `lr`."""
+
+    loss: Literal["cross_entropy", "next_token", "mse", "kl"] | Function = "cross_entropy"
+    """What is minimized: `cross_entropy` with class labels (-100 does not count), `next_token` of a
+    language model, `mse` to float labels, `kl` to the outputs of the model before the first pass;
+    `module:function` is a `function(outputs, batch)` of one's own."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the forward pass; parameters and optimizer state stay as they are."""
+
+    accumulate: Count = 1
+    """Batches whose gradients are averaged for one step."""
+
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of all gradients together; they are scaled down to it. Off when absent."""
+
+    hold_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the training samples that is kept out; their loss is the evaluation."""
+
+    evaluate_every: Count | None = None
+    """Steps between evaluations; once per epoch when absent."""
+
+    patience: Count | None = None
+    """Ends after so many evaluations without a better one; never when absent."""
+
+    keep_best: bool = True
+    """Whether the result is that of the best evaluation instead of the last step."""
