@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphwright.ir.complex_pairs import split_complex
 from graphwright.ir.edit import Editor, gw_meta, set_gw_meta
 from graphwright.ir.functional import make_functional
 from graphwright.ir.mode import DROPOUTS
@@ -40,6 +41,7 @@ def canonicalize(program: Program) -> Program:
     editor.changed = True
     _erase_assertions(editor)
     lost = make_functional(editor)
+    split_complex(editor)
     respell(editor)
     take_out_dropout(editor)
     if lost:

@@ -36,6 +36,11 @@ REMEDIES = (
         "Call the plain Python form of the function.",
     ),
     (
+        r"'NoneType' object",
+        "an argument that was left out is missing on the way the model takes when it is exported",
+        "Give the optional inputs, as attention_mask, among the example inputs.",
+    ),
+    (
         r"specializ|Constraints violated|could not prove|0/1",
         "the model fixes a dimension that was asked to be free",
         "Leave that dimension out of `dynamic`, or change the line that fixes it.",

@@ -154,3 +154,35 @@ def test_a_size_that_went_through_a_tensor_is_that_size() -> None:
     for size in (1, 4, 11):
         x = torch.randn(size, 3)
         torch.testing.assert_close(program(x), model(x))
+
+
+def test_rotary_embeddings_in_complex_numbers_become_real_ones() -> None:
+    class Rotary(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            steps = torch.arange(x.shape[1], dtype=torch.float32)
+            angles = torch.outer(steps, 10.0 ** -torch.arange(3.0))
+            turn = torch.polar(torch.ones_like(angles), angles)
+            turned = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2)) * turn.unsqueeze(0)
+            return torch.view_as_real(turned).flatten(2) + turned.conj().imag.abs().sum()
+
+    model = Rotary()
+    program = gw.trace(model, (torch.randn(2, 5, 6),), {"x": {0: "n", 1: "seq"}})
+    assert not any(
+        n.meta["val"].dtype.is_complex
+        for n in program.graph.nodes
+        if isinstance(n.meta.get("val"), Tensor)
+    )
+    for batch, seq in ((2, 5), (1, 1), (3, 8)):
+        x = torch.randn(batch, seq, 6)
+        torch.testing.assert_close(program(x), model(x), rtol=1e-6, atol=1e-6)
+
+
+def test_a_complex_operation_without_a_rule_leaves_the_graph_alone() -> None:
+    class Spectrum(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.fft.rfft(x).abs()
+
+    model, x = Spectrum(), torch.randn(2, 8)
+    program = gw.trace(model, (x,), {"x": {0: "n"}})
+    assert "fft_rfft" in [op_name(n) for n in program.graph.nodes]
+    torch.testing.assert_close(program(x[:1]), model(x[:1]))

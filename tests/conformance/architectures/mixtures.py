@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from conformance.architectures.decoders import CHECKS, LLAMA, TOKENS, decoder
+from conformance.architectures.decoders import CHECKS, LLAMA, MASKED, decoder
 from conformance.zoo import add, ints, transformers
 
 FAMILY = "mixture of experts"
@@ -118,6 +118,6 @@ add(
         num_sparse_encoder_layers=1,
         expert_capacity=8,
     ),
-    TOKENS,
+    MASKED,
     *CHECKS,
 )
