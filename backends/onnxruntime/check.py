@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+
 from graphwright.ir.fidelity import compare
 from graphwright.ir.program import Program
 from graphwright.ir.signature import TensorSpec
@@ -111,6 +112,8 @@ def compare_outputs(
             )
         error = compare(a, b)
         if error.broken or not error.relative <= bound:
-            raise Differs(f"{where} differs: relative error {error.relative:.3g}, allowed {bound:.3g}")
+            raise Differs(
+                f"{where} differs: relative error {error.relative:.3g}, allowed {bound:.3g}"
+            )
         worst = max(worst, error.relative)
     return worst

@@ -14,6 +14,7 @@ from typing import Any
 import onnx
 import onnxruntime
 import torch
+
 from graphwright.backends.base import Artifact, Compiled
 from graphwright.backends.onnxruntime.runtime import SessionSettings, open_session, run_session
 from graphwright.ir.errors import LoweringError

@@ -6,12 +6,13 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from torch import fx
+
 from graphwright.backends.onnxruntime.emitter import Untranslatable
 from graphwright.backends.onnxruntime.runtime import SessionSettings, open_session
 from graphwright.backends.onnxruntime.translate import translate_with_values
 from graphwright.ir.fidelity import compare
 from graphwright.ir.program import Program
-from torch import fx
 
 
 def first_differing_node(

@@ -160,7 +160,9 @@ class Emitter:
             self.initializers[value.name] = value
         for made in nodes:
             for output in made.outputs:
-                output.name = self.name(f"{self._node.name if self._node else 'graph'}.{made.op_type}")
+                output.name = self.name(
+                    f"{self._node.name if self._node else 'graph'}.{made.op_type}"
+                )
             made.name = made.outputs[0].name
             if made.domain:
                 self.domains.setdefault(made.domain, made.version or 1)

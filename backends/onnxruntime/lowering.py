@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import torch
+
 from graphwright.backends.base import Backend
 from graphwright.backends.onnxruntime.check import (
     Case,
@@ -22,6 +23,7 @@ from graphwright.backends.onnxruntime.check import (
 from graphwright.backends.onnxruntime.compiled import DATA, FILE, OnnxCompiled, load
 from graphwright.backends.onnxruntime.diagnose import first_differing_node
 from graphwright.backends.onnxruntime.emitter import Untranslatable
+from graphwright.backends.onnxruntime.forced import TappedModel, run_on_codes
 from graphwright.backends.onnxruntime.options import OnnxRuntimeOptions
 from graphwright.backends.onnxruntime.runtime import (
     SessionSettings,
@@ -29,6 +31,7 @@ from graphwright.backends.onnxruntime.runtime import (
     run_session,
 )
 from graphwright.backends.onnxruntime.steps.catalog import STEPS, Step
+from graphwright.backends.onnxruntime.steps.int8 import TAPS
 from graphwright.backends.onnxruntime.steps.leftovers import leftovers
 from graphwright.backends.onnxruntime.translate import translate
 from graphwright.ir.context import Context
@@ -179,16 +182,35 @@ class _Job:
         except Exception as error:
             text = str(error).strip().splitlines() or [type(error).__name__]
             raise Differs(f"ONNX Runtime refuses the model: {text[0]}") from error
-        self._compare(first, outputs, made)
+        tapped = self._tapped(made)
+        self._compare(first, outputs, made, tapped)
         for case in others:
             try:
                 outputs = run_session(made.session, self.program.signature, case.inputs)
             except Exception as error:
                 text = str(error).strip().splitlines() or [type(error).__name__]
                 raise Differs(f"the model fails at {case.sizes}: {text[0]}") from error
-            self._compare(case, outputs, made)
+            self._compare(case, outputs, made, tapped)
 
-    def _compare(self, case: Case, outputs: tuple[torch.Tensor, ...], made: Attempt) -> None:
+    def _tapped(self, made: Attempt) -> TappedModel | None:
+        """For a quantized program that was translated directly: the model that shows its codes."""
+        if not made.program.facts.get(TAPS) or made.translator != "direct":
+            return None
+        return TappedModel(made.program, self.options.opset, self.settings)
+
+    def _compare(
+        self,
+        case: Case,
+        outputs: tuple[torch.Tensor, ...],
+        made: Attempt,
+        tapped: TappedModel | None,
+    ) -> None:
+        if tapped is not None:
+            shown, codes = tapped.run(self.program, case.inputs)
+            # The model that is written must be the one that was looked into.
+            same = Case(case.inputs, shown, case.sizes)
+            compare_outputs(self.program, same, outputs, self.bound)
+            case = replace(case, expected=run_on_codes(self.program, case.inputs, codes))
         error = compare_outputs(self.program, case, outputs, self.bound)
         made.errors.append({"sizes": case.sizes, "relative": error})
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from graphwright.ir.options import Options
 from pydantic import Field
+
+from graphwright.ir.options import Options
 
 
 class OnnxRuntimeOptions(Options):

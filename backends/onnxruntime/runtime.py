@@ -12,6 +12,7 @@ from typing import Any
 
 import onnxruntime
 import torch
+
 from graphwright.ir.errors import LoweringError
 from graphwright.ir.signature import Signature
 

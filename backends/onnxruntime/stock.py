@@ -10,14 +10,15 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 import torch
+from onnxscript.rewriter import rewrite
+from onnxscript.rewriter.rules.common import _gemm_to_matmul_add
+
 from graphwright.backends.onnxruntime.emitter import Untranslatable
 from graphwright.backends.onnxruntime.translate import finish
 from graphwright.ir.errors import LoweringError, ModelError
 from graphwright.ir.exported import to_exported_program
 from graphwright.ir.ops import OPS
 from graphwright.ir.program import Program
-from onnxscript.rewriter import rewrite
-from onnxscript.rewriter.rules.common import _gemm_to_matmul_add
 
 
 def export_with_torch(program: Program, opset: int, why: Untranslatable) -> ir.Model:

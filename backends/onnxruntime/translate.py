@@ -7,6 +7,9 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from torch import fx
+
 from graphwright.backends.onnxruntime import aten
 from graphwright.backends.onnxruntime.aten.contrib import by_face
 from graphwright.backends.onnxruntime.emitter import (
@@ -17,8 +20,6 @@ from graphwright.backends.onnxruntime.emitter import (
 )
 from graphwright.ir.ops import OPS
 from graphwright.ir.program import Program
-from onnx_ir.passes.common import RemoveUnusedNodesPass
-from torch import fx
 
 IR_VERSIONS = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
 """ONNX file format version by opset; runtimes refuse files newer than they need to be."""
@@ -98,7 +99,9 @@ def translate_with_values(program: Program, opset: int) -> tuple[ir.Model, dict[
 def _only_transposed(node: fx.Node) -> bool:
     linear = torch.ops.aten.linear.default
     return node.meta["val"].dim() == 2 and all(
-        user.target is linear and user.args[1] is node and node not in (user.args[0], *user.args[2:])
+        user.target is linear
+        and user.args[1] is node
+        and node not in (user.args[0], *user.args[2:])
         for user in node.users
     )
 

@@ -7,10 +7,11 @@ from typing import Any
 import onnx_ir as ir
 import torch
 import torch.onnx.ops  # registers the symbolic ops
-from graphwright.backends.onnxruntime.aten import translates
-from graphwright.backends.onnxruntime.emitter import Emitter, Untranslatable
 from torch import fx
 from torch.onnx.ops._symbolic_impl import EncodedAttrs
+
+from graphwright.backends.onnxruntime.aten import translates
+from graphwright.backends.onnxruntime.emitter import Emitter, Untranslatable
 
 symbolic = torch.ops.onnx_symbolic
 

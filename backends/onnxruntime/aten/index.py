@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import fx
+
 from graphwright.backends.onnxruntime.aten import translates
 from graphwright.backends.onnxruntime.emitter import Emitter, Untranslatable, sizes_of
-from torch import fx
 
 aten = torch.ops.aten
 

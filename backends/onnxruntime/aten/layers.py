@@ -8,9 +8,10 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from torch import fx
+
 from graphwright.backends.onnxruntime.aten import translates
 from graphwright.backends.onnxruntime.emitter import Emitter, Untranslatable, sizes_of
-from torch import fx
 
 aten = torch.ops.aten
 
@@ -87,7 +88,9 @@ def conv(
     kernel = [int(k) for k in weight.meta["val"].shape[2:]]
     dilations = spread(dilation, rank)
     if isinstance(padding, str):
-        total = [0 if padding == "valid" else d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
+        total = [
+            0 if padding == "valid" else d * (k - 1) for d, k in zip(dilations, kernel, strict=True)
+        ]
         pads = [t // 2 for t in total] + [t - t // 2 for t in total]
     else:
         pads = spread(padding, rank) * 2
@@ -174,7 +177,9 @@ def group_norm(
     axes = e.ints(*range(1, rank - 1))
     for kind, term in (("Mul", weight), ("Add", bias)):
         if term is not None:
-            value = e.op(kind, value, e.op("Unsqueeze", e.values[term], axes) if rank > 2 else e.values[term])
+            value = e.op(
+                kind, value, e.op("Unsqueeze", e.values[term], axes) if rank > 2 else e.values[term]
+            )
     return value
 
 
@@ -265,9 +270,7 @@ def _resize(e: Emitter, node: fx.Node, x: Any, factors: Any, **attributes: Any) 
     return e.op("Resize", e.values[x], None, None, e.shape(sizes_of(node)), **attributes)
 
 
-@translates(
-    aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec
-)
+@translates(aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec)
 def upsample_nearest(e: Emitter, node: fx.Node, x: Any, output_size: Any, factors: Any) -> Any:
     return _resize(
         e, node, x, factors, mode="nearest", nearest_mode="floor",
@@ -275,9 +278,7 @@ def upsample_nearest(e: Emitter, node: fx.Node, x: Any, output_size: Any, factor
     )  # fmt: skip
 
 
-@translates(
-    aten.upsample_linear1d.vec, aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec
-)
+@translates(aten.upsample_linear1d.vec, aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec)
 def upsample_linear(
     e: Emitter, node: fx.Node, x: Any, output_size: Any, align_corners: bool, factors: Any
 ) -> Any:

@@ -7,9 +7,10 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from torch import fx
+
 from graphwright.backends.onnxruntime.aten import translates
 from graphwright.backends.onnxruntime.emitter import Emitter, Untranslatable
-from torch import fx
 
 aten = torch.ops.aten
 
@@ -444,9 +445,7 @@ def same(e: Emitter, node: fx.Node, a: Any, *_: Any, **__: Any) -> Any:
     return e.values[a]
 
 
-@translates(
-    aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default
-)
+@translates(aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
 def dropout(e: Emitter, node: fx.Node, a: Any, p: float, train: bool) -> Any:
     if train:
         raise Untranslatable(node, "dropout in training mode")

@@ -6,9 +6,10 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from torch import fx
+
 from graphwright.backends.onnxruntime.aten import translates
 from graphwright.backends.onnxruntime.emitter import Emitter, Untranslatable
-from torch import fx
 
 aten = torch.ops.aten
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from torch import fx
+
 from graphwright.backends.onnxruntime.aten import translates
 from graphwright.backends.onnxruntime.emitter import (
     Emitter,
@@ -15,7 +17,6 @@ from graphwright.backends.onnxruntime.emitter import (
     onnx_dtype,
     sizes_of,
 )
-from torch import fx
 
 aten = torch.ops.aten
 END = 2**63 - 1
@@ -94,9 +95,7 @@ def t(e: Emitter, node: fx.Node, a: Any) -> Any:
 def movedim(e: Emitter, node: fx.Node, a: Any, source: Any, destination: Any) -> Any:
     rank = a.meta["val"].dim()
     sources = [s % rank for s in ([source] if isinstance(source, int) else source)]
-    places = [
-        d % rank for d in ([destination] if isinstance(destination, int) else destination)
-    ]
+    places = [d % rank for d in ([destination] if isinstance(destination, int) else destination)]
     rest = iter(i for i in range(rank) if i not in sources)
     order = [sources[places.index(i)] if i in places else next(rest) for i in range(rank)]
     return permuted(e, node, a, order)
@@ -153,9 +152,7 @@ def split_with_sizes(e: Emitter, node: fx.Node, a: Any, _: Any, dim: int = 0) ->
 @translates(aten.unbind.int)
 def unbind(e: Emitter, node: fx.Node, a: Any, dim: int = 0) -> Any:
     count = len(node.meta["val"])
-    return [
-        e.op("Gather", e.values[a], e.constant(i, torch.int64), axis=dim) for i in range(count)
-    ]
+    return [e.op("Gather", e.values[a], e.constant(i, torch.int64), axis=dim) for i in range(count)]
 
 
 @translates(operator.getitem)

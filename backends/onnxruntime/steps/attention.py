@@ -11,6 +11,8 @@ from typing import Any
 
 import sympy
 import torch
+from torch import fx
+
 from graphwright.backends.onnxruntime.emitter import sizes_of
 from graphwright.backends.onnxruntime.steps.graph import (
     argument,
@@ -23,7 +25,6 @@ from graphwright.backends.onnxruntime.steps.graph import (
 from graphwright.backends.onnxruntime.steps.layout import RESHAPES, TRANSPOSES, order_of
 from graphwright.backends.onnxruntime.steps.masks import K, Q, conjunction, mask_form
 from graphwright.ir.edit import Editor
-from torch import fx
 
 aten = torch.ops.aten
 CLOSED = torch.finfo(torch.float32).min
@@ -82,9 +83,7 @@ def _fuse(editor: Editor, node: fx.Node, masks: dict[Any, Visibility | None]) ->
     )  # fmt: skip
     if visible.seen is not None:
         stand_in = merged.meta["val"]
-        merged = insert(
-            editor, aten.mul.Tensor, merged, visible.seen, before=node, value=stand_in
-        )
+        merged = insert(editor, aten.mul.Tensor, merged, visible.seen, before=node, value=stand_in)
     _replace(editor, node, merged, batch, length, heads, width)
     return 1
 

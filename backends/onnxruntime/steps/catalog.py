@@ -12,6 +12,7 @@ from graphwright.backends.onnxruntime.steps.activations import (
 )
 from graphwright.backends.onnxruntime.steps.attention import fuse_attention
 from graphwright.backends.onnxruntime.steps.biases import move_biases
+from graphwright.backends.onnxruntime.steps.int8 import lower_int8
 from graphwright.backends.onnxruntime.steps.layout import simplify_layout
 from graphwright.backends.onnxruntime.steps.norms import find_rms_norm, fuse_skip_norm
 from graphwright.ir.edit import Editor
@@ -40,4 +41,5 @@ STEPS: tuple[Step, ...] = (
     Step("tidy", simplify_layout),
     Step("bias_gelu", fuse_bias_gelu),
     Step("move_biases", move_biases),
+    Step("int8", lower_int8),
 )

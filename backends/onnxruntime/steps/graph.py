@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 import torch.onnx.ops  # registers the symbolic ops
-from graphwright.backends.onnxruntime.emitter import MICROSOFT, expression, onnx_dtype, sizes_of
-from graphwright.ir.edit import Editor
 from torch import fx
 from torch.onnx.ops._symbolic_impl import EncodedAttrs
+
+from graphwright.backends.onnxruntime.emitter import MICROSOFT, expression, onnx_dtype, sizes_of
+from graphwright.ir.edit import Editor
 
 aten = torch.ops.aten
 

@@ -32,6 +32,9 @@ from graphwright.ir.edit import Editor
 aten = torch.ops.aten
 ours = torch.ops.graphwright
 
+TAPS = "lower.int8.taps"
+"""Fact: quantizer of the program -> nodes with its codes, scale and zero point in the runtime."""
+
 PRODUCTS = {
     aten.linear.default: (0, 1, 2),
     aten.matmul.default: (0, 1, None),
@@ -109,7 +112,7 @@ def _product(editor: Editor, node: fx.Node, activations: dict[fx.Node, tuple[fx.
     new = onnx_call(
         editor, "MatMulIntegerToFloat",
         [codes, matrix, scale, weight.scale, zero_point, None, bias if fused else None],
-        shape, before=node, like=node,
+        shape, before=node,
     )  # fmt: skip
     if bias is not None and not fused:
         new = editor.call(aten.add.Tensor, new, bias, before=node)
@@ -129,20 +132,38 @@ def _codes_of(editor: Editor, x: fx.Node) -> tuple[fx.Node, ...]:
     """Codes, scale and zero point of a quantized activation, made right where it is."""
     source = x.args[0]
     assert isinstance(source, fx.Node)
+    found = _quantizer(editor, x, source)
+    # For the check, which runs the program on the codes that the runtime finds.
+    editor.facts.setdefault(TAPS, {})[x.name] = [node.name for node in found]
+    return found
+
+
+def _quantizer(editor: Editor, x: fx.Node, source: fx.Node) -> tuple[fx.Node, ...]:
     shape = [size(editor, source, axis, x) for axis in range(len(sizes_of(source)))]
     if is_call(x, ours.fake_quantize_dynamic.default):
         several = onnx_calls(
-            editor, "DynamicQuantizeLinear", [source], [shape, [], []], before=x, like=x,
-            domain="", dtypes=[torch.uint8, torch.float32, torch.uint8],
+            editor, "DynamicQuantizeLinear", [source], [shape, [], []],
+            before=x, values=_stand_ins(editor, source), domain="",
         )  # fmt: skip
         return tuple(editor.call(operator.getitem, several, i, before=x) for i in range(3))
     scale, zero_point = _parameters(editor, x)
     dtype = zero_point.meta["val"].dtype
     codes = onnx_call(
         editor, "QuantizeLinear", [source, scale, zero_point], shape,
-        before=x, like=x, domain="", dtype=dtype,
+        before=x, domain="", dtype=dtype,
     )  # fmt: skip
     return codes, scale, zero_point
+
+
+def _stand_ins(editor: Editor, source: fx.Node) -> list[torch.Tensor]:
+    """Codes, scale and zero point as fake tensors."""
+    value = source.meta["val"]
+    with torch.no_grad(), editor.fake_mode:
+        return [
+            torch.empty(value.shape, dtype=torch.uint8),
+            torch.empty((), dtype=torch.float32),
+            torch.empty((), dtype=torch.uint8),
+        ]
 
 
 def _parameters(editor: Editor, x: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -173,7 +194,7 @@ def _quantize_dequantize(editor: Editor, x: fx.Node) -> int:
     assert isinstance(source, fx.Node)
     shape = [size(editor, source, axis, x) for axis in range(len(sizes_of(source)))]
     value = onnx_call(
-        editor, "DequantizeLinear", [codes, scale, zero_point], shape, before=x, like=x, domain=""
+        editor, "DequantizeLinear", [codes, scale, zero_point], shape, before=x, domain=""
     )
     editor.replace(x, value)
     return 0
@@ -190,7 +211,7 @@ def _embedding(editor: Editor, node: fx.Node) -> int:
     shape = [*leading, int(node.meta["val"].shape[-1])]
     rows = onnx_call(
         editor, "Gather", [weight.codes, ids], shape,
-        before=node, like=node, domain="", dtype=torch.int8, axis=0,
+        before=node, domain="", dtype=torch.int8, axis=0,
     )  # fmt: skip
     scale = onnx_call(
         editor, "Gather", [weight.scale, ids], leading, before=node, domain="", axis=0

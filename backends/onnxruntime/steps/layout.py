@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import fx
+
 from graphwright.backends.onnxruntime.emitter import sizes_of
 from graphwright.backends.onnxruntime.steps.graph import is_call
 from graphwright.ir.edit import Editor
-from torch import fx
 
 aten = torch.ops.aten
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from graphwright.backends.onnxruntime.steps.graph import is_float32
 from graphwright.ir.program import Program
 

@@ -14,10 +14,17 @@ from typing import Any
 
 import sympy
 import torch
+from torch import fx
+
 from graphwright.backends.onnxruntime.emitter import expression, sizes_of
 from graphwright.backends.onnxruntime.steps.graph import argument
-from graphwright.backends.onnxruntime.steps.layout import CASTS, COPIES, RESHAPES, TRANSPOSES, order_of
-from torch import fx
+from graphwright.backends.onnxruntime.steps.layout import (
+    CASTS,
+    COPIES,
+    RESHAPES,
+    TRANSPOSES,
+    order_of,
+)
 
 aten = torch.ops.aten
 B, H, Q, K = (sympy.Symbol(n, integer=True, nonnegative=True) for n in ("b", "h", "q", "k"))
@@ -111,7 +118,9 @@ class _Reader:
         if isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor):
             shape = sizes_of(node)
             tail = index[len(index) - len(shape) :]
-            index = tuple(sympy.Integer(0) if s == 1 else i for s, i in zip(shape, tail, strict=True))
+            index = tuple(
+                sympy.Integer(0) if s == 1 else i for s, i in zip(shape, tail, strict=True)
+            )
         return self.at(node, index)
 
     def buffer(self, node: fx.Node, index: Index) -> Any:
@@ -258,7 +267,9 @@ def _rules() -> dict[Any, Any]:
     rules |= dict.fromkeys((*COPIES, aten.expand.default, aten.expand_as.default), _same)
     rules |= dict.fromkeys(TRANSPOSES, _transposed) | dict.fromkeys(RESHAPES, _reshaped)
     rules |= {aten.slice.Tensor: _sliced, aten.select.int: _selected, aten.index.Tensor: _indexed}
-    rules |= dict.fromkeys((aten.arange.default, aten.arange.start, aten.arange.start_step), _arange)
+    rules |= dict.fromkeys(
+        (aten.arange.default, aten.arange.start, aten.arange.start_step), _arange
+    )
     rules |= dict.fromkeys((aten.add.Tensor, aten.add.Scalar), _arithmetic(lambda a, b: a + b))
     rules |= dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), _arithmetic(lambda a, b: a - b))
     rules |= dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar), _arithmetic(lambda a, b: a * b))
@@ -268,9 +279,15 @@ def _rules() -> dict[Any, Any]:
         rules |= dict.fromkeys((packet.Tensor, packet.Scalar), _compare(relation))
     both = (aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default)
     rules |= dict.fromkeys(both, _and)
-    rules |= dict.fromkeys((aten.new_ones.default, aten.ones.default, aten.ones_like.default), _constant(1))
-    rules |= dict.fromkeys((aten.new_zeros.default, aten.zeros.default, aten.zeros_like.default), _constant(0))
-    rules |= dict.fromkeys((aten.full.default, aten.full_like.default, aten.new_full.default), _full)
+    rules |= dict.fromkeys(
+        (aten.new_ones.default, aten.ones.default, aten.ones_like.default), _constant(1)
+    )
+    rules |= dict.fromkeys(
+        (aten.new_zeros.default, aten.zeros.default, aten.zeros_like.default), _constant(0)
+    )
+    rules |= dict.fromkeys(
+        (aten.full.default, aten.full_like.default, aten.new_full.default), _full
+    )
     return rules
 
 
@@ -307,5 +324,3 @@ def mask_form(mask: fx.Node, state: Mapping[str, torch.Tensor]) -> MaskForm | No
         else:
             return None
     return MaskForm(causal, keys)
-
-

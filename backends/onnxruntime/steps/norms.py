@@ -6,6 +6,8 @@ import operator
 from typing import Any
 
 import torch
+from torch import fx
+
 from graphwright.backends.onnxruntime.emitter import sizes_of
 from graphwright.backends.onnxruntime.steps.graph import (
     argument,
@@ -16,7 +18,6 @@ from graphwright.backends.onnxruntime.steps.graph import (
     size,
 )
 from graphwright.ir.edit import Editor
-from torch import fx
 
 aten = torch.ops.aten
 MULTIPLY = (aten.mul.Tensor,)
