@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from graphwright.ir.calling import FlatModel
 from graphwright.ir.edit import set_gw_meta
 from graphwright.ir.mode import ATTENTION
+from graphwright.ir.prepare import same_attributes
 
 
 def note_attention_dropout(graph: fx.Graph, flat: FlatModel) -> None:
@@ -65,7 +66,7 @@ def _probabilities_in_training(flat: FlatModel) -> list[float]:
     structure = flat.record.structure
     try:
         flat.model.train()
-        with torch.no_grad(), fake, recorder:
+        with same_attributes(flat.model), torch.no_grad(), fake, recorder:
             flat(*inputs)
     except Exception:
         # A training path that cannot run on fake tensors says nothing about its dropout.

@@ -22,7 +22,9 @@ def traceable(model: nn.Module) -> Iterator[None]:
     Everything is put back on the way out, training flags module by module.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(same_attributes(model))
         stack.enter_context(_inference_mode(model))
+        stack.enter_context(_no_needless_moves())
         stack.enter_context(_no_cache(model))
         stack.enter_context(_batched_experts(model))
         stack.enter_context(_given_masks())
@@ -43,6 +45,47 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+@contextlib.contextmanager
+def same_attributes(model: nn.Module) -> Iterator[None]:
+    """Takes back what the forward methods assign to their modules, as caches of tables.
+
+    Without it a stand-in tensor of the trace stays in the model, and fails at the next call.
+    """
+    saved = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in saved:
+            now = vars(module)
+            for name in [name for name in now if name not in attributes]:
+                del now[name]
+            now.update({n: v for n, v in attributes.items() if n != "training"})
+            module._buffers.clear()
+            module._buffers.update(buffers)
+
+
+@contextlib.contextmanager
+def _no_needless_moves() -> Iterator[None]:
+    """`module.to(dtype)` in a forward method, where it changes nothing, is not traced.
+
+    Exporting swaps parameters for stand-ins, and `to` refuses to move those.
+    """
+    move = nn.Module.to
+
+    def to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        if not kwargs and len(args) == 1 and isinstance(args[0], torch.dtype):
+            floating = [t for t in self.parameters() if t.is_floating_point()]
+            if all(t.dtype == args[0] for t in [*floating, *self.buffers()]):
+                return self
+        return move(self, *args, **kwargs)
+
+    nn.Module.to = to  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.to = move  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

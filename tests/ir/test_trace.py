@@ -93,6 +93,40 @@ def test_the_model_is_left_as_it_was() -> None:
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
+def test_a_table_that_the_model_caches_is_not_left_behind() -> None:
+    class Caches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table: Tensor | None = None
+            self.drop = nn.Dropout(0.1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.table = torch.arange(x.shape[1]) * 2.0
+            q = self.drop(x + self.table)[:, None]
+            return F.scaled_dot_product_attention(q, q, q)
+
+    model, x = Caches(), torch.randn(2, 3, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TraceWarning)
+        program = gw.trace(model, (x,))
+    assert model.table is None
+    assert_same(model, program, x)
+
+
+def test_a_move_that_changes_nothing_is_no_obstacle() -> None:
+    class Moves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.fc = self.fc.to(torch.float32)
+            return self.fc(x)
+
+    model, x = Moves(), torch.randn(2, 3)
+    assert_same(model, gw.trace(model, (x,)), x)
+
+
 # ---- free dimensions
 
 
