@@ -222,6 +222,32 @@ def check_batch(raw: RawBatch, signature: Signature, where: str) -> dict[str, Te
     }
 
 
+def without_padding(
+    batch: dict[str, Tensor], labels: Tensor | None, signature: Signature
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The batch cut to its longest text, where a mask says that the rest is padding in every row.
+
+    A file holds texts of all lengths in one array; run as it stands, most of what a calibration
+    would see are padding tokens. Only a dynamic length is cut, and only behind the last token.
+    """
+    for spec in signature.inputs:
+        is_mask = spec.name.endswith("mask") and len(spec.shape) == 2
+        if not is_mask or not isinstance(spec.shape[1], str):
+            continue
+        mask, dim = batch[spec.name] != 0, spec.shape[1]
+        kept = int(mask.any(0).nonzero().max()) + 1 if bool(mask.any()) else 0
+        if kept < 2 or kept == mask.shape[1]:
+            continue
+        cut = dict(batch)
+        for other in signature.inputs:
+            for axis, name in enumerate(other.shape):
+                if name == dim:
+                    cut[other.name] = cut[other.name].narrow(axis, 0, kept)
+        same = labels is not None and labels.shape[:2] == mask.shape
+        return cut, labels[:, :kept] if same and labels is not None else labels
+    return batch, labels
+
+
 def check_names(given: Sequence[str], signature: Signature, where: str) -> None:
     """Raises ArgumentError when an input is not among the names, with the nearest of them."""
     for spec in signature.inputs:

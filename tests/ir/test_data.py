@@ -342,3 +342,25 @@ def test_truncated_archive(tmp_path):
     short.write_bytes(len(header).to_bytes(8, "little") + header.encode() + b"\0" * 60)
     with pytest.raises(ArgumentError, match="cannot be read"):
         load(short)
+
+
+def test_padding_that_every_row_has_is_cut_off(tmp_path):
+    from graphwright.ir.signature import DimRange, Signature, TensorSpec
+
+    specs = tuple(
+        TensorSpec(name, "int64", ("batch", "seq")) for name in ("input_ids", "attention_mask")
+    )
+    signature = Signature(specs, (), None, {"batch": DimRange(), "seq": DimRange()})
+    mask = np.zeros((4, 10), dtype=np.int64)
+    for row, length in enumerate((3, 5, 4, 9)):
+        mask[row, :length] = 1
+    np.savez(tmp_path / "t.npz", input_ids=np.arange(40).reshape(4, 10), attention_mask=mask)
+    section = {"data": "t.npz", "batch_size": 2}
+    first, second = load_data(section, signature, 0, root=tmp_path)
+    assert first["input_ids"].tolist() == [[0, 1, 2, 3, 4], [10, 11, 12, 13, 14]]
+    assert second["attention_mask"].shape == (2, 9)
+    fixed = Signature((TensorSpec("attention_mask", "int64", ("batch", 10)),), (), None,
+                      {"batch": DimRange()})  # fmt: skip
+    np.savez(tmp_path / "m.npz", attention_mask=mask)
+    whole = next(iter(load_data({"data": "m.npz"}, fixed, 0, root=tmp_path)))
+    assert whole["attention_mask"].shape == (4, 10)
