@@ -80,7 +80,8 @@ class Batches:
 
     def _checked(self, raw: RawBatch, what: str) -> tuple[dict[str, Tensor], Tensor | None]:
         labels = raw.get(self.label_name) if self.label_name else None
-        return check_batch(raw, self.signature, f"{self.source}, {what}"), labels
+        batch = check_batch(raw, self.signature, f"{self.source}, {what}")
+        return without_padding(batch, labels, self.signature)
 
     def __len__(self) -> int:
         """Number of batches."""

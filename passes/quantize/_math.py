@@ -17,10 +17,6 @@ PAIR = 128
 INT32 = 2**31 - 1
 
 
-def _other_axes(w: Tensor, axis: int) -> list[int]:
-    return [i for i in range(w.dim()) if i != axis % w.dim()]
-
-
 def along(values: Tensor, axis: int, rank: int) -> Tensor:
     """Per-channel values (n,) shaped to broadcast along `axis` of a tensor of that rank."""
     return values.reshape([-1 if i == axis % rank else 1 for i in range(rank)])
@@ -76,31 +72,53 @@ def quantize_weight(
         codes int8 in [-127, 127], and scales (channels,) float32, positive; 1 for a channel of
         zeros.
     """
-    others = _other_axes(w, axis)
-    peak = w.abs().amax(others) if others else w.abs()
+    rows = w if axis % w.dim() == 0 else w.movedim(axis, 0)
+    flat = rows.reshape(rows.shape[0], -1)
     largest = HALF if overflow == "half" else INT8
+    peak = flat.abs().amax(1) if flat.shape[1] else flat.new_zeros(flat.shape[0])
     base = torch.where(peak > 0, peak / largest, torch.ones_like(peak))
     base = base.clamp(min=torch.finfo(torch.float32).tiny)
-    shares = [1.0]
-    if estimate == "mse":
-        shares += torch.linspace(0.99, 0.6, 40).tolist()
+    if floor is not None:
+        base = torch.maximum(base, floor)
+    codes, error = _coded(flat, base, largest, overflow)
+    scale = base.clone()
+    smaller = torch.linspace(0.98, 0.6, 20).tolist() if estimate == "mse" else []
+    larger = torch.linspace(1.05, 2.0, 20).tolist() if overflow == "pairs" else []
+    for shares in (smaller, larger):
+        # A channel drops out after two steps that were no better: the error has one valley.
+        active, misses = torch.arange(flat.shape[0]), torch.zeros(flat.shape[0])
+        if shares is larger and larger:
+            active = active[_overflows(flat, base, largest)]
+        for share in shares:
+            if not len(active):
+                break
+            tried = base[active] * share
+            if floor is not None:
+                tried = torch.maximum(tried, floor[active])
+            new_codes, new_error = _coded(flat[active], tried, largest, overflow)
+            better = new_error < error[active]
+            winners = active[better]
+            scale[winners], error[winners] = tried[better], new_error[better]
+            codes[winners] = new_codes[better]
+            misses[active] = torch.where(better, 0.0, misses[active] + 1)
+            active = active[misses[active] < 2]
+    shaped = codes.reshape(rows.shape)
+    return (shaped if rows is w else shaped.movedim(0, axis)).contiguous(), scale
+
+
+def _coded(rows: Tensor, scale: Tensor, largest: int, overflow: str) -> tuple[Tensor, Tensor]:
+    """Codes of (channels, n) rows at one scale each, and every row's squared error."""
+    codes = weight_codes(rows, scale, 0, largest)
     if overflow == "pairs":
-        shares += torch.linspace(1.05, 2.0, 20).tolist()
-    best_scale, best_codes, least = base, None, torch.full_like(base, float("inf"))
-    for share in shares:
-        scale = base * share if floor is None else torch.maximum(base * share, floor)
-        codes = weight_codes(w, scale, axis, largest)
-        if overflow == "pairs":
-            codes = without_overflow(codes, axis)
-        error = (codes.to(w.dtype) * along(scale, axis, w.dim()) - w).square()
-        error = error.sum(others) if others else error
-        better = error < least
-        best_scale = torch.where(better, scale, best_scale)
-        wide = along(better, axis, w.dim())
-        best_codes = codes if best_codes is None else torch.where(wide, codes, best_codes)
-        least = torch.minimum(least, error)
-    assert best_codes is not None
-    return best_codes, best_scale
+        codes = without_overflow(codes, 0)
+    error = (codes.to(rows.dtype) * scale[:, None] - rows).square().sum(1)
+    return codes, error
+
+
+def _overflows(rows: Tensor, scale: Tensor, largest: int) -> Tensor:
+    """Rows (bool) with a pair of codes that `without_overflow` has to move."""
+    codes = weight_codes(rows, scale, 0, largest)
+    return (without_overflow(codes, 0) != codes).any(1)
 
 
 def activation_parameters(low: float, high: float) -> tuple[float, int]:
