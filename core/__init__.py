@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from graphwright import backends, ir, passes, specs
     from graphwright.api import load, lower, optimize
+    from graphwright.ir.channels import channel_groups, cut, zero
     from graphwright.ir.context import Context
     from graphwright.ir.edit import Editor
     from graphwright.ir.fidelity import compare
@@ -31,6 +32,9 @@ _HOMES = {
     "load": "graphwright.api",
     "lower": "graphwright.api",
     "optimize": "graphwright.api",
+    "channel_groups": "graphwright.ir.channels",
+    "cut": "graphwright.ir.channels",
+    "zero": "graphwright.ir.channels",
     "Context": "graphwright.ir.context",
     "Editor": "graphwright.ir.edit",
     "compare": "graphwright.ir.fidelity",
@@ -56,7 +60,9 @@ __all__ = [
     "Result",
     "Rewrite",
     "backends",
+    "channel_groups",
     "compare",
+    "cut",
     "ir",
     "load",
     "load_spec",
@@ -66,6 +72,7 @@ __all__ = [
     "register",
     "specs",
     "trace",
+    "zero",
 ]
 
 

@@ -1,0 +1,217 @@
+"""The public face: find channel groups, zero units, cut units out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from graphwright.ir.channels.analysis import Analysis, analyse
+from graphwright.ir.channels.classes import Ids
+from graphwright.ir.channels.extents import Extents
+from graphwright.ir.channels.fold import fold
+from graphwright.ir.channels.groups import ChannelGroup
+from graphwright.ir.channels.literals import Literals, check_shapes
+from graphwright.ir.channels.walk import Norm, Unit, Walk
+from graphwright.ir.edit import Editor
+from graphwright.ir.errors import ArgumentError
+from graphwright.ir.program import Program
+
+Picks = Mapping[ChannelGroup, Iterable[int]]
+
+
+def channel_groups(
+    program: Program, *, unit: Unit = "head", norm: Norm = "exact"
+) -> list[ChannelGroup]:
+    """Every group of slices that can only be removed together, prunable or not.
+
+    Args:
+        program: left as it is.
+        unit: where a channel dimension is split (heads by width of a head), whether whole heads
+            or the same offset of every head are units.
+        norm: `exact` lets channels under a norm go, which then keeps its original divisor;
+            `pin` keeps them.
+
+    Raises:
+        ArgumentError: an option has another value.
+    """
+    if unit not in ("head", "channel") or norm not in ("exact", "pin"):
+        raise ArgumentError(
+            f"unit is {unit!r} and norm is {norm!r}",
+            fix="unit is 'head' or 'channel', norm is 'exact' or 'pin'.",
+        )
+    return analyse(_prepared(program), unit, norm).groups
+
+
+def zero(program: Program, picks: Picks) -> Program:
+    """The program with all parameter slices of the picked units set to zero.
+
+    Args:
+        program: left as it is; the one the groups were found on, or one with the same graph
+            (other weights).
+        picks: unit indices by group.
+
+    Raises:
+        ArgumentError: a unit does not exist or may not be removed, or too many are picked.
+    """
+    program = _prepared(program)
+    analysis, removed = resolve(program, picks)
+    if not removed.any():
+        return program
+    state = dict(program.state)
+    for name in state:
+        for dim, classes in _dims(analysis, name):
+            gone = np.flatnonzero(removed[classes])
+            if gone.size and _is_zeroed(analysis, name):
+                state[name] = _blanked(state[name], dim, gone)
+    return program.replace(state=_retied(program, state, analysis))
+
+
+def cut(program: Program, picks: Picks) -> Program:
+    """The program without the picked units; equal to `zero(program, picks)` on every input.
+
+    Args and raises as `zero`; besides,
+
+    Raises:
+        ModelError: shapes after the cut differ from the predicted ones; names the node.
+    """
+    program = _prepared(program)
+    analysis, removed = resolve(program, picks)
+    if not removed.any():
+        return program
+    extents = Extents(analysis, removed)
+    editor = Editor(program, by="channels")
+    for name, positions in _kept(analysis, removed).items():
+        tensor = _sliced(program.state[name], positions)
+        for alias, owner in analysis.owners.items():
+            if owner == name:
+                editor.set_state(alias, tensor)
+    before = dict(analysis.values)
+    try:
+        Literals(editor, extents).rewrite()
+        result = editor.finish(propagate=True)
+        check_shapes(Walk(program, analysis.unit, analysis.norm), result.graph, extents)
+    finally:
+        analysis.values.clear()
+        analysis.values.update(before)
+    return result
+
+
+def kept_positions(program: Program, picks: Picks) -> dict[str, dict[int, torch.Tensor]]:
+    """Positions that a cut keeps, by tensor name and dimension, where some of them go.
+
+    An optimizer's moments, or any other tensor of a parameter's shape, are sliced by the same.
+    """
+    program = _prepared(program)
+    analysis, removed = resolve(program, picks)
+    return {
+        alias: {d: torch.from_numpy(where) for d, where in positions.items()}
+        for name, positions in _kept(analysis, removed).items()
+        for alias, owner in analysis.owners.items()
+        if owner == name
+    }
+
+
+def _prepared(program: Program) -> Program:
+    """Without dead code, constant subgraphs folded; the same object when there is neither."""
+    return fold(program)
+
+
+def resolve(program: Program, picks: Picks) -> tuple[Analysis, np.ndarray]:
+    """The analysis that picks belong to, and a removal flag per class.
+
+    Raises:
+        ArgumentError: as `zero`.
+    """
+    groups = list(picks)
+    if not groups:
+        raise ArgumentError("no channel group is picked", fix="gw.channel_groups lists them.")
+    analysis = groups[0].analysis
+    if any(g.analysis is not analysis for g in groups):
+        raise ArgumentError("the picked groups come from different calls of channel_groups")
+    if not _is_same_graph(program, analysis.program):
+        raise ArgumentError("the groups were found on another program",
+                            fix="Call channel_groups on this one.")  # fmt: skip
+    removed = np.zeros(analysis.count, bool)
+    for group in groups:
+        removed[_picked(group, list(picks[group]))] = True
+    empty = Extents(analysis, removed).emptied()
+    if empty is not None:
+        raise ArgumentError(f"the picks leave nothing of a dimension of node {empty[0]}",
+                            fix="Keep at least one unit of what it holds.")  # fmt: skip
+    return analysis, removed
+
+
+def _picked(group: ChannelGroup, units: Sequence[int]) -> Ids:
+    if units and not group.prunable:
+        raise ArgumentError(f"group {group.name} cannot be pruned: {group.reason}")
+    wrong = [u for u in units if not 0 <= u < group.units]
+    if wrong:
+        raise ArgumentError(f"group {group.name} has no unit {wrong[0]}; it has {group.units}")
+    if len(set(units)) == group.units:
+        raise ArgumentError(f"all {group.units} units of group {group.name} are picked",
+                            fix="Keep at least one.")  # fmt: skip
+    return group.classes[np.asarray(units, np.int64)]
+
+
+def _is_same_graph(a: Program, b: Program) -> bool:
+    if a is b or a.graph is b.graph:
+        return True
+    left, right = list(a.graph.nodes), list(b.graph.nodes)
+    return len(left) == len(right) and all(
+        (m.name, m.target) == (n.name, n.target) for m, n in zip(left, right, strict=True)
+    ) and all(a.state[n].shape == b.state[n].shape for n in b.state)  # fmt: skip
+
+
+def _dims(analysis: Analysis, name: str) -> list[tuple[int, Ids]]:
+    owner = analysis.owners.get(name)
+    if owner is None:
+        return []
+    rank = analysis.program.state[name].dim()
+    return [(d, analysis.stored[owner, d]) for d in range(rank)]
+
+
+def _is_zeroed(analysis: Analysis, name: str) -> bool:
+    from graphwright.ir.channels.walk import only_added
+
+    tensor = analysis.program.state[name]
+    return isinstance(tensor, torch.nn.Parameter) or only_added(analysis.program, name)
+
+
+def _blanked(tensor: torch.Tensor, dim: int, gone: Ids) -> torch.Tensor:
+    with torch.no_grad():
+        new = tensor.detach().index_fill(dim, torch.from_numpy(gone).to(tensor.device), 0)
+    return _like(tensor, new)
+
+
+def _kept(analysis: Analysis, removed: np.ndarray) -> dict[str, dict[int, Ids]]:
+    kept: dict[str, dict[int, Ids]] = {}
+    for (name, dim), classes in analysis.stored.items():
+        gone = removed[classes]
+        if gone.any():
+            kept.setdefault(name, {})[dim] = np.flatnonzero(~gone)
+    return kept
+
+
+def _sliced(tensor: torch.Tensor, positions: dict[int, Ids]) -> torch.Tensor:
+    new = tensor.detach()
+    for dim, where in sorted(positions.items()):
+        new = new.index_select(dim, torch.from_numpy(where).to(tensor.device))
+    return _like(tensor, new)
+
+
+def _like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    if isinstance(old, torch.nn.Parameter):
+        return torch.nn.Parameter(new, requires_grad=old.requires_grad)
+    return new
+
+
+def _retied(
+    program: Program, state: dict[str, torch.Tensor], analysis: Analysis
+) -> dict[str, torch.Tensor]:
+    """Names that shared a tensor share the new one."""
+    for name, owner in analysis.owners.items():
+        if name != owner and program.state[name].shape == state[owner].shape:
+            state[name] = state[owner]
+    return state

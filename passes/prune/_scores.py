@@ -1,0 +1,120 @@
+"""Importance of a unit from its parameter slices x and a direction d (the loss gradient).
+
+Sums over a unit run over all its slices, rows that produce the channel and columns that read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graphwright.ir.channels.analysis import Analysis
+
+HESSO_WEIGHT = 0.2
+"""Weight of each of the five criteria in HESSO."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over the slices of each class: x.x, d.d, x.d and the number of values."""
+
+    xx: np.ndarray
+    dd: np.ndarray
+    xd: np.ndarray
+    n: np.ndarray
+
+
+def unit_sums(analysis: Analysis, gradients: Mapping[str, Tensor] | None) -> Sums:
+    """Sums of every class, in float64.
+
+    Args:
+        analysis: of the program the parameters are taken from.
+        gradients: by parameter name; None where no criterion reads them.
+    """
+    sums = Sums(*(np.zeros(analysis.count) for _ in range(4)))
+    parameters = analysis.program.parameters()
+    for (name, dim), classes in analysis.stored.items():
+        if name not in parameters or analysis.pinned[classes].all():
+            continue
+        x = parameters[name].detach()
+        others = [d for d in range(x.dim()) if d != dim]
+        _add(sums.xx, classes, x.double().square(), others)
+        sums.n[:] += np.bincount(classes, minlength=analysis.count) * (x.numel() / x.shape[dim])
+        if gradients is not None:
+            d = gradients[name]
+            _add(sums.dd, classes, d.double().square(), others)
+            _add(sums.xd, classes, x.double() * d.double(), others)
+    return sums
+
+
+def _add(total: np.ndarray, classes: np.ndarray, values: Tensor, others: list[int]) -> None:
+    per_position = values.sum(others) if others else values
+    total += np.bincount(classes, per_position.cpu().numpy(), len(total))
+
+
+def magnitude(sums: Sums) -> np.ndarray:
+    """||x||."""
+    return np.sqrt(sums.xx)
+
+
+def normalized_magnitude(sums: Sums) -> np.ndarray:
+    """||x|| / n."""
+    return np.sqrt(sums.xx) / (sums.n + 1e-6)
+
+
+def cosine(sums: Sums) -> np.ndarray:
+    """1 - cos(x, gradient): low where a descent step shrinks the unit (DHSPG's sign)."""
+    return 1.0 - sums.xd / (np.sqrt(sums.xx * sums.dd) + 1e-12)
+
+
+def taylor(sums: Sums) -> np.ndarray:
+    """|x.d|: first-order change of the loss when the unit is removed."""
+    return np.abs(sums.xd)
+
+
+def taylor2(sums: Sums) -> np.ndarray:
+    """(x.d)^2 / 2: second-order change, with the squared gradient for the curvature."""
+    return 0.5 * sums.xd**2
+
+
+CRITERIA = {
+    "magnitude": magnitude,
+    "normalized_magnitude": normalized_magnitude,
+    "cosine": cosine,
+    "taylor": taylor,
+    "taylor2": taylor2,
+}
+WITH_GRADIENT = ("cosine", "taylor", "taylor2", "hesso")
+
+
+def scores(name: str, sums: Sums, units: np.ndarray) -> np.ndarray:
+    """Score per unit, low for redundant ones.
+
+    Args:
+        name: a criterion, or `hesso`: the mean of all five, each divided by its L2 norm over all
+            units of the model (Chen et al. 2024, "HESSO", default weights).
+        sums: by class.
+        units: classes of the units.
+    """
+    own = Sums(sums.xx[units], sums.dd[units], sums.xd[units], sums.n[units])
+    if name != "hesso":
+        return CRITERIA[name](own)
+    parts = [criterion(own) for criterion in CRITERIA.values()]
+    total = sum(HESSO_WEIGHT * part / (np.linalg.norm(part) + 1e-8) for part in parts)
+    return np.asarray(total)
+
+
+def loss_gradients(
+    parameters: Mapping[str, Tensor], losses: list[Tensor] | Tensor
+) -> dict[str, Tensor]:
+    """Gradient of a loss for every parameter; zeros where it does not depend on one."""
+    total = losses if isinstance(losses, Tensor) else torch.stack(losses).sum()
+    found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(p) if g is None else g
+        for (name, p), g in zip(parameters.items(), found, strict=True)
+    }

@@ -1,0 +1,243 @@
+"""prune.zig: removes the least important channels in one shot, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from graphwright.ir.channels import ChannelGroup, channel_groups, cut, zero
+from graphwright.ir.context import Batch
+from graphwright.ir.errors import ArgumentError, ContractError, ModelError
+from graphwright.ir.options import Selector
+from graphwright.ir.program import Program
+from graphwright.ir.select import layers, select
+from graphwright.passes.base import Action, Context, Need, Options, Pass, Result
+from graphwright.passes.prune._scores import WITH_GRADIENT, loss_gradients, scores, unit_sums
+from graphwright.passes.prune._select import Selection
+
+OUTPUT_DIM = {"conv_transpose1d": 1, "conv_transpose2d": 1, "conv_transpose3d": 1, "embedding": 1}
+"""Dimension of a weight that holds output channels; 0 for the rest."""
+
+LABELS = ("labels", "targets")
+
+
+class ZigOptions(Options):
+    """Options of prune.zig."""
+
+    sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Share to remove, of what `of` says."""
+
+    of: Literal["groups", "parameters", "macs"] = "groups"
+    """What the share is counted in: removable units (zero-invariant groups), the program's
+    parameters, or its multiply-accumulates at the example sizes."""
+
+    score: Literal["magnitude", "normalized_magnitude", "cosine", "taylor", "taylor2", "hesso"] = (
+        "magnitude"
+    )
+    """Importance of a unit; `hesso` is the mean of the other five. All but the first two need
+    calibration data."""
+
+    scope: Literal["global", "group"] = "global"
+    """Compare scores over the whole program, or take the same share of every group."""
+
+    loss: Literal["auto", "cross_entropy", "energy"] = "auto"
+    """Loss whose gradient the scores use: cross-entropy of the first output with the labels in
+    the data, or the mean square of the outputs; `auto` takes the first where there are labels."""
+
+    unit: Literal["head", "channel"] = "head"
+    """Unit of a channel dimension that is split into heads."""
+
+    norm: Literal["exact", "pin"] = "exact"
+    """Channels under a layer norm may go, and it keeps its divisor; or they stay."""
+
+    group_divisible: Annotated[int, Field(ge=1)] = 1
+    """Each group keeps a multiple of this many units; smaller groups stay whole."""
+
+    min_kept: Annotated[int, Field(ge=1)] = 1
+    """Least number of units that each group keeps."""
+
+    targets: Selector = ("*",)
+    """Layers whose output channels may go: selector patterns over names and kinds. A group that
+    holds output channels of another layer stays."""
+
+    max_error: Annotated[float, Field(gt=0)] | None = None
+    """Largest relative error of the outputs that is accepted; none when absent."""
+
+
+class Zig(Pass):
+    """Scores zero-invariant groups, removes the lowest, and slices the program.
+
+    A unit is every parameter slice that has to go together with a channel. The smaller program
+    equals the one with these slices zeroed; the pass checks that on the example inputs.
+
+    Source: Chen et al. 2023, "OTOv2" (groups); Chen et al. 2024, "HESSO" (criteria). The cosine
+    keeps OTOv2's sign, where HESSO's code has the opposite.
+    """
+
+    contract = "lossy"
+    needs_with: ClassVar[Mapping[tuple[str, Any], Need]] = dict.fromkeys(
+        (("score", name) for name in WITH_GRADIENT), "calibration"
+    )
+    Options = ZigOptions
+    papers = ("P46",)
+
+    def run(self, program: Program, context: Context) -> Result:
+        o = self.options
+        groups = channel_groups(program, unit=o.unit, norm=o.norm)
+        eligible, actions = _eligible(program, groups, o.targets)
+        if not eligible:
+            raise ModelError("no channel group can be pruned",
+                             fix="`graphwright inspect --groups` says why.")  # fmt: skip
+        analysis = eligible[0].analysis
+        gradients = None
+        if o.score in WITH_GRADIENT:
+            gradients = _gradients(analysis.program, context, o.loss)
+        sums = unit_sums(analysis, gradients)
+        every = np.concatenate([g.classes for g in eligible])
+        found = scores(o.score, sums, every)
+        ends = np.cumsum([g.units for g in eligible])[:-1]
+        selection = Selection(analysis, eligible, np.split(found, ends), o.group_divisible,
+                              o.min_kept, o.scope == "group")  # fmt: skip
+        chosen = _choose(selection, o.of, o.sparsity)
+        picks = {g: u.tolist() for g, u in zip(eligible, chosen, strict=True) if len(u)}
+        actions += [_action(g, len(u)) for g, u in zip(eligible, chosen, strict=True)]
+        if not picks:
+            return Result(program, tuple(actions))
+        smaller = cut(program, picks)
+        error = _check(zero(program, picks), smaller)
+        return Result(smaller, tuple(actions), _metrics(selection, chosen, error))
+
+
+def _eligible(
+    program: Program, groups: list[ChannelGroup], targets: tuple[str, ...]
+) -> tuple[list[ChannelGroup], list[Action]]:
+    """Prunable groups whose output channels all belong to selected layers; reasons of the rest."""
+    selected = {layer.node.name for layer in select(program, targets)}
+    outside: dict[tuple[str, int], str] = {}
+    for layer in layers(program):
+        if layer.node.name not in selected and layer.weight:
+            outside[layer.weight, OUTPUT_DIM.get(layer.kind, 0)] = layer.name
+    eligible, actions = [], []
+    for group in groups:
+        other = next((outside[m.parameter, m.dim] for m in group.members
+                      if (m.parameter, m.dim) in outside), "")  # fmt: skip
+        if not group.prunable:
+            actions.append(Action(group.name, "kept", group.reason))
+        elif other:
+            actions.append(Action(group.name, "kept", f"layer {other} is not in targets"))
+        else:
+            eligible.append(group)
+    return eligible, actions
+
+
+def _choose(selection: Selection, of: str, sparsity: float) -> list[np.ndarray]:
+    analysis = selection.analysis
+    nothing = np.zeros(analysis.count, bool)
+    units = sum(g.units for g in selection.groups)
+    measures: dict[str, Callable[[np.ndarray], float]] = {
+        "groups": lambda removed: int(removed.sum()) / units,
+        "parameters": lambda removed: 1 - analysis.parameters(removed) / whole,
+        "macs": lambda removed: 1 - analysis.macs(removed) / whole,
+    }
+    whole = max(1.0, analysis.macs(nothing) if of == "macs" else analysis.parameters(nothing))
+    measure = measures[of]
+    target = np.floor(sparsity * units) / units if of == "groups" else sparsity
+    most = measure(selection.flags(selection.removed_at(selection.steps())))
+    if most < target - 0.02:
+        raise ArgumentError(
+            f"sparsity {sparsity} of {of} cannot be reached: {most:.3f} is the most",
+            fix="Lower it, min_kept or group_divisible, or widen targets.",
+        )
+    return selection.choose(measure, float(target))
+
+
+def _action(group: ChannelGroup, removed: int) -> Action:
+    if removed == 0:
+        return Action(group.name, "kept", "its units score higher, or its limits keep them")
+    return Action(group.name, f"cut to {group.units - removed} of {group.units} units")
+
+
+def _metrics(selection: Selection, chosen: list[np.ndarray], error: float) -> dict[str, float]:
+    analysis, removed = selection.analysis, selection.flags(chosen)
+    nothing = np.zeros(analysis.count, bool)
+    return {
+        "units_removed": float(sum(len(u) for u in chosen)),
+        "parameters_left": analysis.parameters(removed) / max(1, analysis.parameters(nothing)),
+        "macs_left": analysis.macs(removed) / max(1.0, analysis.macs(nothing)),
+        "cut_error": error,
+    }
+
+
+def _check(masked: Program, smaller: Program) -> float:
+    """Largest relative difference of the two on the examples.
+
+    Raises:
+        ContractError: it is more than rounding.
+    """
+    worst = 0.0
+    with torch.no_grad():
+        pairs = zip(
+            masked.run_flat(masked.examples), smaller.run_flat(masked.examples), strict=True
+        )
+        for expected, actual in pairs:
+            if not expected.is_floating_point() or not expected.numel():
+                continue
+            gap = (expected.double() - actual.double()).norm()
+            error = float(gap / expected.double().norm().clamp_min(1e-12))
+            worst = max(worst, error)
+            if not error <= 100 * torch.finfo(expected.dtype).eps:
+                raise ContractError(
+                    f"the cut program differs from the masked one by {error:.1e}",
+                    where="prune.zig", fix="Leave groups out with `targets`, and report it.",
+                )  # fmt: skip
+    return worst
+
+
+def _gradients(program: Program, context: Context, loss: str) -> dict[str, Tensor]:
+    """Mean gradient of the loss over the calibration batches, by parameter."""
+    trained: dict[str, Tensor] = {
+        name: torch.nn.Parameter(p.detach())
+        for name, p in program.parameters().items()
+        if p.is_floating_point()
+    }
+    twin = program.replace(state={**program.state, **trained})
+    total = {name: torch.zeros_like(p) for name, p in trained.items()}
+    count = 0
+    for inputs, labels in _batches(context.calibration):
+        bound = twin.bind(**inputs) if isinstance(inputs, dict) else twin.bind(*inputs)
+        with torch.enable_grad():
+            value = _loss(twin.run_flat(bound), labels, loss)
+            for name, gradient in loss_gradients(trained, value).items():
+                total[name] += gradient
+        count += 1
+        context.progress("gradients", count, 0)
+    return {name: gradient / max(1, count) for name, gradient in total.items()}
+
+
+def _batches(calibration: Any) -> Iterator[tuple[Batch, Tensor | None]]:
+    """Batches of inputs with labels where there are any."""
+    if hasattr(calibration, "labelled"):
+        yield from calibration.labelled()
+        return
+    for batch in calibration:
+        if isinstance(batch, dict):
+            labels = next((batch[name] for name in LABELS if name in batch), None)
+            yield {k: v for k, v in batch.items() if k not in LABELS}, labels
+        else:
+            yield batch, None
+
+
+def _loss(outputs: tuple[Tensor, ...], labels: Tensor | None, loss: str) -> Tensor:
+    if loss == "cross_entropy" and labels is None:
+        raise ArgumentError("loss is cross_entropy, and the calibration data has no labels",
+                            fix="Add a `labels` column, or use loss: energy.")  # fmt: skip
+    if labels is not None and loss != "energy":
+        scores_last = outputs[0].reshape(-1, outputs[0].shape[-1])
+        return torch.nn.functional.cross_entropy(scores_last.float(), labels.reshape(-1))
+    floats = [out for out in outputs if out.is_floating_point()]
+    return torch.stack([out.float().square().mean() for out in floats]).sum()
