@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.signature import DimRange, TensorSpec
+from graphwright.ir.trace_errors import is_users
 
 Dynamic = Mapping[str, Mapping[int, str]]
 """Input name -> {axis: dimension name}."""
@@ -98,15 +99,29 @@ def is_free(size: int | torch.SymInt) -> bool:
     return isinstance(size, torch.SymInt) and not size.node.expr.is_number
 
 
-def specialized(exported: Any, inputs: Mapping[str, Tensor], dynamic: Dynamic) -> set[str]:
-    """Names of dimensions asked to be free that the trace found fixed."""
+def specialized(exported: Any, inputs: Mapping[str, Tensor], dynamic: Dynamic) -> dict[str, str]:
+    """Dimensions asked to be free that the trace found fixed -> "path:line" of who fixed it.
+
+    The place is empty where it lies inside torch, as for a broadcast against a fixed size.
+    """
     placeholders = _user_placeholders(exported)
-    fixed: set[str] = set()
+    fixed: dict[str, str] = {}
     for node, name in zip(placeholders, inputs, strict=True):
         for axis, dim in dynamic.get(name, {}).items():
-            if not is_free(node.meta["val"].shape[axis]):
-                fixed.add(dim)
+            size = node.meta["val"].shape[axis]
+            if not is_free(size):
+                fixed[dim] = fixed.get(dim) or _place_of(size)
     return fixed
+
+
+def _place_of(size: Any) -> str:
+    """Where a size became a number, as far as torch remembers (private there, so with care)."""
+    node = getattr(size, "node", None)
+    places = getattr(getattr(node, "shape_env", None), "replacements_slocs", {})
+    place = places.get(getattr(node, "_expr", None))
+    frame = getattr(place, "maybe_user_loc", None) or getattr(place, "framework_loc", None)
+    file, line = getattr(frame, "filename", ""), getattr(frame, "lineno", 0)
+    return f"{file}:{line}" if file and is_users(file) else ""
 
 
 def _user_placeholders(exported: Any) -> list[fx.Node]:

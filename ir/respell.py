@@ -201,6 +201,47 @@ def _diff(editor: Editor, node: fx.Node) -> None:
     editor.replace(node, editor.call(op, late, early, before=node, like=node))
 
 
+def _norm(editor: Editor, node: fx.Node) -> None:
+    """`linalg_norm` of vectors -> `linalg_vector_norm`; of matrices it stays."""
+    arguments = _by_name(node)
+    order, axes, x = arguments.get("ord"), arguments.get("dim"), arguments["input"]
+    axes = [axes] if isinstance(axes, int) else axes
+    of_vectors = order is None or (isinstance(order, int | float) and axes and len(axes) == 1)
+    if not of_vectors or arguments.get("dtype") is not None:
+        return
+    args = (x, 2 if order is None else order, axes, arguments.get("keepdim", False))
+    new = editor.call(aten.linalg_vector_norm.default, *args, before=node, like=node)
+    editor.replace(node, new)
+
+
+def _broadcast(editor: Editor, node: fx.Node) -> None:
+    """`broadcast_tensors` -> one `expand` per tensor that is read."""
+    tensors: Any = node.args[0]
+    for reader in list(node.users):
+        index: Any = reader.args[1]
+        sizes = [_size_of(editor, reader, axis, tensors) for axis in range(_rank(reader))]
+        new = editor.call(aten.expand.default, tensors[index], sizes, before=reader, like=reader)
+        editor.replace(reader, new)
+    if not node.users:
+        editor.erase(node)
+
+
+def _rank(node: fx.Node) -> int:
+    return int(node.meta["val"].dim())
+
+
+def _size_of(editor: Editor, node: fx.Node, axis: int, tensors: list[fx.Node]) -> int | fx.Node:
+    """The size of a broadcast result: a number, or read from the tensor that has it."""
+    size = node.meta["val"].shape[axis]
+    if isinstance(size, int):
+        return size
+    for tensor in tensors:
+        own = axis - (_rank(node) - _rank(tensor))
+        if own >= 0 and str(tensor.meta["val"].shape[own]) == str(size):
+            return editor.call(aten.sym_size.int, tensor, own, before=node, like=node)
+    raise AssertionError(f"no operand of {node.name} has its size {size}")
+
+
 def _extremum(editor: Editor, node: fx.Node) -> None:
     target: Any = node.target
     if target._overloadname == "other":
@@ -258,7 +299,9 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("item", "_local_scalar_dense"), _item),
     **dict.fromkeys(("reshape_as", "view_as", "expand_as"), _like),
     **dict.fromkeys(("min", "max"), _extremum),
+    "broadcast_tensors": _broadcast,
     "diff": _diff,
+    "linalg_norm": _norm,
     "slice_scatter": _slice_scatter,
     "select_scatter": _select_scatter,
     **dict.fromkeys(("convolution", "_convolution"), _convolution),

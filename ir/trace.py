@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from graphwright.ir.canonical import canonicalize
 from graphwright.ir.dims import (
     Dynamic,
     dim_names,
+    example_sizes,
     normalize,
     shapes_for_export,
     specialized,
@@ -81,18 +83,12 @@ def trace(
                 )
             elif verdict.ranges:
                 found = {**program.signature.dims, **verdict.ranges}
-                program = program.replace(signature=_with_dims(program, found))
+                program = program.replace(signature=replace(program.signature, dims=found))
     for name, kind in flat.record.dropped.items():
         notes.append(f"output {name!r} is a {kind}, which holds no tensors; it is left out")
     for note in notes:
         warnings.warn(note, TraceWarning, stacklevel=2)
     return program.replace(facts={**program.facts, "trace": {"notes": notes}}) if notes else program
-
-
-def _with_dims(program: Program, dims: dict[str, DimRange]) -> Any:
-    from dataclasses import replace
-
-    return replace(program.signature, dims=dims)
 
 
 def _capture(
@@ -106,16 +102,17 @@ def _capture(
     exported, dynamic = _export_as_free_as_possible(flat, dynamic, notes)
     fixed = specialized(exported, flat.inputs, dynamic)
     if fixed:
-        sizes = {d: n for d, n in _sizes(flat, dynamic).items() if d in fixed}
+        sizes = {d: n for d, n in example_sizes(flat.inputs, dynamic).items() if d in fixed}
         if any(size < 2 for size in sizes.values()):
             # It was traced at 2, and the model holds on to that: trace at the example's own size.
-            exported, dynamic = _export_as_free_as_possible(flat, without(dynamic, fixed), notes)
+            exported, dynamic = _export_as_free_as_possible(
+                flat, without(dynamic, set(fixed)), notes
+            )
         else:
-            dynamic = without(dynamic, fixed)
-        notes += [
-            _note(dim, size, "the model computes with it as a number")
-            for dim, size in sizes.items()
-        ]
+            dynamic = without(dynamic, set(fixed))
+        for dim, size in sizes.items():
+            place = f"{fixed[dim]}: " if fixed[dim] else ""
+            notes.append(_note(dim, size, f"{place}the model computes with it as a number"))
     program = assemble(
         exported, flat.model, flat.inputs, flat.record.structure,
         dynamic=dynamic, dims=dims, ranges=ranges, constants=flat.constants,
@@ -126,12 +123,6 @@ def _capture(
 
 def _note(dim: str, size: int, why: str) -> str:
     return f"dimension {dim!r} is fixed at {size}: {why}"
-
-
-def _sizes(flat: FlatModel, dynamic: Dynamic) -> dict[str, int]:
-    from graphwright.ir.dims import example_sizes
-
-    return example_sizes(flat.inputs, dynamic)
 
 
 def _export_as_free_as_possible(
@@ -163,7 +154,7 @@ def _export_as_free_as_possible(
             break
         except Exception:
             continue
-    sizes = _sizes(flat, dynamic)
+    sizes = example_sizes(flat.inputs, dynamic)
     where = f"{first.where}: " if first.where else ""
     notes += [_note(dim, sizes[dim], f"{where}{first.message}") for dim in names if dim in given_up]
     return chosen, kept

@@ -48,6 +48,13 @@ REMEDIES = (
 )
 
 
+def is_users(file: str) -> bool:
+    """Whether a file is the model's: not torch's, nor ours, nor generated."""
+    return not file.startswith("<") and not os.path.abspath(file).startswith(
+        (_TORCH, _LIBRARY, _OWN)
+    )
+
+
 def user_line(error: BaseException) -> tuple[str, str]:
     """("path:line", source text) of the innermost frame that is the user's; empty when none is.
 
@@ -58,12 +65,7 @@ def user_line(error: BaseException) -> tuple[str, str]:
     ours = [i for i, f in enumerate(frames) if os.path.abspath(f.filename).startswith(_OWN)]
     # What called `trace` lies outside our own innermost frame; the model's code lies inside.
     inner = frames[ours[-1] + 1 :] if ours else frames
-    model = [
-        frame
-        for frame in inner
-        if not frame.filename.startswith("<")
-        and not os.path.abspath(frame.filename).startswith((_TORCH, _LIBRARY))
-    ]
+    model = [frame for frame in inner if is_users(frame.filename)]
     if not model:
         return "", ""
     return f"{model[-1].filename}:{model[-1].lineno}", (model[-1].line or "").strip()

@@ -85,6 +85,17 @@ def differences(m: Wrap, x: Tensor) -> Tensor:
     return first * torch.diff(x > 0, append=x[..., :1] > 0)
 
 
+def norms(m: Wrap, x: Tensor) -> Tensor:
+    return (
+        torch.linalg.norm(x, dim=1) + torch.linalg.norm(x) + torch.linalg.norm(x, 1, dim=[-1]).sum()
+    )
+
+
+def broadcasts(m: Wrap, x: Tensor) -> Tensor:
+    left, right = torch.broadcast_tensors(x[:, :1], x[:1])
+    return left * right
+
+
 CASES: list[tuple[Callable[..., Any], str]] = [
     (convolution, "conv2d"),
     (transposed_convolution, "transpose conv_transpose2d"),
@@ -96,6 +107,8 @@ CASES: list[tuple[Callable[..., Any], str]] = [
     (matrix_product, "reshape reshape t mm"),
     (casts, "to to"),
     (other_names, "mul neg minimum sub abs cat transpose gt lt bitwise_and any mul"),
+    (norms, "linalg_vector_norm linalg_vector_norm add linalg_vector_norm sum add"),
+    (broadcasts, "slice slice slice mul"),
     (differences, "slice slice cat slice slice sub gt slice gt cat slice slice ne mul"),
     (views, "permute reshape reshape reshape"),
 ]

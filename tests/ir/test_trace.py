@@ -154,6 +154,17 @@ def test_a_dimension_that_the_model_fixes_becomes_static_with_a_warning() -> Non
     assert "seq" in program.facts["trace"]["notes"][0]
 
 
+class Length(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(len(x), -1)  # length
+
+
+def test_the_line_that_fixes_a_dimension_is_named() -> None:
+    with pytest.warns(TraceWarning, match="dimension 'n' is fixed at 4") as caught:
+        gw.trace(Length(), (torch.randn(4, 3),), {"x": {0: "n"}})
+    assert here("length") in str(caught[0].message)
+
+
 def test_a_size_that_only_divides_by_luck_is_found_by_running() -> None:
     class Halves(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
