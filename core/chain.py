@@ -11,17 +11,19 @@ from graphwright.environment import environment
 from graphwright.ir.errors import ContractError
 
 if TYPE_CHECKING:
+    from graphwright.ir.context import Context
     from graphwright.ir.data import Batches
     from graphwright.ir.program import Program
     from graphwright.ir.verify import Checker
     from graphwright.run import Run
+    from graphwright.specs.sections import CalibrationSection
 
 CHECK_BATCHES = 2
 """Calibration batches that every pass is checked on, beside the example inputs."""
 
 
 def run_chain(
-    run: Run, original: Program, calibration: Batches | None
+    run: Run, original: Program, calibration: Batches | None, training: Batches | None = None
 ) -> tuple[Program, list[dict[str, Any]], Checker]:
     """Runs the spec's passes; goes on after the last one that an earlier run has finished.
 
@@ -36,23 +38,29 @@ def run_chain(
     from graphwright.ir.verify import Checker
 
     keys = _keys(run, digest(original)) if run.spec.passes else []
-    program, records, begin = original, [], 0
+    records: list[dict[str, Any]] = []
+    program, begin = original, 0
     checkpoints = Checkpoints(run.place.work / "checkpoints")
     checker = Checker(original, _check_batches(run, original, calibration))
+    if not run.settings.resume:
+        run.place.drop_pass_work()
     found = checkpoints.load(keys) if run.settings.resume else None
     if found is not None:
         index, program, records = found
         begin = index + 1
         checker.resume(program)
         run.progress.note(f"resumed after pass {index} ({run.spec.passes[index].id})")
+    data = {"calibration": calibration, "training": training, "teacher": original}
     unsaved = 0.0
     for index in range(begin, len(run.spec.passes)):
-        program, record = _one_pass(run, index, program, checker, calibration)
+        context = _context(run, index).replace(key=keys[index], **data)
+        program, record = _one_pass(run, index, program, checker, context)
         records.append(record)
         unsaved += record["seconds"]
         if unsaved >= run.settings.checkpoint_seconds:
             checkpoints.save(index, keys[index], program, records)
             unsaved = 0.0
+            run.place.drop_pass_work()  # what a pass had saved on its way is of no more use
         run.check_time(f"pass {index} ({record['id']})")
     return program, records, checker
 
@@ -62,15 +70,15 @@ def _keys(run: Run, base: str) -> list[str]:
     for index, call in enumerate(run.spec.passes):
         key = chain_key(
             key, id=call.id, options=call.options, index=index, seed=run.spec.seed,
-            environment=environment(), calibration=_calibration_digest(run),
+            environment=environment(), calibration=_data_digest(run, run.spec.calibration),
+            training=_data_digest(run, run.spec.training),
         )  # fmt: skip
         keys.append(key)
     return keys
 
 
-def _calibration_digest(run: Run) -> str:
-    """Calibration data is an input like any other: a changed file makes another run."""
-    section = run.spec.calibration
+def _data_digest(run: Run, section: CalibrationSection | None) -> str:
+    """Data is an input like any other: a changed file makes another run."""
     if section is None:
         return ""
     file = Path(run.spec.folder) / section.data
@@ -98,25 +106,31 @@ def _check_batches(run: Run, program: Program, calibration: Batches | None) -> l
     return [] if other is None else [other]
 
 
-def _one_pass(
-    run: Run, index: int, program: Program, checker: Checker, calibration: Batches | None
-) -> tuple[Program, dict[str, Any]]:
+def _context(run: Run, index: int) -> Context:
+    """Surroundings of a pass; the data is still to be added."""
     import torch
 
     from graphwright.ir.context import Context
+
+    return Context(
+        seed=run.spec.seed,
+        device=torch.device(run.settings.device),
+        jobs=run.settings.jobs,
+        work=run.place.pass_work(index),
+        progress=run.progress.update,
+        scope=(index, run.spec.passes[index].id),
+        folder=Path(run.spec.folder),
+        checkpoint_seconds=run.settings.checkpoint_seconds,
+    )
+
+
+def _one_pass(
+    run: Run, index: int, program: Program, checker: Checker, context: Context
+) -> tuple[Program, dict[str, Any]]:
     from graphwright.passes.base import find_pass
 
     call = run.spec.passes[index]
     step = find_pass(call.id)(**call.options)
-    context = Context(
-        seed=run.spec.seed,
-        calibration=calibration,
-        device=torch.device(run.settings.device),
-        jobs=run.settings.jobs,
-        work=run.place.work / "passes" / f"{index:03d}",
-        progress=run.progress.update,
-        scope=(index, call.id),
-    )
     run.note_peak()
     begin = time.monotonic()
     with run.progress.stage(call.id):
@@ -151,12 +165,11 @@ def _with_reproducer(
     folder.mkdir(parents=True, exist_ok=True)
     program.save(folder / "before.pt2")
     document: dict[str, Any] = {"version": 1, "seed": run.spec.seed}
-    if run.spec.calibration is not None:
-        section = run.spec.calibration.model_dump(mode="json", exclude_none=True)
-        data = Path(run.spec.folder) / section["data"]
-        document["calibration"] = (
-            {**section, "data": str(data.absolute())} if (data.exists()) else section
-        )
+    for name, given in (("calibration", run.spec.calibration), ("training", run.spec.training)):
+        if given is not None:
+            section = given.model_dump(mode="json", exclude_none=True)
+            data = Path(run.spec.folder) / section["data"]
+            document[name] = {**section, "data": str(data.absolute())} if data.exists() else section
     document["passes"] = [{call.id: call.options} if call.options else call.id]
     (folder / "spec.yaml").write_text(to_yaml(document))
     return ContractError(

@@ -19,6 +19,14 @@ class Place:
         self.work = self.out.parent / f".{self.out.name}.graphwright"
         self.staging = self.work / "result"
 
+    def pass_work(self, index: int) -> Path:
+        """Folder that the pass at this place of the chain may write, for a resume within it."""
+        return self.work / "passes" / f"{index:03d}"
+
+    def drop_pass_work(self) -> None:
+        """Removes what passes have written."""
+        shutil.rmtree(self.work / "passes", ignore_errors=True)
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """One run at a time per output folder; refuses to replace a folder that is not ours."""
@@ -51,7 +59,8 @@ class Place:
 
     def _tidy(self) -> None:
         """Removes a work folder in which nothing is left that a later run could use."""
-        if not (self.work / "checkpoints").exists() and not self.staging.exists():
+        useful = (self.work / "checkpoints", self.work / "passes", self.staging)
+        if not any(folder.exists() for folder in useful):
             shutil.rmtree(self.work, ignore_errors=True)
 
     def fresh_staging(self) -> Path:
@@ -68,3 +77,4 @@ class Place:
         self.staging.rename(self.out)
         shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(self.work / "checkpoints", ignore_errors=True)
+        self.drop_pass_work()

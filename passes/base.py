@@ -104,6 +104,8 @@ class Pass:
         program: Program,
         *,
         calibration: Iterable[Batch] | None = None,
+        training: Iterable[Any] | None = None,
+        teacher: Program | None = None,
         seed: int = 0,
         check: bool = True,
     ) -> Program:
@@ -112,14 +114,22 @@ class Pass:
         Args:
             program: left as it is.
             calibration: re-iterable batches, for passes that need them.
+            training: re-iterable batches with labels, for passes that train.
+            teacher: program that a pass trains `program` to follow; `program` itself when absent.
             seed: seed of the pass's random streams.
             check: compare the results before and after, as the contract asks.
 
         Raises:
             ContractError: the pass changed the function more than its contract allows.
-            ArgumentError: it needs calibration data and got none.
+            ArgumentError: it needs calibration or training data and got none.
         """
-        context = Context(seed=seed, calibration=calibration, scope=(self.id,))
+        context = Context(
+            seed=seed,
+            calibration=calibration,
+            training=training,
+            teacher=teacher or program,
+            scope=(self.id,),
+        )
         result = self.execute(program, context)
         if check:
             from graphwright.ir.verify import check_contract
@@ -129,10 +139,11 @@ class Pass:
 
     def execute(self, program: Program, context: Context) -> Result:
         """Runs the pass and adds its provenance; no check of the contract."""
-        if self.needed == "calibration" and context.calibration is None:
+        source = "training" if self.needed == "training" else "calibration"
+        if self.needed != "nothing" and getattr(context, source) is None:
             raise ArgumentError(
-                f"{self.id} needs calibration data",
-                fix="Give the spec a `calibration` section, or pass calibration=batches.",
+                f"{self.id} needs {source} data",
+                fix=f"Give the spec a `{source}` section, or pass {source}=batches.",
             )
         result = self.run(program, context)
         record = Provenance(self.id, self.resolved_options(), context.seed, self.contract)

@@ -135,7 +135,7 @@ def _put(node: Node, value: Any) -> None:
 def _unread_sections(findings: list[Finding]) -> Iterator[str]:
     """Sections that may be meant by a top-level key that nothing is near."""
     if any(len(f.path) == 1 and f.at_key for f in findings):
-        yield from ("calibration", "evaluate", "passes", "lower", "require", "model")
+        yield from ("calibration", "training", "evaluate", "passes", "lower", "require", "model")
 
 
 def _more_than_shown(problems: list[Problem]) -> list[Problem]:

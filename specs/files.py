@@ -43,7 +43,7 @@ def find_spec(source: str | Path) -> tuple[Path, Path]:
 
 def missing_files(root: Node, folder: Path) -> Iterator[Problem]:
     """Problems with data and tokenizers that a spec names and that do not exist in `folder`."""
-    for section in ("calibration", "evaluate"):
+    for section in ("calibration", "training", "evaluate"):
         for key in ("data", "tokenizer"):
             path = (section, key)
             node, holder = root.locate(path)

@@ -115,6 +115,8 @@ def tidy(schema: Any) -> Any:
             result = {**rest[0], **result}
         else:
             result["anyOf"] = rest
+    if isinstance(result.get("default"), dict):
+        result["default"] = {k: v for k, v in result["default"].items() if v is not None}
     return result
 
 

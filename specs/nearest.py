@@ -13,7 +13,7 @@ _ALSO_CALLED = {
     "short": "int16", "byte": "uint8", "char": "int8", "ort": "onnxruntime", "onnx": "onnxruntime",
     "top1": "accuracy", "acc": "accuracy", "ppl": "perplexity", "snr": "snr_db", "cos": "cosine",
     "quantization": "quantize", "pruning": "prune", "export": "lower", "backend": "lower",
-    "backends": "lower", "data": "calibration", "constraints": "require",
+    "backends": "lower", "data": "calibration", "train": "training", "constraints": "require",
     "requirements": "require", "eval": "evaluate", "steps": "passes", "pipeline": "passes",
     "maxhours": "max_minutes", "maxseconds": "max_minutes", "maxtime": "max_minutes",
     "maxloss": "max_drop", "maxmemory": "max_rss_gb", "maxsize": "max_file_mb",

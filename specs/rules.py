@@ -38,8 +38,7 @@ def rule_findings(root: Node, schema: Schema, doubtful: set[Path]) -> Iterator[F
     for index, node in enumerate(chain_nodes(root, "passes")):
         if sound("passes", index):
             yield from _selectors(node, index, schema)
-            if sound("calibration"):
-                yield from _calibration(document, node, index, schema)
+            yield from _data(document, node, index, schema, sound)
 
 
 def _factory(model: Any) -> Iterator[Finding]:
@@ -102,18 +101,26 @@ def _nothing_to_do(document: dict[str, Any]) -> Iterator[Finding]:
         yield Finding((), message)
 
 
-def _calibration(
-    document: dict[str, Any], node: Node, index: int, schema: Schema
+def _data(
+    document: dict[str, Any],
+    node: Node,
+    index: int,
+    schema: Schema,
+    sound: Callable[..., bool],
 ) -> Iterator[Finding]:
+    """A pass that looks at data needs the section that names it."""
     name = entry_id(node)
     facts = schema.facts(name)
-    if facts is None or "calibration" in document:
+    if facts is None:
         return
     options = {} if not node.entries else node.entries[0].node.plain() or {}
-    if facts.needed(options, schema.defaults(name)) != "nothing":
-        message = f"{name} needs data, and there is no 'calibration' section"
-        remedy = "add one, such as 'calibration: {data: samples.npz}'"
-        yield Finding(("passes", index), f"{message}; {remedy}")
+    needed = facts.needed(options, schema.defaults(name))
+    section = "training" if needed == "training" else "calibration"
+    if needed == "nothing" or section in document or not sound(section):
+        return
+    message = f"{name} needs data, and there is no '{section}' section"
+    remedy = f"add one, such as '{section}: {{data: samples.npz}}'"
+    yield Finding(("passes", index), f"{message}; {remedy}")
 
 
 def _selectors(node: Node, index: int, schema: Schema) -> Iterator[Finding]:

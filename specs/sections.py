@@ -80,6 +80,11 @@ class CalibrationSection(Options):
     """Tokens per text at most."""
 
 
+class TrainingSection(CalibrationSection):
+    """What passes that train learn from: samples with their labels (an array `labels`, or one
+    value more in each batch). Batches are per process."""
+
+
 class EvaluateSection(CalibrationSection):
     """How good the result is, on data that no pass has seen."""
 
@@ -126,6 +131,9 @@ class Document(Options):
 
     calibration: CalibrationSection | None = None
     """Inputs that passes may look at while they change the program."""
+
+    training: TrainingSection | None = None
+    """What passes that train learn from."""
 
     evaluate: EvaluateSection | None = None
     """How good the result is, on data that no pass has seen."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         LockSection,
         ModelSection,
         RequireSection,
+        TrainingSection,
     )
 
 
@@ -57,6 +58,7 @@ class Spec:
         folder: where relative paths in it start; for a ready-made spec the working folder.
         model: inputs, factory and its arguments.
         calibration: data that passes may look at, or None.
+        training: data that passes learn from, or None.
         evaluate: data and metric of the comparison, or None.
         require: bounds; each may be None.
         seed: seed of the run.
@@ -69,6 +71,7 @@ class Spec:
     folder: Path
     model: ModelSection
     calibration: CalibrationSection | None
+    training: TrainingSection | None
     evaluate: EvaluateSection | None
     require: RequireSection
     seed: int
@@ -168,6 +171,7 @@ def _typed(root: Node, name: str, folder: Path, schema: Schema) -> Spec:
         folder=folder,
         model=section("model", sections.ModelSection, sections.ModelSection()),
         calibration=section("calibration", sections.CalibrationSection),
+        training=section("training", sections.TrainingSection),
         evaluate=section("evaluate", sections.EvaluateSection),
         require=section("require", sections.RequireSection, sections.RequireSection()),
         seed=document.get("seed", 0),
@@ -183,7 +187,7 @@ def resolve(spec: Spec) -> dict[str, Any]:
     """The spec as plain data with every default filled in; without the lock section."""
 
     def call(item: PassCall | BackendCall) -> Any:
-        options = {**spec.schema.defaults(item.id), **item.options}
+        options = _filled(spec.schema.defaults(item.id), item.options)
         ordered = {k: options[k] for k in spec.schema.options(item.id) if k in options}
         return {item.id: ordered} if ordered else item.id
 
@@ -193,6 +197,8 @@ def resolve(spec: Spec) -> dict[str, Any]:
     document: dict[str, Any] = {"version": 1, "model": section(spec.model)}
     if spec.calibration is not None:
         document["calibration"] = section(spec.calibration)
+    if spec.training is not None:
+        document["training"] = section(spec.training)
     if spec.evaluate is not None:
         document["evaluate"] = section(spec.evaluate)
     document["require"] = section(spec.require)
@@ -200,6 +206,15 @@ def resolve(spec: Spec) -> dict[str, Any]:
     document["passes"] = [call(item) for item in spec.passes]
     document["lower"] = [call(item) for item in spec.lower]
     return document
+
+
+def _filled(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Options with the defaults of what is not given, at every depth."""
+    filled = {**defaults, **given}
+    for key, value in given.items():
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict):
+            filled[key] = _filled(defaults[key], value)
+    return filled
 
 
 def write_lock(

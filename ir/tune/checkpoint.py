@@ -25,7 +25,7 @@ class Checkpoint:
     Attributes:
         path: where; None for no checkpoints.
         key: digest of all that the run depends on; a file with another one counts as none.
-        interval: seconds between two at least.
+        interval: seconds between two at least; more where writing takes long, 0 for every step.
     """
 
     path: Path | None
@@ -37,8 +37,10 @@ class Checkpoint:
     @property
     def is_due(self) -> bool:
         """Whether enough work has been done since the last one."""
-        since = time.monotonic() - self._last
-        return self.path is not None and since >= max(self.interval, self._cost / SHARE_OF_TIME)
+        if self.path is None:
+            return False
+        least = max(self.interval, self._cost / SHARE_OF_TIME) if self.interval else 0.0
+        return time.monotonic() - self._last >= least
 
     def save(self, state: dict[str, Any]) -> None:
         """Writes tensors, numbers, texts, and lists and dicts of them."""

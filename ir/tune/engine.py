@@ -51,7 +51,7 @@ def tune(
 
     The order of the data and every random number follow from `context` and the step, so that a
     run that was killed and started again ends in the same bytes; `context.work` is where it keeps
-    its state. Under accelerate's launcher the processes train together: gradients, losses and
+    its state. Processes that a launcher started together train together: gradients, losses and
     running statistics are averaged, and every process returns the same program.
 
     Args:

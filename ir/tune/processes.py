@@ -1,4 +1,4 @@
-"""One process or many: what accelerate's launcher started."""
+"""One process or many: those that accelerate's launcher or torchrun started."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from graphwright.ir.errors import ArgumentError
 
 SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU")
 """Kinds of launch in which every process holds the whole model."""
+
+
+LAUNCHERS = "`accelerate launch --multi_gpu` for GPUs, and `torchrun` for processes on CPUs"
 
 
 class Processes:
@@ -34,7 +37,7 @@ class Processes:
         if kind not in SUPPORTED:
             raise ArgumentError(
                 f"tuning cannot run under accelerate's {kind}",
-                fix="Launch it with --multi_gpu or --cpu.",
+                fix=f"Use {LAUNCHERS}.",
             )
         self.count = int(self.accelerator.num_processes)
         self.rank = int(self.accelerator.process_index)
@@ -43,7 +46,7 @@ class Processes:
             raise ArgumentError(
                 f"the launcher runs {self.count} processes on {self.device.type}, and the job is "
                 f"for {device.type}",
-                fix=f"Launch with {'--cpu' if device.type == 'cpu' else '--multi_gpu'}.",
+                fix=f"Use {LAUNCHERS}.",
             )
 
     @property
@@ -69,7 +72,10 @@ class Processes:
         return wrapped
 
     def mean_(self, tensors: list[Tensor]) -> None:
-        """Replaces every tensor by its mean over processes, in one message."""
+        """Replaces every tensor by its mean over processes, in one message.
+
+        Every process gives the same tensors in the same order.
+        """
         if self.count == 1 or not tensors:
             return
         flat = torch.cat([tensor.detach().reshape(-1).double() for tensor in tensors])

@@ -46,7 +46,8 @@ class Working(nn.Module):
         self.trained = {
             n: p for n, p in state.items() if n in names and isinstance(p, nn.Parameter)
         }
-        self.moving = {name: state[name] for name in moving}
+        # in state order: processes put these into one message, and a set's order is their own
+        self.moving = {name: tensor for name, tensor in state.items() if name in moving}
         self._eval_graph = _on(self.base.graph, device)
         self._state = state
 

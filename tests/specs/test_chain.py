@@ -78,10 +78,15 @@ def test_a_pass_that_the_backend_cannot_lower():
     ]
 
 
-def test_needs_beyond_calibration_are_data_too():
-    for need in ("calibration", "gradients", "training"):
-        (only,) = check(["t.a"], a={"needs": need})
-        assert "t.a needs data, and there is no 'calibration' section" in only
+@pytest.mark.parametrize(
+    ("need", "section"),
+    [("calibration", "calibration"), ("gradients", "calibration"), ("training", "training")],
+)
+def test_passes_that_look_at_data_need_their_section(need, section):
+    assert check(["t.a"], a={"needs": need}) == [
+        f"spec.yaml:3:5: passes[0]: t.a needs data, and there is no '{section}' section; add one, "
+        f"such as '{section}: {{data: samples.npz}}'"
+    ]
 
 
 def test_a_misspelt_pass_is_placed_like_the_one_it_means(problems):

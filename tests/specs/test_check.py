@@ -14,11 +14,11 @@ PINNED = {
     "unknown section, nothing near":
         (HEAD + "colour: red\n",
          "spec.yaml:3:1: colour: a spec has no section 'colour'; there are version, model, "
-         "calibration, evaluate, require, seed, passes, lower, lock"),
+         "calibration, training, evaluate, require, seed, passes, lower, lock"),
     "key of another section":
         (HEAD + "samples: 3\n",
          "spec.yaml:3:1: samples: a spec has no section 'samples'; it belongs under 'calibration' "
-         "or 'evaluate'"),
+         "or 'training' or 'evaluate'"),
     "no version":
         ("lower: [onnxruntime]\n", "spec.yaml:1:1: a spec needs 'version': write 'version: 1'"),
     "another version":

@@ -89,12 +89,13 @@ def test_a_name_that_is_no_file(name):
     assert len(caught.value.problems) == 1
 
 
-def test_data_that_does_not_exist_is_refused(tmp_path, problems):
+@pytest.mark.parametrize("section", ["calibration", "training", "evaluate"])
+def test_data_that_does_not_exist_is_refused(tmp_path, problems, section):
     (tmp_path / "samples.npz").write_bytes(b"")
-    text = "version: 1\nlower: [triton]\ncalibration: {data: sampels.npz}\n"
+    text = f"version: 1\nlower: [triton]\n{section}: {{data: sampels.npz}}\n"
     assert problems(text, folder=tmp_path) == [
-        f"spec.yaml:3:21: calibration.data: no file or folder 'sampels.npz' in {tmp_path.name!r}; "
-        "did you mean 'samples.npz'?"
+        f"spec.yaml:3:{10 + len(section)}: {section}.data: no file or folder 'sampels.npz' in "
+        f"{tmp_path.name!r}; did you mean 'samples.npz'?"
     ]
     assert problems(text, folder=tmp_path, check_files=False) == []
     assert problems(text.replace("sampels", "samples"), folder=tmp_path) == []
@@ -140,3 +141,42 @@ def test_a_lock_keeps_the_meaning_of_relative_paths(tmp_path):
     assert again.folder.resolve() == source.resolve()
     assert again.calibration is not None
     assert again.calibration.data == "data.npz"
+
+
+def test_options_inside_options_are_filled_in_and_read_again(tmp_path):
+    text = (
+        "version: 1\ntraining: {data: synthetic, batch_size: 4}\n"
+        "passes:\n  - tune.finetune: {tune: {steps: 7, betas: [0.5, 0.9]}}\n"
+    )
+    spec = parse_spec(text)
+    assert spec.training is not None
+    assert (spec.training.data, spec.training.batch_size) == ("synthetic", 4)
+    (entry,) = resolve(spec)["passes"]
+    filled = entry["tune.finetune"]["tune"]
+    assert (filled["steps"], filled["betas"], filled["optimizer"]) == (7, [0.5, 0.9], "adamw")
+    write_lock(spec, {}, tmp_path / "spec.lock.yaml")
+    again = load_spec(tmp_path / "spec.lock.yaml")
+    assert again.training == spec.training
+    assert resolve(again)["passes"] == resolve(spec)["passes"]
+
+
+@pytest.mark.parametrize(
+    ("tune", "said"),
+    [
+        ("{stpes: 7}",
+         "28: passes[0].tune.stpes: 'passes[0].tune' has no key 'stpes'; did you mean 'steps'?"),
+        ("{optimizer: adamww}",
+         "39: passes[0].tune.optimizer: expected one of sgd, adam, adamw, got 'adamww'; did you "
+         "mean 'adamw'?"),
+        ("{loss: mine}",
+         "34: passes[0].tune.loss: expected one of cross_entropy, next_token, mse, kl or "
+         "module:function, got 'mine'"),
+        ("{lr: 0}",
+         "32: passes[0].tune.lr: expected more than 0, got 0 (Learning rate after the warm-up, "
+         "before it decays)"),
+    ],
+)  # fmt: skip
+def test_slips_inside_options_are_found(problems, tune, said):
+    head = "version: 1\ntraining: {data: synthetic}\npasses:\n"
+    text = f"{head}  - tune.finetune: {{tune: {tune}}}\n"
+    assert problems(text) == [f"spec.yaml:4:{said}"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from torch import Tensor, nn
 import graphwright as gw
 from graphwright.ir.data import Batches, Rows
 from graphwright.ir.signature import Signature
+
+HERE = Path(__file__).parent
 
 
 class Net(nn.Module):
@@ -64,6 +69,21 @@ LAB = SimpleNamespace(Net=Net, fresh=fresh, traced=traced, images=images, table=
 def lab() -> SimpleNamespace:
     """The functions above: test files cannot import from each other."""
     return LAB
+
+
+@pytest.fixture(scope="session")
+def jobs() -> ModuleType:
+    """The neighbouring script as a module, to run a job of it in this process."""
+    sys.path.insert(0, str(HERE))
+    try:
+        module_spec = importlib.util.spec_from_file_location("tune_jobs", HERE / "jobs.py")
+        assert module_spec is not None
+        assert module_spec.loader is not None
+        module = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(HERE))
+    return module
 
 
 @pytest.fixture

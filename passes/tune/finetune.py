@@ -1,0 +1,140 @@
+"""tune.finetune: trains a program on labelled data, or to follow the original model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Annotated
+
+from pydantic import Field
+from torch import fx
+
+from graphwright.ir.errors import ModelError
+from graphwright.ir.options import Selector
+from graphwright.ir.program import Program
+from graphwright.ir.select import Layer, layers, select
+from graphwright.ir.tune import History, TuneOptions, tune
+from graphwright.passes.base import Action, Context, Options, Pass, Result
+
+
+class FinetuneOptions(Options):
+    """Options of tune.finetune."""
+
+    targets: Selector = ("*",)
+    """Layers whose parameters are trained: selector patterns over names and kinds. A parameter of
+    no layer, such as a class token, goes by its own name."""
+
+    tune: TuneOptions = TuneOptions()
+    """How to train."""
+
+    max_error: Annotated[float, Field(gt=0)] | None = None
+    """Largest relative error of the outputs, ||a-b|| / ||a||, against the program before; no bound
+    when absent."""
+
+
+class Finetune(Pass):
+    """Trains the parameters of the chosen layers, in training mode: dropout and batch statistics.
+
+    Behind a pass that lost accuracy (pruning, factorizing) it wins it back; `tune: {loss: kl}`
+    needs no labels and follows the model as it was before the first pass. Exact zeros of a mask do
+    not stay zero. Parameters that the model froze stay frozen.
+    """
+
+    contract = "lossy"
+    needs = "training"
+    Options = FinetuneOptions
+
+    def run(self, program: Program, context: Context) -> Result:
+        options: FinetuneOptions = self.options
+        owned = {layer: _parameters(program, layer) for layer in layers(program)}
+        in_layers = {name for names in owned.values() for name in names}
+        loose = [name for name in program.trainable() if name not in in_layers]
+        chosen = _select_layers(program, options.targets, loose)
+        names = {name for layer in chosen for name in owned[layer]}
+        names |= _select_names(loose, options.targets)
+        if not names:
+            raise ModelError(
+                f"{self.id}: targets {list(options.targets)} hold no trainable parameter",
+                fix="Their weights are frozen, or compressed by an earlier pass.",
+            )
+        assert context.training is not None  # `execute` refuses to run without
+        tuned = tune(program, context.training, options.tune, context, names=names)
+        actions = [_action(layer, owned[layer], chosen, program, tuned.program) for layer in owned]
+        return Result(tuned.program, tuple(actions), _metrics(tuned.history))
+
+
+def _parameters(program: Program, layer: Layer) -> tuple[str, ...]:
+    """Trainable parameters that a layer reads, also through nodes that rebuild its weight."""
+    trainable = program.trainable()
+    found: dict[str, None] = {}
+    stack, seen = [n for n in layer.node.all_input_nodes if _is_constant(n)], set()
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op == "get_attr" and str(node.target) in trainable:
+            found[str(node.target)] = None
+        stack.extend(node.all_input_nodes)
+    return tuple(found)
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether a value comes from stored tensors alone."""
+    stack, seen = [node], set()
+    while stack:
+        current = stack.pop()
+        if current.op == "placeholder":
+            return False
+        if current not in seen:
+            seen.add(current)
+            stack.extend(current.all_input_nodes)
+    return True
+
+
+def _select_layers(program: Program, targets: Sequence[str], loose: list[str]) -> set[Layer]:
+    """The selected layers; a target that is the name of a loose parameter names no layer."""
+    rest = [pattern for pattern in targets if pattern.removeprefix("!") not in loose]
+    if all(pattern.startswith("!") for pattern in rest) and len(rest) < len(targets):
+        return set()
+    return set(select(program, rest))
+
+
+def _select_names(loose: list[str], targets: Sequence[str]) -> set[str]:
+    """Parameters of no layer whose own name is selected."""
+    excluding = [pattern[1:] for pattern in targets if pattern.startswith("!")]
+    including = [pattern for pattern in targets if not pattern.startswith("!")]
+
+    def is_in(name: str, patterns: list[str]) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+    return {name for name in loose if is_in(name, including) and not is_in(name, excluding)}
+
+
+def _action(
+    layer: Layer, names: tuple[str, ...], chosen: set[Layer], before: Program, after: Program
+) -> Action:
+    moved = [name for name in names if after.state[name] is not before.state[name]]
+    if not moved:
+        reason = "not among the targets" if layer not in chosen else "has no trainable parameter"
+        return Action(layer.name, "left alone", reason)
+    shift = scale = 0.0
+    for name in moved:
+        old, new = (p.state[name].detach().double() for p in (before, after))
+        shift += float((new - old).square().sum())
+        scale += float(old.square().sum())
+    share = (shift / scale) ** 0.5 if scale else float("inf")
+    return Action(layer.name, "trained", f"parameters moved by {share:.2e} of their norm")
+
+
+def _metrics(history: History) -> dict[str, float]:
+    metrics = {
+        "steps": float(history.steps),
+        "first_loss": history.losses[0],
+        "last_loss": history.losses[-1],
+    }
+    if history.evaluations:
+        values = dict(history.evaluations)
+        metrics["best_evaluation"] = values[history.best_step or history.evaluations[0][0]]
+        metrics["best_step"] = float(history.best_step or 0)
+    return metrics

@@ -1,0 +1,168 @@
+"""Hooks act where they say, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import graphwright as gw
+from graphwright.ir.context import Context
+from graphwright.ir.data import Batches
+from graphwright.ir.tune import Hook, Moment, TuneOptions, tune
+
+Data = Callable[[int], Batches]
+
+
+class Log(Hook):
+    """Writes down every call."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def _note(self, at: Moment, what: str) -> None:
+        self.log.append(f"{at.step}.{at.micro} {self.name} {what}")
+
+    def on_parameters(self, at, values):
+        self._note(at, "on_parameters")
+        return values
+
+    def on_loss(self, at, loss, outputs, batch):
+        self._note(at, "on_loss")
+        return loss
+
+    def before_backward(self, at, loss) -> None:
+        self._note(at, "before_backward")
+
+    def after_backward(self, at) -> None:
+        self._note(at, "after_backward")
+
+    def before_step(self, at) -> None:
+        self._note(at, "before_step")
+
+    def after_step(self, at) -> None:
+        self._note(at, "after_step")
+
+
+def test_every_point_is_called_in_order(program: gw.Program, data: Data) -> None:
+    log: list[str] = []
+    options = TuneOptions(steps=1, accumulate=2)
+    tune(program, data(8), options, Context(), hooks=[Log("a", log), Log("b", log)])
+    batch = ["on_parameters", "on_loss", "before_backward", "after_backward"]
+    expected = [f"0.{micro} {n} {what}" for micro in (0, 1) for what in batch for n in "ab"]
+    expected += [f"0.1 {n} {what}" for what in ("before_step", "after_step") for n in "ab"]
+    assert log == expected
+
+
+class Mask(Hook):
+    """Trains under a fixed mask of the classifier's weight."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+
+    def on_parameters(self, at, values):
+        return {**values, "fc.weight": values["fc.weight"] * self.mask}
+
+
+def test_on_parameters_replaces_what_the_forward_pass_uses(
+    lab: SimpleNamespace, program: gw.Program, data: Data
+) -> None:
+    """Against a loop over the model with the masked weight; masked entries get no gradient."""
+    mask = torch.ones(3, 64)
+    mask[:, ::2] = 0
+    options = TuneOptions(epochs=2, optimizer="sgd", lr=0.1, shuffle=False, schedule="constant")
+    tuned = tune(program, data(8), options, Context(), hooks=[Mask(mask)])
+    model = lab.fresh().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    x, labels = lab.images()
+    for _ in range(2):
+        for rows in torch.arange(48).split(8):
+            optimizer.zero_grad()
+            h = torch.relu(model.norm(model.conv(x[rows]))).flatten(1)
+            logits = F.linear(h, model.fc.weight * mask, model.fc.bias)
+            F.cross_entropy(logits, labels[rows]).backward()
+            optimizer.step()
+    for name, tensor in tuned.program.state.items():
+        torch.testing.assert_close(tensor, model.state_dict()[name], rtol=1e-5, atol=1e-6)
+    before, after = program.state["fc.weight"], tuned.program.state["fc.weight"]
+    assert torch.equal(before[:, ::2], after[:, ::2])
+
+
+def test_evaluations_use_the_replaced_values(program: gw.Program, data: Data) -> None:
+    seen = []
+
+    def evaluate(current: gw.Program) -> float:
+        seen.append(float(current.state["fc.weight"].abs().sum()))
+        return 0.0
+
+    hook = Mask(torch.zeros(3, 64))
+    tune(program, data(8), TuneOptions(), Context(), hooks=[hook], evaluate=evaluate)
+    assert seen == [0.0]
+
+
+def test_on_loss_sees_outputs_and_batch_and_adds_to_the_loss(
+    program: gw.Program, data: Data
+) -> None:
+    """Loss + 0.5 c |b|² adds c b to the gradient of b."""
+
+    class Decay(Hook):
+        def on_loss(self, at, loss, outputs, batch):
+            again = F.cross_entropy(outputs, batch["labels"])
+            assert torch.equal(loss, again)
+            return loss + 0.5 * 3.0 * at.parameters["fc.bias"].square().sum()
+
+    class Gradient(Hook):
+        def after_backward(self, at) -> None:
+            self.grad = at.parameters["fc.bias"].grad.clone()
+
+    plain, decayed = Gradient(), Gradient()
+    options = TuneOptions(steps=1, shuffle=False)
+    tune(program, data(8), options, Context(), hooks=[plain])
+    tune(program, data(8), options, Context(), hooks=[Decay(), decayed])
+    expected = plain.grad + 3.0 * program.state["fc.bias"].detach()
+    torch.testing.assert_close(decayed.grad, expected, rtol=1e-5, atol=1e-6)  # float32
+
+
+def test_gradients_and_parameters_can_be_changed(program: gw.Program, data: Data) -> None:
+    class Only(Hook):
+        """Lets one entry of the bias learn, and shrinks the weight after every step."""
+
+        def after_backward(self, at) -> None:
+            for name, parameter in at.parameters.items():
+                keep = torch.zeros_like(parameter.grad)
+                keep[..., 0] = float(name == "fc.bias")
+                parameter.grad.mul_(keep)
+
+        @torch.no_grad()
+        def after_step(self, at) -> None:
+            at.parameters["fc.weight"].mul_(0.5)
+
+    options = TuneOptions(steps=3, optimizer="sgd", lr=0.1)
+    after = tune(program, data(8), options, Context(), hooks=[Only()]).program.state
+    before = program.state
+    assert torch.equal(after["conv.weight"], before["conv.weight"])
+    assert torch.equal(after["fc.weight"], before["fc.weight"] * 0.125)
+    assert (after["fc.bias"] != before["fc.bias"]).tolist() == [True, False, False]
+
+
+def test_a_recipe_brings_its_own_optimizer(program: gw.Program, data: Data) -> None:
+    class Sign(torch.optim.Optimizer):
+        def __init__(self, parameters, lr: float) -> None:
+            super().__init__(parameters, {"lr": lr})
+
+        @torch.no_grad()
+        def step(self, closure=None) -> None:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.sub_(group["lr"] * parameter.grad.sign())
+
+    tuned = tune(
+        program, data(8), TuneOptions(steps=1, lr=0.25), Context(),
+        optimizer=lambda named, options: Sign(named.values(), options.lr),
+    )  # fmt: skip
+    moved = (tuned.program.state["fc.weight"] - program.state["fc.weight"]).abs()
+    assert moved.max().item() == pytest.approx(0.25, abs=1e-6)
