@@ -55,7 +55,7 @@ def assemble(
         for (name, t), shape in zip(inputs.items(), _shapes(graph, dynamic or {}), strict=True)
     )
     symbols = _symbol_names(graph, specs)
-    names = dict(leaf_names(structure))
+    names = output_names(structure, inputs)
     outputs = graph.output_node().args[0]
     assert isinstance(outputs, tuple)
     results = tuple(
@@ -65,6 +65,14 @@ def assemble(
     found = ranges_found(graph, specs, exported.range_constraints, dims or {})
     signature = Signature(specs, results, structure, found, dict(constants or {}))
     return Program(graph, state, signature, tuple(inputs.values()), aliases)
+
+
+def output_names(structure: Any, inputs: Mapping[str, Any]) -> dict[int, str]:
+    """Name per leaf of the output; one that an input has too gets `_out` behind it.
+
+    Runtimes know values by name only (a denoiser's `sample` goes in and comes out).
+    """
+    return {i: f"{name}_out" if name in inputs else name for i, name in leaf_names(structure)}
 
 
 def _unlifted(exported: torch.export.ExportedProgram) -> tuple[fx.Graph, nn.Module]:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from graphwright.ir.assemble import output_names
 from graphwright.ir.calling import FlatModel
 from graphwright.ir.dims import Dynamic, dim_names, example_sizes, resized
 from graphwright.ir.errors import ModelError
 from graphwright.ir.fidelity import compare
 from graphwright.ir.program import Program
-from graphwright.ir.signature import DimRange, leaf_names
+from graphwright.ir.signature import DimRange
 
 TOLERANCE = 1e-4
 """Relative error that still counts as rounding: the same operations, other kernels and orders."""
@@ -117,7 +118,7 @@ def _agree(program: Program, flat: FlatModel, inputs: Mapping[str, Tensor]) -> b
     except Exception:
         return False
     # A size among the outputs is a number in eager mode and a tensor in the graph.
-    names = dict(leaf_names(flat.record.structure))
+    names = output_names(flat.record.structure, flat.inputs)
     found = {spec.name: t for spec, t in zip(program.signature.outputs, actual, strict=True)}
     if any(names[i] not in found for i in range(len(expected))):
         return False

@@ -61,6 +61,7 @@ def test_a_model_of_one_dict_gets_one_input_per_entry() -> None:
     x = torch.randn(2, 3)
     program = gw.trace(TakesDict(), {"a": x, "b": 2 * x}, {"a": {0: "n"}, "b": {0: "n"}})
     assert [spec.name for spec in program.signature.inputs] == ["a", "b"]
+    assert [spec.name for spec in program.signature.outputs] == ["a_out", "b_out", "sum"]
     torch.testing.assert_close(program(a=x[:1], b=x[:1])["sum"], 2 * x[:1])
 
 
