@@ -32,9 +32,16 @@ def imported_modules(source: str) -> set[str]:
             isinstance(node, ast.Constant)
             and isinstance(node.value, str)
             and MODULE_NAME.match(node.value)
+            and _is_a_module(node.value)
         ):
             names.add(node.value)
     return names
+
+
+def _is_a_module(name: str) -> bool:
+    """Whether a dotted text names a package folder or a file of core/ (and no key or file name)."""
+    part = name.split(".")[1]
+    return part in RANK or (ROOT / "core" / f"{part}.py").exists()
 
 
 def violations(folder: str, source: str) -> list[str]:
