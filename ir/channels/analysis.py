@@ -29,6 +29,9 @@ TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 PRODUCTS = {"matmul": 0, "mm": 0, "bmm": 0, "mv": 0, "addmm": 1, "baddbmm": 1, "linear": 0}
 
 
+SPLIT = "positions of a split dimension that must go together"
+
+
 @dataclass(frozen=True)
 class Term:
     """Multiply-accumulates of a call that shrink in proportion to what is kept of `classes`."""
@@ -198,7 +201,10 @@ def _close(walk: Walk) -> None:
                     walk.node = node
                     rest = walk.release(f.dims, f.ids, f.zero)
                     if rest is not None and len(rest.dims) > 1:
-                        walk.separate(Value(value.shape, (rest,)), rest)
+                        # nothing used a dimension alone (a shuffle): the longest has most units
+                        longest = max(rest.dims, key=lambda d: value.shape[d])
+                        others = [d for d in rest.dims if d != longest]
+                        walk.fix_all(Value(value.shape, (rest,)), others, SPLIT)
 
 
 def _stored(walk: Walk, class_of: Ids) -> tuple[dict[tuple[str, int], Ids], dict[str, str]]:

@@ -32,8 +32,8 @@ class Extents:
         found = self._known.get(id(f.ids))
         if found is None:
             keep = ~self.removed[self.analysis.class_of[f.ids]]
-            axes = [a for a in range(keep.ndim)]
-            found = tuple(keep.any(axis=tuple(b for b in axes if b != a)) for a in axes)
+            axes = range(keep.ndim)
+            found = tuple(np.asarray(keep.any(axis=tuple(b for b in axes if b != a))) for a in axes)
             box = reduce(np.multiply.outer, found)
             if not np.array_equal(box, keep):
                 raise ModelError("the removed units leave no rectangular tensor", where=node)

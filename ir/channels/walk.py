@@ -202,10 +202,10 @@ class Walk:
     def _fixed(self, node: fx.Node) -> Result:
         """No factors; None for what has no shape at the examples."""
         value = node.meta.get("val")
-        many = isinstance(value, list | tuple)
-        shapes = [self.shape(part) for part in (value if many else (value,))]
+        parts = list(value) if isinstance(value, list | tuple) else [value]
+        shapes = [self.shape(part) for part in parts]
         found = [None if shape is None else Value(shape) for shape in shapes]
-        return list(found) if many else found[0]
+        return found if isinstance(value, list | tuple) else found[0]
 
     def stored(self, node: fx.Node) -> Value | None:
         """The value of a stored tensor: an id for every position of every dimension."""
@@ -267,7 +267,7 @@ class Walk:
             self.classes.pin(f.ids, self.node, text)
             return value.swap(f)
         axis = f.dims.index(dim)
-        first = f.ids.take(0, axis)
+        first: Ids = np.take(f.ids, 0, axis=axis)
         self.equal(f.ids, np.expand_dims(first, axis), text)
         rest = tuple(d for d in f.dims if d != dim)
         return value.swap(f, Factor(rest, first, f.zero))
@@ -381,7 +381,8 @@ class Walk:
         kept = list(dims)
         for axis in reversed(range(len(dims))):
             if (classes == np.take(classes, [0], axis)).all():
-                ids, classes = ids.take(0, axis), classes.take(0, axis)
+                first: Ids = np.take(ids, 0, axis=axis)
+                ids, classes = first, np.take(classes, 0, axis=axis)
                 del kept[axis]
         if kept:
             return Factor(tuple(kept), ids, zero)

@@ -58,27 +58,27 @@ def _add(total: np.ndarray, classes: np.ndarray, values: Tensor, others: list[in
 
 def magnitude(sums: Sums) -> np.ndarray:
     """||x||."""
-    return np.sqrt(sums.xx)
+    return np.asarray(np.sqrt(sums.xx))
 
 
 def normalized_magnitude(sums: Sums) -> np.ndarray:
     """||x|| / n."""
-    return np.sqrt(sums.xx) / (sums.n + 1e-6)
+    return np.asarray(np.sqrt(sums.xx) / (sums.n + 1e-6))
 
 
 def cosine(sums: Sums) -> np.ndarray:
     """1 - cos(x, gradient): low where a descent step shrinks the unit (DHSPG's sign)."""
-    return 1.0 - sums.xd / (np.sqrt(sums.xx * sums.dd) + 1e-12)
+    return np.asarray(1.0 - sums.xd / (np.sqrt(sums.xx * sums.dd) + 1e-12))
 
 
 def taylor(sums: Sums) -> np.ndarray:
     """|x.d|: first-order change of the loss when the unit is removed."""
-    return np.abs(sums.xd)
+    return np.asarray(np.abs(sums.xd))
 
 
 def taylor2(sums: Sums) -> np.ndarray:
     """(x.d)^2 / 2: second-order change, with the squared gradient for the curvature."""
-    return 0.5 * sums.xd**2
+    return np.asarray(0.5 * sums.xd**2)
 
 
 CRITERIA = {
