@@ -81,6 +81,9 @@ def pass_page(name: str, doc: str, schema: Schema) -> str:
     code, test = f"passes/{family}/{method}.py", f"tests/passes/{family}/test_{method}.py"
     lines.append(f"| source | [`{code}`](../../{code}), tested by [`{test}`](../../{test}) |")
     lines += ["", "## Options", "", *_options(entry, schema)]
+    for key, option in entry["properties"].items():
+        if "$ref" in option and (inner := _resolve(option, schema)).get("properties"):
+            lines += ["", f"### Under `{key}`", "", *_options(inner, schema)]
     lines += ["", "## In a spec", "", "```yaml", *example_spec(name, schema), "```"]
     return "\n".join(lines) + "\n"
 
@@ -176,8 +179,13 @@ def example_spec(name: str, schema: Schema) -> list[str]:
     required = entry.get("required", [])
     options = {key: _example(name, key, option) for key, option in entry["properties"].items()
                if key in required or option.get("default") not in (None, [], {})}  # fmt: skip
+    for key in [key for key, value in options.items() if isinstance(value, dict)]:
+        (options[key],) = _resolve(entry["properties"][key], schema)["examples"]
     lines = ["version: 1"]
-    if entry["x-graphwright"]["needs"] != "nothing":
+    needs = entry["x-graphwright"]["needs"]
+    if needs == "training":
+        lines.append("training: {data: my_data:batches}")
+    elif needs != "nothing":
         lines.append("calibration: {data: synthetic}")
     lines.append("passes:")
     written = ", ".join(f"{key}: {_yaml(value)}" for key, value in options.items())
@@ -186,6 +194,8 @@ def example_spec(name: str, schema: Schema) -> list[str]:
 
 def _yaml(value: Any) -> str:
     """A value in YAML's flow style; a plain word needs no quotes."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_yaml(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, str) and value.replace("_", "").isalnum() and not value.isdigit():
         return value
     return json.dumps(value)

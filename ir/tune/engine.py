@@ -118,7 +118,7 @@ class _Loop:
 
     def run(self) -> Tuned:
         self._resume()
-        self.processes.accelerator.wait_for_everyone()
+        self.processes.wait()  # before the first checkpoint is written over the one just read
         trained = (f"module.{name}" for name in self.working.trained)
         model = self.processes.wrap(self.working, trained)
         batches = self.feed.batches(self.step * self.options.accumulate)

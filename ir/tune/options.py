@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from graphwright.ir.options import Options
 
@@ -20,6 +20,8 @@ Count = Annotated[int, Field(ge=1)]
 
 class TuneOptions(Options):
     """How to train; the data is the spec's `training` section."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"epochs": 3, "lr": 1e-3}]})
 
     steps: Count | None = None
     """Optimizer steps at most; no bound when absent."""

@@ -238,8 +238,9 @@ def test_no_bytes_make_anything_but_a_spec_error(tmp_path_factory, data):
 
 section = st.sampled_from(
     ["version", "model", "calibration", "training", "evaluate", "require", "seed", "passes",
-     "lower", "lock", "inputs", "shape", "example", "range", "dtype", "kwargs", "quantize.int8", "cast.dtype",
-     "targets", "keep", "activations", "onnxruntime", "triton", "data", "metric", "folder", "pases"]
+     "lower", "lock", "inputs", "shape", "example", "range", "dtype", "kwargs", "quantize.int8",
+     "cast.dtype", "targets", "keep", "activations", "onnxruntime", "triton", "data", "metric",
+     "folder", "pases"]
 )  # fmt: skip
 shaped = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 300) | section | st.floats() | st.text(max_size=4),
