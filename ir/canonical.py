@@ -46,7 +46,7 @@ def canonicalize(program: Program) -> Program:
     take_out_dropout(editor)
     if lost:
         editor.facts.setdefault("trace", {})["updates_dropped"] = lost
-    return editor.finish(propagate=True)
+    return editor.finish()
 
 
 def op_name(node: fx.Node) -> str:

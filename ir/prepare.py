@@ -81,7 +81,7 @@ def _no_needless_moves() -> Iterator[None]:
                 return self
         return move(self, *args, **kwargs)
 
-    nn.Module.to = to  # type: ignore[method-assign]
+    nn.Module.to = to  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

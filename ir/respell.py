@@ -109,15 +109,13 @@ def _item(editor: Editor, node: fx.Node) -> None:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     number = known_number(editor, source, node)
-    if isinstance(number, fx.Node):
-        editor.replace(node, number)
-    elif number is not None:
-        for user in list(node.users):
-            args, kwargs = fx.map_arg(
-                (user.args, user.kwargs), lambda a: number if a is node else a
-            )
-            editor.set_args(user, *args, **kwargs)
-        editor.erase(node)
+    if number is None:
+        return
+    for user in list(node.users):
+        # Sizes behind this one were unknown, and are propagated again.
+        args, kwargs = fx.map_arg((user.args, user.kwargs), lambda a: number if a is node else a)
+        editor.set_args(user, *args, **kwargs)
+    editor.erase(node)
 
 
 def _like(editor: Editor, node: fx.Node) -> None:
