@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -177,12 +181,16 @@ lower: [onnxruntime]
 """
 
 
+def write_data(folder: Path, digits) -> None:
+    for name, (images, labels) in zip(("train", "held_out"), digits, strict=True):
+        np.savez(folder / f"{name}.npz", x=images.numpy(), labels=labels.numpy())
+
+
 def test_from_a_spec_to_an_artifact(pruned, digits, tmp_path: Path) -> None:
     """The main job, twice: same bytes, accuracy won back on images that training has not seen."""
     pruned.save(tmp_path / "pruned.pt2")
     (tmp_path / "spec.yaml").write_text(SPEC)
-    for name, (images, labels) in zip(("train", "held_out"), digits, strict=True):
-        np.savez(tmp_path / f"{name}.npz", x=images.numpy(), labels=labels.numpy())
+    write_data(tmp_path, digits)
     results = [
         gw.optimize(tmp_path / "pruned.pt2", tmp_path / "spec.yaml", out=tmp_path / out)
         for out in ("one", "two")
@@ -192,4 +200,36 @@ def test_from_a_spec_to_an_artifact(pruned, digits, tmp_path: Path) -> None:
     assert found["after"] > 0.95
     first, second = (next((tmp_path / out).glob("*.onnx")).read_bytes() for out in ("one", "two"))
     assert first == second
+    assert not list(tmp_path.glob(".*")), "no state of the training is left behind"
+
+
+JOB = """
+import sys, graphwright as gw
+gw.optimize("pruned.pt2", "spec.yaml", out=sys.argv[1], checkpoint_seconds=0.01)
+"""
+
+
+@pytest.mark.slow
+def test_a_job_killed_while_it_trains_goes_on_in_the_pass(pruned, digits, tmp_path: Path) -> None:
+    pruned.save(tmp_path / "pruned.pt2")
+    write_data(tmp_path, digits)
+    spec = SPEC.replace("lower: [onnxruntime]", "lower: []").replace("epochs: 2", "steps: 150")
+    (tmp_path / "spec.yaml").write_text(spec.replace(", patience: 5", ""))
+    process = subprocess.Popen([sys.executable, "-c", JOB, "killed"], cwd=tmp_path)
+    saved = tmp_path / ".killed.graphwright" / "passes" / "000"
+    deadline = time.monotonic() + 120
+    while not list(saved.glob("tune-*.pt")):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (state,) = saved.glob("tune-*.pt")
+    step = torch.load(state, weights_only=True)["state"]["step"]
+    assert 0 < step < 150
+    source, spec_file = tmp_path / "pruned.pt2", tmp_path / "spec.yaml"
+    killed = gw.optimize(source, spec_file, out=tmp_path / "killed")
+    straight = gw.optimize(source, spec_file, out=tmp_path / "straight")
+    first, second = (outcome.folder / "program.pt2" for outcome in (killed, straight))
+    assert first.read_bytes() == second.read_bytes()
     assert not list(tmp_path.glob(".*")), "no state of the training is left behind"
