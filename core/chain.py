@@ -57,7 +57,7 @@ def run_chain(
         program, record = _one_pass(run, index, program, checker, context)
         records.append(record)
         unsaved += record["seconds"]
-        if unsaved >= run.settings.checkpoint_seconds:
+        if unsaved >= run.settings.checkpoint_seconds and run.place.is_main:
             checkpoints.save(index, keys[index], program, records)
             unsaved = 0.0
             run.place.drop_pass_work()  # what a pass had saved on its way is of no more use

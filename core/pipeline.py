@@ -58,11 +58,12 @@ def run(source: str | Path, spec: Spec, settings: Settings) -> Outcome:
     with place.locked(), deterministic():
         from graphwright.progress import Progress
 
-        progress = Progress(quiet=settings.quiet)
+        quiet = settings.quiet or not place.is_main
+        progress = Progress(quiet=quiet)
         with progress:
             job = _Job(Run(spec, settings, place, progress, started))
             outcome = job.compile(source)
-    if not settings.quiet:
+    if not quiet:
         from graphwright.report import print_summary
 
         print_summary(outcome.report, outcome.folder)
@@ -83,6 +84,8 @@ class _Job:
         training = self._data(self.spec.training, original, loaded)
         held_out = self._data(self.spec.evaluate, original, loaded)
         program, records, checker = run_chain(self.run, original, calibration, training)
+        if not self.run.place.is_main:
+            return Outcome(self.run.place.out, {}, program)
         compiled = self._lower(program)
         staging = self.run.place.fresh_staging()
         artifacts = self._save(program, compiled, staging)

@@ -12,9 +12,17 @@ from graphwright.ir.errors import ArgumentError
 
 
 class Place:
-    """The output folder, and the work folder beside it."""
+    """The output folder, and the work folder beside it.
+
+    Attributes:
+        out: the output folder. work: the work folder. staging: where the result grows.
+        is_main: whether this process writes. Of several that a launcher started on one job, the
+            first does; the others read its work folder and only help to train.
+    """
 
     def __init__(self, out: Path) -> None:
+        launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        self.is_main = not launched or int(os.environ.get("RANK", "0")) == 0
         self.out = out.absolute()
         self.work = self.out.parent / f".{self.out.name}.graphwright"
         self.staging = self.work / "result"
@@ -25,11 +33,15 @@ class Place:
 
     def drop_pass_work(self) -> None:
         """Removes what passes have written."""
-        shutil.rmtree(self.work / "passes", ignore_errors=True)
+        if self.is_main:
+            shutil.rmtree(self.work / "passes", ignore_errors=True)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """One run at a time per output folder; refuses to replace a folder that is not ours."""
+        if not self.is_main:
+            yield
+            return
         import fcntl
 
         if self.out.exists() and not self.out.is_dir():

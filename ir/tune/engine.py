@@ -118,7 +118,12 @@ class _Loop:
 
     def run(self) -> Tuned:
         self._resume()
-        self.processes.wait()  # before the first checkpoint is written over the one just read
+        # also waits for all: the first checkpoint is written over the one just read
+        if self.step != self.processes.from_main(self.step):
+            raise ArgumentError(
+                "the processes found different states of an earlier run",
+                fix="Let them share one work folder, and start again.",
+            )
         trained = (f"module.{name}" for name in self.working.trained)
         model = self.processes.wrap(self.working, trained)
         batches = self.feed.batches(self.step * self.options.accumulate)

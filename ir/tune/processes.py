@@ -86,13 +86,6 @@ class Processes:
             tensor.detach().copy_(piece)
             start += tensor.numel()
 
-    def wait(self) -> None:
-        """Returns once every process has come here.
-
-        Accelerate's own barrier asks for a GPU per process even where all train on the CPU.
-        """
-        self.mean_([torch.zeros((), device=self.device)])
-
     def from_main(self, value: float) -> float:
         """The main process's value, everywhere."""
         if self.count == 1:

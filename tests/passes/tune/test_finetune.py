@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -233,3 +234,19 @@ def test_a_job_killed_while_it_trains_goes_on_in_the_pass(pruned, digits, tmp_pa
     first, second = (outcome.folder / "program.pt2" for outcome in (killed, straight))
     assert first.read_bytes() == second.read_bytes()
     assert not list(tmp_path.glob(".*")), "no state of the training is left behind"
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_result(pruned, digits, tmp_path: Path) -> None:
+    """The command under a launcher: both train, the first one writes."""
+    pruned.save(tmp_path / "pruned.pt2")
+    write_data(tmp_path, digits)
+    (tmp_path / "spec.yaml").write_text(SPEC.replace("batch_size: 64", "batch_size: 32"))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = ["-m", "graphwright", "optimize", "pruned.pt2", "--spec", "spec.yaml"]
+    done = subprocess.run([*launch, *command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["evaluation"]["after"] > 0.95
+    assert report["passes"][0]["metrics"]["steps"] == 2 * (1260 // 64)
+    assert not list(tmp_path.glob(".*"))
