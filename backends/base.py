@@ -16,6 +16,7 @@ from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.options import Options
 from graphwright.ir.program import Program
+from graphwright.ir.signature import Signature
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,12 @@ class Compiled:
 
     Attributes:
         backend: name of the backend that made it.
+        signature: inputs, outputs and structure, as the program's.
         notes: what the backend did: fusions and kernel counts, and what stayed and why; JSON.
     """
 
     backend: ClassVar[str] = ""
+    signature: Signature
 
     def __init__(self, notes: Mapping[str, Any]) -> None:
         self.notes: dict[str, Any] = dict(notes)

@@ -17,7 +17,7 @@ def inspect(arguments: Any, console: Console | None = None) -> int:
     """Runs the command.
 
     Args:
-        arguments: `model`, `spec`, `svg`, `level`, `allow_pickle`.
+        arguments: `model`, `spec`, `groups`, `svg`, `level`, `allow_pickle`.
         console: where to print; stdout when None.
 
     Raises:
@@ -31,7 +31,10 @@ def inspect(arguments: Any, console: Console | None = None) -> int:
         arguments.model, spec=arguments.spec, allow_pickle=arguments.allow_pickle
     )
     console = console or Console()
-    print_layers(program, console)
+    if arguments.groups:
+        print_groups(program, console)
+    else:
+        print_layers(program, console)
     if arguments.svg is not None:
         from graphwright.ir.drawing import draw
 
@@ -83,3 +86,30 @@ def print_layers(program: Program, console: Console) -> None:
     totals += [("note", text) for text in counted.notes]
     for name, text in totals:
         console.print(f"{name:<12}{text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_groups(program: Program, console: Console) -> None:
+    """Channel groups of a program: what can be pruned together, and why the rest cannot."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from graphwright.charts import count_text, size_text
+    from graphwright.ir.channels import channel_groups
+
+    groups = channel_groups(program)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("group", overflow="fold")
+    for title in ("units", "per unit", "", "MACs", "tensors"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("kept because of", overflow="fold")
+    for group in sorted(groups, key=lambda g: not g.prunable):
+        figures = (count_text(round(group.parameters)), size_text(round(group.bytes)),
+                   count_text(round(group.macs)))  # fmt: skip
+        cells = (group.name, str(group.units), *figures, str(len(group.members)), group.reason)
+        table.add_row(*map(Text, cells))
+    console.print(table)
+    free = [group for group in groups if group.prunable]
+    line = (
+        f"{len(free)} of {len(groups)} groups can be pruned, {sum(g.units for g in free):,} units"
+    )
+    console.print(f"\n{line}", markup=False, highlight=False, soft_wrap=True)

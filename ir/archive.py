@@ -198,7 +198,7 @@ def _graph_json(exported: ExportedProgram) -> bytes:
     from torch._export.serde.schema import SCHEMA_VERSION, SchemaVersion
 
     graphs = serde.GraphModuleSerializer(exported.graph_signature, exported.module_call_graph)
-    program = serde.ExportedProgram(
+    program = serde.ExportedProgram(  # type: ignore[attr-defined]
         graph_module=graphs.serialize(exported.graph_module),
         opset_version={"aten": torch._C._get_max_operator_version()},
         range_constraints=serde.serialize_range_constraints(exported.range_constraints),
@@ -266,7 +266,7 @@ def _compact(name: str, tensor: torch.Tensor) -> torch.Tensor:
     plain = type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
     if not plain or tensor.layout != torch.strided or tensor.is_quantized:
         raise ArgumentError(
-            f"tensor {name!r} is a {type(tensor).__name__} ({tensor.layout}), which cannot be saved",
+            f"tensor {name!r} is a {type(tensor).__name__} ({tensor.layout}): cannot be saved",
             fix="Convert it to a plain dense tensor first.",
         )
     data = tensor.detach().resolve_conj().resolve_neg()
@@ -285,7 +285,9 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise ArgumentError(f"cannot write the program: {error.strerror}", where=str(path)) from error
+        raise ArgumentError(
+            f"cannot write the program: {error.strerror}", where=str(path)
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)

@@ -6,7 +6,7 @@ its batch. `observe` runs the program once and feeds the observers of as many no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, Protocol
 
 import numpy as np
@@ -341,4 +341,4 @@ def observe(
 
 
 def _length(batches: Iterable[Batch]) -> int:
-    return len(batches) if hasattr(batches, "__len__") else 0
+    return len(batches) if isinstance(batches, Sized) else 0

@@ -204,7 +204,8 @@ def _einsum(args: list[Any], out: tuple[Size, ...]) -> Size:
     if "->" not in equation:
         letters = inputs.replace(",", "").replace(".", "")
         result = "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
-    terms, extent = [], {}
+    terms: list[Any] = []
+    extent: dict[Any, Any] = {}
     for term, shape in zip(inputs.split(","), operands, strict=True):
         # an ellipsis stands for leading axes: give each one a name of its own, from the right
         hidden = len(shape) - len(term.replace("...", ""))

@@ -262,7 +262,8 @@ def _open_function(data: str, root: Path) -> Stream:
 
 def _iterate(value: Any, data: str) -> Iterable[Any]:
     try:
-        return iter(value)
+        batches: Iterable[Any] = iter(value)
+        return batches
     except TypeError as error:
         raise ArgumentError(
             f"gives a {type(value).__name__}, not batches", where=data, fix="Return an iterable."

@@ -56,7 +56,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     for piece in pieces:
         flat = piece.cpu().contiguous().reshape(-1)
         if flat.numel():
-            found.update(memoryview(flat.view(torch.uint8).numpy()))
+            found.update(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]
     _TENSOR_DIGESTS[tensor] = (tensor._version, found.hexdigest())
     return found.hexdigest()
 

@@ -81,7 +81,7 @@ class Editor:
         """Adds a tensor under `name`, or under a free name derived from it; returns the name."""
         free, count = name, 1
         # An nn.Module cannot hold a tensor under the name of one of its methods, as `to`.
-        while free in self.state or hasattr(fx.GraphModule, free):
+        while free in self.state or hasattr(fx.GraphModule, free.rpartition(".")[2]):
             free, count = f"{name}_{count}", count + 1
         self.state[free] = tensor
         self.changed = True

@@ -48,7 +48,7 @@ def to_exported_program(program: Program) -> ExportedProgram:
     outputs = graph.output_node().args[0]
     specs = [_state_spec(name, tensor, mapping[name].name) for name, tensor in _ordered(program)]
     specs += [InputSpec(InputKind.USER_INPUT, TensorArgument(n.name), None) for n in inputs]
-    results = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(n.name), None) for n in outputs]  # type: ignore[union-attr]
+    results = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(n.name), None) for n in outputs]  # type: ignore[union-attr,arg-type]
     from torch._export.verifier import SpecViolationError, TrainingIRVerifier
 
     try:
@@ -136,7 +136,7 @@ def _state_spec(name: str, tensor: torch.Tensor, node_name: str) -> InputSpec:
 
 def _call_entry(program: Program, count: int) -> ModuleCallEntry:
     leaf: Any = None
-    arguments = ((leaf,) * len(program.signature.inputs), {})
+    arguments: Any = ((leaf,) * len(program.signature.inputs), {})
     result = _containers(program.signature.structure)
     out_spec = pytree.tree_structure(result)
     if out_spec.num_leaves != count:
@@ -195,8 +195,8 @@ def from_exported_program(exported: ExportedProgram) -> tuple[fx.Graph, dict[str
     """Flat graph and state of an ExportedProgram, without running or tracing it.
 
     The graph has a placeholder per tensor input (named as the node was), `get_attr` nodes in
-    front of them whose targets are qualified names, and one flat tuple of nodes as output. Arguments that
-    were baked in are gone. `exported` is not changed; tensors are shared.
+    front of them whose targets are qualified names, and one flat tuple of nodes as output.
+    Arguments that were baked in are gone. `exported` is not changed; tensors are shared.
 
     Raises:
         ModelError: the program writes to its inputs or buffers, or returns a constant.
@@ -236,7 +236,7 @@ def _copy_body(old: fx.Graph, new: fx.Graph, mapping: dict[fx.Node, fx.Node]) ->
     for node in old.nodes:
         if node.op == "get_attr":
             raise ModelError(
-                f"control flow at {node.name!r} was traced into a subgraph, which passes cannot see",
+                f"control flow at {node.name!r} became a subgraph, which passes cannot see",
                 fix="Replace torch.cond / while_loop / map by plain operations.",
             )
         # Torch's reader makes a getitem for every result of a call, used or not.

@@ -129,7 +129,7 @@ def leaves(outputs: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     if isinstance(outputs, Mapping):
         children = [(str(key), value) for key, value in outputs.items()]
     elif isinstance(outputs, tuple) and hasattr(outputs, "_fields"):
-        children = list(outputs._asdict().items())
+        children = list(outputs._asdict().items())  # type: ignore[attr-defined]
     elif isinstance(outputs, (list, tuple)):
         children = [(str(index), value) for index, value in enumerate(outputs)]
     elif is_dataclass(outputs) and not isinstance(outputs, type):
@@ -169,7 +169,8 @@ def _compare_tensors(path: str, a: Tensor, b: Tensor) -> Fidelity:
 
 def _compare_chunk(path: str, a: Tensor, b: Tensor) -> Fidelity:
     b = b.to(device=a.device, dtype=torch.float64)
-    elements, broken, notes = a.numel(), 0, ()
+    elements, broken = a.numel(), 0
+    notes: tuple[str, ...] = ()
     # One sum tells whether anything is not finite; only then is the slow way worth its masks.
     if not math.isfinite(float((a.abs() + b.abs()).sum())):
         agree = (a == b) | (a.isnan() & b.isnan())

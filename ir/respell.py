@@ -140,8 +140,28 @@ def _slice_scatter(editor: Editor, node: fx.Node) -> None:
     arguments: dict[str, Any] = _by_name(node)
     old, new, axis = arguments["input"], arguments["src"], arguments.get("dim", 0)
     start, end = arguments.get("start"), arguments.get("end")
-    if arguments.get("step", 1) == 1:
+    step = arguments.get("step", 1)
+    if step == 1:
         editor.replace(node, _spliced(editor, node, old, new, axis, start or 0, end))
+        return
+    size = old.meta["val"].shape[axis]
+    numbers = (size, step, 0 if start is None else start, LAST if end is None else end)
+    if all(isinstance(number, int) for number in numbers):
+        editor.replace(node, _interleaved(editor, node, old, new, axis, slice(start, end, step)))
+
+
+def _interleaved(
+    editor: Editor, node: fx.Node, old: fx.Node, new: fx.Node, axis: int, places: slice
+) -> fx.Node:
+    """Every `step`-th value from `new`, the others from `old`: picked by a constant index."""
+    size = int(old.meta["val"].shape[axis])
+    index = torch.arange(size)
+    index[places] = torch.arange(size, size + len(range(size)[places]))
+    name = editor.add_state(f"{node.name}_index", index)
+    both = editor.call(aten.cat.default, [old, new], axis, before=node, like=node)
+    return editor.call(
+        aten.index_select.default, both, axis, editor.get(name), before=node, like=node
+    )
 
 
 def _select_scatter(editor: Editor, node: fx.Node) -> None:
@@ -197,6 +217,13 @@ def _diff(editor: Editor, node: fx.Node) -> None:
     logical = node.meta["val"].dtype == torch.bool
     op = aten.ne.Tensor if logical else aten.sub.Tensor
     editor.replace(node, editor.call(op, late, early, before=node, like=node))
+
+
+def _outer(editor: Editor, node: fx.Node) -> None:
+    """`outer(a, b)` -> `a[:, None] * b`, which promotes mixed dtypes where others do not."""
+    left, right = node.args[:2]
+    column = editor.call(aten.unsqueeze.default, left, 1, before=node, like=node)
+    editor.replace(node, editor.call(aten.mul.Tensor, column, right, before=node, like=node))
 
 
 def _norm(editor: Editor, node: fx.Node) -> None:
@@ -300,6 +327,8 @@ RULES: dict[str, Rule] = {
     "broadcast_tensors": _broadcast,
     "diff": _diff,
     "linalg_norm": _norm,
+    "outer": _outer,
+    "ger": _outer,
     "slice_scatter": _slice_scatter,
     "select_scatter": _select_scatter,
     **dict.fromkeys(("convolution", "_convolution"), _convolution),

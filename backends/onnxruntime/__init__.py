@@ -1,1 +1,1 @@
-"""Lowering to ONNX Runtime: `lowering.Lowering` is the backend, `compiled.OnnxCompiled` its result."""
+"""The ONNX Runtime backend: `lowering.Lowering`, and its result `compiled.OnnxCompiled`."""

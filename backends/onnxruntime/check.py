@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +62,12 @@ def _other_sizes(program: Program) -> Iterator[dict[str, int]]:
     here = _sizes(program)
     if not here:
         return
-    changes = (lambda n: n + 3, lambda n: n - 1, lambda n: 2 * n, lambda n: n // 2)
+    changes: tuple[Callable[[int], int], ...] = (
+        lambda n: n + 3,
+        lambda n: n - 1,
+        lambda n: 2 * n,
+        lambda n: n // 2,
+    )
     for change in changes:
         sizes = {}
         for dim, size in here.items():
@@ -108,7 +113,7 @@ def compare_outputs(
         where = f"output {spec.name!r} at {case.sizes or 'the example sizes'}"
         if a.shape != b.shape or a.dtype != b.dtype:
             raise Differs(
-                f"{where} is {tuple(b.shape)} {b.dtype}, and the program's {tuple(a.shape)} {a.dtype}"
+                f"{where} is {tuple(b.shape)} {b.dtype}, the program's {tuple(a.shape)} {a.dtype}"
             )
         error = compare(a, b)
         if error.broken or not error.relative <= bound:

@@ -204,7 +204,8 @@ class Emitter:
         """`value` in the wanted dtype."""
         if want is None or want == have:
             return value
-        return self.op("Cast", value, to=int(onnx_dtype(want)))
+        cast: ir.Value = self.op("Cast", value, to=int(onnx_dtype(want)))
+        return cast
 
     # ---- sizes
 

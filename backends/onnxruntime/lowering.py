@@ -222,7 +222,8 @@ class _Job:
             if value.const_value is not None
         )
         if weights <= self.options.external_data_mb * 1e6:
-            return ir.to_proto(model).SerializeToString()
+            content: bytes = ir.to_proto(model).SerializeToString()
+            return content
         path = Path(self.folder.name) / FILE
         ir.save(model, path, external_data=DATA)
         return path

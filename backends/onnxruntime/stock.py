@@ -36,7 +36,7 @@ def export_with_torch(program: Program, opset: int, why: Untranslatable) -> ir.M
             made = torch.onnx.export(
                 exported,
                 opset_version=opset,
-                custom_translation_table=table,
+                custom_translation_table=table,  # type: ignore[arg-type]
                 input_names=[spec.name for spec in signature.inputs],
                 output_names=[spec.name for spec in signature.outputs],
                 verbose=False,

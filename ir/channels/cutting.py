@@ -61,10 +61,10 @@ def zero(program: Program, picks: Picks) -> Program:
         return program
     state = dict(program.state)
     for name in state:
-        for dim, classes in _dims(analysis, name):
-            gone = np.flatnonzero(removed[classes])
-            if gone.size and _is_zeroed(analysis, name):
-                state[name] = _blanked(state[name], dim, gone)
+        gone = {d: np.flatnonzero(removed[classes]) for d, classes in _dims(analysis, name)}
+        gone = {d: where for d, where in gone.items() if where.size}
+        if gone and analysis.owners[name] == name and _is_zeroed(analysis, name):
+            state[name] = _blanked(state[name], gone)
     return program.replace(state=_retied(program, state, analysis))
 
 
@@ -179,9 +179,10 @@ def _is_zeroed(analysis: Analysis, name: str) -> bool:
     return isinstance(tensor, torch.nn.Parameter) or only_added(analysis.program, name)
 
 
-def _blanked(tensor: torch.Tensor, dim: int, gone: Ids) -> torch.Tensor:
-    with torch.no_grad():
-        new = tensor.detach().index_fill(dim, torch.from_numpy(gone).to(tensor.device), 0)
+def _blanked(tensor: torch.Tensor, gone: dict[int, Ids]) -> torch.Tensor:
+    new = tensor.detach().clone()
+    for dim, where in gone.items():
+        new.index_fill_(dim, torch.from_numpy(where).to(tensor.device), 0)
     return _like(tensor, new)
 
 

@@ -76,50 +76,46 @@ def build_groups(analysis: Analysis) -> list[ChannelGroup]:
     """All groups of a program, in the order of their first member."""
     members = list(analysis.stored)
     is_parameter = np.array([_is_parameter(analysis, name) for name, _ in members])
-    entries = [
-        np.stack([ids, np.full_like(ids, number)])
-        for number, ids in enumerate(analysis.stored.values())
-    ]
-    if not entries:
+    if not members:
         return []
-    pairs, counts = np.unique(np.concatenate(entries, axis=1), axis=1, return_counts=True)
-    classes, of = pairs
+    keys = [ids * len(members) + number for number, ids in enumerate(analysis.stored.values())]
+    pairs, counts = np.unique(np.concatenate(keys), return_counts=True)
+    classes, of = np.divmod(pairs, len(members))
     with_parameter = np.zeros(analysis.count, bool)
     with_parameter[classes[is_parameter[of]]] = True
     alive = with_parameter[classes]
     classes, of, counts = classes[alive], of[alive], counts[alive]
     parameters, sizes = _weights(analysis, members, classes, of, counts)
-    macs = analysis.macs_per_class()
-    groups = []
-    for signature, units in _by_signature(classes, of, len(members), analysis.pinned):
-        rows = np.flatnonzero(np.isin(classes, units))
-        most = {m: int(counts[rows[of[rows] == m]].max()) for m in signature}
-        groups.append(
-            _group(analysis, [members[m] for m in signature], [most[m] for m in signature],
-                   units, (parameters, sizes, macs))
-        )  # fmt: skip
-    return groups
+    costs = (parameters, sizes, analysis.macs_per_class())
+    return [
+        _group(analysis, [members[m] for m in signature], slices, units, costs)
+        for signature, slices, units in _by_signature(classes, of, counts, len(members), analysis)
+    ]
 
 
 def _by_signature(
-    classes: Ids, of: Ids, members: int, pinned: np.ndarray
-) -> Iterator[tuple[list[int], Ids]]:
-    """(member numbers, classes) of each group: classes with the same set of members and state."""
+    classes: Ids, of: Ids, counts: Ids, members: int, analysis: Analysis
+) -> Iterator[tuple[list[int], list[int], Ids]]:
+    """(member numbers, most slices of a unit in each, classes) of every group.
+
+    A group is all classes with the same set of members that are pinned or free alike.
+    """
     weights = np.random.default_rng(0).integers(1, 2**62, members, dtype=np.int64)
-    unique, place = np.unique(classes, return_inverse=True)
-    signature = np.zeros(len(unique), np.int64)
+    starts = np.flatnonzero(np.diff(classes, prepend=-1))
+    unique = classes[starts]
     with np.errstate(over="ignore"):
-        np.add.at(signature, place, weights[of])  # a random hash of the set
-    signature = signature * 2 + pinned[unique]
-    starts = np.searchsorted(classes, unique)
-    order = np.lexsort((unique, signature))
-    cuts = np.flatnonzero(np.diff(signature[order])) + 1
+        signature = np.add.reduceat(weights[of], starts)  # a random hash of the set
+        signature = signature * 2 + analysis.pinned[unique]
+    _, group_of, sizes = np.unique(signature, return_inverse=True, return_counts=True)
+    row_group = np.repeat(group_of, np.diff(starts, append=len(classes)))
+    most = np.zeros((len(sizes), members), np.int64)
+    np.maximum.at(most, (row_group, of), counts)
+    order = np.argsort(group_of, kind="stable")
     found = []
-    for run in np.split(order, cuts):
-        first = int(run[0])
-        end = starts[first + 1] if first + 1 < len(starts) else len(classes)
-        found.append((sorted(of[starts[first] : end].tolist()), unique[run]))
-    yield from sorted(found, key=lambda item: (item[0], item[1][0]))
+    for number, run in enumerate(np.split(order, np.cumsum(sizes)[:-1])):
+        signed = np.flatnonzero(most[number])
+        found.append((signed.tolist(), most[number, signed].tolist(), unique[run]))
+    yield from sorted(found, key=lambda item: (item[0], item[2][0]))
 
 
 def _weights(

@@ -16,8 +16,8 @@ from graphwright.ir.load.detect import Kind
 from graphwright.ir.load.pickles import globals_in, globals_in_bytes, is_module, listed, unsafe
 from graphwright.ir.load.zips import Archive
 
-NESTED = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params",
-          "ema_state_dict", "ema")  # fmt: skip
+NESTED = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights",
+          "params", "ema_state_dict", "ema")  # fmt: skip
 """Keys under which training scripts keep the weights, in order of preference."""
 
 _PICKLES_IN_OLD_FORMAT = 5

@@ -25,7 +25,14 @@ from graphwright.ir.load.pickles import globals_in_bytes, listed, unsafe
 from graphwright.ir.load.zips import Archive, Member
 
 _CONTAINER = ("archive_format", "archive_version", "byteorder")
-_FOLDERS = (".data/", "extra/", "models/", "data/weights/", "data/constants/", "data/sample_inputs/")
+_FOLDERS = (
+    ".data/",
+    "extra/",
+    "models/",
+    "data/weights/",
+    "data/constants/",
+    "data/sample_inputs/",
+)
 
 
 def read_export(path: Path) -> tuple[ExportedProgram, dict[str, str]]:
@@ -40,7 +47,9 @@ def read_export(path: Path) -> tuple[ExportedProgram, dict[str, str]]:
     name = _model_name(archive)
     model = scan_model(_json(archive, f"models/{name}.json"), str(path))
     _check_operators(model, str(path))
-    storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
+    storage: Any = torch.UntypedStorage.from_file(
+        str(path), shared=False, nbytes=path.stat().st_size
+    )
     weights = _tensors(archive, storage, "weights", name)
     constants = _tensors(archive, storage, "constants", name)
     examples = _sample_inputs(archive, name)

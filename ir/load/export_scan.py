@@ -62,7 +62,9 @@ _EXPR_NAMES = frozenset(
     }
 )  # fmt: skip
 _SYMBOL = re.compile(r"(zuf|zf|s|u|f|i|us)\d+|[A-Za-z_]\w{0,63}")
-_EXPR_TOKEN = re.compile(r"\s+|\d+(?:\.\d*)?(?:e[+-]?\d+)?|'[A-Za-z_]\w{0,63}'|[A-Za-z_]\w*|[-+*/%(),=<>~&|]")
+_EXPR_TOKEN = re.compile(
+    r"\s+|\d+(?:\.\d*)?(?:e[+-]?\d+)?|'[A-Za-z_]\w{0,63}'|[A-Za-z_]\w*|[-+*/%(),=<>~&|]"
+)
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _QUALIFIED = re.compile(r"[\w.:/@\-]*")
 _TREE_TYPES = frozenset(
@@ -137,9 +139,7 @@ def _in_tree(tree: dict[str, Any]) -> Iterator[str]:
     kind, context = tree["type"], tree["context"]
     if kind is not None:
         keys = json.loads(context) if isinstance(context, str) else context
-        plain = keys is None or (
-            isinstance(keys, list) and all(_is_plain_key(key) for key in keys)
-        )
+        plain = keys is None or (isinstance(keys, list) and all(_is_plain_key(key) for key in keys))
         if kind in _TREE_TYPES:
             if not plain:
                 yield f"container context: {_short(context)}"

@@ -172,7 +172,9 @@ def _load_checkpoint(
     value = read_checkpoint(path, kind, allow_pickle=allow_pickle)
     module = module_in(value)
     if module is not None:
-        notes = [] if factory is None else ["the file holds a whole module: the factory is not used"]
+        notes = (
+            [] if factory is None else ["the file holds a whole module: the factory is not used"]
+        )
         return {"module": module.eval(), "warnings": notes}
     tensors, notes = weights_in(value, str(path))
     parts = _fill(tensors, factory, kwargs, path)

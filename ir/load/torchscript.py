@@ -55,7 +55,7 @@ class ScriptedModule(nn.Module):
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Calls the archived module; arguments by name are put in its own order."""
-        order = [argument.name for argument in self.scripted.forward.schema.arguments[1:]]
+        order = [argument.name for argument in self.scripted.forward.schema.arguments[1:]]  # type: ignore[attr-defined]
         if set(named) <= set(order):
             named = {name: named[name] for name in order if name in named}
         before = self._put({**dict(self.named_parameters()), **dict(self.named_buffers())})
@@ -115,7 +115,7 @@ def read_torchscript(path: Path, *, allow_pickle: bool) -> ScriptedModule:
         raise ModelError(
             "this TorchScript archive does more than compute",
             where=str(path),
-            fix="Use the Python model it was made from, or, if you trust its maker, --allow-pickle.",
+            fix="Use the Python model it was made from; --allow-pickle if you trust its maker.",
             details=tuple(listed(found)),
         )
     _check_same_members(archive)
@@ -150,7 +150,7 @@ def _findings(archive: Archive) -> Any:
 
 
 def _check_same_members(archive: Archive) -> None:
-    """Torch's zip reader must see the very code that was scanned, not another reading of the file."""
+    """Torch's zip reader must see the very code that was scanned, and no other."""
     reader = torch._C.PyTorchFileReader(str(archive.path))
     same = set(reader.get_all_records()) == set(archive.members) and all(
         reader.get_record(name) == archive.read(name)

@@ -30,9 +30,7 @@ def fill(module: nn.Module, weights: Mapping[str, torch.Tensor], where: str) -> 
     _check_names(weights, wanted, where)
     _check_shapes(weights, wanted, where)
     converted, more = _converted(weights, wanted, where)
-    differing = [
-        names for names in groups if len(names) > 1 and not _all_equal(converted, names)
-    ]
+    differing = [names for names in groups if len(names) > 1 and not _all_equal(converted, names)]
     trainable = {name: p.requires_grad for name, p in module.named_parameters()}
     module.load_state_dict(converted, strict=True, assign=True)
     _retie(module, groups)

@@ -117,7 +117,7 @@ class _Caster:
         return value
 
     def _as(self, operand: fx.Node, dtype: torch.dtype, before: fx.Node) -> fx.Node:
-        value = operand.meta.get("val")
+        value: Any = operand.meta.get("val")
         if not _is_float(value) or value.dtype is dtype:
             return operand
         if operand.op == "get_attr":

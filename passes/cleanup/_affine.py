@@ -58,7 +58,8 @@ def refuse_output_fold(editor: Editor, layer: fx.Node, norm: fx.Node) -> str | N
         return f"{layer.name} is also read by other nodes"
     if layer.target is LINEAR and layer.meta["val"].dim() != 2:
         return "the norm runs over another axis than the linear layer's outputs"
-    if layer.target is not LINEAR and layer.meta["val"].dim() != layer.args[1].meta["val"].dim():
+    rank = layer.args[1].meta["val"].dim()  # type: ignore[union-attr]
+    if layer.target is not LINEAR and layer.meta["val"].dim() != rank:
         return f"{layer.name} runs without a batch axis"
     return _refuse_weight(editor, layer)
 

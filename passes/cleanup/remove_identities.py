@@ -173,7 +173,8 @@ def _axis(node: fx.Node, position: int) -> int:
     args, _ = full_arguments(node)
     value = node.meta["val"]
     rank = (value[0] if isinstance(value, list | tuple) else value).dim()
-    return int(args[position]) % rank
+    axis = int(args[position]) % int(rank)
+    return axis
 
 
 def _inactive_dropout(node: fx.Node) -> fx.Node | None:

@@ -292,8 +292,8 @@ class Block(torch.nn.Module):
 @torch.no_grad()
 def whole_model() -> list[dict[str, Any]]:
     """Two decoder layers in bfloat16, traced and fused by us, against eager and torch.compile."""
-    from graphwright.ir.device import set_device
     from graphwright.backends.triton.fuse import count_ops, fuse
+    from graphwright.ir.device import set_device
     from graphwright.ir.trace import trace
 
     model = torch.nn.Sequential(Block(), Block()).bfloat16().eval()

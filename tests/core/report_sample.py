@@ -68,7 +68,8 @@ def sample_report(original, result, **changes):
             }
         },
         "require": [
-            {"name": "min_speedup", "bound": 5.0, "measured": 4.0, "what": "onnxruntime", "met": False},
+            {"name": "min_speedup", "bound": 5.0, "measured": 4.0, "what": "onnxruntime",
+             "met": False},
             {"name": "max_drop", "bound": 0.1, "measured": None, "what": "", "met": False},
         ],
         "warnings": [f"weight {HOSTILE} holds NaN"],

@@ -160,8 +160,14 @@ def test_summary_on_the_console(report):
     file = io.StringIO()
     print_summary(report, "out", Console(file=file, width=100))
     text = file.getvalue()
-    for part in ("quantize.round", "latency    2.00 ms -> 0.50 ms, 4.00x (onnxruntime, cpu, 2 threads)",
-                 "out/model.onnx (2 kB)", "out/report.html", "min_speedup 5: 4, MISSED"):  # fmt: skip
+    parts = (
+        "quantize.round",
+        "latency    2.00 ms -> 0.50 ms, 4.00x (onnxruntime, cpu, 2 threads)",
+        "out/model.onnx (2 kB)",
+        "out/report.html",
+        "min_speedup 5: 4, MISSED",
+    )
+    for part in parts:
         assert part in text, part
 
 
@@ -175,7 +181,7 @@ BROWSER = next(
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_page_in_a_browser(pair, report, tmp_path, scheme):
-    """No console message, no request but the page itself, the scheme's colours, hostile text inert."""
+    """No console message, no request but the page itself, the scheme's colours, inert text."""
     write_report(report, pair[1], tmp_path)
     log = tmp_path / "net.json"
     flags = [

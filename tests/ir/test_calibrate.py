@@ -85,7 +85,6 @@ def test_nan_and_no_batch_at_all_are_refused() -> None:
     program = gw.trace(nn.Linear(3, 2), (torch.randn(4, 3),), {"input": {0: "n"}})
     node = next(n for n in program.graph.nodes if n.target is torch.ops.aten.linear.default)
     for batches in ([], [(torch.full((2, 3), float("nan")),)]):
+        watch = range_observer("min_max", 99.9)
         with pytest.raises(GraphwrightError):
-            watch = range_observer("min_max", 99.9)
             observe(program, {node.name: watch}, batches)
-            watch.range()

@@ -96,6 +96,10 @@ def broadcasts(m: Wrap, x: Tensor) -> Tensor:
     return left * right
 
 
+def outer_product(m: Wrap, x: Tensor) -> Tensor:
+    return torch.outer(x.mean((1, 2, 3)), torch.arange(3, dtype=torch.float64))
+
+
 CASES: list[tuple[Callable[..., Any], str]] = [
     (convolution, "conv2d"),
     (transposed_convolution, "transpose conv_transpose2d"),
@@ -108,6 +112,7 @@ CASES: list[tuple[Callable[..., Any], str]] = [
     (casts, "to to"),
     (other_names, "mul neg minimum sub abs cat transpose gt lt bitwise_and any mul"),
     (norms, "linalg_vector_norm linalg_vector_norm add linalg_vector_norm sum add"),
+    (outer_product, "mean arange unsqueeze mul"),
     (broadcasts, "slice slice slice mul"),
     (differences, "slice slice cat slice slice sub gt slice gt cat slice slice ne mul"),
     (views, "permute reshape reshape reshape"),

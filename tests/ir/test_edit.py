@@ -84,11 +84,11 @@ def test_an_edit_without_a_change_is_the_same_program(program: gw.Program) -> No
 
 def test_a_tensor_cannot_take_the_name_of_a_module_method(program: gw.Program) -> None:
     editor = Editor(program, by="test.name")
-    assert editor.add_state("to", torch.zeros(3)) == "to_1"
+    assert editor.add_state("folded.to", torch.zeros(3)) == "folded.to_1"
     add = editor.graph.output_node()
     first = add.args[0][0]
     add.replace_input_with(
-        first, editor.call(aten.add.Tensor, first, editor.get("to_1"), before=add)
+        first, editor.call(aten.add.Tensor, first, editor.get("folded.to_1"), before=add)
     )
     after = editor.finish()
     x = torch.randn(2, 4)

@@ -106,6 +106,13 @@ def keeps_its_dtype(x: Tensor) -> Tensor:
     return y * counts
 
 
+def every_second(x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    y[:, 0::2] = x[:, 1::2] * 2
+    y[:, 1::2] = x[:, 0::2]
+    return y
+
+
 def an_item_of_several_results(x: Tensor) -> Tensor:
     values, places = x.topk(2, dim=1)
     values.mul_(2)
@@ -116,7 +123,7 @@ def an_item_of_several_results(x: Tensor) -> Tensor:
 CASES = [
     plain, read_before_and_after, through_a_slice, through_views_of_views,
     an_old_view_sees_a_later_write, a_copy_does_not, chunks, unbound, the_diagonal, an_input,
-    masked, keeps_its_dtype, an_item_of_several_results,
+    masked, keeps_its_dtype, an_item_of_several_results, every_second,
 ]  # fmt: skip
 
 

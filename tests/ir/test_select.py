@@ -75,7 +75,7 @@ def test_an_exclusion_that_matches_nothing_is_an_error_too(program: gw.Program) 
 
 
 def test_only_exclusions_are_refused(program: gw.Program) -> None:
-    with pytest.raises(ModelError, match="only exclude. Put"):
+    with pytest.raises(ModelError, match=r"only exclude\. Put"):
         select(program, ["!head"])
 
 

@@ -39,12 +39,12 @@ def several(e: Emitter, node: fx.Node, inputs: Any, kind: str, dtypes: Any, **kw
 
 def by_face(e: Emitter, node: fx.Node, face: Any) -> Any:
     """Translates a node by an onnxscript function, written in opset 18, and inlines its nodes."""
-    import onnxscript
+    from onnxscript import evaluator, values
     from torch.onnx._internal.exporter import _building, _tensors
 
-    opset = onnxscript.values.Opset("", 18)
+    opset = values.Opset("", 18)
     constants: dict[Any, ir.Value] = {}
-    recorder = _building.OpRecorder(opset, constants)
+    recorder = _building.OpRecorder(opset, constants)  # type: ignore[abstract]
     stand_ins: dict[Any, Any] = {}
 
     def stand_in(arg: Any) -> Any:
@@ -62,11 +62,11 @@ def by_face(e: Emitter, node: fx.Node, face: Any) -> Any:
             stand_ins[arg] = value
         return stand_ins[arg]
 
-    with onnxscript.evaluator.default_as(recorder):
+    with evaluator.default_as(recorder):
         result = face(*map(stand_in, node.args), **{k: stand_in(v) for k, v in node.kwargs.items()})
     for arg, value in stand_ins.items():
         value.replace_all_uses_with(e.values[arg])
     recorded = {v for n in recorder.nodes for v in n.inputs if v is not None}
     e.adopt(recorder.nodes, [v for v in recorded if v.const_value is not None and not v.producer()])
-    e.functions.extend(recorder.functions.values())
+    e.functions.extend(recorder.functions.values())  # type: ignore[arg-type]
     return list(result) if isinstance(result, tuple | list) else result

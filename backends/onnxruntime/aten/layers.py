@@ -260,7 +260,7 @@ def _bins(size: int, out: int) -> list[list[float]]:
     for i in range(out):
         low, high = i * size // out, math.ceil((i + 1) * size / out)
         matrix[i, low:high] = 1 / (high - low)
-    return matrix.tolist()  # type: ignore[no-any-return]
+    return matrix.tolist()
 
 
 def _resize(e: Emitter, node: fx.Node, x: Any, factors: Any, **attributes: Any) -> Any:

@@ -175,9 +175,9 @@ def _bitwise(kind: str) -> Any:
 
 
 for _name in ("And", "Or", "Xor"):
-    for _packet in (f"bitwise_{_name.lower()}", f"__{_name.lower()}__"):
+    for _logical in (f"bitwise_{_name.lower()}", f"__{_name.lower()}__"):
         for _overload in ("Tensor", "Scalar"):
-            translates(getattr(getattr(aten, _packet), _overload))(_bitwise(_name))
+            translates(getattr(getattr(aten, _logical), _overload))(_bitwise(_name))
 
 
 @translates(aten.bitwise_not.default, aten.logical_not.default)

@@ -41,7 +41,7 @@ def reshape(e: Emitter, node: fx.Node, a: Any, *_: Any, **__: Any) -> Any:
     if node.target is aten.unsqueeze.default:
         axis = node.args[1] if len(node.args) > 1 else node.kwargs["dim"]
         if sum(not isinstance(s, int) for s in have) > 1:
-            return e.op("Unsqueeze", e.values[a], e.ints(int(axis) % len(want)))  # type: ignore[call-overload]
+            return e.op("Unsqueeze", e.values[a], e.ints(int(axis) % len(want)))  # type: ignore[arg-type]
     return e.reshape(e.values[a], have, want)
 
 

@@ -62,7 +62,9 @@ def fuse_attention(editor: Editor) -> int:
 
 def _fuse(editor: Editor, node: fx.Node, masks: dict[Any, Visibility | None]) -> int:
     q, k, v = node.args[:3]
-    assert isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(v, fx.Node)
+    assert isinstance(q, fx.Node)
+    assert isinstance(k, fx.Node)
+    assert isinstance(v, fx.Node)
     if not _fits(node, q, k, v):
         return 0
     visible = _visibility(editor, node, q, k, masks)

@@ -35,7 +35,7 @@ ours = torch.ops.graphwright
 TAPS = "lower.int8.taps"
 """Fact: quantizer of the program -> nodes with its codes, scale and zero point in the runtime."""
 
-PRODUCTS = {
+PRODUCTS: dict[Any, tuple[int, int, int | None]] = {
     aten.linear.default: (0, 1, 2),
     aten.matmul.default: (0, 1, None),
     aten.addmm.default: (1, 2, 0),
@@ -103,7 +103,9 @@ def _product(editor: Editor, node: fx.Node, activations: dict[fx.Node, tuple[fx.
     matrix = _as_columns(editor, weight.codes) if is_linear else weight.codes
     place = places[2]
     bias = node.args[place] if place is not None and len(node.args) > place else None
-    fused = isinstance(bias, fx.Node) and bias.op == "get_attr" and len(sizes_of(bias)) == 1
+    fused: fx.Node | None = None
+    if isinstance(bias, fx.Node) and bias.op == "get_attr" and len(sizes_of(bias)) == 1:
+        fused = bias
     # Sizes are read from the activation: the node itself is about to go.
     source = x.args[0]
     assert isinstance(source, fx.Node)
@@ -111,10 +113,10 @@ def _product(editor: Editor, node: fx.Node, activations: dict[fx.Node, tuple[fx.
     shape = [*leading, int(node.meta["val"].shape[-1])]
     new = onnx_call(
         editor, "MatMulIntegerToFloat",
-        [codes, matrix, scale, weight.scale, zero_point, None, bias if fused else None],
+        [codes, matrix, scale, weight.scale, zero_point, None, fused],
         shape, before=node,
     )  # fmt: skip
-    if bias is not None and not fused:
+    if bias is not None and fused is None:
         new = editor.call(aten.add.Tensor, new, bias, before=node)
     editor.replace(node, new)
     return 1

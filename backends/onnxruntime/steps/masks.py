@@ -232,7 +232,7 @@ def _selected(reader: _Reader, node: fx.Node, index: Index) -> Any:
     place = _integer(reader.at(node.args[2], ()))
     if not place.is_nonnegative:
         raise Unclear
-    return reader.at(node.args[0], (*index[:dim], place, *index[dim:]))
+    return reader.at(node.args[0], (*index[:dim], place, *index[dim:]))  # type: ignore[index]
 
 
 def _indexed(reader: _Reader, node: fx.Node, index: Index) -> Any:

@@ -231,7 +231,8 @@ BAD = {
         lambda: (10**12).to_bytes(8, "little") + b"{" + bytes(99), "", "m.safetensors", True),
     "safetensors, header no JSON": Bad(
         lambda: (8).to_bytes(8, "little") + b"{oh no!}" + bytes(99), "", "m.safetensors", True),
-    "a weight is missing": Bad(lambda: tensors(**{"0.bias": None}), "0.bias", "m.safetensors", True),
+    "a weight is missing": Bad(
+        lambda: tensors(**{"0.bias": None}), "0.bias", "m.safetensors", True),
     "a weight too many": Bad(
         lambda: tensors(**{"9.bias": torch.zeros(2)}), "9.bias", "m.safetensors", True),
     "a weight of another shape": Bad(
