@@ -38,6 +38,7 @@ class FusedModule(nn.Module, Compiled):
         # Own parameter objects and an own graph: moving this module leaves the program alone.
         state = {name: _own(tensor) for name, tensor in program.state.items()}
         self.program = program.replace(graph=copy_graph(program.graph), state=state)
+        self.signature = program.signature
         self.body: fx.GraphModule = self.program.module
         found = {"fused": count_ops(program.graph), "left": largest_leftovers(program.graph)}
         Compiled.__init__(self, found if notes is None else notes)
