@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.program import Program
 
-Picks = Mapping[ChannelGroup, Iterable[int]]
+Picks = Mapping[ChannelGroup, Sequence[int]]
 
 
 def channel_groups(
@@ -55,10 +55,10 @@ def zero(program: Program, picks: Picks) -> Program:
     Raises:
         ArgumentError: a unit does not exist or may not be removed, or too many are picked.
     """
+    if not any(len(units) for units in picks.values()):
+        return program
     program = _prepared(program)
     analysis, removed = resolve(program, picks)
-    if not removed.any():
-        return program
     state = dict(program.state)
     for name in state:
         gone = {d: np.flatnonzero(removed[classes]) for d, classes in _dims(analysis, name)}
@@ -76,10 +76,10 @@ def cut(program: Program, picks: Picks) -> Program:
     Raises:
         ModelError: shapes after the cut differ from the predicted ones; names the node.
     """
+    if not any(len(units) for units in picks.values()):
+        return program
     program = _prepared(program)
     analysis, removed = resolve(program, picks)
-    if not removed.any():
-        return program
     extents = Extents(analysis, removed)
     editor = Editor(program, by="channels")
     for name, positions in _kept(analysis, removed).items():
@@ -103,6 +103,8 @@ def kept_positions(program: Program, picks: Picks) -> dict[str, dict[int, torch.
 
     An optimizer's moments, or any other tensor of a parameter's shape, are sliced by the same.
     """
+    if not any(len(units) for units in picks.values()):
+        return {}
     program = _prepared(program)
     analysis, removed = resolve(program, picks)
     return {
@@ -125,8 +127,6 @@ def resolve(program: Program, picks: Picks) -> tuple[Analysis, np.ndarray]:
         ArgumentError: as `zero`.
     """
     groups = list(picks)
-    if not groups:
-        raise ArgumentError("no channel group is picked", fix="gw.channel_groups lists them.")
     analysis = groups[0].analysis
     if any(g.analysis is not analysis for g in groups):
         raise ArgumentError("the picked groups come from different calls of channel_groups")
