@@ -76,7 +76,6 @@ class Smoothquant(Pass):
     contract = "exact"
     needs = "calibration"
     Options = SmoothquantOptions
-    before = ("cleanup.*",)
 
     def run(self, program: Program, context: Context) -> Result:
         layers = select(program, self.options.targets, INNER_AXIS)
