@@ -28,7 +28,7 @@ def table(report: dict[str, Any], comparison: list[dict[str, Any]]) -> str:
     texts, tokens = latency["shapes"][0]
     before, after = report["model"]["weight_bytes"] / 1e6, artifact["file_bytes"] / 1e6
     job = f"{texts} texts of {tokens} tokens, {latency['threads']} threads"
-    versions = f"torch {report['environment']['torch']}, {cpu()}"
+    versions = f"torch {report['versions']['torch']}, {cpu()}"
     return f"""\
 | | original (PyTorch, fp32) | compiled (ONNX Runtime, int8) |
 | --- | --- | --- |
