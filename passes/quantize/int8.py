@@ -154,9 +154,8 @@ class Int8(Pass):
                 actions.append(Action(layer.name, "float32", refused[layer.node]))
                 continue
             how = "weight" if layer.kind == "embedding" else self.options.activations
-            actions.append(
-                Action(layer.name, f"int8 {how}", f"relative error {errors[layer.node]:.2e}")
-            )
+            error = errors[layer.node]
+            actions.append(Action(layer.name, f"int8 {how}, relative error {error:.2e}"))
         return tuple(actions)
 
 

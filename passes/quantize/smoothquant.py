@@ -189,7 +189,7 @@ def _apply(
     for layer in group.layers:
         wide = factors if INNER_AXIS[layer.kind] == 1 else factors[:, None]
         _scale(editor, twin[layer.node].args[WEIGHT_ARGUMENT.get(layer.kind, 1)], wide)
-    return Action(group.name, "folded" if taken else "scaled", f"alpha {alpha:g}")
+    return Action(group.name, f"{'folded' if taken else 'scaled'}, alpha {alpha:g}")
 
 
 def _fold(editor: Editor, x: fx.Node, factors: Tensor) -> bool:

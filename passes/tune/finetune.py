@@ -124,7 +124,7 @@ def _action(
         shift += float((new - old).square().sum())
         scale += float(old.square().sum())
     share = (shift / scale) ** 0.5 if scale else float("inf")
-    return Action(layer.name, "trained", f"parameters moved by {share:.2e} of their norm")
+    return Action(layer.name, f"trained, parameters moved by {share:.2e} of their norm")
 
 
 def _metrics(history: History) -> dict[str, float]:
