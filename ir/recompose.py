@@ -1,4 +1,4 @@
-"""Layers that an exporter or a decomposition took apart, as the one call they were."""
+"""Layers that were taken apart as the one call they were, and compound calls as their parts."""
 
 from __future__ import annotations
 
@@ -105,6 +105,23 @@ def _is_transpose(node: fx.Node) -> bool:
     return node.target is aten.transpose.int and {node.args[1], node.args[2]} in ({0, 1}, {-1, -2})
 
 
+def _squared_error(editor: Editor, node: fx.Node) -> None:
+    """`mse_loss`, which vector quantizers return in inference too -> its arithmetic."""
+    left, right = node.args[:2]
+    reduction = node.args[2] if len(node.args) > 2 else node.kwargs.get("reduction", 1)
+
+    def call(op: Any, *args: Any) -> fx.Node:
+        return editor.call(op, *args, before=node, like=node)
+
+    difference = call(aten.sub.Tensor, left, right)
+    result = call(aten.mul.Tensor, difference, difference)
+    if reduction == 1:
+        result = call(aten.mean.default, result)
+    elif reduction == 2:
+        result = call(aten.sum.default, result)
+    editor.replace(node, result)
+
+
 RECOMPOSED: dict[str, Callable[[Editor, fx.Node], None]] = {
     **dict.fromkeys(
         (
@@ -116,6 +133,7 @@ RECOMPOSED: dict[str, Callable[[Editor, fx.Node], None]] = {
         ),
         _native_batch_norm,
     ),
+    "mse_loss": _squared_error,
     "native_layer_norm": _native_layer_norm,
     "native_group_norm": _native_group_norm,
     "native_dropout": _native_dropout,

@@ -100,6 +100,10 @@ def outer_product(m: Wrap, x: Tensor) -> Tensor:
     return torch.outer(x.mean((1, 2, 3)), torch.arange(3, dtype=torch.float64))
 
 
+def squared_error(m: Wrap, x: Tensor) -> Tensor:
+    return F.mse_loss(x, x * 2) + F.mse_loss(x, x * 3, reduction="sum")
+
+
 CASES: list[tuple[Callable[..., Any], str]] = [
     (convolution, "conv2d"),
     (transposed_convolution, "transpose conv_transpose2d"),
@@ -113,6 +117,7 @@ CASES: list[tuple[Callable[..., Any], str]] = [
     (other_names, "mul neg minimum sub abs cat transpose gt lt bitwise_and any mul"),
     (norms, "linalg_vector_norm linalg_vector_norm add linalg_vector_norm sum add"),
     (outer_product, "mean arange unsqueeze mul"),
+    (squared_error, "mul sub mul mean mul sub mul sum add"),
     (broadcasts, "slice slice slice mul"),
     (differences, "slice slice cat slice slice sub gt slice gt cat slice slice ne mul"),
     (views, "permute reshape reshape reshape"),
