@@ -68,7 +68,10 @@ def _check_inputs(opened: dict[str, Any], names: list[str]) -> None:
     for source, model in opened.items():
         own = [spec.name for spec in model.signature.inputs]
         if own != names:
-            raise ArgumentError(f"{source} takes the inputs {own}, the first one {names}")
+            raise ArgumentError(
+                f"{source} takes the inputs {own}, the first one {names}",
+                fix="Say with --spec which inputs the models are to be traced with.",
+            )
 
 
 def _call(model: Any, inputs: dict[str, Any]) -> Any:

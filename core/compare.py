@@ -100,7 +100,10 @@ def _figures(error: Fidelity) -> list[str]:
 def _check_inputs(reference: Any, candidate: Any) -> None:
     names = [[spec.name for spec in model.signature.inputs] for model in (reference, candidate)]
     if names[0] != names[1]:
-        raise ArgumentError(f"the two take different inputs: {names[0]} and {names[1]}")
+        raise ArgumentError(
+            f"the two take different inputs: {names[0]} and {names[1]}",
+            fix="Say with --spec which inputs the model is to be traced with.",
+        )
 
 
 def _load(arguments: Any, signature: Any, seed: int, sizes: dict[str, int]) -> Batches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,8 @@ def inspect(arguments: Any, console: Console | None = None) -> int:
     program = open_program(
         arguments.model, spec=arguments.spec, allow_pickle=arguments.allow_pickle
     )
-    console = console or Console()
+    # a file or a pipe has no width of its own: rows stay whole there
+    console = console or Console(width=None if sys.stdout.isatty() else 200)
     if arguments.groups:
         print_groups(program, console)
     else:

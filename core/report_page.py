@@ -92,7 +92,7 @@ def tiles(report: dict[str, Any]) -> list[dict[str, str]]:
         value, detail = "exact", "outputs equal the original's"
     else:
         value = "broken" if error["cosine"] is None else figure_text(error["cosine"])
-        detail = f"cosine to the original; {error_text(error).split(',')[0]}"
+        detail = f"cosine of all output values; {error_text(error).split(',')[0]}"
     found.append({"title": "Fidelity", "value": value, "detail": detail})
     if report["evaluation"]:
         row = report["evaluation"]
@@ -215,6 +215,10 @@ def as_text(value: Any) -> str:
     """A value of a report for people: text as it is, figures short, the rest as JSON."""
     if isinstance(value, str):
         return value
+    if value in ({}, []):
+        return "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {as_text(item)}" for key, item in value.items())
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]
     if isinstance(value, float):

@@ -14,7 +14,8 @@ from graphwright.ir.program import Program
 from graphwright.ir.view import Block, module_blocks, op_blocks
 
 _CHARACTER = 6.9  # mean width of a character at the title's font size
-_LONGEST = 44  # characters of a line; the tooltip has the rest
+_LONGEST = 44  # characters of a title; the tooltip has the rest
+_LONGEST_DETAIL = 60
 _MARGIN = 14.0
 
 # Chosen to keep a contrast of 4.5 for text and 3 for borders on both backgrounds.
@@ -83,7 +84,10 @@ def draw_blocks(graph: nx.DiGraph) -> str:
 
 
 def _size(block: Block) -> tuple[float, float]:
-    longest = max(len(_cut(block.title)) * _CHARACTER, len(_cut(block.detail)) * _CHARACTER * 0.9)
+    longest = max(
+        len(_cut(block.title)) * _CHARACTER,
+        len(_cut(block.detail, _LONGEST_DETAIL)) * _CHARACTER * 0.9,
+    )
     badge = 30.0 if block.count > 1 else 0.0
     return max(64.0, longest + 22.0 + badge), 38.0 if block.detail else 26.0
 
@@ -102,7 +106,7 @@ def _box(block: Block, center: tuple[float, float], size: tuple[float, float]) -
     if block.detail:
         parts.append(
             f'<text class="d" x="{left + 12:.1f}" y="{top + 30:.1f}">'
-            f"{clean(_cut(block.detail))}</text>"
+            f"{clean(_cut(block.detail, _LONGEST_DETAIL))}</text>"
         )
     if block.count > 1:
         text = f"×{block.count}"
@@ -128,10 +132,10 @@ def _edge(points: list[tuple[float, float]]) -> str:
     return f'<path marker-end="url(#gw-tip)" d="{"".join(path)}"/>'
 
 
-def _cut(text: str) -> str:
-    if len(text) <= _LONGEST:
+def _cut(text: str, longest: int = _LONGEST) -> str:
+    if len(text) <= longest:
         return text
-    keep = _LONGEST // 2 - 1
+    keep = longest // 2 - 1
     return f"{text[:keep]}…{text[-keep:]}"
 
 

@@ -155,8 +155,8 @@ def module_blocks(program: Program, max_blocks: int = MAX_BLOCKS) -> nx.DiGraph:
 
     The depth at which modules are cut is the deepest that keeps to `max_blocks`, 1 if none does.
     """
-    calls = [n for n in program.graph.nodes if n.op == "call_function" and _has_tensor(n)]
-    depths = {len(_scope(node)[0].split(".")) for node in calls} | {1}
+    calls = _by_use(program)
+    depths = {len(_scope(owner)[0].split(".")) for _, owner in calls} | {1}
     best = _fold(_segments(calls, 1, program))
     for depth in sorted(depths - {1}):
         folded = _fold(_segments(calls, depth, program))
@@ -183,10 +183,40 @@ class _Folded:
     repetitions: list[_Segment]
 
 
-def _segments(calls: Sequence[fx.Node], depth: int, program: Program) -> list[_Segment]:
+def _by_use(program: Program) -> list[tuple[fx.Node, fx.Node]]:
+    """Tensor operators in execution order, each with the operator whose module it is shown in.
+
+    What depends on no input (a rebuilt weight) may stand anywhere in the graph: it goes with, and
+    right before, the first operator that uses it.
+    """
+    found: list[tuple[fx.Node, fx.Node]] = []
+    constant: set[fx.Node] = set()
+    waiting: set[fx.Node] = set()
+
+    def place(node: fx.Node, owner: fx.Node) -> None:
+        for operand in node.all_input_nodes:
+            if operand in waiting:
+                waiting.remove(operand)
+                place(operand, owner)
+        found.append((node, owner))
+
+    for node in program.graph.nodes:
+        operands = node.all_input_nodes
+        if node.op == "get_attr" or (operands and all(n in constant for n in operands)):
+            constant.add(node)
+            if node.op == "call_function" and _has_tensor(node):
+                waiting.add(node)
+        elif node.op == "call_function" and _has_tensor(node):
+            place(node, node)
+    return found
+
+
+def _segments(
+    calls: Sequence[tuple[fx.Node, fx.Node]], depth: int, program: Program
+) -> list[_Segment]:
     segments: list[_Segment] = []
-    for node in calls:
-        scopes = _scopes(node)
+    for node, owner in calls:
+        scopes = _scopes(owner)
         cut = [(path, kind) for path, kind in scopes if path.count(".") < depth]
         path, kind = cut[-1] if cut else ("", "")
         if not segments or segments[-1].path != path:
@@ -251,15 +281,16 @@ def _goes_back(source: int | fx.Node, target: int | fx.Node) -> bool:
 def _block(item: _Folded, program: Program) -> Block:
     first, last = item.repetitions[0], item.repetitions[-1]
     ops = Counter(op_name(node) for node in first.nodes if op_name(node) not in VIEWS)
-    made_of = ", ".join(f"{n} {name}" if n > 1 else name for name, n in ops.most_common(3))
-    made_of = f"{made_of}, …" if len(ops) > 3 else made_of
+    names = [f"{n} {name}" if n > 1 else name for name, n in ops.most_common()]
+    shown = 3 if sum(map(len, names[:3])) <= 26 else 2 if sum(map(len, names[:2])) <= 28 else 1
+    made_of = ", ".join(names[:shown]) + (", …" if len(names) > shown else "")
     shape = shape_text(first.nodes[-1].meta.get("val"), program)
     title = _numbered(first.path, last.path)
     families = Counter(family_of(node) for node in first.nodes)
     strongest = max(families, key=lambda name: (_WEIGHT.get(name, 0), families[name]))
     if not first.path:  # operators of the model itself, between its modules
-        names = list(ops) or ["reshape"]
-        title = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        loose = list(ops) or ["reshape"]
+        title = ", ".join(loose[:3]) + (", …" if len(loose) > 3 else "")
         made_of = ""
     tooltip = f"{first.path} to {last.path}" if len(item.repetitions) > 1 else first.path
     kind = first.kind.rpartition(".")[2]

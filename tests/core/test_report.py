@@ -16,7 +16,7 @@ from rich.console import Console
 
 from graphwright.report import print_summary, write_report
 from graphwright.report_model import Report
-from graphwright.report_page import note_block, render_page
+from graphwright.report_page import as_text, note_block, render_page
 
 _SPEC = importlib.util.spec_from_file_location(
     "report_sample", Path(__file__).with_name("report_sample.py")
@@ -153,6 +153,9 @@ def test_notes_of_any_shape_are_shown():
     assert block["counts"] == [("counts", [("y", 6, 100.0), ("x", 3, 50.0)])]
     assert block["lists"] == [("list", [1])]
     assert block["pairs"] == [("flag", True), ("no", {})]
+    assert as_text({"sizes": {"batch": 8}, "relative": 4e-7}) == "sizes batch 8, relative 4e-07"
+    assert as_text([]) == as_text({}) == "none"
+    assert (as_text(True), as_text(None), as_text(3), as_text(0)) == ("yes", "-", "3", "0")
     assert note_block("b", "a text")["pairs"] == [("", "a text")]
 
 

@@ -108,6 +108,26 @@ def test_blocks_are_acyclic_when_scopes_interleave():
     assert [d["block"].title for _, d in graph.nodes(data=True)].count("a") == 2
 
 
+def test_rebuilt_weights_stand_in_the_module_that_uses_them(program):
+    """Operators on stored tensors alone, wherever they stand in the graph."""
+    import graphwright.ir.ops  # noqa: F401  (registers the custom ops)
+    from graphwright.ir.edit import Editor
+
+    editor = Editor(program, by="test")
+    first = next(n for n in editor.graph.nodes if n.op == "call_function")
+    for node in [n for n in editor.graph.nodes if n.op == "call_function"]:
+        if "linear" in node.name:
+            x, weight, bias = node.args
+            doubled = editor.call(torch.ops.aten.mul.Tensor, weight, 2.0, before=first)
+            editor.set_args(node, x, doubled, bias)
+    graph = module_blocks(editor.finish())
+    titles = [data["block"].title for _, data in graph.nodes(data=True)]
+    assert sorted(titles) == sorted(
+        ["x", "stem", "blocks.0–4.up", "blocks.0–4.act", "blocks.0–4.down", "blocks.0–4", "head",
+         "output"]
+    )  # fmt: skip
+
+
 def test_op_blocks_leave_weights_and_sizes_out(program):
     titles = [data["block"].title for _, data in op_blocks(program).nodes(data=True)]
     assert titles.count("linear") == 12
