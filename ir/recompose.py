@@ -122,6 +122,30 @@ def _squared_error(editor: Editor, node: fx.Node) -> None:
     editor.replace(node, result)
 
 
+def _distances(editor: Editor, node: fx.Node) -> None:
+    """Euclidean `cdist` of (..., n, d) and (..., m, d), as |a|^2 + |b|^2 - 2ab.
+
+    So torch does it from 25 rows on; it never makes the (n, m, d) differences.
+    """
+    left, right, *rest = node.args
+    p: Any = rest[0] if rest else node.kwargs.get("p", 2.0)
+    if p != 2:
+        return
+
+    def call(op: Any, *args: Any) -> fx.Node:
+        return editor.call(op, *args, before=node, like=node)
+
+    def squares(x: Any) -> fx.Node:
+        return call(aten.sum.dim_IntList, call(aten.mul.Tensor, x, x), [-1], True)
+
+    product = call(aten.matmul.default, left, call(aten.transpose.int, right, -2, -1))
+    lengths = call(aten.add.Tensor, squares(left), call(aten.transpose.int, squares(right), -2, -1))
+    squared = call(aten.sub.Tensor, lengths, call(aten.mul.Tensor, product, 2.0))
+    # Rounding may leave a small negative number where two points coincide.
+    result = call(aten.sqrt.default, call(aten.clamp_min.default, squared, 0.0))
+    editor.replace(node, result)
+
+
 RECOMPOSED: dict[str, Callable[[Editor, fx.Node], None]] = {
     **dict.fromkeys(
         (
@@ -134,6 +158,7 @@ RECOMPOSED: dict[str, Callable[[Editor, fx.Node], None]] = {
         _native_batch_norm,
     ),
     "mse_loss": _squared_error,
+    "cdist": _distances,
     "native_layer_norm": _native_layer_norm,
     "native_group_norm": _native_group_norm,
     "native_dropout": _native_dropout,

@@ -209,3 +209,23 @@ def test_a_complex_operation_without_a_rule_leaves_the_graph_alone() -> None:
     program = gw.trace(model, (x,), {"x": {0: "n"}})
     assert "fft_rfft" in [op_name(n) for n in program.graph.nodes]
     torch.testing.assert_close(program(x[:1]), model(x[:1]))
+
+
+def test_distances_to_a_codebook_are_products() -> None:
+    class Nearest(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.codes = nn.Parameter(torch.randn(40, 6, generator=generator()))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            distances = torch.cdist(x, self.codes)
+            return distances, distances.argmin(1)
+
+    model = Nearest()
+    program = gw.trace(model, (torch.randn(30, 6, generator=generator()),), {"x": {0: "n"}})
+    assert "cdist" not in [op_name(n) for n in program.graph.nodes]
+    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(7))
+    distances, nearest = program(x)
+    slow = (x[:, None] - model.codes[None]).double().norm(dim=-1)
+    torch.testing.assert_close(distances.double(), slow, rtol=1e-5, atol=1e-5)
+    assert torch.equal(nearest, slow.argmin(1))
