@@ -40,6 +40,12 @@ def test_console_scripts() -> None:
     assert set(PROJECT["project"]["scripts"]) == {"optimize", "graphwright"}
 
 
+def test_ci_script_is_executable_and_parses() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
+
+
 def test_constraints_pin_every_development_tool() -> None:
     """CI installs the same versions every day: all that pyproject asks for is pinned."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
