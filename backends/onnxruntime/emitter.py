@@ -145,6 +145,10 @@ class Emitter:
             self._initializer(full, tensor.contiguous()).metadata_props[STATE_KEY] = name
         return self.initializers[full]
 
+    def derived(self, name: str, tensor: torch.Tensor) -> ir.Value:
+        """A tensor computed from the program's, as an initializer under a name of its own."""
+        return self._initializer(self.name(name), tensor.detach().contiguous())
+
     def weight_like(self, value: float, sizes: list[int], dtype: torch.dtype) -> ir.Value:
         """A constant filled with one number (the scale of a norm without weight, say)."""
         key = (value, tuple(sizes), dtype)

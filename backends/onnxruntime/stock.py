@@ -31,6 +31,8 @@ def export_with_torch(program: Program, opset: int, why: Untranslatable) -> ir.M
     signature = program.signature
     try:
         exported = to_exported_program(program)
+        # With examples torch would run guards written for the module it once traced.
+        exported.example_inputs = None
         # Decomposition must see what the trace saw: with gradients on, attention has other strides.
         with torch.no_grad(), _quiet():
             made = torch.onnx.export(

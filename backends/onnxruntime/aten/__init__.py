@@ -27,8 +27,10 @@ def load() -> dict[Any, Callable[..., Any]]:
         index,
         layers,
         pointwise,
+        recurrent,
         reduce,
         shape,
+        windows,
     )
 
     return TABLE

@@ -100,6 +100,10 @@ def binary(e: Emitter, node: fx.Node, kind: str, a: Any, b: Any) -> ir.Value:
         kind = "And"
     elif dtype == torch.bool and kind not in ("Equal", *LOGICAL):
         dtype = torch.int32
+    if dtype == torch.bfloat16:
+        # No CPU kernels; torch computes in float32 too, and rounds the result.
+        wide = e.op(kind, *(e.cast(e.tensor(x, dtype), dtype, torch.float32) for x in (a, b)))
+        return e.cast(wide, torch.float32, dtype) if out == dtype else wide
     return e.op(kind, e.tensor(a, dtype), e.tensor(b, dtype))  # type: ignore[no-any-return]
 
 
@@ -450,8 +454,3 @@ def dropout(e: Emitter, node: fx.Node, a: Any, p: float, train: bool) -> Any:
     if train:
         raise Untranslatable(node, "dropout in training mode")
     return e.values[a]
-
-
-@translates(aten.atan2.default)
-def atan2(e: Emitter, node: fx.Node, a: Any, b: Any) -> Any:
-    raise Untranslatable(node, "left to the standard exporter")
