@@ -13,6 +13,7 @@ from torch import nn
 
 from graphwright.ir.errors import ModelError
 from graphwright.ir.load.detect import Kind
+from graphwright.ir.load.factory import current_folder
 from graphwright.ir.load.pickles import globals_in, globals_in_bytes, is_module, listed, unsafe
 from graphwright.ir.load.zips import Archive
 
@@ -41,10 +42,12 @@ def read_checkpoint(path: Path, kind: Kind, *, allow_pickle: bool) -> Any:
         if not found and kind is not Kind.PICKLE:
             mapped = kind is Kind.CHECKPOINT
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        if kind is Kind.PICKLE:
-            with path.open("rb") as file:
-                return pickle.load(file)
-        return torch.load(path, map_location="cpu", weights_only=False)
+        # Classes of a trusted file may live beside where the command is run, as a factory's do.
+        with current_folder():
+            if kind is Kind.PICKLE:
+                with path.open("rb") as file:
+                    return pickle.load(file)
+            return torch.load(path, map_location="cpu", weights_only=False)
     except (AttributeError, ModuleNotFoundError) as error:
         raise _missing_class(path, error, found) from error
     except Exception as error:  # torch and the file's own code raise anything

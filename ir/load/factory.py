@@ -55,7 +55,7 @@ def _find(factory: str) -> Callable[..., Any]:
     name, _, attribute = factory.partition(":")
     if not name or not attribute:
         raise ModelError("a factory is written `package.module:function`", where=factory)
-    with _current_folder():
+    with current_folder():
         try:
             module = importlib.import_module(name)
         except ModuleNotFoundError as error:
@@ -84,7 +84,7 @@ def _find(factory: str) -> Callable[..., Any]:
 
 
 @contextmanager
-def _current_folder() -> Iterator[None]:
+def current_folder() -> Iterator[None]:
     """Scripts find modules beside them; a console command does not, unless asked to."""
     folder = str(Path.cwd())
     if folder in sys.path or "" in sys.path:

@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 
 from graphwright.ir.kernels import (
     activation,
+    divisor_norm,
     int8_linear,
     norm,
     quantize,
@@ -92,6 +93,15 @@ def cases() -> Iterator[Case]:
             },
             warps=norm.warps_for(columns),
         )
+    yield Case(
+        "divisor_norm-bf16",
+        divisor_norm.divisor_norm_kernel,
+        floats("bf16", "x", "weight", "bias", "y")
+        | sizes("columns", "stride")
+        | {"width": "i32", "eps": "fp32"},
+        {"HAS_WEIGHT": True, "HAS_BIAS": True, "BLOCK": 4096},
+        warps=norm.warps_for(4096),
+    )
     yield Case(
         "dequantize-bf16",
         quantize.dequantize_kernel,
