@@ -12,9 +12,11 @@ from graphwright.backends.onnxruntime.steps.activations import (
 )
 from graphwright.backends.onnxruntime.steps.attention import fuse_attention
 from graphwright.backends.onnxruntime.steps.biases import move_biases
+from graphwright.backends.onnxruntime.steps.eager_attention import find_attention
 from graphwright.backends.onnxruntime.steps.int8 import lower_int8
 from graphwright.backends.onnxruntime.steps.layout import simplify_layout
 from graphwright.backends.onnxruntime.steps.norms import find_rms_norm, fuse_skip_norm
+from graphwright.backends.onnxruntime.steps.rotary import fuse_rotary
 from graphwright.ir.edit import Editor
 
 
@@ -36,6 +38,8 @@ STEPS: tuple[Step, ...] = (
     Step("find_rms_norm", find_rms_norm),
     Step("find_gelu", find_gelu),
     Step("find_silu", find_silu),
+    Step("rotary", fuse_rotary),
+    Step("find_attention", find_attention),
     Step("attention", fuse_attention),
     Step("skip_norm", fuse_skip_norm),
     Step("tidy", simplify_layout),
