@@ -189,7 +189,8 @@ def _write(file: IO[bytes], exported: ExportedProgram, extras: dict[str, str]) -
 
 def _graph_json(exported: ExportedProgram) -> bytes:
     """The graph as `torch.export.save` writes it, less what does not survive a load: storage
-    offsets and symbolic constants of recorded values, and guards (the signature is checked).
+    offsets, gradient flags and symbolic constants of recorded values, and guards (the signature
+    is checked instead).
 
     Torch's `serialize` does the same and then canonicalizes a deep copy as a self-test, which is
     two thirds of its time.
@@ -210,6 +211,7 @@ def _graph_json(exported: ExportedProgram) -> bytes:
     value = serde._dataclass_to_dict(program)
     for meta in value["graph_module"]["graph"]["tensor_values"].values():
         meta["storage_offset"] = {"as_int": 0}
+        meta["requires_grad"] = False  # which tensors are trained is in the table of weights
         for key in ("sizes", "strides"):
             meta[key] = [_plain_size(size) for size in meta[key]]
     return json.dumps(value, cls=serde.EnumEncoder, allow_nan=False).encode()

@@ -52,7 +52,7 @@ def to_exported_program(program: Program) -> ExportedProgram:
     from torch._export.verifier import SpecViolationError, TrainingIRVerifier
 
     try:
-        return ExportedProgram(
+        exported = ExportedProgram(
             root=torch.nn.Module(),
             graph=graph,
             graph_signature=ExportGraphSignature(specs, results),
@@ -67,6 +67,9 @@ def to_exported_program(program: Program) -> ExportedProgram:
         raise ModelError(
             f"the graph is not one torch.export accepts: {str(error).splitlines()[0]}"
         ) from error
+    # Guards name the arguments of the model that was traced; these inputs have names of their own.
+    exported._guards_code = []
+    return exported
 
 
 def _ordered(program: Program) -> list[tuple[str, torch.Tensor]]:

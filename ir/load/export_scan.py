@@ -61,10 +61,10 @@ _EXPR_NAMES = frozenset(
         "NegativeOne", "Infinity", "NegativeInfinity", "BooleanTrue", "BooleanFalse",
     }
 )  # fmt: skip
-_SYMBOL = re.compile(r"(zuf|zf|s|u|f|i|us)\d+|[A-Za-z_]\w{0,63}")
 _EXPR_TOKEN = re.compile(
     r"\s+|\d+(?:\.\d*)?(?:e[+-]?\d+)?|'[A-Za-z_]\w{0,63}'|[A-Za-z_]\w*|[-+*/%(),=<>~&|]"
 )
+_SYMBOL = re.compile(r"(zuf|zf|s|u)\d+")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _QUALIFIED = re.compile(r"[\w.:/@\-]*")
 _TREE_TYPES = frozenset(
@@ -115,7 +115,7 @@ def _problems(model: dict[str, Any]) -> Iterator[str]:
     yield from _in_value(graph_module["graph"])
     yield from _in_value(graph_module["signature"])
     for name in model.get("range_constraints") or {}:
-        if not _SYMBOL.fullmatch(name):
+        if not _IDENTIFIER.fullmatch(name) and not is_plain_expression(name):
             yield f"size symbol: {_short(name)}"
     for entry in graph_module.get("module_call_graph") or []:
         if not _QUALIFIED.fullmatch(entry["fqn"]):
@@ -213,7 +213,7 @@ def is_plain_expression(text: str) -> bool:
         token = match.group()
         position = match.end()
         if token[0].isalpha() or token[0] == "_":
-            if token not in _EXPR_NAMES and not re.fullmatch(r"(zuf|zf|s|u)\d+", token):
+            if token not in _EXPR_NAMES and not _SYMBOL.fullmatch(token):
                 return False
         elif token[0] == "'" and text[: match.start()].rstrip()[-7:] != "Symbol(":
             return False

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from graphwright.ir.errors import ModelError
 from graphwright.ir.load.checkpoint import module_in, read_checkpoint, weights_in
 from graphwright.ir.load.detect import Kind, detect
-from graphwright.ir.load.export_file import read_export
+from graphwright.ir.load.export_file import quiet, read_export
 from graphwright.ir.load.export_inputs import declared_inputs
 from graphwright.ir.load.factory import build_module
 from graphwright.ir.load.safetensor_files import read_safetensors, read_shards, shards_of
@@ -143,7 +143,7 @@ def _load_export(path: Path, kind: Kind, allow_pickle: bool, device: str) -> dic
 def _load_trusted(path: Path) -> ExportedProgram:
     """Torch's own loader, which may run code: only where the user allowed it."""
     try:
-        with path.open("rb") as file:
+        with path.open("rb") as file, quiet("torch._export.serde.serialize", "torch.export"):
             return torch.export.load(file)
     except Exception as error:  # the loader raises anything
         text = str(error).strip().splitlines() or [type(error).__name__]
@@ -156,7 +156,7 @@ def _module_of(exported: ExportedProgram) -> nn.Module:
     """A module that takes and returns what the exported one did. A fresh GraphModule, for torch's
     own form has no eval mode; without guards, for they are strings that would be executed."""
     module = exported.module(check_guards=False)
-    return torch.fx.GraphModule(module, module.graph)
+    return torch.fx.GraphModule(module, module.graph).eval()
 
 
 def _load_folder(path: Path, kind: Kind) -> dict[str, Any]:

@@ -33,34 +33,42 @@ class ScriptedModule(nn.Module):
     do. So the tensors are registered here, and put into the archived module around each call.
 
     Attributes:
-        scripted: the module of the archive; not a submodule.
+        archived_script: the module of the archive; not a submodule.
     """
 
     def __init__(self, scripted: torch.jit.ScriptModule) -> None:
         super().__init__()
         self._hidden = [scripted]
-        for name, parameter in scripted.named_parameters():
+        shared: dict[tuple[Any, ...], nn.Parameter] = {}
+        for name, parameter in scripted.named_parameters(remove_duplicate=False):
             # The archive's own tensors are TorchScript's: a Parameter over the same memory.
-            shared = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+            data = parameter.detach()
+            identity = (data.data_ptr(), data.shape, data.stride(), data.dtype)
+            made = nn.Parameter(data, requires_grad=parameter.requires_grad)
             owner, attribute = _owner(self, name)
-            owner.register_parameter(attribute, shared)
-        for name, buffer in scripted.named_buffers():
+            owner.register_parameter(attribute, shared.setdefault(identity, made))
+        for name, buffer in scripted.named_buffers(remove_duplicate=False):
             owner, attribute = _owner(self, name)
             owner.register_buffer(attribute, buffer.detach())
 
     @property
-    def scripted(self) -> torch.jit.ScriptModule:
+    def archived_script(self) -> torch.jit.ScriptModule:
         """The archived module."""
         return self._hidden[0]
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Calls the archived module; arguments by name are put in its own order."""
-        order = [argument.name for argument in self.scripted.forward.schema.arguments[1:]]  # type: ignore[attr-defined]
+        order = [argument.name for argument in self.archived_script.forward.schema.arguments[1:]]  # type: ignore[attr-defined]
         if set(named) <= set(order):
             named = {name: named[name] for name in order if name in named}
-        before = self._put({**dict(self.named_parameters()), **dict(self.named_buffers())})
+        parameters = dict(self.named_parameters(remove_duplicate=False))
+        buffers = dict(self.named_buffers(remove_duplicate=False))
+        before = self._put({**parameters, **buffers})
+        # The profiling executor writes down the sizes it sees, which fixes them in a trace.
+        optimized = not torch.compiler.is_exporting()
         try:
-            return self.scripted(*inputs, *named.values())
+            with torch.jit.optimized_execution(optimized):  # type: ignore[attr-defined]
+                return self.archived_script(*inputs, *named.values())
         finally:
             self._put(before)
 
@@ -69,28 +77,12 @@ class ScriptedModule(nn.Module):
         before = {}
         for name, tensor in tensors.items():
             path, _, attribute = name.rpartition(".")
-            owner = self.scripted
+            owner = self.archived_script
             for part in path.split(".") if path else []:
                 owner = getattr(owner, part)
             before[name] = getattr(owner, attribute)
             owner._c.setattr(attribute, tensor)
         return before
-
-    def convert(self, inputs: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:
-        """The module by torch's converter, which takes control flow but fixes every size.
-
-        Raises:
-            ModelError: the converter does not know an operator of the module.
-        """
-        from torch._export.converter import TS2EPConverter
-
-        try:
-            return TS2EPConverter(self.scripted, inputs, {}).convert()
-        except Exception as error:  # the converter raises whatever its parts raise
-            raise ModelError(
-                f"torch cannot convert this TorchScript module: {str(error).splitlines()[0]}",
-                fix="Use the Python model it was made from.",
-            ) from error
 
 
 def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
