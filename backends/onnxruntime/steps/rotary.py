@@ -53,7 +53,7 @@ def _parts(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
         assert isinstance(straight, fx.Node) and isinstance(turned, fx.Node)
         for x, cos in (straight.args[:2], straight.args[1::-1]):
             for half, sin in (turned.args[:2], turned.args[1::-1]):
-                if _is_half_rotation(half, x) and _is_table(cos, x) and _is_table(sin, x):
+                if _is_half_rotation(half, x) and _is_table(cos, x) and _is_table(sin, x):  # type: ignore[arg-type]
                     return x, cos, sin  # type: ignore[return-value]
     return None
 
@@ -79,7 +79,8 @@ def _is_slice(node: Any, x: fx.Node, start: int, end: int) -> bool:
     stop = width if stop is None else stop
     return (
         argument(node, 1, "dim", 0) in (-1, rank - 1)
-        and argument(node, 2, "start", 0) in ((start, None) if start == 0 else (start, start - width))
+        and argument(node, 2, "start", 0)
+        in ((start, None) if start == 0 else (start, start - width))
         and isinstance(stop, int)
         and min(stop, width) % width == end % width
         and argument(node, 4, "step", 1) == 1
@@ -157,7 +158,7 @@ def _caches(
     if batch == 1:
         # One number is the position of the first token of every sequence.
         kind = {"dtype": torch.int64, "device": torch.device("cpu")}
-        start = editor.call(aten.full.default, [1], 0, before=before, **kind)
+        start = editor.call(aten.full.default, [1], 0, before=before, **kind)  # type: ignore[arg-type]
         return start, halves[0], halves[1]
     rows = editor.call(aten.sym_size.int, halves[0], 0, before=before)
     places = editor.call(
