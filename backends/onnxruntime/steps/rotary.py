@@ -50,7 +50,8 @@ def _parts(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     for straight, turned in (node.args[:2], node.args[1::-1]):
         if not (is_call(straight, aten.mul.Tensor) and is_call(turned, aten.mul.Tensor)):
             continue
-        assert isinstance(straight, fx.Node) and isinstance(turned, fx.Node)
+        assert isinstance(straight, fx.Node)
+        assert isinstance(turned, fx.Node)
         for x, cos in (straight.args[:2], straight.args[1::-1]):
             for half, sin in (turned.args[:2], turned.args[1::-1]):
                 if _is_half_rotation(half, x) and _is_table(cos, x) and _is_table(sin, x):  # type: ignore[arg-type]
