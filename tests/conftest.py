@@ -6,6 +6,7 @@ import ast
 import ctypes
 import os
 import re
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -48,6 +49,13 @@ def pytest_configure(config: pytest.Config) -> None:
         suppress_health_check=[HealthCheck.too_slow],  # a first example pays for torch's imports
     )
     settings.load_profile("graphwright")
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_in_any_order() -> None:
+    """A network made without a seed has the same weights whichever tests ran before it."""
+    if "torch" in sys.modules:  # before its import, the generator is at its fixed first seed
+        sys.modules["torch"].manual_seed(0)
 
 
 _CHECKING_CALL = re.compile(r"^_?(assert|check|expect|verify|refuse|raises|warns|fail|opcheck)")
