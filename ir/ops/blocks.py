@@ -1,0 +1,160 @@
+"""graphwright::dequantize_blocks: a weight stored as 2 to 8 bit codes with a scale per block.
+
+A row of the weight (one output channel) is cut into blocks of equal length along the inner
+dimension; the last block may reach past the end. Each block has one scale and one zero point:
+
+    weight[o, c] = (code[o, c] - zero_point[o, c // block]) * scale[o, c // block]
+
+Codes are packed as ONNX Runtime's MatMulNBits reads them: per block a string of bits, low bits
+first, filled up to whole bytes. So element i of a block has bits i*bits .. (i+1)*bits - 1 of the
+block's bytes, the low bit of byte 0 being bit 0. Zero points are packed the same way along a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphwright.ir.ops.registry import declare
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes that `count` codes of `bits` bits take."""
+    return (count * bits + 7) // 8
+
+
+def bit_places(count: int, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where code i lies: (first byte, its right shift, second byte, its left shift), each (count,).
+
+    code = ((first >> right) | (second << left)) & mask in 8-bit arithmetic. A code that begins
+    at the low bit of a byte never needs a second one, and gets the same byte unshifted.
+    """
+    start = torch.arange(count) * bits
+    first, right = start // 8, start % 8
+    last = max(packed_bytes(count, bits) - 1, 0)
+    second = torch.where(right > 0, (first + 1).clamp(max=last), first)
+    return first, right.to(torch.uint8), second, ((8 - right) % 8).to(torch.uint8)
+
+
+def unpack_codes(packed: Tensor, count: int, bits: int) -> Tensor:
+    """Codes (..., count) uint8 from bytes (..., packed_bytes(count, bits))."""
+    mask = 2**bits - 1
+    if 8 % bits == 0:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        spread = (packed.unsqueeze(-1) >> shifts) & mask
+        return spread.reshape(*packed.shape[:-1], -1)[..., :count]
+    first, right, second, left = (t.to(packed.device) for t in bit_places(count, bits))
+    return ((packed[..., first] >> right) | (packed[..., second] << left)) & mask
+
+
+def unpack_zero_points(zero_point: Tensor | None, scale: Tensor, bits: int) -> Tensor | int:
+    """Zero points (out, k_blocks) uint8; the middle of the range where none are stored."""
+    if zero_point is None:
+        return 1 << (bits - 1)
+    return unpack_codes(zero_point, scale.shape[1], bits)
+
+
+def _eager(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, block: int, columns: int
+) -> Tensor:
+    value = unpack_codes(codes, block, bits).to(scale.dtype)
+    zero = unpack_zero_points(zero_point, scale, bits)
+    if isinstance(zero, Tensor):
+        zero = zero.to(scale.dtype).unsqueeze(-1)
+    return ((value - zero) * scale.unsqueeze(-1)).flatten(1)[:, :columns]
+
+
+def _meta(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, block: int, columns: int
+) -> Tensor:
+    return torch.empty((codes.shape[0], columns), dtype=scale.dtype, device=codes.device)
+
+
+def onnx_codes(packed: Any, count: int, bits: int) -> Any:
+    """ONNX form of `unpack_codes`: bytes (..., packed) to codes (..., count) uint8."""
+    from onnxscript import opset18 as op
+
+    first, right, second, left = bit_places(count, bits)
+    low = op.BitShift(
+        op.Gather(packed, _ints(first), axis=-1), _bytes(right.tolist()), direction="RIGHT"
+    )
+    if 8 % bits:
+        high = op.BitShift(
+            op.Gather(packed, _ints(second), axis=-1), _bytes(left.tolist()), direction="LEFT"
+        )
+        low = op.BitwiseOr(low, high)
+    return op.BitwiseAnd(low, _bytes([2**bits - 1]))
+
+
+def _ints(values: Tensor) -> Any:
+    from onnxscript import opset18 as op
+
+    return op.Constant(value_ints=values.tolist())
+
+
+def _bytes(values: list[int]) -> Any:
+    import onnx
+    from onnxscript import opset18 as op
+
+    made = onnx.helper.make_tensor("bytes", onnx.TensorProto.UINT8, [len(values)], values)
+    return op.Constant(value=made)
+
+
+def _onnx(codes: Any, scale: Any, zero_point: Any, bits: int, block: int, columns: int) -> Any:
+    from onnxscript import opset18 as op
+
+    out, blocks = (int(size) for size in scale.shape)
+    value = op.CastLike(onnx_codes(codes, block, bits), scale)
+    if zero_point is None:
+        zero = op.CastLike(op.Constant(value_float=float(1 << (bits - 1))), scale)
+    else:
+        zero = op.CastLike(onnx_codes(zero_point, blocks, bits), scale)
+        zero = op.Unsqueeze(zero, op.Constant(value_ints=[-1]))
+    value = op.Mul(op.Sub(value, zero), op.Unsqueeze(scale, op.Constant(value_ints=[-1])))
+    value = op.Reshape(value, op.Constant(value_ints=[out, blocks * block]))
+    if columns == blocks * block:
+        return value
+    start, end, axis = (op.Constant(value_ints=[v]) for v in (0, columns, 1))
+    return op.Slice(value, start, end, axis)
+
+
+def _samples() -> Iterator[tuple[Any, ...]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def sample(out: int, columns: int, bits: int, block: int, has_zero: bool) -> tuple[Any, ...]:
+        blocks = -(-columns // block)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+        codes = random(out, blocks, packed_bytes(block, bits))
+        scale = torch.rand(out, blocks, generator=generator) / 2**bits
+        zero = random(out, packed_bytes(blocks, bits)) if has_zero else None
+        return codes, scale, zero, bits, block, columns
+
+    yield sample(37, 75, 4, 16, True)
+    yield sample(5, 64, 2, 32, False)
+    yield sample(17, 130, 3, 32, True)
+    yield sample(9, 75, 5, 75, True)
+    yield sample(3, 50, 6, 20, False)
+    yield sample(1, 33, 7, 16, True)
+    yield sample(37, 300, 8, 128, True)
+
+
+dequantize_blocks = declare(
+    "dequantize_blocks(Tensor codes, Tensor scale, Tensor? zero_point, int bits, int block, "
+    "int columns) -> Tensor",
+    eager=_eager,
+    meta=_meta,
+    onnx=_onnx,
+    kernel="graphwright.ir.kernels.blocks:dequantize_blocks",
+    samples=_samples,
+)
+"""Weight (out, columns), in the dtype of the scales.
+
+codes: uint8 (out, k_blocks, ceil(block * bits / 8)); scale: (out, k_blocks); zero_point: uint8
+(out, ceil(k_blocks * bits / 8)), or None for 2 ** (bits - 1); k_blocks = ceil(columns / block).
+"""
