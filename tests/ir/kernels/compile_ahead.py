@@ -23,10 +23,12 @@ from triton.compiler import ASTSource
 
 from graphwright.ir.kernels import (
     activation,
+    codebook,
     divisor_norm,
     int8_linear,
     norm,
     quantize,
+    table,
 )  # sets triton's environment
 
 TARGETS = (80, 90)
@@ -117,6 +119,27 @@ def cases() -> Iterator[Case]:
         {"EXACT": quantize.EXACT, "BLOCK": quantize.BLOCK},
     )  # fmt: skip
     yield from int8_cases()
+    yield from lookup_cases()
+
+
+def lookup_cases() -> Iterator[Case]:
+    for name, bits in [("nf4", 4), ("dynamic", 8)]:
+        yield Case(
+            f"dequantize_table-{name}-fp16",
+            table.dequantize_table_kernel,
+            floats("fp16", "y") | floats("fp32", "scale", "levels") | {"codes": "*u8"}
+            | sizes("count", "stored", "block"),
+            {"BITS": bits, "BYTES": table.BYTES},
+        )  # fmt: skip
+    for bits, words in [(16, "*i16"), (12, "*u8")]:
+        yield Case(
+            f"dequantize_codebook-{bits}-fp16",
+            codebook.dequantize_codebook_kernel,
+            floats("fp16", "codebooks", "y") | {"indices": words}
+            | sizes("vectors", "rows", "columns", "stride", "groups", "size"),
+            {"BITS": bits, "WIDTH": 8, "PADDED": 8}
+            | {"ROWS": codebook.ROWS, "COLUMNS": codebook.COLUMNS},
+        )  # fmt: skip
 
 
 def int8_cases() -> Iterator[Case]:
