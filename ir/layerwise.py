@@ -1,0 +1,459 @@
+"""One walk over a program in which its layers are changed one after the other.
+
+All calibration batches advance together, node by node. When the input of a layer is known, the
+method sees it, finds the layer's new weight, and the walk goes on with that: every layer is
+calibrated on what the compressed layers before it really give ("true sequential"), every node
+runs once per batch, and what is alive is one cut through the graph, which is moved to
+memory-mapped files above a budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, fx
+
+import graphwright.ir.ops  # noqa: F401  registers graphwright::fake_quantize and the weight ops
+from graphwright.ir.calibrate import bound_batches
+from graphwright.ir.context import Batch, Context
+from graphwright.ir.errors import ArgumentError, ModelError
+from graphwright.ir.layer_store import LayerStore
+from graphwright.ir.program import Program
+from graphwright.ir.select import WEIGHT_ARGUMENT, Layer
+from graphwright.ir.spill import Spill
+from graphwright.ir.weights import (
+    BIAS_ARGUMENT,
+    INPUT_ARGUMENT,
+    Geometry,
+    constant_value,
+    geometry,
+    input_node,
+    rows,
+    weight_node,
+)
+from graphwright.ir.workers import Workers
+
+DEFAULT_BUDGET = 2 << 30
+"""Bytes of activations that stay in memory."""
+
+MASK_INPUTS = ("attention_mask", "mask", "padding_mask")
+"""Names of inputs (batch, sequence) that are 0 where a token is padding."""
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What a method found for one layer.
+
+    Attributes:
+        weight: its value from here on, of the layer's own shape; None: as it was.
+        bias: likewise; a layer without one must be given none.
+        grid: scale, zero point, lowest and highest code that the layer's input is rounded to from
+            here on; None: it is not.
+        state: tensors that the pass builds the new program from (codes, scales, masks).
+        info: figures for the report.
+    """
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    grid: tuple[float, int, int, int] | None = None
+    state: dict[str, Tensor] = field(default_factory=dict)
+    info: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One layer to solve; plain data, so that it travels to a worker.
+
+    Attributes:
+        name: of the layer.
+        geometry: how its rows are made.
+        weight: its value before.
+        bias: likewise; None where it has none.
+        stats: what the method gathered from its input.
+        seed: of its own random stream.
+    """
+
+    name: str
+    geometry: Geometry
+    weight: Tensor
+    bias: Tensor | None
+    stats: Any
+    seed: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """One activation, and the layers that read it the same way (the q, k and v of attention).
+
+    Attributes:
+        layers: to be solved.
+        geometry: of the first; all make the same rows.
+        node: the activation.
+        seed: of its own random stream.
+    """
+
+    layers: tuple[Layer, ...]
+    geometry: Geometry
+    node: fx.Node
+    seed: int
+    _values: Callable[[], Iterator[Tensor]]
+    _originals: Callable[[], Iterator[Tensor]]
+    _padding: Sequence[Tensor | None]
+
+    def inputs(self) -> Iterator[Tensor]:
+        """The activation in every batch, as the layers solved so far give it."""
+        return self._values()
+
+    def original_inputs(self) -> Iterator[Tensor]:
+        """The activation in every batch, as the program gives it that was passed in."""
+        return self._originals()
+
+    def rows(self) -> Iterator[Tensor]:
+        """(groups, n, depth) in every batch; padding tokens are left out."""
+        return self._rows(self._values())
+
+    def original_rows(self) -> Iterator[Tensor]:
+        """The same rows of `original_inputs`."""
+        return self._rows(self._originals())
+
+    def _rows(self, values: Iterator[Tensor]) -> Iterator[Tensor]:
+        for x, real in zip(values, self._padding, strict=True):
+            kept = x if real is None else _without_padding(self.geometry, x, real)
+            yield rows(self.geometry, kept)
+
+
+def _without_padding(geometry: Geometry, x: Tensor, real: Tensor) -> Tensor:
+    if geometry.is_convolution:
+        return x
+    if x.dim() >= 3 and x.shape[:2] == real.shape:
+        return x[real]
+    if x.dim() == 2 and x.shape[0] == real.numel():
+        return x[real.flatten()]
+    return x
+
+
+class Method(Protocol):
+    """How layers are solved."""
+
+    def gather(self, site: Site) -> Any:
+        """What `solve` needs of an activation; called once per activation."""
+
+    def solve(self, task: Task) -> Solved:
+        """The new weight of one layer. Runs wherever `Workers` puts it."""
+
+
+def sweep(
+    program: Program,
+    layers: Sequence[Layer],
+    batches: Iterable[Batch],
+    method: Method,
+    context: Context,
+    *,
+    follow: Literal["solved", "program"] = "solved",
+    both: bool = False,
+    budget: int = DEFAULT_BUDGET,
+) -> dict[str, Solved]:
+    """Solves layers in the order of the graph, and returns what was found by node name.
+
+    A tied weight is solved where it is first read. In a run with a work folder every finished
+    layer is kept there, so that a killed run does none of them twice.
+
+    Args:
+        program: left as it is.
+        layers: of kinds in `ir.weights.PRODUCTS`.
+        batches: calibration data.
+        method: gathers and solves.
+        context: jobs, seed, work folder, progress.
+        follow: `solved`: inputs as the solved layers give them. `program`: as the unchanged
+            program gives them; all layers are then independent, and as many as there are jobs are
+            solved at a time.
+        both: also keep the activations of the unchanged program (`Site.original_inputs`).
+        budget: bytes of activations that stay in memory.
+
+    Returns:
+        `Solved` by name of the layer's node, without the weights: keep in `state` what you need.
+
+    Raises:
+        ArgumentError: there is no batch.
+        ModelError: an activation is empty, NaN or infinite; names the layer and the batch.
+    """
+    return _Sweep(program, layers, batches, method, context, follow, both, budget).run()
+
+
+@dataclass
+class _Stream:
+    """Values of one version of the program, for every batch."""
+
+    values: dict[fx.Node, list[Any]] = field(default_factory=dict)
+
+
+class _Sweep:
+    def __init__(
+        self,
+        program: Program,
+        layers: Sequence[Layer],
+        batches: Iterable[Batch],
+        method: Method,
+        context: Context,
+        follow: str,
+        both: bool,
+        budget: int,
+    ) -> None:
+        self.program, self.method, self.context = program, method, context
+        self.follows_solved = follow == "solved"
+        self.spill = Spill(budget)
+        self.inputs = [tuple(t.to(context.device) for t in b)
+                       for b in bound_batches(program, batches)]  # fmt: skip
+        if not self.inputs:
+            raise ArgumentError("the calibration data is empty", fix="Give at least one batch.")
+        self.solved_stream = _Stream()
+        self.original = _Stream() if both and self.follows_solved else None
+        self.workers = Workers(context.jobs)
+        self.store = LayerStore.of(context, program, method)
+        self.padding = self._padding()
+        self.sites = self._sites(layers)
+        self.leader = {layer.node: site for site in self.sites for layer in site.layers}
+        self.geometries = {layer.node: geometry(program, layer) for layer in layers}
+        self.kinds = {layer.node: layer for layer in layers}
+        self.found: dict[str, Solved] = {}
+        self.now: dict[fx.Node, Solved] = {}
+        self.pending: list[tuple[Layer, Task]] = []
+        self.done: set[int] = set()
+        self.constant = _constants(program.graph)
+        self.last_use = _last_uses(program.graph, self.constant)
+
+    # ---- the walk
+
+    def run(self) -> dict[str, Solved]:
+        with torch.no_grad():
+            for node in self.program.graph.nodes:
+                if node.op == "output":
+                    break
+                self._step(node)
+                if len(self.done) == len(self.sites):
+                    break  # nothing reads what the last layers give
+                for dead in self.last_use.get(node, ()):
+                    for stream in self._streams():
+                        stream.values.pop(dead, None)
+            self._flush()
+        return self.found
+
+    def _streams(self) -> list[_Stream]:
+        return (
+            [self.solved_stream] if self.original is None else [self.solved_stream, self.original]
+        )
+
+    def _step(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            place = [spec.name for spec in self.program.signature.inputs].index(str(node.target))
+            for stream in self._streams():
+                stream.values[node] = [batch[place] for batch in self.inputs]
+            return
+        if node in self.constant:
+            return
+        site = self.leader.get(node)
+        if site is not None and id(site) not in self.done:
+            self.done.add(id(site))
+            self._solve(site)
+            if len(self.done) == len(self.sites):
+                return
+        constants = self._constants_of(node)
+        for stream in self._streams():
+            changed = None
+            if stream is self.solved_stream and self.follows_solved:
+                changed = self.now.pop(node, None)
+            stream.values[node] = [
+                self._call(stream, node, index, constants, changed)
+                for index in range(len(self.inputs))
+            ]
+
+    def _constants_of(self, node: fx.Node) -> dict[fx.Node, Any]:
+        """Values of a call's constant operands: made for this call, and gone after it."""
+        replaced = self.now.get(node) if self.follows_solved and self.original is None else None
+        skip = None
+        if replaced is not None and replaced.weight is not None:
+            skip = weight_node(self.kinds[node])  # rebuilding the old weight would be for nothing
+        return {
+            operand: constant_value(self.program, operand).to(self.context.device)
+            if isinstance(operand.meta.get("val"), Tensor)
+            else _plain(self.program, operand)
+            for operand in node.all_input_nodes
+            if operand in self.constant and operand is not skip
+        }
+
+    def _call(
+        self,
+        stream: _Stream,
+        node: fx.Node,
+        index: int,
+        constants: dict[fx.Node, Any],
+        changed: Solved | None,
+    ) -> Any:
+        def value(operand: fx.Node) -> Any:
+            if operand in self.constant:
+                return constants.get(operand)
+            return stream.values[operand][index]
+
+        def concrete(leaf: Any) -> Any:
+            if isinstance(leaf, fx.Node):
+                return value(leaf)
+            return self.context.device if isinstance(leaf, torch.device) else leaf
+
+        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), concrete)
+        if changed is not None:
+            args = _with(self.kinds[node].kind, list(args), changed)
+        return self.spill.put(node.target(*args, **kwargs))  # type: ignore[operator]
+
+    # ---- solving
+
+    def _solve(self, site: Site) -> None:
+        missing = []
+        for layer in site.layers:
+            kept = self.store.load(layer.name)
+            if kept is None:
+                missing.append(layer)
+            else:
+                self._accept(layer, kept)
+        if not missing:
+            return
+        for index, x in enumerate(site.inputs()):
+            if x.numel() == 0 or not bool(torch.isfinite(x).all()):
+                what = "an empty tensor" if x.numel() == 0 else "NaN or infinity"
+                raise ModelError(
+                    f"calibration batch {index} gives {what} in front of {missing[0].name!r}",
+                    fix="Check the calibration data, and the model on it.",
+                )
+        stats = self.method.gather(replace(site, layers=tuple(missing)))
+        for layer in missing:
+            self.pending.append((layer, self._task(layer, stats)))
+        if self.follows_solved or len(self.pending) >= self.workers.width:
+            self._flush()
+
+    def _task(self, layer: Layer, stats: Any) -> Task:
+        # A generator of its own: the layer's numbers do not depend on which others are selected.
+        seed = self.context.generator("layer", layer.name).initial_seed()
+        place = BIAS_ARGUMENT.get(layer.kind)
+        args = layer.node.args
+        bias = args[place] if place is not None and len(args) > place else None
+        return Task(
+            layer.name,
+            self.geometries[layer.node],
+            constant_value(self.program, weight_node(layer)).to(self.context.device),
+            constant_value(self.program, bias).to(self.context.device)
+            if isinstance(bias, fx.Node) and bias in self.constant
+            else None,
+            stats,
+            seed,
+        )
+
+    def _flush(self) -> None:
+        pending, self.pending = self.pending, []
+        if not pending:
+            return
+        results = self.workers.map(self.method.solve, [task for _, task in pending])
+        for (layer, _), solved in zip(pending, results, strict=True):
+            self.store.save(layer.name, solved)
+            self._accept(layer, solved)
+
+    def _accept(self, layer: Layer, solved: Solved) -> None:
+        self.context.progress(layer.name, len(self.found) + 1, len(self.kinds))
+        kept = replace(solved, weight=None)
+        for other in self.kinds.values():
+            if other is layer or (layer.weight and other.weight == layer.weight):
+                self.found[other.node.name] = kept
+                if self.follows_solved:
+                    self.now[other.node] = solved
+
+    # ---- preparation
+
+    def _sites(self, layers: Sequence[Layer]) -> list[Site]:
+        grouped: dict[tuple[Any, ...], list[Layer]] = {}
+        tied: set[str] = set()
+        order = {node: index for index, node in enumerate(self.program.graph.nodes)}
+        for layer in sorted(layers, key=lambda each: order[each.node]):
+            if layer.weight in tied:
+                continue
+            if layer.weight:
+                tied.add(layer.weight)
+            shape = geometry(self.program, layer)
+            grouped.setdefault((input_node(layer), *shape.rows_key()), []).append(layer)
+        return [self._site(key[0], members) for key, members in grouped.items()]
+
+    def _site(self, node: fx.Node, members: list[Layer]) -> Site:
+        def values(stream: _Stream | None) -> Iterator[Tensor]:
+            if stream is None:
+                raise ArgumentError("the original activations are kept with both=True only")
+            yield from stream.values[node]
+
+        return Site(
+            tuple(members),
+            geometry(self.program, members[0]),
+            node,
+            self.context.generator("site", node.name).initial_seed(),
+            lambda: values(self.solved_stream),
+            lambda: values(self.original if self.follows_solved else self.solved_stream),
+            self.padding,
+        )
+
+    def _padding(self) -> list[Tensor | None]:
+        for place, spec in enumerate(self.program.signature.inputs):
+            if spec.name in MASK_INPUTS and len(spec.shape) == 2:
+                return [batch[place] != 0 for batch in self.inputs]
+        return [None] * len(self.inputs)
+
+
+def _with(kind: str, args: list[Any], changed: Solved) -> tuple[Any, ...]:
+    """A layer's arguments with what was solved in their places."""
+    if changed.weight is not None:
+        args[WEIGHT_ARGUMENT.get(kind, 1)] = changed.weight
+    if changed.bias is not None:
+        place = BIAS_ARGUMENT[kind]
+        args += [None] * (place + 1 - len(args))
+        args[place] = changed.bias
+    if changed.grid is not None:
+        place = INPUT_ARGUMENT.get(kind, 0)
+        args[place] = torch.ops.graphwright.fake_quantize(args[place], *changed.grid)
+    return tuple(args)
+
+
+def _plain(program: Program, node: fx.Node) -> Any:
+    """A constant that is no tensor (a size, a tuple)."""
+    args, kwargs = fx.map_arg(
+        (node.args, node.kwargs),
+        lambda n: (
+            constant_value(program, n)
+            if isinstance(n.meta.get("val"), Tensor)
+            else _plain(program, n)
+        ),
+    )
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _constants(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that depend on no input and draw no random numbers."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if node.op == "get_attr" or (
+            node.op == "call_function"
+            and not is_random
+            and all(operand in found for operand in node.all_input_nodes)
+        ):
+            found.add(node)
+    return found
+
+
+def _last_uses(graph: fx.Graph, constant: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """For every node, the values that nothing behind it reads."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        for operand in node.all_input_nodes:
+            if operand not in constant:
+                last[operand] = node
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for value, user in last.items():
+        found.setdefault(user, []).append(value)
+    return found
