@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from graphwright.ir.tune.mfac import MfacOptimizer
 from graphwright.ir.tune.options import TuneOptions
 
 MakeOptimizer = Callable[[Mapping[str, nn.Parameter], TuneOptions], torch.optim.Optimizer]
@@ -27,6 +28,9 @@ def make_optimizer(
     ]
     if options.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum)
+    if options.optimizer == "mfac":
+        window = {"gradients": options.fisher_gradients, "damp": options.fisher_damp}
+        return MfacOptimizer(groups, options.lr, options.momentum, **window)
     adam = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
     return adam(groups, lr=options.lr, betas=options.betas)
 

@@ -33,8 +33,9 @@ class TuneOptions(Options):
     """Whether every epoch draws the samples in a new order (where the data has samples to draw: a
     `module:function` gives its batches in its own order)."""
 
-    optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
-    """Rule of the update."""
+    optimizer: Literal["sgd", "adam", "adamw", "mfac"] = "adamw"
+    """Rule of the update; `mfac` steps along the inverse Fisher of the last gradients (Frantar et
+    al. 2021)."""
 
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Learning rate after the warm-up, before it decays."""
@@ -44,13 +45,19 @@ class TuneOptions(Options):
     `adamw`, added to the gradient in the others."""
 
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Momentum of `sgd`."""
+    """Momentum of `sgd`; of `mfac` the share of the last direction in an average of them."""
 
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
         0.9,
         0.999,
     )
     """Decay rates of the two moments of `adam` and `adamw`."""
+
+    fisher_gradients: Count = 1024
+    """Gradients that `mfac` keeps; its memory is so many times that of the parameters."""
+
+    fisher_damp: Annotated[float, Field(gt=0)] = 1e-5
+    """What `mfac` adds to the diagonal of the Fisher matrix."""
 
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """How the learning rate goes from `lr` (after the warm-up) to 0 (at the end), or stays."""
