@@ -106,7 +106,8 @@ def _onnx(codes: Any, scale: Any, table: str, block: int, shape: list[int]) -> A
         low = op.Unsqueeze(op.BitwiseAnd(codes, half(15)), last)
         codes = op.Reshape(op.Concat(high, low, axis=-1), last)
         codes = op.Slice(codes, ints(0), ints(count))
-    level = op.CastLike(op.Constant(value_floats=list(_levels(table))), scale)
+    # Not CastLike, which is the one op here that the runtime cannot compute beforehand.
+    level = op.Cast(op.Constant(value_floats=list(_levels(table))), to=int(scale.dtype))
     value = op.Gather(level, op.Cast(codes, to=onnx.TensorProto.INT32))
     wide = op.Expand(op.Unsqueeze(scale, last), ints(1, block))
     factor = op.Slice(op.Reshape(wide, last), ints(0), ints(count))

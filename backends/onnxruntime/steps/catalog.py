@@ -15,8 +15,10 @@ from graphwright.backends.onnxruntime.steps.biases import move_biases
 from graphwright.backends.onnxruntime.steps.eager_attention import find_attention
 from graphwright.backends.onnxruntime.steps.int8 import lower_int8
 from graphwright.backends.onnxruntime.steps.layout import simplify_layout
+from graphwright.backends.onnxruntime.steps.low_rank import split_low_rank
 from graphwright.backends.onnxruntime.steps.norms import find_rms_norm, fuse_skip_norm
 from graphwright.backends.onnxruntime.steps.rotary import fuse_rotary
+from graphwright.backends.onnxruntime.steps.table import lower_table
 from graphwright.ir.edit import Editor
 
 
@@ -34,6 +36,7 @@ class Step:
 
 
 STEPS: tuple[Step, ...] = (
+    Step("low_rank", split_low_rank),
     Step("simplify_layout", simplify_layout),
     Step("find_rms_norm", find_rms_norm),
     Step("find_gelu", find_gelu),
@@ -46,4 +49,5 @@ STEPS: tuple[Step, ...] = (
     Step("bias_gelu", fuse_bias_gelu),
     Step("move_biases", move_biases),
     Step("int8", lower_int8),
+    Step("table", lower_table),
 )
