@@ -39,15 +39,32 @@ def bit_places(count: int, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return first, right.to(torch.uint8), second, ((8 - right) % 8).to(torch.uint8)
 
 
+def pack_codes(q: Tensor, bits: int) -> Tensor:
+    """Bytes (..., ceil(n * bits / 8)) of codes (..., n) uint8, low bits first.
+
+    Raises:
+        ValueError: a code does not fit `bits`.
+    """
+    if bits < 8 and q.numel() and int(q.max()) >= 2**bits:
+        raise ValueError(f"code {int(q.max())} does not fit {bits} bits")
+    shifts = torch.arange(bits, dtype=torch.uint8)
+    string = ((q.to(torch.uint8).unsqueeze(-1) >> shifts) & 1).flatten(-2)
+    size = packed_bytes(q.shape[-1], bits)
+    string = torch.nn.functional.pad(string, (0, size * 8 - string.shape[-1]))
+    weights = 1 << torch.arange(8, dtype=torch.uint8)
+    return (string.unflatten(-1, (size, 8)) * weights).sum(-1, dtype=torch.uint8)
+
+
 def unpack_codes(packed: Tensor, count: int, bits: int) -> Tensor:
     """Codes (..., count) uint8 from bytes (..., packed_bytes(count, bits))."""
     mask = 2**bits - 1
     if 8 % bits == 0:
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-        spread = (packed.unsqueeze(-1) >> shifts) & mask
-        return spread.reshape(*packed.shape[:-1], -1)[..., :count]
+        spread: Tensor = (packed.unsqueeze(-1) >> shifts) & mask
+        return spread.flatten(-2)[..., :count]
     first, right, second, left = (t.to(packed.device) for t in bit_places(count, bits))
-    return ((packed[..., first] >> right) | (packed[..., second] << left)) & mask
+    codes: Tensor = ((packed[..., first] >> right) | (packed[..., second] << left)) & mask
+    return codes
 
 
 def unpack_zero_points(zero_point: Tensor | None, scale: Tensor, bits: int) -> Tensor | int:
@@ -106,7 +123,7 @@ def _bytes(values: list[int]) -> Any:
 def _onnx(codes: Any, scale: Any, zero_point: Any, bits: int, block: int, columns: int) -> Any:
     from onnxscript import opset18 as op
 
-    out, blocks = (int(size) for size in scale.shape)
+    blocks = int(scale.shape[1])
     value = op.CastLike(onnx_codes(codes, block, bits), scale)
     if zero_point is None:
         zero = op.CastLike(op.Constant(value_float=float(1 << (bits - 1))), scale)
@@ -114,7 +131,7 @@ def _onnx(codes: Any, scale: Any, zero_point: Any, bits: int, block: int, column
         zero = op.CastLike(onnx_codes(zero_point, blocks, bits), scale)
         zero = op.Unsqueeze(zero, op.Constant(value_ints=[-1]))
     value = op.Mul(op.Sub(value, zero), op.Unsqueeze(scale, op.Constant(value_ints=[-1])))
-    value = op.Reshape(value, op.Constant(value_ints=[out, blocks * block]))
+    value = op.Reshape(value, op.Constant(value_ints=[-1, blocks * block]))
     if columns == blocks * block:
         return value
     start, end, axis = (op.Constant(value_ints=[v]) for v in (0, columns, 1))

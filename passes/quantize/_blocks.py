@@ -9,10 +9,11 @@ from torch import Tensor
 
 from graphwright.ir.ops.blocks import (
     dequantize_blocks,
-    packed_bytes,
+    pack_codes,
     unpack_codes,
     unpack_zero_points,
 )
+from graphwright.passes.quantize import _grid
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 
@@ -52,22 +53,6 @@ class Blocks:
         return sum(t.nbytes for t in (self.codes, self.scale, self.zero_point) if t is not None)
 
 
-def pack_codes(q: Tensor, bits: int) -> Tensor:
-    """Bytes (..., ceil(n * bits / 8)) of codes (..., n) uint8, low bits first.
-
-    Raises:
-        ValueError: a code does not fit `bits`.
-    """
-    if bits < 8 and q.numel() and int(q.max()) >= 2**bits:
-        raise ValueError(f"code {int(q.max())} does not fit {bits} bits")
-    shifts = torch.arange(bits, dtype=torch.uint8)
-    string = ((q.to(torch.uint8).unsqueeze(-1) >> shifts) & 1).flatten(-2)
-    size = packed_bytes(q.shape[-1], bits)
-    string = torch.nn.functional.pad(string, (0, size * 8 - string.shape[-1]))
-    weights = 1 << torch.arange(8, dtype=torch.uint8)
-    return (string.unflatten(-1, (size, 8)) * weights).sum(-1, dtype=torch.uint8)
-
-
 def pack(q: Tensor, scale: Tensor, zero: Tensor | None, bits: int, block: int) -> Blocks:
     """Packs codes (out, columns) with their scales and zero points (out, k_blocks).
 
@@ -101,3 +86,37 @@ def unpack(blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
     if isinstance(zero, int):
         zero = torch.full(tuple(blocks.scale.shape), zero, dtype=torch.uint8)
     return codes[:, : blocks.columns].contiguous(), blocks.scale, zero.contiguous()
+
+
+def block_for(columns: int, block: int) -> int:
+    """Columns per scale that rows of `columns` get when `block` are asked for.
+
+    Less than 1 asks for one scale per row. A row of less than half a block gets a
+    smaller one, halved as long as it is a power of two above 16, so that little is stored for
+    columns that are not there.
+    """
+    if block < 1:
+        return max(columns, 1)
+    while block > 16 and block & (block - 1) == 0 and block >= 2 * columns:
+        block //= 2
+    return block
+
+
+def round_to_nearest(
+    matrix: Tensor, bits: int, block: int, *, symmetric: bool = False, search: bool = False
+) -> Blocks:
+    """Every weight as the nearest code of its block's grid.
+
+    Args:
+        matrix: (out, columns), a float type; the scales are of the same.
+        bits: 2 to 8.
+        block: columns per scale, at least 1.
+        symmetric, search: as for `_grid.fit`.
+    """
+    wide = _grid.grouped(matrix.detach().float(), block)
+    scale, zero = _grid.fit(wide, bits, symmetric=symmetric, search=search)
+    # Codes are those of the scale that is stored.
+    stored = scale.clamp(min=torch.finfo(matrix.dtype).tiny).to(matrix.dtype)
+    codes = _grid.encode(wide, stored.float()[..., None], zero[..., None], bits)
+    q = codes.flatten(1)[:, : matrix.shape[1]].to(torch.uint8)
+    return pack(q, stored, None if symmetric else zero.to(torch.uint8), bits, block)

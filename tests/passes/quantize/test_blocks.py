@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 import graphwright as gw
 from graphwright.ir.edit import Editor
+from graphwright.ir.ops.blocks import pack_codes
 from graphwright.ir.select import layers
-from graphwright.passes.quantize._blocks import BITS, Blocks, pack, pack_codes, unpack
+from graphwright.passes.quantize._blocks import BITS, Blocks, pack, unpack
 from graphwright.passes.quantize._insert import matrix_of, rebuild_blocks, replace_weight
 
 
