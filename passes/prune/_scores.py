@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from graphwright.ir.channels.analysis import Analysis
@@ -106,15 +105,3 @@ def scores(name: str, sums: Sums, units: np.ndarray) -> np.ndarray:
     parts = [criterion(own) for criterion in CRITERIA.values()]
     total = sum(HESSO_WEIGHT * part / (np.linalg.norm(part) + 1e-8) for part in parts)
     return np.asarray(total)
-
-
-def loss_gradients(
-    parameters: Mapping[str, Tensor], losses: list[Tensor] | Tensor
-) -> dict[str, Tensor]:
-    """Gradient of a loss for every parameter; zeros where it does not depend on one."""
-    total = losses if isinstance(losses, Tensor) else torch.stack(losses).sum()
-    found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(p) if g is None else g
-        for (name, p), g in zip(parameters.items(), found, strict=True)
-    }

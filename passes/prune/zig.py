@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -11,19 +11,17 @@ from pydantic import Field
 from torch import Tensor
 
 from graphwright.ir.channels import ChannelGroup, channel_groups, cut, zero
-from graphwright.ir.context import Batch
 from graphwright.ir.errors import ArgumentError, ContractError, ModelError
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
 from graphwright.ir.select import layers, select
 from graphwright.passes.base import Action, Context, Need, Options, Pass, Result
-from graphwright.passes.prune._scores import WITH_GRADIENT, loss_gradients, scores, unit_sums
+from graphwright.passes.prune._gradients import LossName, gradients, labelled
+from graphwright.passes.prune._scores import WITH_GRADIENT, scores, unit_sums
 from graphwright.passes.prune._select import Selection
 
 OUTPUT_DIM = {"conv_transpose1d": 1, "conv_transpose2d": 1, "conv_transpose3d": 1, "embedding": 1}
 """Dimension of a weight that holds output channels; 0 for the rest."""
-
-LABELS = ("labels", "targets")
 
 
 class ZigOptions(Options):
@@ -45,9 +43,10 @@ class ZigOptions(Options):
     scope: Literal["global", "group"] = "global"
     """Compare scores over the whole program, or take the same share of every group."""
 
-    loss: Literal["auto", "cross_entropy", "energy"] = "auto"
-    """Loss whose gradient the scores use: cross-entropy of the first output with the labels in
-    the data, or the mean square of the outputs; `auto` takes the first where there are labels."""
+    loss: LossName = "auto"
+    """Loss whose gradient the scores use: cross-entropy with the labels in the data, that of a
+    language model's next tokens, or the mean square of the outputs; `auto` is the first where
+    there are labels, and else the last."""
 
     unit: Literal["head", "channel"] = "head"
     """Unit of a channel dimension that is split into heads."""
@@ -198,46 +197,14 @@ def _check(masked: Program, smaller: Program) -> float:
     return worst
 
 
-def _gradients(program: Program, context: Context, loss: str) -> dict[str, Tensor]:
+def _gradients(program: Program, context: Context, loss: LossName) -> dict[str, Tensor]:
     """Mean gradient of the loss over the calibration batches, by parameter."""
-    trained: dict[str, Tensor] = {
-        name: torch.nn.Parameter(p.detach())
-        for name, p in program.parameters().items()
-        if p.is_floating_point()
-    }
-    twin = program.replace(state={**program.state, **trained})
-    total = {name: torch.zeros_like(p) for name, p in trained.items()}
+    assert context.calibration is not None
+    total: dict[str, Tensor] = {}
     count = 0
-    for inputs, labels in _batches(context.calibration):
-        bound = twin.bind(**inputs) if isinstance(inputs, dict) else twin.bind(*inputs)
-        with torch.enable_grad():
-            value = _loss(twin.run_flat(bound), labels, loss)
-            for name, gradient in loss_gradients(trained, value).items():
-                total[name] += gradient
+    batches = labelled(context.calibration, program.signature)
+    for found in gradients(program, batches, loss):
+        total = {name: g + total[name] if total else g for name, g in found.items()}
         count += 1
         context.progress("gradients", count, 0)
-    return {name: gradient / max(1, count) for name, gradient in total.items()}
-
-
-def _batches(calibration: Any) -> Iterator[tuple[Batch, Tensor | None]]:
-    """Batches of inputs with labels where there are any."""
-    if hasattr(calibration, "labelled"):
-        yield from calibration.labelled()
-        return
-    for batch in calibration:
-        if isinstance(batch, dict):
-            labels = next((batch[name] for name in LABELS if name in batch), None)
-            yield {k: v for k, v in batch.items() if k not in LABELS}, labels
-        else:
-            yield batch, None
-
-
-def _loss(outputs: tuple[Tensor, ...], labels: Tensor | None, loss: str) -> Tensor:
-    if loss == "cross_entropy" and labels is None:
-        raise ArgumentError("loss is cross_entropy, and the calibration data has no labels",
-                            fix="Add a `labels` column, or use loss: energy.")  # fmt: skip
-    if labels is not None and loss != "energy":
-        scores_last = outputs[0].reshape(-1, outputs[0].shape[-1])
-        return torch.nn.functional.cross_entropy(scores_last.float(), labels.reshape(-1))
-    floats = [out for out in outputs if out.is_floating_point()]
-    return torch.stack([out.float().square().mean() for out in floats]).sum()
+    return {name: gradient / count for name, gradient in total.items()}
