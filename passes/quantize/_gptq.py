@@ -53,6 +53,7 @@ class Settings:
         order: round the columns of large diagonal of H first; needs `static`, or one group.
         search: least-error ranges, see `_grid.fit`.
         keep_zeros: weights that are exactly zero stay so.
+        dtype: that scales are stored in, and rounded to before the weights are rounded.
     """
 
     bits: int = 4
@@ -62,10 +63,15 @@ class Settings:
     order: bool = False
     search: bool = False
     keep_zeros: bool = False
+    dtype: torch.dtype = torch.float64
 
     def fit(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point of groups along the last axis."""
-        return _grid.fit(w, self.bits, symmetric=self.symmetric, search=self.search)
+        scale, zero = _grid.fit(w, self.bits, symmetric=self.symmetric, search=self.search)
+        if self.dtype.itemsize < w.dtype.itemsize:
+            tiny = torch.finfo(self.dtype).tiny
+            scale = scale.to(self.dtype).clamp(min=tiny).to(w.dtype)
+        return scale, zero
 
 
 Factor = Callable[[Tensor], Tensor]
@@ -120,16 +126,6 @@ def round_matrix(w: Tensor, h: Tensor, factor: Factor, settings: Settings) -> Ro
             work[start + i + 1 : end].addr_(diagonal[i, i + 1 :], error, alpha=-1)
         work[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
     return Rounded(codes.T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), float(total))
-
-
-def round_to_nearest(w: Tensor, settings: Settings) -> Rounded:
-    """`w` on the same grid, with no regard to its inputs; the loss is sum (w - q)^2 / 2."""
-    scale, zero = settings.fit(_grid.grouped(w, settings.block))
-    columns = w.shape[1]
-    wide, middle = (_grid.spread(v, settings.block, columns) for v in (scale, zero))
-    codes = _grid.encode(w, wide, middle, settings.bits)
-    loss = float((_grid.decode(codes, wide, middle) - w).square().sum() / 2)
-    return Rounded(codes.to(torch.uint8), scale, zero, loss)
 
 
 def _lazy_width(block: int, columns: int) -> int:

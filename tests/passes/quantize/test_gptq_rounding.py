@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graphwright.passes.quantize import _grid
-from graphwright.passes.quantize._gptq import Settings, round_matrix, round_to_nearest
+from graphwright.passes.quantize._gptq import Settings, round_matrix
 
 DAMPING = 0.01
 
@@ -34,6 +34,20 @@ def problem(rows: int, columns: int, seed: int = 0, samples: int = 0) -> tuple[T
     mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
     x = torch.randn(samples or 3 * columns, columns, generator=generator, dtype=torch.float64) @ mix
     return w, x.T @ x / len(x)
+
+
+def nearest(w: Tensor, settings: Settings) -> Tensor:
+    """Codes of `w`, each weight by itself."""
+    scale, zero = settings.fit(_grid.grouped(w, settings.block))
+    wide, middle = (_grid.spread(v, settings.block, w.shape[1]) for v in (scale, zero))
+    return _grid.encode(w, wide, middle, settings.bits).to(torch.uint8)
+
+
+def nearest_value(w: Tensor, settings: Settings) -> Tensor:
+    """`w` with each weight rounded by itself."""
+    scale, zero = settings.fit(_grid.grouped(w, settings.block))
+    wide, middle = (_grid.spread(v, settings.block, w.shape[1]) for v in (scale, zero))
+    return _grid.decode(nearest(w, settings).double(), wide, middle)
 
 
 def naive(w: Tensor, h: Tensor, settings: Settings, order: list[int]) -> tuple[Tensor, float]:
@@ -109,7 +123,7 @@ def test_independent_inputs_make_it_rounding_to_nearest(block: int, symmetric: b
     w, _ = problem(9, 32)
     settings = Settings(4, block, symmetric)
     got = round_matrix(w, torch.eye(32, dtype=w.dtype), factor, settings)
-    assert torch.equal(got.codes, round_to_nearest(w, settings).codes)
+    assert torch.equal(got.codes, nearest(w, settings))
     codes = []
     for start in range(0, 32, block):
         part = w[:, start : start + block]
@@ -131,8 +145,9 @@ def test_lowers_the_error_of_the_outputs(bits: int) -> None:
         w, h = problem(16, 64, seed)
         settings = Settings(bits, 16, static=True)
         errors = []
-        for rounded in (round_matrix(w, h, factor, settings), round_to_nearest(w, settings)):
-            change = w - rounded.value(16)
+        ours = round_matrix(w, h, factor, settings).value(16)
+        for value in (ours, nearest_value(w, settings)):
+            change = w - value
             errors.append(float(torch.trace(change @ h @ change.T)))
         shares.append(errors[0] / errors[1])
     assert max(shares) < 0.8
@@ -155,9 +170,9 @@ def test_dead_inputs_are_rounded_to_nearest_and_disturb_nothing() -> None:
     h[:, dead] = 0
     settings = Settings(4, 16, static=True)
     got = round_matrix(w, h, factor, settings)
-    nearest = round_to_nearest(w, settings)
-    assert torch.equal(got.codes[:, dead], nearest.codes[:, dead])
-    assert not torch.equal(got.codes, nearest.codes)
+    alone = nearest(w, settings)
+    assert torch.equal(got.codes[:, dead], alone[:, dead])
+    assert not torch.equal(got.codes, alone)
 
 
 def test_zeros_stay_zero_when_asked() -> None:
@@ -179,9 +194,7 @@ def test_search_finds_ranges_of_less_error() -> None:
     w = torch.randn(20, 64, generator=torch.Generator().manual_seed(2), dtype=torch.float64) ** 3
     for symmetric in (False, True):
         settings = Settings(3, 64, symmetric)
-        plain, searched = (
-            round_to_nearest(w, s).value(64) for s in (settings, replace(settings, search=True))
-        )
+        plain, searched = (nearest_value(w, s) for s in (settings, replace(settings, search=True)))
         errors = [((q - w).abs() ** 2.4).sum(1) for q in (plain, searched)]
         assert bool((errors[1] <= errors[0]).all())
         assert float(errors[1].sum()) < 0.9 * float(errors[0].sum())

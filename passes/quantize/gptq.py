@@ -1,0 +1,296 @@
+"""quantize.gptq: 2 to 8 bit weights whose rounding errors make up for each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, fx
+
+import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize_blocks
+from graphwright.ir.edit import Editor
+from graphwright.ir.errors import ModelError
+from graphwright.ir.hessian import Hessian, hessian, inverse_factor
+from graphwright.ir.layerwise import Site, Solved, Task, sweep
+from graphwright.ir.options import Selector
+from graphwright.ir.program import Program
+from graphwright.ir.select import Layer, select
+from graphwright.ir.select import layers as find_layers
+from graphwright.ir.weights import PRODUCTS, as_matrix, from_matrix, weight_node, weight_value
+from graphwright.passes.base import Action, Context, Options, Pass, Result
+from graphwright.passes.quantize._blocks import Blocks, block_for, pack, round_to_nearest
+from graphwright.passes.quantize._gptq import Rounded, Settings, round_matrix
+from graphwright.passes.quantize._insert import matrix_of, rebuild_blocks, replace_weight
+from graphwright.passes.quantize._refusals import NO_MATRIX, refusals
+
+Find = Callable[[Layer], tuple[Blocks, Action]]
+"""The codes of a layer's weight, and what to report of it."""
+
+
+class GptqOptions(Options):
+    """Options of quantize.gptq."""
+
+    bits: Annotated[int, Field(ge=2, le=8)] = 4
+    """Bits of a code."""
+
+    block: Annotated[int, Field(ge=-1)] = 128
+    """Weights of a row that share a scale; 0 or -1 for one scale per row. 128 is the paper's; 32 is
+    more exact, and what ONNX Runtime's CPU kernels are fastest with. Rows shorter than this get a
+    smaller one."""
+
+    symmetric: bool = False
+    """Grids around zero, without stored zero points."""
+
+    act_order: bool = False
+    """Round the inputs with the largest activations first, while there is most left to make up
+    for it. Needs `static_groups`, or `block: -1`."""
+
+    static_groups: bool = False
+    """Scales from the weights as they were; else each block's from what the errors of the blocks
+    before it have made of it."""
+
+    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Share of the mean of the Hessian's diagonal that is added to it; raised tenfold up to three
+    times where the Hessian is singular even so."""
+
+    search: bool = False
+    """Try smaller ranges for every scale and take the least sum of |w - q|^2.4."""
+
+    sequential: bool = True
+    """Calibrate every layer on what the quantized layers before it give; else all layers on the
+    activations of the program as it was, and as many at a time as there are jobs."""
+
+    keep_zeros: bool = False
+    """Weights that are exactly zero stay zero: for programs that were pruned before."""
+
+    least_rows: Annotated[int, Field(ge=1)] = 16
+    """Rows of activations that a layer must have seen; with fewer it is rounded to nearest."""
+
+    targets: Selector = ("*",)
+    """Layers to quantize: selector patterns over names and kinds."""
+
+    embeddings: bool = True
+    """Round embedding tables to nearest, on the same grid."""
+
+    max_error: Annotated[float, Field(gt=0)] | None = None
+    """Largest relative error of the outputs, ||a-b|| / ||a||; no bound when absent."""
+
+    @model_validator(mode="after")
+    def _order_needs_static_groups(self) -> Self:
+        if self.act_order and not self.static_groups and self.block > 0:
+            raise ValueError(
+                "act_order takes static_groups: true (or block: -1): with scales found on the "
+                "way, the inputs of a block would no longer lie side by side"
+            )
+        return self
+
+    def settings(self, columns: int, dtype: torch.dtype) -> Settings:
+        """The grid of a matrix with that many columns, its scales stored in `dtype`."""
+        return Settings(
+            self.bits,
+            block_for(columns, self.block),
+            self.symmetric,
+            self.static_groups or self.block < 1,
+            self.act_order,
+            self.search,
+            self.keep_zeros,
+            dtype,
+        )
+
+
+class Gptq(Pass):
+    """Quantizes weights to 2 to 8 bits, input by input, each error spread over the inputs to come.
+
+    A layer's weight is rounded column by column. What a column's rounding changes in the layer's
+    outputs is made up for, as far as it can be, by the columns not yet rounded: the update of
+    optimal brain surgery under H = mean of x x^T over the calibration data. Weights become codes
+    with a scale and a zero point for every block of inputs (`graphwright::dequantize_blocks`);
+    activations stay as they are. Convolutions are rounded as products with their windows, grouped
+    ones group by group. Embedding tables have no products, and are rounded to nearest.
+
+    An input that is zero on all calibration data has its weights rounded to nearest; the paper's
+    code sets them to zero. Where a block is shorter than 128 the paper's code finds its scale
+    from weights that lack the updates of their own stretch of 128 columns; here they have them.
+
+    Source: Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative
+    Pre-trained Transformers", algorithm 1.
+    """
+
+    contract = "lossy"
+    needs = "calibration"
+    Options = GptqOptions
+    after = ("cleanup.*", "prune.*", "tune.*", "quantize.smoothquant")
+
+    def run(self, program: Program, context: Context) -> Result:
+        options: GptqOptions = self.options
+        chosen = select(program, options.targets, {*PRODUCTS, *NO_MATRIX, "embedding"})
+        refused = refusals(program, chosen, embeddings=options.embeddings)
+        layers = [layer for layer in chosen if layer.node not in refused]
+        if not layers:
+            reasons = sorted({f"{layer.name}: {refused[layer.node]}" for layer in chosen})
+            raise ModelError(f"{self.id} can quantize none of its targets", details=tuple(reasons))
+        actions = [Action(each.name, "left alone", refused[each.node])
+                   for each in chosen if each.node in refused]  # fmt: skip
+        # Tables first: the layers are then calibrated on what the rounded tables give.
+        products = [layer for layer in layers if layer.kind != "embedding"]
+        read = {weight_node(layer) for layer in products}
+        tables = [layer for layer in layers if layer.kind == "embedding"]
+        editor = Editor(program, by=self.id)
+        actions += self._insert(
+            editor, [t for t in tables if weight_node(t) not in read],
+            lambda table: self._table(program, table),
+        )  # fmt: skip
+        if not products:
+            return Result(editor.finish(), tuple(actions))
+        rounded = editor.finish()
+        names = {layer.node.name for layer in products}
+        start = rounded if options.sequential else program
+        assert context.calibration is not None
+        solved = sweep(
+            start,
+            [layer for layer in find_layers(start, PRODUCTS) if layer.node.name in names],
+            context.calibration,
+            Rounding(options),
+            context,
+            follow="solved" if options.sequential else "program",
+        )
+        editor = Editor(rounded, by=self.id)
+        tied = [t for t in tables if weight_node(t) in read]
+        actions += self._insert(
+            editor, [*products, *tied], lambda layer: self._product(layer, solved[layer.node.name])
+        )
+        return Result(editor.finish(), tuple(actions), _metrics(list(solved.values())))
+
+    def _insert(
+        self,
+        editor: Editor,
+        layers: Sequence[Layer],
+        find: Callable[[Layer], tuple[Blocks, Action]],
+    ) -> list[Action]:
+        """Puts codes in the place of every layer's weight, once for layers that share it."""
+        actions: list[Action] = []
+        done: dict[fx.Node, str] = {}
+        for layer in layers:
+            weight = weight_node(layer)
+            if weight in done:
+                what = f"int{self.options.bits}"
+                actions.append(Action(layer.name, what, f"shares the weight of {done[weight]}"))
+                continue
+            done[weight] = layer.name
+            blocks, action = find(layer)
+            replace_weight(editor, layer, rebuild_blocks(blocks))
+            actions.append(action)
+        return actions
+
+    def _table(self, program: Program, layer: Layer) -> tuple[Blocks, Action]:
+        """An embedding table, rounded to nearest."""
+        weight = weight_value(program, layer)
+        matrix = matrix_of(layer.kind, weight)
+        blocks = nearest(matrix, self.options.settings(matrix.shape[1], weight.dtype))
+        error = float((blocks.value() - matrix).norm() / matrix.norm().clamp(min=1e-30))
+        what = f"int{blocks.bits}, block {blocks.block}, relative error {error:.2e}"
+        return blocks, Action(layer.name, what, "an embedding table: rounded to nearest")
+
+    def _product(self, layer: Layer, solved: Solved) -> tuple[Blocks, Action]:
+        """A layer that the sweep has solved."""
+        info, state = solved.info, solved.state
+        bits, block, columns = (int(info[key]) for key in ("bits", "block", "columns"))
+        blocks = Blocks(
+            state["codes"], state["scale"], state.get("zero_point"), bits, block, columns
+        )
+        what = f"int{bits}, block {block}, relative error {info['error']:.2e}"
+        reason = ""
+        if info["nearest"]:
+            reason = f"only {int(info['rows'])} rows of calibration data: rounded to nearest"
+        elif info["damping"] > self.options.damping:
+            reason = f"its Hessian is singular: damping raised to {info['damping']:g}"
+        return blocks, Action(layer.name, what, reason)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """GPTQ of one layer after the other, see `ir.layerwise`."""
+
+    options: GptqOptions
+
+    def gather(self, site: Site) -> Hessian:
+        """The second moments that all layers of the site share."""
+        return hessian(site.rows())
+
+    def solve(self, task: Task) -> Solved:
+        """The layer's codes, and the weight that they stand for."""
+        stats: Hessian = task.stats
+        matrices = as_matrix(task.geometry, task.weight).float()
+        settings = self.options.settings(task.geometry.depth, task.weight.dtype)
+        is_nearest = stats.count < self.options.least_rows
+        dampings = [self.options.damping]
+
+        def factor(h: Tensor) -> Tensor:
+            upper, used = inverse_factor(h, self.options.damping, task.name)
+            dampings.append(used)
+            return upper
+
+        if is_nearest:
+            blocks = nearest(as_matrix(task.geometry, task.weight).flatten(0, 1), settings)
+        else:
+            pairs = zip(matrices, stats.matrix, strict=True)
+            parts = [round_matrix(w, h, factor, settings) for w, h in pairs]
+            blocks = packed(together(parts), settings)
+        value = blocks.value().to(task.weight.device)
+        state = {"codes": blocks.codes, "scale": blocks.scale}
+        if blocks.zero_point is not None:
+            state["zero_point"] = blocks.zero_point
+        info = {
+            "bits": float(blocks.bits),
+            "block": float(blocks.block),
+            "columns": float(blocks.columns),
+            "error": output_error(matrices, value.float().reshape(matrices.shape), stats.matrix),
+            "rows": float(stats.count),
+            "nearest": float(is_nearest),
+            "damping": max(dampings),
+        }
+        weight = from_matrix(task.geometry, value.reshape(matrices.shape))
+        return Solved(weight=weight, state=state, info=info)
+
+
+def together(parts: Sequence[Rounded]) -> Rounded:
+    """The matrices of all groups, one below the other."""
+    return Rounded(
+        torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts]),
+        torch.cat([p.zero for p in parts]), sum(p.loss for p in parts),
+    )  # fmt: skip
+
+
+def packed(rounded: Rounded, settings: Settings) -> Blocks:
+    """A rounded matrix in storage, on the CPU."""
+    zero = None if settings.symmetric else rounded.zero.to("cpu", torch.uint8)
+    scale = rounded.scale.to("cpu", settings.dtype)
+    return pack(rounded.codes.cpu(), scale, zero, settings.bits, settings.block)
+
+
+def nearest(matrix: Tensor, settings: Settings) -> Blocks:
+    """A matrix (out, columns) rounded to nearest on the same grid, on the CPU."""
+    return round_to_nearest(
+        matrix.cpu(), settings.bits, settings.block,
+        symmetric=settings.symmetric, search=settings.search,
+    )  # fmt: skip
+
+
+def output_error(old: Tensor, new: Tensor, h: Tensor) -> float:
+    """||x (old - new)^T|| / ||x old^T||, for inputs with second moments h (groups, k, k)."""
+    change, size = (float(((m @ h) * m).sum().clamp(min=0)) for m in (old - new, old))
+    return float((change / size) ** 0.5) if size > 0 else float(change**0.5)
+
+
+def _metrics(solved: Sequence[Solved]) -> dict[str, float]:
+    errors = [each.info["error"] for each in solved]
+    if not errors:
+        return {}
+    return {
+        "layers": float(len(errors)),
+        "layer_error_mean": sum(errors) / len(errors),
+        "layer_error_max": max(errors),
+    }
