@@ -32,6 +32,7 @@ from graphwright.ir.weights import (
     geometry,
     input_node,
     rows,
+    weight_key,
     weight_node,
 )
 from graphwright.ir.workers import Workers
@@ -362,7 +363,7 @@ class _Sweep:
         self.context.progress(layer.name, len(self.found) + 1, len(self.kinds))
         kept = replace(solved, weight=None)
         for other in self.kinds.values():
-            if other is layer or (layer.weight and other.weight == layer.weight):
+            if weight_key(other) == weight_key(layer):
                 self.found[other.node.name] = kept
                 if self.follows_solved:
                     self.now[other.node] = solved
@@ -374,10 +375,9 @@ class _Sweep:
         tied: set[str] = set()
         order = {node: index for index, node in enumerate(self.program.graph.nodes)}
         for layer in sorted(layers, key=lambda each: order[each.node]):
-            if layer.weight in tied:
+            if weight_key(layer) in tied:
                 continue
-            if layer.weight:
-                tied.add(layer.weight)
+            tied.add(weight_key(layer))
             shape = geometry(self.program, layer)
             grouped.setdefault((input_node(layer), *shape.rows_key()), []).append(layer)
         return [self._site(key[0], members) for key, members in grouped.items()]

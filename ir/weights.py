@@ -150,6 +150,12 @@ def weight_node(layer: Layer) -> fx.Node:
     return node
 
 
+def weight_key(layer: Layer) -> str:
+    """Equal for layers whose weight is one and the same (tied), stored or rebuilt."""
+    node = weight_node(layer)
+    return str(node.target) if node.op == "get_attr" else f"%{node.name}"
+
+
 def bias_node(layer: Layer) -> fx.Node | None:
     """The node of a layer's bias; None where it has none."""
     place = BIAS_ARGUMENT.get(layer.kind)

@@ -54,10 +54,10 @@ class Place:
         A tied weight keeps all its names.
         """
         editor = self.editor
-        name = editor.add_state(_part_of(self.owner, part), tensor)
+        name = editor.add_state(part_of(self.owner, part), tensor)
         tied = editor.program.aliases.get(self.owner, ())
         if len(tied) > 1:
-            others = [_part_of(other, part) for other in tied if other != self.owner]
+            others = [part_of(other, part) for other in tied if other != self.owner]
             aliases = {**editor.program.aliases, name: (name, *others)}
             editor.program = editor.program.replace(aliases=aliases)
         return editor.get(name)
@@ -68,6 +68,9 @@ class Place:
 
     def old_matrix(self) -> fx.Node:
         """The weight so far as a matrix (out, columns)."""
+        rebuilt = _rebuilt_matrix(self.old)
+        if rebuilt is not None:
+            return rebuilt
         if self.kind in TRANSPOSED:
             return self.call(aten.transpose.int, self.old, 0, 1)
         if self.old.meta["val"].dim() == 2:
@@ -134,12 +137,22 @@ def rebuild_blocks(blocks: Blocks) -> Make:
     return make
 
 
-def _part_of(owner: str, part: str) -> str:
+def part_of(owner: str, part: str) -> str:
     """`fc.weight` -> `fc.weight_codes`, and a parameter of the root module `w` -> `w.codes`.
 
     A layer is called after its stored tensor, up to the last dot: so it keeps its name.
     """
     return f"{owner}_{part}" if "." in owner else f"{owner}.{part}"
+
+
+def _rebuilt_matrix(weight: fx.Node) -> fx.Node | None:
+    """The matrix that an earlier `replace_weight` turned or reshaped; None where there is none."""
+    is_turned = weight.target is aten.transpose.int and weight.args[1:] == (0, 1)
+    if not is_turned and weight.target is not aten.reshape.default:
+        return None
+    matrix = weight.args[0]
+    is_ours = getattr(getattr(matrix, "target", None), "namespace", "") == ours.name
+    return matrix if isinstance(matrix, fx.Node) and is_ours else None
 
 
 def _behind(editor: Editor, weight: fx.Node) -> fx.Node:

@@ -21,6 +21,7 @@ from graphwright.ir.program import Program
 from graphwright.ir.select import WEIGHT_ARGUMENT, Layer, select
 from graphwright.passes.base import Action, Context, Need, Options, Pass, Result
 from graphwright.passes.quantize import _math
+from graphwright.passes.quantize._insert import part_of
 from graphwright.passes.quantize._sites import CONVOLUTIONS, INPUT_ARGUMENT, Sites, find_sites
 
 ops = torch.ops.graphwright
@@ -359,8 +360,8 @@ class _Inserter:
     def _dequantize(
         self, name: str, codes: Tensor, scale: Tensor, axis: int, before: fx.Node
     ) -> fx.Node:
-        first = self.editor.get(self.editor.add_state(f"{name}.codes", codes))
-        second = self.editor.get(self.editor.add_state(f"{name}.scale", scale))
+        first = self.editor.get(self.editor.add_state(part_of(name, "codes"), codes))
+        second = self.editor.get(self.editor.add_state(part_of(name, "scale"), scale))
         # At the head of the graph: a tied weight's layers all read this one node.
         place = next(n for n in self.editor.graph.nodes if n.op not in ("placeholder", "get_attr"))
         return self.editor.call(

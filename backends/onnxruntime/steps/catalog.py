@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from graphwright.backends.onnxruntime.options import OnnxRuntimeOptions
 from graphwright.backends.onnxruntime.steps.activations import (
     find_gelu,
     find_silu,
@@ -12,6 +13,7 @@ from graphwright.backends.onnxruntime.steps.activations import (
 )
 from graphwright.backends.onnxruntime.steps.attention import fuse_attention
 from graphwright.backends.onnxruntime.steps.biases import move_biases
+from graphwright.backends.onnxruntime.steps.blocks import lower_blocks
 from graphwright.backends.onnxruntime.steps.eager_attention import find_attention
 from graphwright.backends.onnxruntime.steps.int8 import lower_int8
 from graphwright.backends.onnxruntime.steps.layout import simplify_layout
@@ -29,10 +31,16 @@ class Step:
     Attributes:
         name: shown in notes, and what the `skip` option takes.
         run: edits the graph through the editor; returns how often it applied.
+        takes_options: `run` takes the backend's options too.
     """
 
     name: str
-    run: Callable[[Editor], int]
+    run: Callable[..., int]
+    takes_options: bool = False
+
+    def __call__(self, editor: Editor, options: OnnxRuntimeOptions) -> int:
+        """Edits the graph; returns how often the step applied."""
+        return self.run(editor, options) if self.takes_options else self.run(editor)
 
 
 STEPS: tuple[Step, ...] = (
@@ -50,4 +58,5 @@ STEPS: tuple[Step, ...] = (
     Step("move_biases", move_biases),
     Step("int8", lower_int8),
     Step("table", lower_table),
+    Step("blocks", lower_blocks, takes_options=True),
 )

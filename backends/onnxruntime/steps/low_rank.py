@@ -1,0 +1,98 @@
+"""low_rank: a corrected weight W + B A becomes the layer on W and two small products beside it.
+
+The runtime's kernels for compressed weights take no correction, and its constant folding would
+turn the sum into a dense float weight. A weight that is stored dense takes its correction in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphwright.backends.onnxruntime.steps.graph import is_call
+from graphwright.ir.edit import Editor
+
+aten = torch.ops.aten
+ours = torch.ops.graphwright
+
+CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+
+WEIGHT_PLACE = {aten.addmm.default: 2}
+INPUT_PLACE = {aten.addmm.default: 1}
+
+
+def split_low_rank(editor: Editor) -> int:
+    """Takes every correction out of its weight; returns how many."""
+    count = 0
+    for node in list(editor.graph.find_nodes(op="call_function", target=ours.add_low_rank.default)):
+        base = node.args[0]
+        if base.op == "get_attr":
+            count += _merge(editor, node)
+        else:
+            count += all([_beside(editor, use) for use in _uses(node)])
+    return count
+
+
+def _merge(editor: Editor, node: fx.Node) -> int:
+    weight, b, a = (editor.tensor(arg) for arg in node.args)
+    if weight is None or b is None or a is None:
+        return 0
+    merged = ours.add_low_rank(weight.detach(), b.detach(), a.detach())
+    name = editor.add_state(f"{node.args[0].target}_corrected", merged)
+    editor.replace(node, editor.get(name))
+    return 1
+
+
+def _uses(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """(layer, its weight node) of every layer that reads a corrected weight."""
+    found = []
+    for user in node.users:
+        moved = is_call(user, aten.transpose.int, aten.reshape.default)
+        found += [(reader, user) for reader in user.users] if moved else [(user, node)]
+    return found
+
+
+def _beside(editor: Editor, use: tuple[fx.Node, fx.Node]) -> bool:
+    layer, weight = use
+    place = WEIGHT_PLACE.get(layer.target, 1)
+    if layer.kwargs or len(layer.args) <= place or layer.args[place] is not weight:
+        return False
+    corrected = weight if is_call(weight, ours.add_low_rank.default) else weight.args[0]
+    assert isinstance(corrected, fx.Node)
+    base, b, a = corrected.args
+    x = layer.args[INPUT_PLACE.get(layer.target, 0)]
+    if layer.target in CONVOLUTIONS:
+        extra = _convolution(editor, layer, weight, x, b, a)
+    elif layer.target in (aten.linear.default, aten.matmul.default, aten.addmm.default):
+        small = editor.call(aten.linear.default, x, a, before=layer)
+        extra = editor.call(aten.linear.default, small, b, before=layer)
+    else:
+        return False
+    if extra is None:
+        return False
+    plain: Any = base
+    if weight is not corrected:
+        plain = editor.call(weight.target, base, *weight.args[1:], before=weight, like=weight)
+    layer.replace_input_with(weight, plain)
+    following = layer.next
+    total = editor.call(aten.add.Tensor, layer, extra, before=following, like=layer)
+    layer.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+    return True
+
+
+def _convolution(
+    editor: Editor, layer: fx.Node, weight: fx.Node, x: Any, b: Any, a: Any
+) -> fx.Node | None:
+    """The same windows with A for their kernel, and a convolution of size 1 with B."""
+    groups = layer.args[6] if len(layer.args) > 6 else 1
+    if groups != 1:
+        return None
+    shape = [int(size) for size in weight.meta["val"].shape]
+    rank = int(b.meta["val"].shape[1])
+    kernel = editor.call(aten.reshape.default, a, [rank, *shape[1:]], before=layer)
+    ones = [1] * len(shape[2:])
+    point = editor.call(aten.reshape.default, b, [shape[0], rank, *ones], before=layer)
+    small = editor.call(layer.target, x, kernel, None, *layer.args[3:], before=layer)
+    return editor.call(layer.target, small, point, before=layer)

@@ -1,0 +1,190 @@
+"""compensate.bias_correction: biases that bring every channel's mean output back."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, fx
+
+from graphwright.ir.edit import Editor
+from graphwright.ir.errors import ModelError
+from graphwright.ir.layerwise import Site, Solved, Task, sweep
+from graphwright.ir.options import Selector
+from graphwright.ir.program import Program
+from graphwright.ir.select import Layer, layers, select
+from graphwright.ir.weights import (
+    BIAS_ARGUMENT,
+    PRODUCTS,
+    as_matrix,
+    bias_node,
+    constant_value,
+    geometry,
+)
+from graphwright.passes.base import Action, Context, Options, Pass, Result
+
+ours = torch.ops.graphwright
+
+INT32 = 2**31 - 1
+
+
+class BiasCorrectionOptions(Options):
+    """Options of compensate.bias_correction."""
+
+    targets: Selector = ("*",)
+    """Layers whose biases may change: selector patterns over names and kinds."""
+
+    max_error: Annotated[float, Field(gt=0)] | None = None
+    """Largest relative error of the outputs, ||a-b|| / ||a||, against the program before this pass;
+    no bound when absent."""
+
+
+class BiasCorrection(Pass):
+    """Adds to every layer's bias what the mean of each of its output channels has lost.
+
+    Compressed weights and activations shift the outputs of a layer by an amount that does not
+    average out: E[W x] - E[W' x'], with x and W of the model before the first pass and x' and W'
+    of the program now. The difference is measured on the calibration data, layer by layer: each
+    sees the inputs that the corrected layers before it give. A layer without a bias gets one; an
+    int32 bias keeps its codes' scale.
+
+    Source: Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias
+    Correction", section 4.2, in its empirical form (appendix D); the tuning for networks without
+    batch norm in Hubara et al. 2021 (P47).
+    """
+
+    contract = "lossy"
+    needs = "calibration"
+    Options = BiasCorrectionOptions
+    papers = ("P47",)
+    after = ("cleanup.*", "cast.*", "prune.*", "quantize.*")
+
+    def run(self, program: Program, context: Context) -> Result:
+        assert context.calibration is not None  # `execute` refuses to run without
+        chosen = select(program, self.options.targets, PRODUCTS)
+        wanted, refused = _means(program, chosen, context)
+        actions = [Action(name, "left alone", why) for name, why in refused.items()]
+        kept = [layer for layer in chosen if layer.name in wanted]
+        if not kept:
+            raise ModelError(
+                f"{self.id}: no selected layer has a counterpart in the original model",
+                details=tuple(sorted({f"{n}: {why}" for n, why in refused.items()})[:5]),
+            )
+        found = sweep(program, kept, context.calibration, _Shift(wanted), context)
+        editor = Editor(program, by=self.id)
+        sizes = []
+        for layer in kept:
+            solved = found[layer.node.name]
+            _set_bias(editor, layer, solved.state["bias"])
+            sizes.append(solved.info["shift"])
+            actions.append(Action(layer.name, f"bias moved, mean shift {sizes[-1]:.2e} undone"))
+        metrics = {"layers": float(len(kept)), "mean_shift": sum(sizes) / len(sizes)}
+        return Result(editor.finish(), tuple(actions), metrics)
+
+
+def _means(
+    program: Program, chosen: list[Layer], context: Context
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Mean output of every channel in the original model, and why layers have none."""
+    original = context.teacher
+    known = {} if original is None else {x.name: x for x in layers(original, PRODUCTS)}
+    refused: dict[str, str] = {}
+    pairs: list[Layer] = []
+    for layer in chosen:
+        before = known.get(layer.name)
+        if layer.kind not in BIAS_ARGUMENT:
+            refused[layer.name] = f"a {layer.kind} takes no bias"
+        elif original is None or before is None:
+            refused[layer.name] = "the original model has no layer of this name"
+        elif geometry(original, before).out != geometry(program, layer).out:
+            refused[layer.name] = "its channels are no longer the original's"
+        elif not _is_writable(layer):
+            refused[layer.name] = "its bias is computed in the graph"
+        else:
+            pairs.append(before)
+    if original is None or not pairs:
+        return {}, refused
+    assert context.calibration is not None
+    within = context.within("original")
+    found = sweep(original, pairs, context.calibration, _Mean(), within, follow="program")
+    return {layer.name: found[layer.node.name].state["mean"] for layer in pairs}, refused
+
+
+def _is_writable(layer: Layer) -> bool:
+    """Whether the bias is absent, stored, or int32 codes with a stored scale."""
+    node = bias_node(layer)
+    if node is None or node.op == "get_attr":
+        return True
+    return node.target is ours.dequantize.default and node.args[2] is None
+
+
+class _Mean:
+    """Means of outputs; by linearity they need the means of the rows only."""
+
+    def gather(self, site: Site) -> Tensor:
+        total, count = None, 0
+        for rows in site.rows():
+            part = rows.double().sum(1)
+            total = part if total is None else total + part
+            count += rows.shape[1]
+        assert total is not None
+        return total / max(count, 1)
+
+    def solve(self, task: Task) -> Solved:
+        return Solved(state={"mean": self.mean_of(task)})
+
+    def mean_of(self, task: Task) -> Tensor:
+        """(out,) float64: mean output of the layer as it is."""
+        matrix = as_matrix(task.geometry, task.weight).double()
+        mean = torch.einsum("gok,gk->go", matrix, task.stats).flatten()
+        return mean if task.bias is None else mean + task.bias.double()
+
+
+class _Shift(_Mean):
+    def __init__(self, wanted: dict[str, Tensor]) -> None:
+        self.wanted = wanted
+
+    def solve(self, task: Task) -> Solved:
+        shift = self.wanted[task.name] - self.mean_of(task)
+        bias = torch.zeros_like(shift) if task.bias is None else task.bias.double()
+        moved = (bias + shift).to(task.weight.dtype)
+        size = float(shift.norm() / self.wanted[task.name].norm().clamp_min(1e-30))
+        return Solved(bias=moved, state={"bias": moved}, info={"shift": size})
+
+
+def _set_bias(editor: Editor, layer: Layer, bias: Tensor) -> None:
+    node = next(n for n in editor.graph.nodes if n.name == layer.node.name)
+    place = BIAS_ARGUMENT[layer.kind]
+    old = node.args[place] if len(node.args) > place else None
+    if isinstance(old, fx.Node) and old.op != "get_attr":
+        _set_codes(editor, node, old, bias)
+        return
+    owner = str(old.target) if isinstance(old, fx.Node) else f"{layer.name}.bias"
+    name = editor.add_state(f"{owner}_corrected", _like(editor, old, bias))
+    args = [*node.args, *[None] * (place + 1 - len(node.args))]
+    args[place] = editor.get(name)
+    editor.set_args(node, *args, **node.kwargs)
+
+
+def _like(editor: Editor, old: object, bias: Tensor) -> Tensor:
+    """The bias as what it replaces is: a parameter stays one."""
+    stored = editor.tensor(old)
+    if isinstance(stored, torch.nn.Parameter):
+        return torch.nn.Parameter(bias, requires_grad=stored.requires_grad)
+    return bias
+
+
+def _set_codes(editor: Editor, node: fx.Node, old: fx.Node, bias: Tensor) -> None:
+    """Other codes at the same scale, for integer kernels."""
+    scale = constant_value(editor.program, _stored(editor, old.args[1]))
+    codes = torch.round(bias.double() / scale.double()).clamp(-INT32, INT32).to(torch.int32)
+    owner = str(_stored(editor, old.args[0]).target)
+    new = editor.get(editor.add_state(f"{owner}_corrected", codes))
+    moved = editor.call(old.target, new, *old.args[1:], before=node, like=old)
+    node.replace_input_with(old, moved)
+
+
+def _stored(editor: Editor, node: object) -> fx.Node:
+    assert isinstance(node, fx.Node)
+    return node

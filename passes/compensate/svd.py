@@ -1,0 +1,62 @@
+"""compensate.svd: the low-rank correction that is best for the weights themselves."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from graphwright.ir.options import Selector
+from graphwright.ir.program import Program
+from graphwright.ir.select import select
+from graphwright.ir.weights import PRODUCTS, as_matrix, geometry, weight_value
+from graphwright.passes.base import Context, Options, Pass, Result
+from graphwright.passes.compensate import _low_rank
+
+
+class SvdOptions(Options):
+    """Options of compensate.svd."""
+
+    rank: Annotated[int, Field(ge=1)] = 128
+    """Rank of every correction; a layer with fewer rows or columns gets as many as it has."""
+
+    targets: Selector = ("*",)
+    """Layers to compensate: selector patterns over names and kinds. Those that no earlier pass has
+    changed are left alone."""
+
+    max_error: Annotated[float, Field(gt=0)] | None = None
+    """Largest relative error of the outputs, ||a-b|| / ||a||, against the program before this pass;
+    no bound when absent."""
+
+
+class Svd(Pass):
+    """Gives every compressed layer the truncated SVD of what its weight lost.
+
+    Needs no data, and knows nothing of what the layer is used on: the baseline that
+    `compensate.eora` is measured against, and the same thing where inputs are isotropic.
+
+    Source: Eckart and Young 1936; as a baseline in Liu et al. 2024, "EoRA".
+    """
+
+    contract = "lossy"
+    Options = SvdOptions
+    after = ("cleanup.*", "cast.*", "prune.*", "quantize.*")
+
+    def run(self, program: Program, context: Context) -> Result:
+        chosen = select(program, self.options.targets, PRODUCTS)
+        originals, actions = _low_rank.differences(program, context.teacher, chosen)
+        found: dict[str, _low_rank.Factors] = {}
+        before, after = [], []
+        changed = [layer for layer in chosen if layer.name in originals]
+        for layer in _low_rank.first_uses(changed):
+            original = originals[layer.name].float()
+            shape = geometry(program, layer)
+            delta = original - as_matrix(shape, weight_value(program, layer))[0].float()
+            factors = _low_rank.split(delta, None, None, self.options.rank)
+            found[layer.name] = factors
+            left = delta - factors.b @ factors.a
+            before.append(_low_rank.relative_error(delta, original, None))
+            after.append(_low_rank.relative_error(left, original, None))
+            actions.append(_low_rank.action(layer.name, factors.b.shape[1], before[-1], after[-1]))
+        result = _low_rank.insert(program, self.id, changed, found)
+        return Result(result, tuple(actions), _low_rank.metrics(before, after))
