@@ -55,6 +55,9 @@ class Fisher:
         block: length of the consecutive blocks that F is restricted to (the last is shorter);
             None for the full matrix.
 
+    Attributes:
+        whole: B (1, m, m) and D (1, m) of the full matrix; None with blocks.
+
     Raises:
         ArgumentError: there is no gradient, or one is not finite.
     """
@@ -65,12 +68,12 @@ class Fisher:
             raise ArgumentError(f"an empirical Fisher of {m} gradients of {d} values")
         self.gradients, self.damp = gradients, damp
         self.block = d if block is None or block >= d else block
-        self._whole: tuple[Tensor, Tensor] | None = None
+        self.whole: tuple[Tensor, Tensor] | None = None
         if self.block == d:
             products = torch.zeros(1, m, m, dtype=torch.float64, device=gradients.device)
             for _, page in self._pages():
                 products += page @ page.mT
-            self._whole = self._coefficients(products)
+            self.whole = self._coefficients(products)
 
     @property
     def size(self) -> int:
@@ -102,7 +105,7 @@ class Fisher:
 
     def _of(self, page: Tensor) -> tuple[Tensor, Tensor]:
         """(B, D) of a page's blocks."""
-        return self._whole or self._coefficients(page @ page.mT)
+        return self.whole or self._coefficients(page @ page.mT)
 
     def vectors(self, multiple: int = 1) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(values, v (blocks, m, length), D (blocks, m)) page by page.
@@ -119,7 +122,7 @@ class Fisher:
         x = x.double()
         found = x / self.damp
         inner = None
-        if self._whole is not None:
+        if self.whole is not None:
             inner = torch.zeros(1, self.gradients.shape[0], 1).to(x)
             for where, page in self._pages():
                 inner += page @ _laid_out(x[where], page)
@@ -162,7 +165,7 @@ class Fisher:
         Raises:
             ArgumentError: it does not.
         """
-        if self.size % length or (self._whole is None and self.block % length):
+        if self.size % length or (self.whole is None and self.block % length):
             raise ArgumentError(f"sets of {length} do not divide {self.size} values in blocks of "
                                 f"{self.block}")  # fmt: skip
         found = []

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,6 +18,9 @@ from graphwright.ir.signature import Signature
 from graphwright.ir.tune.losses import cross_entropy, main_output, next_token, wide
 
 LossName = Literal["auto", "cross_entropy", "next_token", "energy"]
+MEMORY = 1 << 30
+"""Bytes of gradients that are held in memory; more of them go to a memory-mapped file."""
+
 Labelled = tuple[Mapping[str, Tensor], Tensor | None]
 """Inputs by name and labels, if there are any."""
 
@@ -170,3 +176,22 @@ def _taker(pool: Labelled) -> Callable[[list[int]], Labelled]:
 
 def _length(batch: Labelled) -> int:
     return int(next(iter(batch[0].values())).shape[0])
+
+
+@contextmanager
+def room(count: int, size: int, folder: Path | None) -> Iterator[Tensor]:
+    """Room for gradients, (count, size) float32: in memory, or in a file while it is used."""
+    if 4 * count * size <= MEMORY:
+        yield torch.empty(count, size)
+        return
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        file = str(Path(place) / "gradients")
+        try:
+            flat = torch.from_file(file, shared=True, size=count * size)
+        except RuntimeError as error:
+            gigabytes = 4 * count * size / 2**30
+            raise ArgumentError(
+                f"no room for {gigabytes:.1f} GiB of gradients in {place}",
+                fix="Lower `gradients`, or narrow `targets`.",
+            ) from error
+        yield flat.reshape(count, size)

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from graphwright.ir.errors import ArgumentError
 from graphwright.ir.fisher import Fisher
 from graphwright.ir.program import Program
 from graphwright.ir.select import Layer
 from graphwright.passes.base import Action, Context, Pass, Result
-from graphwright.passes.prune._gradients import Draws, LossName, gradients
+from graphwright.passes.prune._gradients import Draws, LossName, gradients, room
 from graphwright.passes.prune._layers import maskable, share_of_zeros, with_weights
 from graphwright.passes.prune._obs import Structure, Vector, kept_after, surgery
 from graphwright.passes.prune._patterns import Pattern, SparsityOptions
-
-MEMORY = 1 << 30
-"""Bytes of gradients that are held in memory; more of them go to a memory-mapped file."""
 
 
 class MfacOptions(SparsityOptions):
@@ -114,7 +106,7 @@ class Mfac(Pass):
             left -= left % structure.block
             current = program.replace(state=_state(program, vector, weights))
             batches = draws.draw(context.generator("gradients", step))
-            with _buffer(draws.count, int(kept.sum()), context.work) as buffer:
+            with room(draws.count, int(kept.sum()), context.work) as buffer:
                 for row, found in enumerate(gradients(current, batches, o.loss, vector.geometries)):
                     flat = vector.flat(found)
                     silent &= (flat == 0).cpu()
@@ -148,25 +140,6 @@ def _state(program: Program, vector: Vector, weights: Tensor) -> dict[str, Tenso
     new = {name: value.to(program.state[name].dtype)
            for name, value in vector.weights(weights).items()}  # fmt: skip
     return {**program.state, **{name: torch.nn.Parameter(value) for name, value in new.items()}}
-
-
-@contextmanager
-def _buffer(count: int, size: int, folder: Path | None) -> Iterator[Tensor]:
-    """Room for gradients, (count, size) float32: in memory, or in a file while it is used."""
-    if 4 * count * size <= MEMORY:
-        yield torch.empty(count, size)
-        return
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        file = str(Path(place) / "gradients")
-        try:
-            flat = torch.from_file(file, shared=True, size=count * size)
-        except RuntimeError as error:
-            gigabytes = 4 * count * size / 2**30
-            raise ArgumentError(
-                f"no room for {gigabytes:.1f} GiB of gradients in {place}",
-                fix="Lower `gradients`, or narrow `targets`.",
-            ) from error
-        yield flat.reshape(count, size)
 
 
 def _actions(

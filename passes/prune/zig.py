@@ -16,7 +16,8 @@ from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
 from graphwright.ir.select import layers, select
 from graphwright.passes.base import Action, Context, Need, Options, Pass, Result
-from graphwright.passes.prune._gradients import LossName, gradients, labelled
+from graphwright.passes.prune._gradients import Draws, LossName, gradients, labelled, room
+from graphwright.passes.prune._group_fisher import unit_costs
 from graphwright.passes.prune._scores import WITH_GRADIENT, scores, unit_sums
 from graphwright.passes.prune._select import Selection
 
@@ -34,11 +35,20 @@ class ZigOptions(Options):
     """What the share is counted in: removable units (zero-invariant groups), the program's
     parameters, or its multiply-accumulates at the example sizes."""
 
-    score: Literal["magnitude", "normalized_magnitude", "cosine", "taylor", "taylor2", "hesso"] = (
-        "magnitude"
-    )
-    """Importance of a unit; `hesso` is the mean of the other five. All but the first two need
-    calibration data."""
+    score: Literal[
+        "magnitude", "normalized_magnitude", "cosine", "taylor", "taylor2", "hesso", "fisher"
+    ] = "magnitude"
+    """Importance of a unit; `hesso` is the mean of the five before it, `fisher` the loss increase
+    by the inverse empirical Fisher (M-FAC). All but the first two need calibration data."""
+
+    gradients: Annotated[int, Field(ge=1)] = 64
+    """Mini-batch gradients that `fisher` is made of; fewer where there are fewer samples."""
+
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """Samples of such a mini-batch at most; fewer where the data is not enough."""
+
+    damp: Annotated[float, Field(gt=0)] = 1e-5
+    """What is added to the diagonal of the Fisher matrix."""
 
     scope: Literal["global", "group"] = "global"
     """Compare scores over the whole program, or take the same share of every group."""
@@ -75,15 +85,16 @@ class Zig(Pass):
     equals the one with these slices zeroed; the pass checks that on the example inputs.
 
     Source: Chen et al. 2023, "OTOv2" (groups); Chen et al. 2024, "HESSO" (criteria). The cosine
-    keeps OTOv2's sign, where HESSO's code has the opposite.
+    keeps OTOv2's sign, where HESSO's code has the opposite. `fisher`: Frantar et al. 2021, "M-FAC",
+    with the optimal brain surgeon's increase 1/2 w_Q ([F^-1]_QQ)^-1 w_Q for all values Q of a unit.
     """
 
     contract = "lossy"
     needs_with: ClassVar[Mapping[tuple[str, Any], Need]] = dict.fromkeys(
-        (("score", name) for name in WITH_GRADIENT), "calibration"
+        (("score", name) for name in (*WITH_GRADIENT, "fisher")), "calibration"
     )
     Options = ZigOptions
-    papers = ("P46",)
+    papers = ("P46", "P66")
 
     def run(self, program: Program, context: Context) -> Result:
         o = self.options
@@ -93,15 +104,8 @@ class Zig(Pass):
             raise ModelError("no channel group can be pruned",
                              fix="`graphwright inspect --groups` says why.")  # fmt: skip
         analysis = eligible[0].analysis
-        gradients = None
-        if o.score in WITH_GRADIENT:
-            gradients = _gradients(analysis.program, context, o.loss)
-        sums = unit_sums(analysis, gradients)
-        every = np.concatenate([g.classes for g in eligible])
-        found = scores(o.score, sums, every)
-        ends = np.cumsum([g.units for g in eligible])[:-1]
-        selection = Selection(analysis, eligible, np.split(found, ends), o.group_divisible,
-                              o.min_kept, o.scope == "group")  # fmt: skip
+        selection = Selection(analysis, eligible, self._scores(eligible, context),
+                              o.group_divisible, o.min_kept, o.scope == "group")  # fmt: skip
         chosen = _choose(selection, o.of, o.sparsity)
         picks = {g: u.tolist() for g, u in zip(eligible, chosen, strict=True) if len(u)}
         actions += [_action(g, len(u)) for g, u in zip(eligible, chosen, strict=True)]
@@ -110,6 +114,19 @@ class Zig(Pass):
         smaller = cut(program, picks)
         error = _check(zero(program, picks), smaller)
         return Result(smaller, tuple(actions), _metrics(selection, chosen, error))
+
+    def _scores(self, groups: list[ChannelGroup], context: Context) -> list[np.ndarray]:
+        """A score per unit of every group."""
+        o, analysis = self.options, groups[0].analysis
+        if o.score == "fisher":
+            return _fisher_scores(groups, o, context)
+        mean = None
+        if o.score in WITH_GRADIENT:
+            mean = _gradients(analysis.program, context, o.loss)
+        found = scores(
+            o.score, unit_sums(analysis, mean), np.concatenate([g.classes for g in groups])
+        )
+        return np.split(found, np.cumsum([g.units for g in groups])[:-1])
 
 
 def _eligible(
@@ -208,3 +225,22 @@ def _gradients(program: Program, context: Context, loss: LossName) -> dict[str, 
         count += 1
         context.progress("gradients", count, 0)
     return {name: gradient / count for name, gradient in total.items()}
+
+
+def _fisher_scores(
+    groups: list[ChannelGroup], options: ZigOptions, context: Context
+) -> list[np.ndarray]:
+    """Loss increases by the Fisher matrix of all parameters that the groups have slices of."""
+    program = groups[0].analysis.program
+    every = program.parameters()
+    names = dict.fromkeys(m.parameter for g in groups for m in g.members if m.parameter in every)
+    parameters: dict[str, Tensor] = {name: every[name] for name in names}
+    assert context.calibration is not None
+    draws = Draws(context.calibration, program.signature, options.gradients, options.batch_size)
+    size = sum(p.numel() for p in parameters.values())
+    with room(draws.count, size, context.work) as buffer:
+        batches = draws.draw(context.generator("gradients"))
+        for row, found in enumerate(gradients(program, batches, options.loss, parameters)):
+            buffer[row] = torch.cat([found[name].flatten() for name in parameters])
+            context.progress("gradients", row + 1, draws.count)
+        return unit_costs(groups, parameters, buffer, options.damp)

@@ -12,7 +12,7 @@ import graphwright as gw
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.fisher import Fisher
-from graphwright.passes.prune import Mfac, mfac
+from graphwright.passes.prune import Mfac, _gradients
 from graphwright.passes.prune._gradients import Draws
 from graphwright.passes.prune._obs import Structure, Vector, kept_after, surgery
 
@@ -169,7 +169,7 @@ def test_full_matrix_from_a_mapped_file_is_the_same(
     trained: gw.Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_memory = ran(trained, steps=2, block_size=None, sparsity=0.6).program
-    monkeypatch.setattr(mfac, "MEMORY", 0)
+    monkeypatch.setattr(_gradients, "MEMORY", 0)
     mapped = ran(trained, steps=2, block_size=None, sparsity=0.6).program
     assert torch.equal(in_memory.state["fc1.weight"], mapped.state["fc1.weight"])
     assert loss(mapped) < loss(zeroed(trained, 0.6))
@@ -224,5 +224,5 @@ def test_nothing_to_do_and_refusals(trained: gw.Program) -> None:
     bad = trained.replace(state={**trained.state, "fc2.bias": torch.full((4,), torch.nan)})
     with pytest.raises(ModelError, match="loss of calibration batch"):
         ran(bad)
-    with pytest.raises(ArgumentError, match="gives 0 samples"):
+    with pytest.raises(ArgumentError, match="is 0; the model takes 1"):
         Mfac().execute(trained, Context(calibration=[{"x": torch.zeros(0, 1, 4, 4)}]))

@@ -14,7 +14,7 @@ from graphwright.ir.channels import channel_groups
 from graphwright.ir.context import Context
 from graphwright.ir.cost import cost
 from graphwright.ir.errors import ArgumentError, ContractError, ModelError
-from graphwright.passes.prune import Zig, _scores
+from graphwright.passes.prune import Zig, _group_fisher, _scores
 
 
 class Small(nn.Module):
@@ -116,6 +116,91 @@ def test_taylor_is_the_gradient_of_the_loss_times_the_slices() -> None:
     after = ran(data, score="taylor", sparsity=0.4, scope="group", targets=["c"]).program
     kept = sorted(expected.argsort()[8:].tolist())
     assert torch.equal(after.state["c.weight"], model.c.weight.detach()[kept])
+
+
+def test_fisher_scores_are_those_of_the_dense_inverse() -> None:
+    """1/2 w_Q ([F^-1]_QQ)^-1 w_Q of every unit, F from torch's own gradients, all parameters."""
+    torch.manual_seed(0)
+    model, data = Net(), samples()
+    program = gw.trace(model.eval(), (data[0]["x"][:2],), dynamic="batch")
+    groups = [g for g in channel_groups(program) if g.prunable]
+    rows = []
+    for batch in data:
+        model.zero_grad()
+        nn.functional.cross_entropy(model(batch["x"]), batch["labels"]).backward()
+        rows.append(torch.cat([p.grad.flatten() for p in model.parameters()]).double())
+    w = torch.cat([p.detach().flatten() for p in model.parameters()]).double()
+    fisher = 1e-2 * torch.eye(len(w)) + torch.stack(rows).T @ torch.stack(rows) / len(rows)
+    inverse = torch.linalg.inv(fisher)
+    number = torch.arange(len(w)).split([p.numel() for p in model.parameters()])
+    a, bias, b = number[0].view(6, 4), number[1], number[2].view(3, 6)
+    expected = []
+    for unit in range(6):
+        q = torch.cat([a[unit], bias[unit : unit + 1], b[:, unit]])
+        expected.append(float(w[q] @ torch.linalg.inv(inverse[q][:, q]) @ w[q]) / 2)
+    buffer = torch.stack(rows)
+    parameters = dict(program.parameters())
+    assert list(parameters) == [name for name, _ in model.named_parameters()]
+    found = _group_fisher.unit_costs(groups, parameters, buffer, 1e-2)
+    np.testing.assert_allclose(found[0], expected, rtol=1e-7)
+
+
+class Net(nn.Module):
+    """Two layers, one group of six."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(x)))
+
+
+def samples() -> list[dict[str, Tensor]]:
+    return [{"x": torch.randn(8, 4), "labels": torch.randint(0, 3, (8,))} for _ in range(5)]
+
+
+def test_fisher_removes_units_that_cost_little() -> None:
+    """A large unit that nothing reads and one that is never active go first."""
+    torch.manual_seed(0)
+    model, data = Net(), samples()
+    with torch.no_grad():
+        model.b.weight[:, 2] = 0.0
+        model.a.weight[2] *= 20.0
+        model.a.bias[4] = -5.0
+    program = gw.trace(model.eval(), (data[0]["x"][:2],), dynamic="batch")
+    found = Zig(score="fisher", sparsity=0.4, batch_size=2).execute(
+        program, Context(calibration=data)
+    )
+    after, kept = found.program, [0, 1, 3, 5]
+    torch.testing.assert_close(after.state["a.weight"], model.a.weight[kept])
+
+
+def test_a_unit_with_a_value_in_two_of_its_slices_counts_it_once() -> None:
+    """A residual convolution reads and writes the same channels."""
+
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.same, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.head(x + torch.relu(self.same(x)))
+
+    program = gw.trace(Loop().eval(), (torch.randn(2, 3),), dynamic="batch")
+    group = next(g for g in channel_groups(program) if g.prunable)
+    parameters = dict(program.parameters())
+    w = torch.cat([p.detach().flatten() for p in parameters.values()]).double()
+    costs = _group_fisher.unit_costs([group], parameters, torch.zeros(2, len(w)), 0.5)
+    for unit in range(4):
+        same = program.state["same.weight"].detach().double()
+        squares = float(same[unit].square().sum() + same[:, unit].square().sum())
+        squares -= float(same[unit, unit] ** 2)
+        for name, dim in (("first.weight", 0), ("first.bias", 0), ("same.bias", 0),
+                          ("head.weight", 1)):  # fmt: skip
+            squares += float(program.state[name].detach().double().select(dim, unit).square().sum())
+        assert costs[0][unit] == pytest.approx(0.25 * squares)
 
 
 def test_hesso_is_the_mean_of_five_normalised_criteria() -> None:
