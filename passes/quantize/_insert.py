@@ -159,4 +159,5 @@ def _behind(editor: Editor, weight: fx.Node) -> fx.Node:
     """Behind everything stored, at the head of the graph; behind the weight when it is computed."""
     if weight.op != "get_attr":
         return weight.next
-    return next(n for n in editor.graph.nodes if n.op not in ("placeholder", "get_attr"))
+    first: fx.Node = next(n for n in editor.graph.nodes if n.op not in ("placeholder", "get_attr"))
+    return first

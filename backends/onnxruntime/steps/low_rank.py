@@ -19,8 +19,8 @@ ours = torch.ops.graphwright
 
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 
-WEIGHT_PLACE = {aten.addmm.default: 2}
-INPUT_PLACE = {aten.addmm.default: 1}
+WEIGHT_PLACE: dict[Any, int] = {aten.addmm.default: 2}
+INPUT_PLACE: dict[Any, int] = {aten.addmm.default: 1}
 
 
 def split_low_rank(editor: Editor) -> int:
@@ -40,7 +40,9 @@ def _merge(editor: Editor, node: fx.Node) -> int:
     if weight is None or b is None or a is None:
         return 0
     merged = ours.add_low_rank(weight.detach(), b.detach(), a.detach())
-    name = editor.add_state(f"{node.args[0].target}_corrected", merged)
+    stored = node.args[0]
+    assert isinstance(stored, fx.Node)
+    name = editor.add_state(f"{stored.target}_corrected", merged)
     editor.replace(node, editor.get(name))
     return 1
 

@@ -26,6 +26,7 @@ from graphwright.ir.kernels import (
     codebook,
     divisor_norm,
     int8_linear,
+    low_rank,
     norm,
     quantize,
     table,
@@ -103,6 +104,12 @@ def cases() -> Iterator[Case]:
         | {"width": "i32", "eps": "fp32"},
         {"HAS_WEIGHT": True, "HAS_BIAS": True, "BLOCK": 4096},
         warps=norm.warps_for(4096),
+    )
+    yield Case(
+        "add_low_rank-bf16",
+        low_rank.add_low_rank_kernel,
+        floats("bf16", "weight", "b", "a", "y") | sizes("rows", "columns", "rank"),
+        {"PRECISION": "tf32", "ROWS": 64, "COLUMNS": 64, "RANKS": 32},
     )
     yield Case(
         "dequantize-bf16",
