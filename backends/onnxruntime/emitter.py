@@ -145,6 +145,27 @@ class Emitter:
             self._initializer(full, tensor.contiguous()).metadata_props[STATE_KEY] = name
         return self.initializers[full]
 
+    def packed_weight(self, name: str, bits: int, *shape: int) -> ir.Value:
+        """Bytes of the program as an initializer of unsigned integers of 4 or 8 bits.
+
+        Args:
+            name: of a uint8 tensor in the state; two 4-bit values a byte, the first one low.
+            bits: 4 or 8.
+            shape: of the initializer.
+        """
+        data = self.state[name].numpy()
+        tensor: Any
+        if bits == 4:
+            tensor = ir.PackedTensor(data, ir.DataType.UINT4, shape=ir.Shape(shape), name=name)
+        else:
+            tensor = ir.Tensor(data.reshape(shape), name=name)
+        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+        value.const_value = tensor
+        value.metadata_props[STATE_KEY] = name
+        self.initializers[name] = value
+        self._names.setdefault(name, 1)
+        return value
+
     def derived(self, name: str, tensor: torch.Tensor) -> ir.Value:
         """A tensor computed from the program's, as an initializer under a name of its own."""
         return self._initializer(self.name(name), tensor.detach().contiguous())

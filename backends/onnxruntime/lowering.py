@@ -25,19 +25,25 @@ from graphwright.backends.onnxruntime.diagnose import first_differing_node
 from graphwright.backends.onnxruntime.emitter import Untranslatable
 from graphwright.backends.onnxruntime.forced import TappedModel, run_on_codes
 from graphwright.backends.onnxruntime.options import OnnxRuntimeOptions
+from graphwright.backends.onnxruntime.rounded import check_products, set_level
 from graphwright.backends.onnxruntime.runtime import (
     SessionSettings,
     open_and_count,
     run_session,
 )
+from graphwright.backends.onnxruntime.steps.blocks import EXACT, FORMS_FACT, PRODUCTS_FACT
 from graphwright.backends.onnxruntime.steps.catalog import STEPS, Step
 from graphwright.backends.onnxruntime.steps.int8 import TAPS
-from graphwright.backends.onnxruntime.steps.leftovers import leftovers
+from graphwright.backends.onnxruntime.steps.leftovers import has_compressed_weights, leftovers
 from graphwright.backends.onnxruntime.translate import translate
 from graphwright.ir.context import Context
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ArgumentError, LoweringError
 from graphwright.ir.program import Program
+
+MOST_GROWTH, SLACK = 1.3, 1 << 16
+"""Bytes of a model's weights, at most, for each byte of a program whose weights are compressed;
+and bytes for constants of its steps."""
 
 
 @dataclass
@@ -52,6 +58,8 @@ class Attempt:
         session: the session that was checked.
         kernels: op type to how many kernels of it the session runs.
         errors: relative error by sizes.
+        products: of weights in blocks: accuracy level, largest error of one product against what
+            that level computes, and error of the outputs for rounding activations.
     """
 
     program: Program
@@ -61,6 +69,7 @@ class Attempt:
     session: onnxruntime.InferenceSession | None = None
     kernels: dict[str, int] = field(default_factory=dict)
     errors: list[dict[str, Any]] = field(default_factory=list)
+    products: dict[str, Any] = field(default_factory=dict)
 
 
 class Lowering(Backend):
@@ -105,6 +114,8 @@ class Lowering(Backend):
             "steps": attempt.applied,
             "dropped": dropped,
             "left": leftovers(attempt.program),
+            "weights": dict(attempt.program.facts.get(FORMS_FACT, {})),
+            "products": attempt.products,
             "kernels": attempt.kernels,
             "session": {
                 "providers": attempt.session.get_providers(),
@@ -128,7 +139,7 @@ class _Job:
         self.program = program
         self.options = options
         self.folder = folder
-        self.settings = SessionSettings(options.provider, options.threads)
+        self.settings = SessionSettings(options.provider, options.threads, EXACT)
         self.settings.providers()
         self.cases: list[Case] = check_cases(program)
         self.bound = tolerance_for(program, options.tolerance)
@@ -144,13 +155,15 @@ class _Job:
             for step in steps:
                 self._apply(step, made)
             model = self._translate(made)
+            self._check_size(model)
             self._check(model, made)
+            self._raise_level(model, made)
         return made
 
     def _apply(self, step: Step, made: Attempt) -> None:
         editor = Editor(made.program, by=f"lower.{step.name}")
         try:
-            count = step.run(editor)
+            count = step(editor, self.options)
             program = editor.finish(propagate=False)
         except Exception as error:
             raise Differs(f"step {step.name} failed: {error!r}") from error
@@ -192,6 +205,45 @@ class _Job:
                 raise Differs(f"the model fails at {case.sizes}: {text[0]}") from error
             self._compare(case, outputs, made, tapped)
 
+    def _raise_level(self, model: ir.Model, made: Attempt) -> None:
+        """Lets the products of weights in blocks round their activations, as the options ask."""
+        if not made.program.facts.get(PRODUCTS_FACT):
+            return
+        made.products = {"accuracy_level": EXACT}
+        if self.options.accuracy_level == EXACT:
+            return
+        if made.translator != "direct":
+            made.products["why"] = "checked by product only where the model is translated directly"
+            return
+        fast = replace(self.settings, accuracy_level=self.options.accuracy_level)
+        try:
+            errors = [
+                check_products(self.program, made.program, self.options.opset, fast, case.inputs)
+                for case in self.cases
+            ]
+        except Differs as error:
+            made.products["why"] = str(error)
+            return
+        set_level(model, self.options.accuracy_level)
+        made.model = self._write(model)
+        case = self.cases[0]
+        made.session, outputs, made.kernels = open_and_count(
+            made.model, fast, self.program.signature, case.inputs
+        )
+        off = compare_outputs(self.program, case, outputs, float("inf"))
+        made.products = {
+            "accuracy_level": self.options.accuracy_level,
+            "largest_error": max(errors),
+            "outputs": off,
+        }
+
+    def _check_size(self, model: ir.Model) -> None:
+        """A compressed weight must not have come out as floats."""
+        stored = sum(tensor.nbytes for tensor in self.program.state.values())
+        written = _weight_bytes(model)
+        if has_compressed_weights(self.program) and written > MOST_GROWTH * stored + SLACK:
+            raise Differs(f"its weights take {written:,} bytes, the program's {stored:,}")
+
     def _tapped(self, made: Attempt) -> TappedModel | None:
         """For a quantized program that was translated directly: the model that shows its codes."""
         if not made.program.facts.get(TAPS) or made.translator != "direct":
@@ -216,12 +268,7 @@ class _Job:
 
     def _write(self, model: ir.Model) -> bytes | Path:
         """Serialized in memory, or in a folder with the weights apart when they are large."""
-        weights = sum(
-            value.const_value.nbytes
-            for value in model.graph.initializers.values()
-            if value.const_value is not None
-        )
-        if weights <= self.options.external_data_mb * 1e6:
+        if _weight_bytes(model) <= self.options.external_data_mb * 1e6:
             content: bytes = ir.to_proto(model).SerializeToString()
             return content
         path = Path(self.folder.name) / FILE
@@ -252,3 +299,8 @@ class _Job:
         """The error for a model that is wrong without any step; names the node where it can."""
         node = first_differing_node(self.program, self.options.opset, self.settings, self.bound)
         return LoweringError(str(error), details=(node,) if node else ())
+
+
+def _weight_bytes(model: ir.Model) -> int:
+    values = (value.const_value for value in model.graph.initializers.values())
+    return sum(value.nbytes for value in values if value is not None)

@@ -27,5 +27,13 @@ class OnnxRuntimeOptions(Options):
     external_data_mb: Annotated[float, Field(ge=0, le=2000)] = 1900
     """Weights above this many megabytes go to a file beside the model."""
 
+    weights: Literal["matmulnbits", "qdq"] = "matmulnbits"
+    """Form of matrix products with 4 and 8 bit weights in blocks: ONNX Runtime's own op, or the
+    standard blocked DequantizeLinear + MatMul (opset 21), which it fuses to the same kernel."""
+
+    accuracy_level: Literal[1, 4] = 4
+    """How those products compute: 4 rounds activations to 8 bits, block by block, as they come
+    (fast; adds about 0.5% error to each product), 1 in float32."""
+
     skip: tuple[str, ...] = ()
     """Rewriting steps to leave out, by name."""

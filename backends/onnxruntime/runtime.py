@@ -19,6 +19,8 @@ from graphwright.ir.signature import Signature
 ERRORS_ONLY = 4
 """ONNX Runtime's severity `fatal`: its failures reach us as exceptions anyway."""
 
+LEVEL_ENTRY = "session.qdq_matmulnbits_accuracy_level"
+
 
 @dataclass(frozen=True)
 class SessionSettings:
@@ -27,10 +29,13 @@ class SessionSettings:
     Attributes:
         provider: `cpu`, `cuda` or `auto`.
         threads: within an operator.
+        accuracy_level: of products that the runtime itself fuses from DequantizeLinear + MatMul;
+            its own default (4) when None.
     """
 
     provider: str = "cpu"
     threads: int = 0
+    accuracy_level: int | None = None
 
     def providers(self) -> list[str]:
         """Execution providers in order of preference.
@@ -68,6 +73,8 @@ def open_session(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = settings.thread_count()
     options.log_severity_level = ERRORS_ONLY
+    if settings.accuracy_level is not None:
+        options.add_session_config_entry(LEVEL_ENTRY, str(settings.accuracy_level))
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)

@@ -18,6 +18,7 @@ from graphwright.backends.onnxruntime.emitter import (
     onnx_dtype,
     sizes_of,
 )
+from graphwright.ir.edit import gw_meta
 from graphwright.ir.ops import OPS
 from graphwright.ir.program import Program
 
@@ -78,7 +79,10 @@ def translate_with_values(program: Program, opset: int) -> tuple[ir.Model, dict[
         e.name(spec.name)
     for node in program.graph.nodes:
         if node.op == "get_attr":
-            if not _only_transposed(node):
+            packed = gw_meta(node).get("packed")
+            if packed is not None:
+                e.values[node] = e.packed_weight(str(node.target), *packed)
+            elif not _only_transposed(node):
                 e.values[node] = e.weight(str(node.target))
         elif node.op == "call_function":
             _translate_node(e, table, node)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from graphwright.backends.onnxruntime.steps.block_codes import kernel_block, stored_blocks
 from graphwright.backends.onnxruntime.steps.graph import is_float32
+from graphwright.ir.ops.blocks import dequantize_blocks
 from graphwright.ir.program import Program
 
 aten = torch.ops.aten
 
 
 def leftovers(program: Program) -> list[dict[str, str]]:
-    """Node, op and reason of every attention that runs as separate kernels."""
+    """Node, op and reason: attention in separate kernels, weights that are rebuilt."""
     left = []
     for node in program.graph.find_nodes(
         op="call_function", target=aten.scaled_dot_product_attention.default
@@ -23,4 +25,28 @@ def leftovers(program: Program) -> list[dict[str, str]]:
         else:
             why = "its mask or sizes have no exact form in the attention kernel"
         left.append({"node": node.name, "op": "attention", "why": why})
+    return left + _rebuilt_weights(program)
+
+
+def _rebuilt_weights(program: Program) -> list[dict[str, str]]:
+    """Weights in blocks that standard ops rebuild: small in the file, float in memory."""
+    left = []
+    for node in program.graph.find_nodes(op="call_function", target=dequantize_blocks):
+        stored = stored_blocks(node)
+        if stored is None or not node.users:
+            continue
+        why = "no kernel reads its codes where it is used"
+        if not kernel_block(stored):
+            why = f"no kernel has blocks of {stored.block}"
+        left.append({"node": node.name, "op": "weight rebuilt at load", "why": why})
     return left
+
+
+def has_compressed_weights(program: Program) -> bool:
+    """Whether one of our ops rebuilds a weight."""
+    return any(
+        getattr(node.target, "namespace", "") == "graphwright"
+        and all(source.op == "get_attr" for source in node.all_input_nodes)
+        for node in program.graph.nodes
+        if node.op == "call_function"
+    )

@@ -1,0 +1,124 @@
+"""Checking matrix products that round their activations to 8 bits as they come.
+
+At accuracy level 4 the kernels of MatMulNBits round each row of the activation, block by block, to
+whole multiples of max|x| / 127. That is about half a percent of every product, too much for a
+sharp comparison of whole models. So the model is checked with float32 products first (level 1),
+against the program and at float32's bound; then the level is raised, and every product is checked
+by itself: from the activation that it really read, our own rounding and the program's own weight
+have to give the result that it really gave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from graphwright.backends.onnxruntime.check import Differs
+from graphwright.backends.onnxruntime.runtime import SessionSettings, open_session
+from graphwright.backends.onnxruntime.steps.blocks import PRODUCTS_FACT
+from graphwright.backends.onnxruntime.translate import translate_with_values
+from graphwright.ir.ops.blocks import dequantize_blocks
+from graphwright.ir.program import Program
+
+BOUND = 1e-4
+"""Largest relative error of one product against the emulated one, in float32."""
+
+TIE = 1e-3
+"""Nearer than this to the middle between two codes, in codes, either of them is right."""
+
+
+def set_level(model: ir.Model, level: int) -> None:
+    """Sets the accuracy level of every MatMulNBits."""
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
+
+
+def emulated(x: Tensor, weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """x @ weight^T, x (n, k) rounded to 8 bits in blocks of each row, and how far it may be off.
+
+    The rounding is in float32, as the kernels do it; the product in float64. A value of x between
+    two codes may be rounded either way, which moves a result by one step times the weight.
+
+    Returns:
+        the product (n, out), and the sum of such moves (n, out): 0 in most rows.
+    """
+    n, k = x.shape
+    wide = torch.nn.functional.pad(x.float(), (0, -k % block)).reshape(n, -1, block)
+    peak = wide.abs().amax(-1, keepdim=True)
+    scaled = wide * torch.where(peak > 0, 127.0 / peak, torch.zeros_like(peak))
+    step = (peak / 127.0).double()
+    rounded = torch.round(scaled).clamp(-127, 127).double() * step
+    is_tie = (scaled - torch.floor(scaled) - 0.5).abs() < TIE
+    moves = is_tie.double() * step
+    matrix = weight.double().t()
+    return rounded.reshape(n, -1)[:, :k] @ matrix, moves.reshape(n, -1)[:, :k] @ matrix.abs()
+
+
+def check_products(
+    program: Program,
+    lowered: Program,
+    opset: int,
+    settings: SessionSettings,
+    inputs: tuple[Tensor, ...],
+) -> float:
+    """Largest relative error of a product, on the activations that the runtime computed.
+
+    Args:
+        program: the program, whose stored weights are the reference.
+        lowered: it behind all steps.
+        opset, settings: as the model is made and run.
+        inputs: one tensor per input.
+
+    Raises:
+        Differs: a product gives something else than its weight and rounded activation.
+    """
+    products: Mapping[str, Any] = lowered.facts[PRODUCTS_FACT]
+    model, values = translate_with_values(lowered, opset)
+    set_level(model, 4)
+    by_name = {node.name: value for node, value in values.items()}
+    wanted = {n: by_name[n] for p, r in products.items() for n in (p, r["x"])}
+    shown = {value.name for value in model.graph.outputs}
+    given = {value.name for value in model.graph.inputs}
+    for value in wanted.values():
+        if value.name not in shown | given:
+            shown.add(value.name)
+            model.graph.outputs.append(value)
+    session = open_session(ir.to_proto(model).SerializeToString(), settings)
+    feeds = {
+        spec.name: tensor.detach().cpu().contiguous().numpy()
+        for spec, tensor in zip(program.signature.inputs, inputs, strict=True)
+    }
+    needed = {item.name for item in session.get_inputs()}
+    names = [str(value.name) for value in model.graph.outputs]
+    arrays = session.run(names, {k: v for k, v in feeds.items() if k in needed})
+    found = {**feeds, **dict(zip(names, arrays, strict=True))}
+    worst = 0.0
+    for name, record in products.items():
+        x, y = (torch.as_tensor(found[str(wanted[n].name)]) for n in (record["x"], name))
+        error = _error(program, record, x, y)
+        if not error <= BOUND:
+            raise Differs(f"product {name}: relative error {error:.3g}, allowed {BOUND:.3g}")
+        worst = max(worst, error)
+    return worst
+
+
+def _error(program: Program, record: Mapping[str, Any], x: Tensor, y: Tensor) -> float:
+    """Relative error of a product; against float32 where a kernel does not round."""
+    codes, scale, zero = (program.state.get(name) for name in record["weight"])
+    weight = dequantize_blocks(codes, scale, zero, *record["layout"])
+    rows = x.reshape(-1, x.shape[-1])
+    if record["bias"]:
+        y = y - program.state[record["bias"]].detach()
+    y = y.reshape(rows.shape[0], -1).double()
+    exact = rows.double() @ weight.double().t()
+    rounded, moves = emulated(rows, weight, record["block"])
+    excess = ((y - rounded).abs() - moves).clamp(min=0)
+    # A kernel that has no 8-bit form computes in float32.
+    error = min(float(excess.norm()), float((y - exact).norm()))
+    size = float(exact.norm())
+    return error / size if size > 0 else error
