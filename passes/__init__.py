@@ -25,7 +25,8 @@ def lazy_family(package: str, path: list[str]) -> Any:
         import pkgutil
 
         for module in pkgutil.iter_modules(path):
-            if "".join(part.capitalize() for part in module.name.split("_")) == name:
+            own = "".join(part.capitalize() for part in module.name.split("_"))
+            if own == name and not module.name.startswith("_"):
                 return getattr(importlib.import_module(f"{package}.{module.name}"), name)
         raise AttributeError(f"no pass {name!r} in {package}")
 
