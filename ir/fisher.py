@@ -22,8 +22,8 @@ from torch import Tensor
 
 from graphwright.ir.errors import ArgumentError
 
-PAGE = 1 << 17
-"""Values per gradient that are widened to float64 at a time."""
+PAGE = 1 << 19
+"""Values of all gradients together that are widened to float64 at a time: 4 MiB stay in cache."""
 
 
 def coefficients(products: Tensor, damp: float) -> tuple[Tensor, Tensor]:
@@ -87,7 +87,7 @@ class Fisher:
         """
         m, d = self.gradients.shape
         unit = multiple if self.block == d else self.block
-        step = max(1, PAGE // unit) * unit
+        step = max(1, PAGE // (m * unit)) * unit
         for start in range(0, d, step):
             where = slice(start, min(start + step, d))
             page = self.gradients[:, where].double()
@@ -232,7 +232,8 @@ class Window:
     def _inner(self, x: Tensor) -> Tensor:
         """G x in float64, page by page."""
         total = torch.zeros(self.gradients.shape[0], dtype=torch.float64, device=x.device)
-        for start in range(0, x.numel(), PAGE):
-            page = slice(start, start + PAGE)
+        step = max(1, PAGE // len(total))
+        for start in range(0, x.numel(), step):
+            page = slice(start, start + step)
             total += (self.gradients[:, page] @ x[page].to(self.gradients.dtype)).double()
         return total

@@ -16,7 +16,7 @@ D, M, DAMP = 200, 16, 1e-5
 @pytest.fixture(autouse=True)
 def _small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several pages for every vector here, the last one short."""
-    monkeypatch.setattr(fisher, "PAGE", 90)
+    monkeypatch.setattr(fisher, "PAGE", 90 * M)
 
 
 def drawn(count: int = M, size: int = D, seed: int = 0) -> Tensor:
