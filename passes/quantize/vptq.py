@@ -1,0 +1,266 @@
+"""quantize.vptq: 2 to 4 bit weights as indices into codebooks of vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, fx
+
+import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize_codebook
+from graphwright.ir.edit import Editor
+from graphwright.ir.errors import ModelError
+from graphwright.ir.hessian import Hessian, hessian, inverse_factor
+from graphwright.ir.layerwise import Site, Solved, Task, sweep
+from graphwright.ir.options import Selector
+from graphwright.ir.program import Program
+from graphwright.ir.select import Layer, select
+from graphwright.ir.weights import PRODUCTS, as_matrix, from_matrix, geometry, weight_node
+from graphwright.passes.base import Action, Context, Options, Pass, Result
+from graphwright.passes.quantize._codebook import Vectors, rebuild_vectors
+from graphwright.passes.quantize._insert import replace_weight
+from graphwright.passes.quantize._refusals import NO_MATRIX, refusals
+from graphwright.passes.quantize._vptq import Settings, Size, quantize
+
+LEAST_ROWS = 16
+"""Rows of calibration data below which H says too little: errors are then not spread."""
+
+Centroids = Annotated[int, Field(ge=2, le=65536)]
+Width = Annotated[int, Field(ge=1, le=64)]
+
+
+class VptqOptions(Options):
+    """Options of quantize.vptq."""
+
+    vector_length: Width = 4
+    """Neighbouring outputs that one index stands for. 4 with 256 centroids suits layers of a few
+    hundred to a few thousand outputs; large language models take 8 with 65536."""
+
+    centroids: Centroids = 256
+    """Vectors in a codebook. log2(centroids) / vector_length bits per weight, and the codebook."""
+
+    residual_centroids: Annotated[int, Field(ge=0, le=65536)] = 0
+    """Vectors in a second codebook for what the first leaves over; 0 for none."""
+
+    outlier_percent: Annotated[float, Field(ge=0, le=50)] = 0.0
+    """Share of the inputs, those with the largest activations, that get a codebook of their own."""
+
+    outlier_vector_length: Width = 2
+    """Vector length of the outliers' codebook."""
+
+    outlier_centroids: Centroids = 256
+    """Vectors in the outliers' codebook."""
+
+    groups: Annotated[int, Field(ge=1)] = 1
+    """Codebooks that the other inputs are spread over."""
+
+    norm: bool = True
+    """Shift and scale the weights of every input to [0, 1] first: 32 bits more for each input."""
+
+    permute: bool = True
+    """Quantize the inputs with the largest activations first, while there is most left to make up
+    for it."""
+
+    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Share of the mean of the Hessian's diagonal that is added to it; raised tenfold up to three
+    times where the Hessian is singular even so."""
+
+    kmeans_iterations: Annotated[int, Field(ge=1)] = 100
+    """Iterations of k-means, at most."""
+
+    kmeans_tolerance: Annotated[float, Field(ge=0)] = 1e-5
+    """K-means ends when its inertia falls by less than this share."""
+
+    fit_steps: Annotated[int, Field(ge=0)] = 20
+    """Steps of conjugate gradients that fit the codebooks to the outputs once the indices are
+    found; 0 leaves them as k-means gave them."""
+
+    sequential: bool = True
+    """Calibrate every layer on what the quantized layers before it give; else all layers on the
+    activations of the program as it was, and as many at a time as there are jobs."""
+
+    targets: Selector = ("*",)
+    """Layers to quantize: selector patterns over names and kinds."""
+
+    max_error: Annotated[float, Field(gt=0)] | None = None
+    """Largest relative error of the outputs, ||a-b|| / ||a||; no bound when absent."""
+
+    @model_validator(mode="after")
+    def _residual_is_a_codebook(self) -> Self:
+        if self.residual_centroids == 1:
+            raise ValueError("residual_centroids is 0 for none, or at least 2")
+        return self
+
+    def settings(self) -> Settings:
+        """Sizes and options of a matrix."""
+        return Settings(
+            Size(self.vector_length, self.centroids, self.residual_centroids),
+            Size(self.outlier_vector_length, self.outlier_centroids),
+            self.outlier_percent,
+            self.groups,
+            self.norm,
+            self.permute,
+            self.kmeans_iterations,
+            self.kmeans_tolerance,
+            self.fit_steps,
+        )
+
+    @property
+    def pattern(self) -> str:
+        """Short name of the codebooks, as v8-k65536-256."""
+        return f"v{self.vector_length}-k{self.centroids}-{self.residual_centroids}"
+
+
+class Vptq(Pass):
+    """Quantizes weights to 2 to 4 bits: vectors of outputs are looked up in codebooks.
+
+    A weight is cut into vectors along its outputs. Codebooks are found by k-means, every vector
+    weighed by H_jj of its input j, with H = mean of x x^T over the calibration data; then, input
+    by input, every vector takes the nearest entry, and what this changes in the outputs is made up
+    for by the inputs not yet quantized. A second codebook can hold what the first leaves over,
+    and the inputs that matter most can have a codebook with shorter vectors. At the end the
+    codebooks are fitted to the layer's outputs. Convolutions are quantized as products with their
+    windows; activations and embedding tables stay as they are.
+
+    Codebooks and scales are stored in float16 where that keeps them to 0.1%. In small layers they
+    are a large part of what is stored: the bits per weight that are reported count everything.
+
+    No runtime has a kernel for codebooks on a CPU: ONNX Runtime rebuilds the dense weight when a
+    session is made, so that the file is small, and memory and speed are those of float.
+
+    Source: Liu et al. 2024, "VPTQ: Extreme Low-bit Vector Post-Training Quantization for Large
+    Language Models". The layer-wise tuning of centroids by gradient descent is here a linear
+    least-squares fit; outliers are always the inputs with the largest H_jj, whatever the order.
+    """
+
+    contract = "lossy"
+    needs = "calibration"
+    papers = ("P63",)
+    Options = VptqOptions
+    after = ("cleanup.*", "prune.*", "quantize.smoothquant")
+
+    def run(self, program: Program, context: Context) -> Result:
+        options: VptqOptions = self.options
+        chosen = select(program, options.targets, {*PRODUCTS, *NO_MATRIX, "embedding"})
+        products = [layer for layer in chosen if layer.kind != "embedding"]
+        refused = {layer.node: "an embedding table has no product to calibrate on"
+                   for layer in chosen if layer.kind == "embedding"}  # fmt: skip
+        refused |= refusals(program, products, embeddings=False)
+        for layer in products:
+            if layer.node not in refused and geometry(program, layer).groups > 1:
+                refused[layer.node] = "a grouped convolution"
+        layers = [layer for layer in products if layer.node not in refused]
+        if not layers:
+            reasons = sorted({f"{layer.name}: {refused[layer.node]}" for layer in chosen})
+            raise ModelError(f"{self.id} can quantize none of its targets", details=tuple(reasons))
+        assert context.calibration is not None
+        solved = sweep(
+            program, layers, context.calibration, Lookups(options), context,
+            follow="solved" if options.sequential else "program",
+        )  # fmt: skip
+        editor = Editor(program, by=self.id)
+        actions = [Action(each.name, "left alone", refused[each.node])
+                   for each in chosen if each.node in refused]  # fmt: skip
+        done: dict[fx.Node, str] = {}
+        for layer in layers:
+            weight = weight_node(layer)
+            found = solved[layer.node.name]
+            if weight in done:
+                reason = f"shares the weight of {done[weight]}"
+                actions.append(Action(layer.name, options.pattern, reason))
+                continue
+            done[weight] = layer.name
+            vectors = vectors_of(found)
+            replace_weight(editor, layer, rebuild_vectors(vectors, weight.meta["val"].dtype))
+            actions.append(self._action(layer, found.info))
+        return Result(editor.finish(), tuple(actions), _metrics(list(solved.values())))
+
+    def _action(self, layer: Layer, info: dict[str, float]) -> Action:
+        options: VptqOptions = self.options
+        what = f"{options.pattern}, {info['bits']:.3f} bits per weight"
+        reasons = []
+        if info["centroids"] < options.centroids:
+            reasons.append(f"only {int(info['centroids'])} distinct vectors")
+        if info["nearest"]:
+            rows = int(info["rows"])
+            reasons.append(f"only {rows} rows of calibration data: errors are not spread")
+        elif info["damping"] > options.damping:
+            reasons.append(f"its Hessian is singular: damping raised to {info['damping']:g}")
+        if info["dead"]:
+            reasons.append(f"{int(info['dead'])} inputs are zero on all calibration data")
+        what += f", relative error {info['error']:.2e}"
+        return Action(layer.name, what, "; ".join(reasons))
+
+
+@dataclass(frozen=True)
+class Lookups:
+    """VPTQ of one layer after the other, see `ir.layerwise`."""
+
+    options: VptqOptions
+
+    def gather(self, site: Site) -> Hessian:
+        """The second moments that all layers of the site share."""
+        return hessian(site.rows())
+
+    def solve(self, task: Task) -> Solved:
+        """The layer's codebooks and indices, and the weight that they stand for."""
+        stats: Hessian = task.stats
+        w, h = as_matrix(task.geometry, task.weight)[0].float(), stats.matrix[0]
+        is_nearest = stats.count < LEAST_ROWS
+        dampings = [self.options.damping]
+
+        def factor(ordered: Tensor) -> Tensor:
+            if is_nearest:
+                return torch.eye(len(ordered), device=ordered.device)
+            upper, used = inverse_factor(ordered, self.options.damping, task.name)
+            dampings.append(used)
+            return upper
+
+        generator = torch.Generator().manual_seed(task.seed)
+        vectors = quantize(w, h, factor, self.options.settings(), generator)
+        value = vectors.value().to(w.device)
+        widths = {part: lookups[0].columns for part, lookups in vectors.parts.items()}
+        main = vectors.parts.get("main") or vectors.parts["outlier"]
+        info = {
+            "matrix_rows": float(w.shape[0]),
+            "outlier": float(widths.get("outlier", 0)),
+            "main": float(widths.get("main", 0)),
+            "centroids": float(main[0].codebooks.shape[1]),
+            "stored": float(vectors.nbytes * 8),
+            "count": float(w.numel()),
+            "bits": vectors.nbytes * 8 / w.numel(),
+            "error": output_error(w, value, h),
+            "rows": float(stats.count),
+            "nearest": float(is_nearest),
+            "damping": max(dampings),
+            "dead": float((h.diagonal() == 0).sum()),
+        }
+        weight = from_matrix(task.geometry, value.to(task.weight.dtype)[None])
+        return Solved(weight=weight, state=vectors.state(), info=info)
+
+
+def vectors_of(solved: Solved) -> Vectors:
+    """The stored form that `Lookups.solve` found."""
+    info = solved.info
+    widths = (int(info["outlier"]), int(info["main"]))
+    return Vectors.from_state(solved.state, int(info["matrix_rows"]), widths)
+
+
+def output_error(old: Tensor, new: Tensor, h: Tensor) -> float:
+    """||x (old - new)^T|| / ||x old^T||, for inputs with second moments h (k, k)."""
+    change, size = (float(((m @ h) * m).sum().clamp(min=0)) for m in (old - new, old))
+    return float((change / size) ** 0.5) if size > 0 else float(change**0.5)
+
+
+def _metrics(solved: Sequence[Solved]) -> dict[str, float]:
+    infos = [each.info for each in solved]
+    errors = [info["error"] for info in infos]
+    return {
+        "layers": float(len(infos)),
+        "bits_per_weight": sum(i["stored"] for i in infos) / sum(i["count"] for i in infos),
+        "layer_error_mean": sum(errors) / len(errors),
+        "layer_error_max": max(errors),
+    }
