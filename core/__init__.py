@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from graphwright.ir.rewrite import Rewrite
     from graphwright.ir.trace import trace
     from graphwright.passes.base import Action, Pass, Result, register
+    from graphwright.passes.prune._oto import oto
     from graphwright.specs.spec import load_spec
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ _HOMES = {
     "Pass": "graphwright.passes.base",
     "Result": "graphwright.passes.base",
     "register": "graphwright.passes.base",
+    "oto": "graphwright.passes.prune._oto",
     "load_spec": "graphwright.specs.spec",
 }
 _PACKAGES = ("backends", "ir", "passes", "specs")
@@ -68,6 +70,7 @@ __all__ = [
     "load_spec",
     "lower",
     "optimize",
+    "oto",
     "passes",
     "register",
     "specs",

@@ -1,0 +1,90 @@
+"""prune.otov2: trains and compresses at once, so that whole channels end at exact zero."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from graphwright.ir.channels import ChannelGroup
+from graphwright.ir.program import Program
+from graphwright.ir.tune import tune
+from graphwright.passes.base import Action, Context, Pass, Result
+from graphwright.passes.prune._otov2_options import Otov2Options
+from graphwright.passes.prune._sparse_training import (
+    ShrinkHook,
+    figures,
+    find_units,
+    remove_zeros,
+)
+from graphwright.passes.prune._units import Units
+
+
+class Otov2(Pass):
+    """Trains under a sparse optimizer that brings zero-invariant groups to zero, and cuts them.
+
+    One run takes a network, trained or not, to a smaller one: no fine-tuning follows. The cut
+    changes nothing, because what it removes is zero; the pass checks that on the example inputs.
+    Any rule of `tune` moves the weights; the sparse optimizer acts on what it moved them by.
+
+    `hesso` and `hesso_cric` end at floor(sparsity * units) zero units, less what `group_divisible`
+    keeps. `dhspg` ends where its projection got to, which `group_sparsity` in the metrics says; it
+    wants many steps at a high learning rate, or a larger `penalty` and `epsilon`. `hesso_cric`
+    takes 6 steps per group to probe, then up to `max_cycles * sampling_steps`, in which the weights
+    are always taken back.
+
+    In your own training loop: `gw.oto(model, example_inputs, optimizer)`.
+
+    Source: Chen et al. 2023, "OTOv2: automatic, generic, user-friendly" (groups, DHSPG); Chen et
+    al. 2024, "HESSO: towards automatic efficient and user friendly any neural network training and
+    pruning" (HESSO, CRIC). Units are scored by their zero-invariant slices alone, as there. Where
+    HESSO's code and OTOv2's paper disagree on a sign, `score_sign` chooses. The defaults of the
+    codes prune in a single step; here the lengths follow from the run.
+    """
+
+    contract = "lossy"
+    needs = "training"
+    Options = Otov2Options
+    papers = ("P46",)
+
+    def run(self, program: Program, context: Context) -> Result:
+        options: Otov2Options = self.options
+        units, actions = find_units(program.eval(), options, program.trainable())
+        folded = units.analysis.program
+        hook = ShrinkHook(units, options)
+        last = options.tune.model_copy(update={"keep_best": False})
+        assert context.training is not None  # `execute` refuses to run without
+        tuned = tune(folded, context.training, last, context, hooks=[hook])
+        zero = units.zeros(tuned.program.state)
+        smaller, picks, error = remove_zeros(tuned.program, units, zero, options.group_divisible)
+        actions += _actions(units, picks, zero, hook)
+        losses = tuned.history.losses
+        metrics = figures(units, picks) | {
+            "cut_error": error, "steps": float(tuned.history.steps),
+            "first_loss": losses[0], "last_loss": losses[-1],
+        }  # fmt: skip
+        if tuned.history.evaluations:
+            metrics["last_evaluation"] = tuned.history.evaluations[-1][1]
+        return Result(smaller, tuple(actions), metrics)
+
+
+def _actions(
+    units: Units, picks: Mapping[ChannelGroup, list[int]], zero: torch.Tensor, hook: ShrinkHook
+) -> list[Action]:
+    """What became of every group in training."""
+    redundant = torch.zeros_like(zero) if hook.shrink is None else hook.shrink.redundant
+    pending = units.by_group((redundant & ~zero).numpy())
+    zeros = units.by_group(zero.numpy())
+    actions = []
+    for group, waiting, none in zip(units.groups, pending, zeros, strict=True):
+        gone = len(picks.get(group, ()))
+        reasons = []
+        if waiting.any():
+            reasons.append(f"{int(waiting.sum())} more redundant units did not reach zero")
+        if none.sum() > gone:
+            reasons.append(f"{int(none.sum()) - gone} zero units stay for its limits")
+        if not gone and not reasons:
+            reasons.append("its units score higher, or its limits keep them")
+        what = f"cut to {group.units - gone} of {group.units} units" if gone else "kept"
+        actions.append(Action(group.name, what, "; ".join(reasons)))
+    return actions
