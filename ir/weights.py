@@ -136,6 +136,23 @@ def rows(geometry: Geometry, x: Tensor) -> Tensor:
     return x.transpose(0, 1)
 
 
+def product(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What the layer computes of x, differentiable."""
+    if geometry.kind == "linear":
+        return torch.nn.functional.linear(x, weight, bias)
+    if not geometry.is_convolution:
+        y = x @ weight
+        return y if bias is None else y + bias
+    flat = [pad for pair in reversed(geometry.padding) for pad in pair]
+    x = torch.nn.functional.pad(x, flat) if any(flat) else x
+    spatial = len(geometry.stride)
+    convolution = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[spatial]
+    y = convolution(
+        x, weight, bias, geometry.stride, [0] * spatial, geometry.dilation, geometry.groups
+    )
+    return y
+
+
 def input_node(layer: Layer) -> fx.Node:
     """The activation that a layer reads."""
     node = layer.node.args[INPUT_ARGUMENT.get(layer.kind, 0)]

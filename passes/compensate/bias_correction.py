@@ -6,7 +6,7 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor, fx
+from torch import Tensor
 
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
@@ -14,19 +14,9 @@ from graphwright.ir.layerwise import Site, Solved, Task, sweep
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
 from graphwright.ir.select import Layer, layers, select
-from graphwright.ir.weights import (
-    BIAS_ARGUMENT,
-    PRODUCTS,
-    as_matrix,
-    bias_node,
-    constant_value,
-    geometry,
-)
+from graphwright.ir.weights import BIAS_ARGUMENT, PRODUCTS, as_matrix, geometry
 from graphwright.passes.base import Action, Context, Options, Pass, Result
-
-ours = torch.ops.graphwright
-
-INT32 = 2**31 - 1
+from graphwright.passes.compensate._bias import can_set_bias, set_bias
 
 
 class BiasCorrectionOptions(Options):
@@ -76,7 +66,7 @@ class BiasCorrection(Pass):
         sizes = []
         for layer in kept:
             solved = found[layer.node.name]
-            _set_bias(editor, layer, solved.state["bias"])
+            set_bias(editor, layer, solved.state["bias"])
             sizes.append(solved.info["shift"])
             actions.append(Action(layer.name, f"bias moved, mean shift {sizes[-1]:.2e} undone"))
         metrics = {"layers": float(len(kept)), "mean_shift": sum(sizes) / len(sizes)}
@@ -99,7 +89,7 @@ def _means(
             refused[layer.name] = "the original model has no layer of this name"
         elif geometry(original, before).out != geometry(program, layer).out:
             refused[layer.name] = "its channels are no longer the original's"
-        elif not _is_writable(layer):
+        elif not can_set_bias(layer):
             refused[layer.name] = "its bias is computed in the graph"
         else:
             pairs.append(before)
@@ -109,14 +99,6 @@ def _means(
     within = context.within("original")
     found = sweep(original, pairs, context.calibration, _Mean(), within, follow="program")
     return {layer.name: found[layer.node.name].state["mean"] for layer in pairs}, refused
-
-
-def _is_writable(layer: Layer) -> bool:
-    """Whether the bias is absent, stored, or int32 codes with a stored scale."""
-    node = bias_node(layer)
-    if node is None or node.op == "get_attr":
-        return True
-    return node.target is ours.dequantize.default and node.args[2] is None
 
 
 class _Mean:
@@ -151,40 +133,3 @@ class _Shift(_Mean):
         moved = (bias + shift).to(task.weight.dtype)
         size = float(shift.norm() / self.wanted[task.name].norm().clamp_min(1e-30))
         return Solved(bias=moved, state={"bias": moved}, info={"shift": size})
-
-
-def _set_bias(editor: Editor, layer: Layer, bias: Tensor) -> None:
-    node = next(n for n in editor.graph.nodes if n.name == layer.node.name)
-    place = BIAS_ARGUMENT[layer.kind]
-    old = node.args[place] if len(node.args) > place else None
-    if isinstance(old, fx.Node) and old.op != "get_attr":
-        _set_codes(editor, node, old, bias)
-        return
-    owner = str(old.target) if isinstance(old, fx.Node) else f"{layer.name}.bias"
-    name = editor.add_state(f"{owner}_corrected", _like(editor, old, bias))
-    args = [*node.args, *[None] * (place + 1 - len(node.args))]
-    args[place] = editor.get(name)
-    editor.set_args(node, *args, **node.kwargs)
-
-
-def _like(editor: Editor, old: object, bias: Tensor) -> Tensor:
-    """The bias as what it replaces is: a parameter stays one."""
-    stored = editor.tensor(old)
-    if isinstance(stored, torch.nn.Parameter):
-        return torch.nn.Parameter(bias, requires_grad=stored.requires_grad)
-    return bias
-
-
-def _set_codes(editor: Editor, node: fx.Node, old: fx.Node, bias: Tensor) -> None:
-    """Other codes at the same scale, for integer kernels."""
-    scale = constant_value(editor.program, _stored(editor, old.args[1]))
-    codes = torch.round(bias.double() / scale.double()).clamp(-INT32, INT32).to(torch.int32)
-    owner = str(_stored(editor, old.args[0]).target)
-    new = editor.get(editor.add_state(f"{owner}_corrected", codes))
-    moved = editor.call(old.target, new, *old.args[1:], before=node, like=old)
-    node.replace_input_with(old, moved)
-
-
-def _stored(editor: Editor, node: object) -> fx.Node:
-    assert isinstance(node, fx.Node)
-    return node

@@ -8,7 +8,7 @@ import graphwright as gw
 from graphwright.ir.errors import ModelError
 from graphwright.ir.hessian import hessian, inverse_factor
 from graphwright.ir.select import layers
-from graphwright.ir.weights import as_matrix, from_matrix, geometry, rows, weight_value
+from graphwright.ir.weights import as_matrix, from_matrix, geometry, product, rows, weight_value
 
 LAYERS = {
     "linear": (nn.Linear(6, 4, bias=False), (3, 5, 6)),
@@ -31,12 +31,13 @@ def test_every_layer_is_a_product_of_its_rows_and_its_matrix(name: str) -> None:
     weight = weight_value(program, layer)
     matrix = as_matrix(shape_of, weight)
     assert matrix.shape[2] == shape_of.depth
-    product = rows(shape_of, x) @ matrix.transpose(1, 2)  # (groups, n, out / groups)
-    flat = product.permute(1, 0, 2).reshape(-1, shape_of.out)
+    flat = rows(shape_of, x) @ matrix.transpose(1, 2)  # (groups, n, out / groups)
+    flat = flat.permute(1, 0, 2).reshape(-1, shape_of.out)
     expected = module(x)
     expected = expected if name == "linear" else expected.movedim(1, -1)
     torch.testing.assert_close(flat, expected.reshape(-1, shape_of.out))
     assert torch.equal(from_matrix(shape_of, matrix), weight)
+    torch.testing.assert_close(product(shape_of, x, weight, None), module(x))
 
 
 def test_matmul_and_addmm_weights_are_turned() -> None:

@@ -1,0 +1,259 @@
+"""quantize.adaquant: layers that learn, each by itself, to compute the same from codes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize_blocks
+from graphwright.ir.edit import Editor
+from graphwright.ir.errors import ModelError
+from graphwright.ir.layerwise import Site, Solved, Task, sweep
+from graphwright.ir.options import Selector
+from graphwright.ir.program import Program
+from graphwright.ir.select import Layer, select
+from graphwright.ir.weights import (
+    INPUT_ARGUMENT,
+    PRODUCTS,
+    from_matrix,
+    weight_key,
+)
+from graphwright.passes.base import Action, Context, Options, Pass, Result
+from graphwright.passes.compensate._bias import can_set_bias, set_bias
+from graphwright.passes.quantize import _adaquant
+from graphwright.passes.quantize._blocks import Blocks, block_for, pack
+from graphwright.passes.quantize._insert import Make, Place, rebuild_blocks, replace_weight
+from graphwright.passes.quantize._refusals import NO_MATRIX, refusals
+
+aten = torch.ops.aten
+ours = torch.ops.graphwright
+
+DEPTHWISE_BITS = 8
+"""Bits of depthwise convolutions, whatever is asked for (P47, the released code)."""
+
+MOST_ROWS = 8192
+"""Rows of a layer without windows that are kept to learn from."""
+
+
+class AdaquantOptions(Options):
+    """Options of quantize.adaquant."""
+
+    bits: Annotated[int, Field(ge=2, le=8)] = 4
+    """Bits of a weight's code."""
+
+    activation_bits: Annotated[int, Field(ge=2, le=8)] | None = None
+    """Bits of a code of the layers' inputs, one range per layer; absent: inputs stay in float.
+    Below 8 no runtime has kernels: the artifact then computes the rounding, at float speed."""
+
+    block: Annotated[int, Field(ge=-1)] = -1
+    """Weights of a row that share a range; 0 or -1 for one range per row, as in the paper."""
+
+    symmetric: bool = False
+    """Weight ranges around zero. With 8 bits, 8-bit inputs and one range per row, layers then run
+    on integer kernels."""
+
+    sequential: bool = True
+    """Learn from what the quantized layers before really give; else from the float inputs."""
+
+    iterations: Annotated[int, Field(ge=0)] = 1000
+    """Steps per layer; with 0 the result is plain rounding to nearest."""
+
+    batch_size: Annotated[int, Field(ge=1)] = 50
+    """Samples of a step: images, or, for layers on tokens, sequences' worth of rows."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-5
+    """Learning rate of the weights."""
+
+    bias_lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Learning rate of the biases."""
+
+    range_lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Learning rate of the weights' ranges."""
+
+    input_lr: Annotated[float, Field(gt=0)] = 1e-1
+    """Learning rate of the inputs' ranges, as a share of the range they begin with."""
+
+    targets: Selector = ("*",)
+    """Layers to quantize: selector patterns over names and kinds."""
+
+    max_error: Annotated[float, Field(gt=0)] | None = None
+    """Largest relative error of the outputs, ||a-b|| / ||a||; no bound when absent."""
+
+
+class Adaquant(Pass):
+    """Quantizes weights, and inputs if wanted, and lets every layer learn its rounding.
+
+    For each layer by itself, weight, bias, and the ranges of weight and input are trained with
+    straight-through rounding until the quantized layer computes what the float layer computed
+    (mean squared error of the outputs, behind the ReLU where one follows). No labels, no gradient
+    through the network, a few hundred samples. Ranges hold zero, and zero is exactly a code. A
+    layer whose learned form is no better than plain rounding keeps the plain one. Depthwise
+    convolutions stay at 8 bits.
+
+    The released code gives the quantized inputs of its sequential form to the first batch only;
+    here all are. Its input-range rate of 0.1 is absolute and here a share of the range, for
+    activations are not of one size. Biases stay in float; the code's search for 8 bits with frozen
+    weights is not here.
+
+    Source: Hubara et al. 2021, "Accurate Post Training Quantization With Small Calibration Sets",
+    section 3.
+    """
+
+    contract = "lossy"
+    needs = "calibration"
+    Options = AdaquantOptions
+    papers = ("P47",)
+    after = ("cleanup.*", "prune.*", "tune.*", "quantize.smoothquant")
+
+    def run(self, program: Program, context: Context) -> Result:
+        options: AdaquantOptions = self.options
+        assert context.calibration is not None  # `execute` refuses to run without
+        chosen = select(program, options.targets, {*PRODUCTS, *NO_MATRIX})
+        refused = refusals(program, chosen, embeddings=False)
+        kept = [layer for layer in chosen if layer.node not in refused]
+        if not kept:
+            reasons = sorted({f"{layer.name}: {refused[layer.node]}" for layer in chosen})
+            raise ModelError(f"{self.id} can quantize none of its targets", details=tuple(reasons))
+        actions = [Action(x.name, "left alone", refused[x.node]) for x in chosen
+                   if x.node in refused]  # fmt: skip
+        method = _Method(options, {x.name: _is_rectified(x) for x in kept},
+                         {x.name: can_set_bias(x) for x in kept})  # fmt: skip
+        found = sweep(
+            program, kept, context.calibration, method, context,
+            follow="solved" if options.sequential else "program", both=options.sequential,
+        )  # fmt: skip
+        editor = Editor(program, by=self.id)
+        errors = []
+        done: set[str] = set()
+        for layer in kept:
+            solved = found[layer.node.name]
+            _insert(editor, layer, solved, is_first=weight_key(layer) not in done)
+            done.add(weight_key(layer))
+            actions.append(_action(layer, solved))
+            errors.append((solved.info["before"], solved.info["after"]))
+        before, after = (sum(part) / len(errors) for part in zip(*errors, strict=True))
+        metrics = {"layers": float(len(errors)), "layer_error_rounded": before,
+                   "layer_error_learned": after}  # fmt: skip
+        return Result(editor.finish(), tuple(actions), metrics)
+
+
+def _is_rectified(layer: Layer) -> bool:
+    users = list(layer.node.users)
+    return len(users) == 1 and users[0].target in (aten.relu.default, aten.relu_.default)
+
+
+@dataclass(frozen=True)
+class _Method:
+    options: AdaquantOptions
+    rectified: dict[str, bool]
+    with_bias: dict[str, bool]
+
+    def gather(self, site: Site) -> _adaquant.Samples:
+        low, high, count = 0.0, 0.0, 0
+        for x in site.inputs():
+            flat = x.flatten(1)
+            low, high = low + float(flat.amin(1).sum()), high + float(flat.amax(1).sum())
+            count += len(x)
+        now, then = (
+            list(self._parts(site, site.inputs())),
+            list(self._parts(site, site.original_inputs())),
+        )
+        return _adaquant.Samples(now, then, low / max(count, 1), high / max(count, 1))
+
+    def _parts(self, site: Site, values: Iterator[Tensor]) -> Iterator[Tensor]:
+        """Images as they are; rows (n, k) of the rest, evenly thinned to a bounded number."""
+        if site.geometry.is_convolution:
+            yield from values
+            return
+        found = [x.reshape(-1, x.shape[-1]) for x in values]
+        total = sum(len(x) for x in found)
+        step = max(1, -(-total // MOST_ROWS))
+        yield torch.cat([x[::step] for x in found])
+
+    def solve(self, task: Task) -> Solved:
+        o, g = self.options, task.geometry
+        is_depthwise = g.is_convolution and g.groups > 1 and g.shape[1] == 1
+        bits = DEPTHWISE_BITS if is_depthwise else o.bits
+        inputs = o.activation_bits and (DEPTHWISE_BITS if is_depthwise else o.activation_bits)
+        settings = _adaquant.Settings(
+            bits, inputs, block_for(g.depth, o.block), o.symmetric, o.iterations, o.batch_size,
+            o.lr, o.bias_lr, o.range_lr, o.input_lr,
+        )  # fmt: skip
+        samples: _adaquant.Samples = task.stats
+        if not g.is_convolution:
+            settings = replace(settings, batch=_rows_per_step(samples.now, o.batch_size))
+        bias = task.bias
+        if bias is None and self.with_bias[task.name]:
+            bias = torch.zeros(g.out, device=task.weight.device)
+        learned = _adaquant.learn(
+            g, task.weight, bias, samples, settings, self.rectified[task.name], task.seed
+        )
+        zero = None if o.symmetric else learned.zero
+        blocks = pack(learned.codes, learned.scale, zero, bits, settings.block)
+        value = blocks.value()
+        state = {"codes": blocks.codes, "scale": blocks.scale}
+        if blocks.zero_point is not None:
+            state["zero_point"] = blocks.zero_point
+        info = {"bits": float(bits), "block": float(blocks.block), "columns": float(blocks.columns),
+                "before": learned.before, "after": learned.after}  # fmt: skip
+        new_bias = learned.bias if self.with_bias[task.name] else None
+        if new_bias is not None:
+            new_bias = state["bias"] = new_bias.to(task.weight.dtype)
+        if learned.grid is not None:
+            state["grid"] = torch.tensor(learned.grid, dtype=torch.float64)
+        weight = from_matrix(g, value.reshape(g.groups, -1, g.depth)).to(task.weight.dtype)
+        return Solved(weight, new_bias, learned.grid, state, info)
+
+
+def _rows_per_step(parts: Sequence[Tensor], samples: int) -> int:
+    """A step of a layer on tokens reads as many rows as so many samples hold, within reason."""
+    return int(min(max(samples, 256), sum(len(part) for part in parts)))
+
+
+def _insert(editor: Editor, layer: Layer, solved: Solved, *, is_first: bool) -> None:
+    state, info = solved.state, solved.info
+    if is_first:
+        blocks = Blocks(
+            state["codes"], state["scale"], state.get("zero_point"),
+            int(info["bits"]), int(info["block"]), int(info["columns"]),
+        )  # fmt: skip
+        is_integer = "grid" in state and blocks.bits == 8 and blocks.scale.shape[1] == 1
+        is_integer = is_integer and blocks.zero_point is None
+        replace_weight(editor, layer, _integers(blocks) if is_integer else rebuild_blocks(blocks))
+    if "bias" in state:
+        set_bias(editor, layer, state["bias"])
+    if "grid" in state:
+        scale, zero, low, high = state["grid"].tolist()
+        node = next(n for n in editor.graph.nodes if n.name == layer.node.name)
+        place = INPUT_ARGUMENT.get(layer.kind, 0)
+        args = list(node.args)
+        args[place] = editor.call(
+            ours.fake_quantize.default, args[place], scale, int(zero), int(low), int(high),
+            before=node,
+        )  # fmt: skip
+        editor.set_args(node, *args, **node.kwargs)
+
+
+def _integers(blocks: Blocks) -> Make:
+    """8-bit codes around zero as int8, one scale per row: what integer kernels read."""
+
+    def make(place: Place) -> torch.fx.Node:
+        signed = (blocks.codes.flatten(1)[:, : blocks.columns].to(torch.int16) - 128).to(torch.int8)
+        codes, scale = place.store("codes", signed), place.store("scale", blocks.scale[:, 0])
+        return place.call(ours.dequantize.default, codes, scale, None, 0)
+
+    return make
+
+
+def _action(layer: Layer, solved: Solved) -> Action:
+    info = solved.info
+    what = f"int{int(info['bits'])}"
+    if "grid" in solved.state:
+        what += f" on int{int(solved.state['grid'][3] + 1).bit_length() - 1} inputs"
+    what += f", relative error {info['before']:.2e} -> {info['after']:.2e}"
+    return Action(layer.name, what)
