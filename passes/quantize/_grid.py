@@ -81,7 +81,8 @@ def grouped(w: Tensor, block: int) -> Tensor:
     Zeros change no range, for every range holds zero.
     """
     short = -w.shape[-1] % block
-    return torch.nn.functional.pad(w, (0, short)).unflatten(-1, (-1, block))
+    wide: Tensor = torch.nn.functional.pad(w, (0, short)).unflatten(-1, (-1, block))
+    return wide
 
 
 def spread(values: Tensor, block: int, columns: int) -> Tensor:
