@@ -1,0 +1,123 @@
+"""prune.sparsegpt: weights become zero, and those that stay make up for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from graphwright.ir.hessian import Hessian, hessian, inverse_factor
+from graphwright.ir.layerwise import Site, Solved, Task, sweep
+from graphwright.ir.program import Program
+from graphwright.ir.weights import as_matrix, from_matrix
+from graphwright.passes.base import Action, Context, Pass, Result
+from graphwright.passes.prune import _sparsegpt
+from graphwright.passes.prune._layers import maskable, share_of_zeros, with_weights
+from graphwright.passes.prune._patterns import Pattern, SparsityOptions
+
+
+class SparsegptOptions(SparsityOptions):
+    """Options of prune.sparsegpt."""
+
+    block: Annotated[int, Field(ge=1)] = _sparsegpt.BLOCK
+    """Columns whose part of an unstructured mask is chosen together."""
+
+    damping: Annotated[float, Field(ge=0)] = 0.01
+    """Added to the diagonal of the Hessian, as a share of its mean; raised tenfold, up to three
+    times, where the matrix is singular even so."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """Masks and updates by the second moments of the input."""
+
+    pattern: Pattern
+    block: int
+    damping: float
+
+    def gather(self, site: Site) -> Hessian:
+        """The Hessian of the layers' squared output error."""
+        return hessian(site.rows())
+
+    def solve(self, task: Task) -> Solved:
+        """The pruned and updated weight."""
+        w = as_matrix(task.geometry, task.weight).float()
+        parts, used = [], 0.0
+        for group, h in zip(w, task.stats.matrix, strict=True):
+            upper, damping = inverse_factor(h, self.damping, task.name)
+            new, _ = _sparsegpt.prune_matrix(
+                group, upper, self.pattern, dead=h.diagonal() == 0, block=self.block
+            )
+            parts.append(new)
+            used = max(used, damping)
+        new = torch.stack(parts)
+        weight = from_matrix(task.geometry, new).to(task.weight.dtype)
+        info = {
+            "error": relative_error(w, new, task.stats.matrix),
+            "zeros": float((weight == 0).float().mean()),
+            "damping": used,
+        }
+        return Solved(weight, state={"weight": weight}, info=info)
+
+
+def relative_error(w: Tensor, new: Tensor, h: Tensor) -> float:
+    """||x (w - new)^T|| / ||x w^T|| over the calibration data; 0 where the output is 0.
+
+    Args:
+        w, new: (groups, rows, columns).
+        h: (groups, columns, columns), mean of x x^T.
+    """
+
+    def size(matrix: Tensor) -> float:
+        return max(0.0, float(((matrix @ h) * matrix).sum()))
+
+    whole = size(w)
+    return (size(w - new) / whole) ** 0.5 if whole > 0 else 0.0
+
+
+class Sparsegpt(Pass):
+    """Prunes layer by layer, and moves the weights that stay so that outputs change least.
+
+    With the Hessian H of a layer's squared output error, pruning weight j of a row costs
+    w_j^2 / [H^-1]_jj, and the columns behind j are updated to make up for it; both come from one
+    Cholesky factor of the inverse of H + damping. Masks are chosen in blocks of columns, from the
+    weights as the pruned columns before them have left them. Layers are pruned in the order of
+    the graph, each on the activations that the pruned layers before it give.
+
+    Peak memory: one Hessian and its factor (inputs x inputs, float32) beside the program.
+
+    Source: Frantar & Alistarh 2023, "SparseGPT: massive language models can be accurately pruned
+    in one-shot", algorithm 1. Weights of inputs that were always zero count as free; the paper's
+    code sets them all to zero.
+    """
+
+    contract = "lossy"
+    needs = "calibration"
+    Options = SparsegptOptions
+
+    def run(self, program: Program, context: Context) -> Result:
+        o = self.options
+        pattern = o.wanted()
+        layers, actions = maskable(program, o.targets, pattern)
+        assert context.calibration is not None
+        method = Method(pattern, o.block, o.damping)
+        found = sweep(program, layers, context.calibration, method, context)
+        weights = {layer.weight: found[layer.node.name].state["weight"] for layer in layers}
+        for layer in layers:
+            info = found[layer.node.name].info
+            what = f"{info['zeros']:.1%} zeros, output error {info['error']:.3f}"
+            raised = info["damping"] > o.damping
+            why = f"damping raised to {info['damping']:g}" if raised else ""
+            actions.append(Action(layer.name, what, why))
+        errors = [found[layer.node.name].info["error"] for layer in layers]
+        pruned = with_weights(program, self.id, weights)
+        metrics = {
+            "layers": float(len(weights)),
+            "sparsity": share_of_zeros(pruned, list(weights)),
+            "layer_error_mean": sum(errors) / len(errors),
+            "layer_error_max": max(errors),
+        }
+        return Result(pruned, tuple(actions), metrics)
