@@ -20,6 +20,7 @@ from graphwright.backends.triton.norms import (
     SpelledRmsNorm,
 )
 from graphwright.backends.triton.products import Int8Linear, Int8LinearActivation, ScaleMask
+from graphwright.backends.triton.sparse import Linear24
 from graphwright.ir.edit import Editor
 from graphwright.ir.ops import OPS
 from graphwright.ir.program import Program
@@ -39,6 +40,7 @@ def rewrites() -> list[Rewrite]:
         AddRmsNorm(),
         AddLayerNorm(),
         Int8Linear(),
+        Linear24(),
         GatedActivation(),
         Int8LinearActivation(),
         BiasActivation(),

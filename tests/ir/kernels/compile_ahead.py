@@ -25,6 +25,7 @@ from graphwright.ir.kernels import (
     activation,
     codebook,
     divisor_norm,
+    expand_2_4,
     int8_linear,
     low_rank,
     norm,
@@ -125,6 +126,12 @@ def cases() -> Iterator[Case]:
         | {"low": "fp32", "high": "fp32"},
         {"EXACT": quantize.EXACT, "BLOCK": quantize.BLOCK},
     )  # fmt: skip
+    yield Case(
+        "expand_2_4-bf16",
+        expand_2_4.expand_2_4_kernel,
+        floats("bf16", "values", "y") | {"places": "*u8"} | sizes("count", "columns", "stored"),
+        {"BLOCK": expand_2_4.BLOCK},
+    )
     yield from int8_cases()
     yield from lookup_cases()
 
