@@ -31,6 +31,7 @@ from graphwright.backends.onnxruntime.runtime import (
     open_and_count,
     run_session,
 )
+from graphwright.backends.onnxruntime.sparse import store_sparse
 from graphwright.backends.onnxruntime.steps.blocks import EXACT, FORMS_FACT, PRODUCTS_FACT
 from graphwright.backends.onnxruntime.steps.catalog import STEPS, Step
 from graphwright.backends.onnxruntime.steps.int8 import TAPS
@@ -58,6 +59,7 @@ class Attempt:
         session: the session that was checked.
         kernels: op type to how many kernels of it the session runs.
         errors: relative error by sizes.
+        sparse: how many weights are stored as their non-zeros, and the bytes that saves.
         products: of weights in blocks: accuracy level, largest error of one product against what
             that level computes, and error of the outputs for rounding activations.
     """
@@ -69,6 +71,7 @@ class Attempt:
     session: onnxruntime.InferenceSession | None = None
     kernels: dict[str, int] = field(default_factory=dict)
     errors: list[dict[str, Any]] = field(default_factory=list)
+    sparse: dict[str, int] = field(default_factory=dict)
     products: dict[str, Any] = field(default_factory=dict)
 
 
@@ -101,13 +104,11 @@ class Lowering(Backend):
             raise ArgumentError(f"skip: no step named {unknown[0]!r}", fix=f"There are {known}.")
         job = _Job(program, options, TemporaryDirectory())
         steps = [step for step in STEPS if step.name not in options.skip]
-        dropped: dict[str, str] = {}
         try:
-            attempt = job.attempt(steps)
-        except Differs as error:
-            if not steps:
-                raise job.failure(error) from error
-            attempt, dropped = job.one_by_one(steps)
+            attempt, dropped = job.best(steps)
+        except BaseException:
+            job.folder.cleanup()
+            raise
         assert attempt.session is not None
         notes = {
             "translator": attempt.translator,
@@ -124,6 +125,8 @@ class Lowering(Backend):
             },
             "checked": attempt.errors,
         }
+        if attempt.sparse:
+            notes["sparse"] = attempt.sparse
         keep = job.folder if isinstance(attempt.model, Path) else None
         if keep is None:
             job.folder.cleanup()
@@ -143,6 +146,19 @@ class _Job:
         self.settings.providers()
         self.cases: list[Case] = check_cases(program)
         self.bound = tolerance_for(program, options.tolerance)
+
+    def best(self, steps: list[Step]) -> tuple[Attempt, dict[str, str]]:
+        """The model with as many steps as work, and the reason for each that does not.
+
+        Raises:
+            LoweringError: the model is wrong without any step.
+        """
+        try:
+            return self.attempt(steps), {}
+        except Differs as error:
+            if not steps:
+                raise self.failure(error) from error
+        return self.one_by_one(steps)
 
     def attempt(self, steps: list[Step]) -> Attempt:
         """Applies the steps, translates, and checks.
@@ -183,7 +199,7 @@ class _Job:
         return model
 
     def _check(self, model: ir.Model, made: Attempt) -> None:
-        made.model = self._write(model)
+        made.model = self._write(model, made)
         first, *others = self.cases
         try:
             onnx.checker.check_model(
@@ -225,7 +241,7 @@ class _Job:
             made.products["why"] = str(error)
             return
         set_level(model, self.options.accuracy_level)
-        made.model = self._write(model)
+        made.model = self._write(model, made)
         case = self.cases[0]
         made.session, outputs, made.kernels = open_and_count(
             made.model, fast, self.program.signature, case.inputs
@@ -266,10 +282,13 @@ class _Job:
         error = compare_outputs(self.program, case, outputs, self.bound)
         made.errors.append({"sizes": case.sizes, "relative": error})
 
-    def _write(self, model: ir.Model) -> bytes | Path:
+    def _write(self, model: ir.Model, made: Attempt) -> bytes | Path:
         """Serialized in memory, or in a folder with the weights apart when they are large."""
         if _weight_bytes(model) <= self.options.external_data_mb * 1e6:
-            content: bytes = ir.to_proto(model).SerializeToString()
+            proto = ir.to_proto(model)
+            if self.options.sparse_initializers:
+                made.sparse = store_sparse(proto)
+            content: bytes = proto.SerializeToString()
             return content
         path = Path(self.folder.name) / FILE
         ir.save(model, path, external_data=DATA)

@@ -37,3 +37,8 @@ class OnnxRuntimeOptions(Options):
 
     skip: tuple[str, ...] = ()
     """Rewriting steps to leave out, by name."""
+
+    sparse_initializers: bool = False
+    """Store a weight as its non-zeros and their places where that takes fewer bytes: in float32
+    from two thirds of zeros on, for a place takes 8. The runtime makes it dense when it loads the
+    model, so this is a matter of the file alone. Weights that lie beside the model stay dense."""
