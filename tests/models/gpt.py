@@ -17,13 +17,14 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
+from torch.optim.lr_scheduler import OneCycleLR
 
 from graphwright.ir.program import Program
 from graphwright.ir.trace import trace
 
 CACHE = Path(__file__).parents[2] / "out" / "models" / "gpt.pt"
 VOCABULARY, CONTEXT, WIDTH, LAYERS, HEADS = 256, 128, 256, 4, 4
-STEPS, BATCH, RATE = 850, 8, 2e-3
+STEPS, BATCH, INNER_RATE, OUTER_RATE = 850, 8, 6e-3, 3e-3
 HELD_OUT_SEQUENCES = 256
 
 
@@ -106,11 +107,17 @@ def train(steps: int = STEPS) -> Gpt:
         torch.manual_seed(0)
         model = Gpt()
     data, _ = text()
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    plain = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.98), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=0.1)
+    # Muon learns from few bytes; it is meant for the matrices inside the blocks.
+    inner = [p for p in model.blocks.parameters() if p.dim() == 2]
+    outer = [p for p in model.parameters() if all(p is not q for q in inner)]
+    optimizers: tuple[torch.optim.Optimizer, ...] = (
+        torch.optim.Muon(inner, INNER_RATE, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(outer, OUTER_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
+    )
+    schedules = [
+        OneCycleLR(each, rate, steps, pct_start=0.1, cycle_momentum=False)
+        for each, rate in zip(optimizers, (INNER_RATE, OUTER_RATE), strict=True)
+    ]
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
         starts = torch.randint(len(data) - CONTEXT, (BATCH,), generator=generator)
@@ -118,11 +125,11 @@ def train(steps: int = STEPS) -> Gpt:
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(batch[:, :-1])
         loss = cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        for each in (*optimizers, *schedules):
+            each.step()
         if step % 100 == 0:
             sys.stderr.write(f"step {step}: loss {loss.item():.3f}\n")
     return model.eval()
