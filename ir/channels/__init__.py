@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from graphwright.ir.channels.cutting import channel_groups, cut, kept_positions, zero
+from graphwright.ir.channels.cutting import (
+    channel_groups,
+    cut,
+    cut_tensors,
+    kept_positions,
+    zero,
+)
 from graphwright.ir.channels.groups import ChannelGroup, Member
 
-__all__ = ["ChannelGroup", "Member", "channel_groups", "cut", "kept_positions", "zero"]
+__all__ = ["ChannelGroup", "Member", "channel_groups", "cut", "cut_tensors", "kept_positions",
+           "zero"]  # fmt: skip

@@ -14,6 +14,7 @@ from graphwright.ir.canonical import op_name
 from graphwright.ir.channels import (  # noqa: F401  rules register themselves
     rules_elementwise,
     rules_layers,
+    rules_quantized,
     rules_reduce,
     rules_shape,
 )
@@ -21,6 +22,7 @@ from graphwright.ir.channels.classes import Ids
 from graphwright.ir.channels.groups import ChannelGroup, build_groups
 from graphwright.ir.channels.values import Factor, Result, Value
 from graphwright.ir.channels.walk import Norm, Unit, Walk
+from graphwright.ir.channels.weights import is_weight
 from graphwright.ir.cost import cost
 from graphwright.ir.program import Program
 
@@ -69,6 +71,11 @@ class Analysis:
     def count(self) -> int:
         """Upper bound of class numbers."""
         return len(self.pinned)
+
+    @cached_property
+    def weights(self) -> frozenset[str]:
+        """Names of the stored tensors that hold weights: parameters, and codes of quantized."""
+        return frozenset(name for name in self.owners if is_weight(self.program, name))
 
     @cached_property
     def groups(self) -> list[ChannelGroup]:
@@ -148,11 +155,11 @@ class Analysis:
         )
 
     def parameters(self, removed: np.ndarray) -> int:
-        """Parameter values that are left; tied tensors once."""
+        """Parameter values (codes of quantized ones too) that are left; tied tensors once."""
         total = 0
         for name in dict.fromkeys(name for name, _ in self.stored):
             tensor = self.program.state[name]
-            if name in self.program.parameters():
+            if name in self.weights:
                 kept = [int((~removed[self.stored[name, d]]).sum()) for d in range(tensor.dim())]
                 total += int(np.prod(kept))
         return total

@@ -14,6 +14,7 @@ from graphwright.ir.channels.fold import fold
 from graphwright.ir.channels.groups import ChannelGroup
 from graphwright.ir.channels.literals import Literals, check_shapes
 from graphwright.ir.channels.walk import Norm, Unit, Walk
+from graphwright.ir.channels.weights import is_zeroed
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.program import Program
@@ -63,7 +64,7 @@ def zero(program: Program, picks: Picks) -> Program:
     for name in state:
         gone = {d: np.flatnonzero(removed[classes]) for d, classes in _dims(analysis, name)}
         gone = {d: where for d, where in gone.items() if where.size}
-        if gone and analysis.owners[name] == name and _is_zeroed(analysis, name):
+        if gone and analysis.owners[name] == name and is_zeroed(analysis.program, name):
             state[name] = _blanked(state[name], gone)
     return program.replace(state=_retied(program, state, analysis))
 
@@ -113,6 +114,39 @@ def kept_positions(program: Program, picks: Picks) -> dict[str, dict[int, torch.
         for alias, owner in analysis.owners.items()
         if owner == name
     }
+
+
+def cut_tensors(
+    program: Program, picks: Picks, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Tensors that belong to parameters, cut as the parameters are.
+
+    For what a trainer keeps beside a parameter: the moments of Adam, a momentum, a running
+    average of weights.
+
+    Args:
+        program, picks: as for `cut`.
+        tensors: by parameter name, of the parameter's shape; a single number (a step count) has
+            no slices and comes back as it is.
+
+    Returns:
+        New tensors where something is removed, the given ones elsewhere.
+
+    Raises:
+        ArgumentError: as `zero`; or a name is no tensor of the program, or a shape differs.
+    """
+    kept = kept_positions(program, picks)
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        own = program.state.get(name)
+        if own is None:
+            raise ArgumentError(f"the program has no tensor {name}")
+        if tensor.dim() and tensor.shape != own.shape:
+            raise ArgumentError(f"the tensor given for {name} has shape {tuple(tensor.shape)}, "
+                                f"the parameter {tuple(own.shape)}")  # fmt: skip
+        where = {d: ids.numpy() for d, ids in kept.get(name, {}).items()} if tensor.dim() else {}
+        found[name] = _sliced(tensor, where) if where else tensor
+    return found
 
 
 def _prepared(program: Program) -> Program:
@@ -170,13 +204,6 @@ def _dims(analysis: Analysis, name: str) -> list[tuple[int, Ids]]:
         return []
     rank = analysis.program.state[name].dim()
     return [(d, analysis.stored[owner, d]) for d in range(rank)]
-
-
-def _is_zeroed(analysis: Analysis, name: str) -> bool:
-    from graphwright.ir.channels.walk import only_added
-
-    tensor = analysis.program.state[name]
-    return isinstance(tensor, torch.nn.Parameter) or only_added(analysis.program, name)
 
 
 def _blanked(tensor: torch.Tensor, gone: dict[int, Ids]) -> torch.Tensor:

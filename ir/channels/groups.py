@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from graphwright.ir.channels.classes import Ids
 
@@ -145,7 +144,7 @@ def _numel(analysis: Analysis, name: str) -> int:
 
 
 def _is_parameter(analysis: Analysis, name: str) -> bool:
-    return isinstance(analysis.program.state[name], torch.nn.Parameter)
+    return name in analysis.weights
 
 
 def _group(

@@ -36,12 +36,21 @@ def _is_zero(argument: Any) -> bool:
 
 
 @rule("add", "sub", "rsub", "maximum", "minimum", "fmax", "fmin", "logical_or", "bitwise_or",
-      "logical_xor", "bitwise_xor", "lerp", "hypot")  # fmt: skip
+      "logical_xor", "bitwise_xor", "hypot")  # fmt: skip
 def _sum(walk: Walk, call: Call) -> Result:
     values = [v for v in (call["self"], call["other"]) if isinstance(v, Value)]
     scalars = [a for a in (call.raw["self"], call.raw["other"]) if not isinstance(a, fx.Node)]
     plain = len(values) + len(scalars) == 2 and all(_is_zero(a) for a in scalars)
     return joined(walk, call, values, "all" if plain else "never")
+
+
+@rule("lerp")
+def _between(walk: Walk, call: Call) -> Result:
+    """self + weight * (end - self): zero where both ends are."""
+    values = [v for v in (call["self"], call["end"], call["weight"]) if isinstance(v, Value)]
+    linked = join(walk, call, values)
+    return walk.gather(call.shape, range(len(call.shape)), linked,
+                       lambda k: all(k.zero.get(i, False) for i in (0, 1)))  # fmt: skip
 
 
 @rule("mul", "logical_and", "bitwise_and")
@@ -144,7 +153,9 @@ def _addcmul(walk: Walk, call: Call) -> Result:
 @rule("prelu")
 def _prelu(walk: Walk, call: Call) -> Result:
     x, weight = call["self"], call["weight"]
-    labels = [1 if len(x.shape) > 1 else 0] if weight.shape != (1,) else [None]
+    labels = [None] * len(weight.shape)  # one slope for all
+    if weight.shape not in ((), (1,)):
+        labels = [1 if len(x.shape) > 1 else 0]
     names = range(len(x.shape))
     linked = walk.link([x, weight], [names, labels])
     return walk.gather(call.shape, names, linked, lambda k: k.zero.get(0, False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from graphwright.ir.channels.rules_elementwise import joined
 from graphwright.ir.channels.values import Factor, Result, Value
 from graphwright.ir.channels.walk import Call, Walk, rule
 
@@ -39,12 +40,14 @@ def _contract(walk: Walk, call: Call) -> Result:
 def _reduce(walk: Walk, call: Call) -> Result:
     dims = call.dims()
     x = walk.fix_all(call.first, dims, f"{call.name} over it")
-    keeps = call.name in ("amax", "amin", "any")
+    keeps = call.name in ("amax", "amin", "any", "var", "std", "prod")
     return _reduced(walk, call.shape, x, dims).flags(keeps)
 
 
 @rule("max", "min", "median", "mode", "kthvalue", "var_mean")
 def _pairs(walk: Walk, call: Call) -> Result:
+    if isinstance(call.get("other"), Value):
+        return joined(walk, call, [call.first, call["other"]], "all")
     parts = call.node.meta["val"]
     many = isinstance(parts, list | tuple)
     shape = (walk.shape(parts[0]) or ()) if many else call.shape
@@ -83,8 +86,12 @@ def _pool(walk: Walk, call: Call) -> Result:
     rank = len(x.shape)
     x = walk.fix_all(x, range(rank - spatial, rank), "a spatial dimension")
     parts = call.node.meta["val"]
-    if isinstance(parts, list | tuple):
-        return [Value(walk.shape(part) or (), x.factors) for part in parts]
+    if isinstance(parts, list | tuple):  # the second are places of the largest
+        shapes = [walk.shape(part) or () for part in parts]
+        return [
+            Value(shapes[0], x.factors),
+            *(Value(s, x.flags(False).factors) for s in shapes[1:]),
+        ]
     return Value(call.shape, x.factors)
 
 

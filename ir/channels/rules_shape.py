@@ -310,23 +310,43 @@ def _index_select(walk: Walk, call: Call) -> Result:
 
 @rule("gather")
 def _gather(walk: Walk, call: Call) -> Result:
-    return _indexed(walk, call, [call.first, call["index"]])
+    return _indexed(walk, call, [call.first, call["index"]], {0})
 
 
 @rule("scatter", "scatter_add", "scatter_reduce")
 def _scatter(walk: Walk, call: Call) -> Result:
-    values = [call.first, call["index"], *([call["src"]] if "src" in call.raw else [])]
-    return _indexed(walk, call, values)
+    if isinstance(call.get("src"), Value):
+        return _indexed(walk, call, [call.first, call["index"], call["src"]], {0, 2})
+    written = _indexed(walk, call, [call.first, call["index"]], {0})
+    return written.flags(call.raw.get("value") == 0)
 
 
-def _indexed(walk: Walk, call: Call, values: list[Value]) -> Value:
-    """Operands that agree in all dimensions but `dim`, which is fixed."""
+@rule("index_add", "index_copy")
+def _index_add(walk: Walk, call: Call) -> Result:
+    walk.freeze(call["index"], "an index")
+    dim, names = call.dims()[0], range(len(call.shape))
+    values = [walk.fix(v, dim, f"indexed by {call.name}") for v in (call.first, call["source"])]
+    linked = walk.link(values, [names, names])
+    return walk.gather(
+        call.shape, names, linked, lambda k: len(k.zero) == 2 and all(k.zero.values())
+    )
+
+
+def _indexed(walk: Walk, call: Call, values: list[Value], holders: set[int]) -> Value:
+    """Operands that agree in all dimensions but `dim`, which is fixed.
+
+    Args:
+        walk, call: as for a rule.
+        values: operands.
+        holders: which of them hold what the result is made of.
+    """
     dim, names = call.dims()[0], list(range(len(call.shape)))
     for d in names:
         if d == dim or len({v.shape[d] for v in values}) > 1:
             values = [walk.fix(v, d, f"indexed by {call.name}") for v in values]
     linked = walk.link(values, [names] * len(values))
-    return walk.gather(call.shape, names, linked, lambda k: k.zero.get(0, False))
+    return walk.gather(call.shape, names, linked,
+                       lambda k: all(k.zero.get(i, False) for i in holders))  # fmt: skip
 
 
 @rule("index_put")
@@ -404,7 +424,7 @@ def _channel_shuffle(walk: Walk, call: Call) -> Result:
 def _pad(walk: Walk, call: Call) -> Result:
     x, amounts = call.first, list(call.raw["pad"])
     constant = call.raw.get("mode", "constant") == "constant"
-    keeps_zero = constant and not call.raw.get("value")
+    keeps_zero = not (constant and call.raw.get("value"))
     for k in range(len(amounts) // 2):
         dim = len(x.shape) - 1 - k
         left, right = amounts[2 * k : 2 * k + 2]

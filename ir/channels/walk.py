@@ -15,6 +15,7 @@ from torch import fx
 from graphwright.ir.canonical import op_name
 from graphwright.ir.channels.classes import Classes, Ids
 from graphwright.ir.channels.values import Factor, Result, Value, factor
+from graphwright.ir.channels.weights import is_zeroed, only_added
 from graphwright.ir.cost import dimension_names, named_symbol
 from graphwright.ir.data import example_sizes
 from graphwright.ir.functional import writes
@@ -24,6 +25,20 @@ Unit = Literal["head", "channel"]
 Norm = Literal["exact", "pin"]
 Labels = Sequence[Hashable | None]
 Rule = Callable[["Walk", "Call"], Result]
+
+__all__ = [
+    "RULES",
+    "Call",
+    "Linked",
+    "Norm",
+    "Rule",
+    "Unit",
+    "UnknownCallError",
+    "Walk",
+    "arguments",
+    "only_added",
+    "rule",
+]  # fmt: skip
 
 RULES: dict[str, Rule] = {}
 """Operator rules by base name, filled by the `rules_*` modules."""
@@ -179,8 +194,8 @@ class Walk:
         if handler is not None and not written and self._known_sizes(node):
             try:
                 return handler(self, Call(self, node))
-            except UnknownCallError:
-                handler = None
+            except (UnknownCallError, LookupError, TypeError, ValueError, AttributeError):
+                handler = None  # a form of the call that its rule does not know
         text = f"operator {node.target} has no channel rule"
         if written:
             text = f"operator {node.target} writes in place"
@@ -218,7 +233,7 @@ class Walk:
             if owner != name:
                 self.state[name] = self.state[owner]
             else:
-                zero = isinstance(tensor, torch.nn.Parameter) or only_added(self.program, name)
+                zero = is_zeroed(self.program, name)
                 factors = tuple(
                     Factor((d,), self.classes.fresh(s), zero) for d, s in enumerate(tensor.shape)
                 )
@@ -400,27 +415,3 @@ def _identity(tensor: torch.Tensor) -> Any:
         return id(tensor)
     place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset())
     return (*place, tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
-
-
-MOVES = {"slice", "select", "expand", "unsqueeze", "squeeze", "to", "reshape", "permute",
-         "transpose", "embedding", "index", "index_select", "alias", "clone"}  # fmt: skip
-
-
-def only_added(program: Program, name: str) -> bool:
-    """True for a floating-point buffer that is only ever added to something.
-
-    Such a table (fixed positions) keeps a removed channel alive unless it is zeroed with it.
-    """
-    if not program.state[name].is_floating_point():
-        return False
-    stack = list(program.graph.find_nodes(op="get_attr", target=name))
-    users = [user for node in stack for user in node.users]
-    if not users:
-        return False
-    while users:
-        user = users.pop()
-        if op_name(user) in MOVES:
-            users.extend(user.users)
-        elif op_name(user) not in ("add", "sub"):
-            return False
-    return True

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from graphwright.ir.channels.analysis import Analysis
+from graphwright.ir.channels.weights import weight_values
 
 HESSO_WEIGHT = 0.2
 """Weight of each of the five criteria in HESSO."""
@@ -35,24 +37,41 @@ def unit_sums(analysis: Analysis, gradients: Mapping[str, Tensor] | None) -> Sum
         gradients: by parameter name; None where no criterion reads them.
     """
     sums = Sums(*(np.zeros(analysis.count) for _ in range(4)))
-    parameters = analysis.program.parameters()
+    weights = weight_values(analysis.program)
     for (name, dim), classes in analysis.stored.items():
-        if name not in parameters or analysis.pinned[classes].all():
+        if name not in weights or analysis.pinned[classes].all():
             continue
-        x = parameters[name].detach()
-        others = [d for d in range(x.dim()) if d != dim]
-        _add(sums.xx, classes, x.double().square(), others)
+        x = weights[name]
+        _add(sums.xx, classes, _summed(x, x, dim))
         sums.n[:] += np.bincount(classes, minlength=analysis.count) * (x.numel() / x.shape[dim])
-        if gradients is not None:
+        if gradients is not None and name in gradients:  # codes have none
             d = gradients[name]
-            _add(sums.dd, classes, d.double().square(), others)
-            _add(sums.xd, classes, x.double() * d.double(), others)
+            _add(sums.dd, classes, _summed(d, d, dim))
+            _add(sums.xd, classes, _summed(x, d, dim))
     return sums
 
 
-def _add(total: np.ndarray, classes: np.ndarray, values: Tensor, others: list[int]) -> None:
-    per_position = values.sum(others) if others else values
-    total += np.bincount(classes, per_position.cpu().numpy(), len(total))
+SLAB = 1 << 20
+"""Values that are widened to float64 at a time."""
+
+
+def _summed(x: Tensor, y: Tensor, dim: int) -> Tensor:
+    """Sum of x * y over all dimensions but one, in float64, a slab of rows at a time."""
+    total = torch.zeros(x.shape[dim], dtype=torch.float64, device=x.device)
+    others = [d for d in range(x.dim()) if d != dim]
+    rows = max(1, SLAB * x.shape[0] // max(1, x.numel()))
+    for start in range(0, x.shape[0], rows):
+        values = x[start : start + rows].double() * y[start : start + rows]
+        values = values.sum(others) if others else values
+        if dim == 0:
+            total[start : start + rows] = values
+        else:
+            total += values
+    return total
+
+
+def _add(total: np.ndarray, classes: np.ndarray, values: Tensor) -> None:
+    total += np.bincount(classes, values.cpu().numpy(), len(total))
 
 
 def magnitude(sums: Sums) -> np.ndarray:
