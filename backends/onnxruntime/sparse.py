@@ -24,7 +24,7 @@ def store_sparse(model: onnx.ModelProto) -> dict[str, int]:
     kept, moved, saved = [], [], 0
     for tensor in model.graph.initializer:
         value = numpy_helper.to_array(tensor) if tensor.data_type in FLOATS else None
-        size = 0 if value is None else np.count_nonzero(value) * (value.itemsize + INDEX_BYTES)
+        size = 0 if value is None else _sparse_bytes(value)
         if value is None or value.ndim == 0 or size == 0 or size >= value.nbytes:
             kept.append(tensor)
             continue
@@ -36,6 +36,10 @@ def store_sparse(model: onnx.ModelProto) -> dict[str, int]:
     model.graph.initializer.extend(kept)
     model.graph.sparse_initializer.extend(moved)
     return {"weights": len(moved), "bytes_saved": saved}
+
+
+def _sparse_bytes(value: np.ndarray) -> int:
+    return int(np.count_nonzero(value)) * (value.itemsize + INDEX_BYTES)
 
 
 def _sparse(name: str, value: np.ndarray) -> onnx.SparseTensorProto:

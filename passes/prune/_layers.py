@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
@@ -40,7 +40,7 @@ def maskable(
     return good, actions
 
 
-def _reason(program: Program, layer: Layer, chosen: set[object], pattern: Pattern) -> str:
+def _reason(program: Program, layer: Layer, chosen: set[fx.Node], pattern: Pattern) -> str:
     if not layer.weight:
         return "its weight is rebuilt in the graph, and holds no values to mask"
     weight = program.state[layer.weight]

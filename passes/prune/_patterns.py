@@ -53,16 +53,26 @@ class Pattern:
         """
         if self.m:
             return nm_mask(score, self.n, self.m)
-        flat = score if scope == "row" else score.reshape(1, -1)
-        lowest = torch.sort(flat, dim=1, stable=True).indices[:, : self.count(flat.shape[1])]
-        keep = torch.ones_like(flat, dtype=torch.bool).scatter_(1, lowest, False)
-        return keep.reshape(score.shape)
+        if scope == "layer":
+            return all_but_lowest(score.reshape(-1), self.count(score.numel())).reshape(score.shape)
+        lowest = torch.sort(score, dim=1, stable=True).indices[:, : self.count(score.shape[1])]
+        return torch.ones_like(score, dtype=torch.bool).scatter_(1, lowest, False)
 
     def misfit(self, columns: int) -> str:
         """Why a matrix of that many columns cannot have the pattern; empty when it can."""
         if self.m and columns % self.m:
             return f"its {columns} inputs do not divide into groups of {self.m}"
         return ""
+
+
+def all_but_lowest(score: Tensor, count: int) -> Tensor:
+    """Mask (n,) that leaves out the `count` lowest of n scores, of equal ones the first."""
+    if count == 0:
+        return torch.ones_like(score, dtype=torch.bool)
+    limit = score.kthvalue(count).values  # no sort: a layer may hold millions
+    tied = score == limit
+    spare = count - int((score < limit).sum())
+    return (score >= limit) & ~(tied & (tied.cumsum(0) <= spare))
 
 
 def found_pattern(keep: Tensor) -> Pattern:
