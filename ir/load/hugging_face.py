@@ -13,7 +13,7 @@ from torch import nn
 from graphwright.ir.errors import ModelError
 from graphwright.ir.load.checkpoint import read_checkpoint
 from graphwright.ir.load.detect import Kind, detect, read_json
-from graphwright.ir.load.safetensor_files import shards_of
+from graphwright.ir.load.safetensor_files import read_safetensors, shards_of
 
 _CODE_KEYS = ("attn_implementation", "experts_implementation", "_attn_implementation_internal")
 
@@ -61,6 +61,8 @@ def read_folder(folder: Path, kind: Kind) -> nn.Module:
             read_checkpoint(file, detect(file), allow_pickle=False)
     find = _transformers_class if kind is Kind.HUGGING_FACE else _diffusers_class
     cls = find(config, folder)
+    if kind is Kind.HUGGING_FACE and isinstance(config.get("quantization_config"), dict):
+        return _read_coded(cls, config["quantization_config"], folder)
     with _quiet_libraries():
         try:
             key = "dtype" if kind is Kind.HUGGING_FACE else "torch_dtype"
@@ -73,6 +75,38 @@ def read_folder(folder: Path, kind: Kind) -> nn.Module:
                 where=str(folder),
                 details=((lines or [type(error).__name__])[0][:300],),
             ) from error
+    assert isinstance(model, nn.Module)
+    return model.eval()
+
+
+def _read_coded(cls: Any, quantization: dict[str, Any], folder: Path) -> nn.Module:
+    """A model whose linear layers are stored in codes, which stay codes."""
+    from graphwright.ir.load.coded import put_codes, scheme_of, split, with_placeholders
+
+    where = str(folder)
+    scheme = scheme_of(quantization, where)
+    files = [f for f in weight_files(folder, Kind.HUGGING_FACE) if f.suffix == ".safetensors"]
+    if not files:
+        raise ModelError("quantized weights are read from safetensors only", where=where)
+    tensors = {name: t for file in files for name, t in read_safetensors(file).items()}
+    plain, coded = split(tensors, scheme, where)
+    with _quiet_libraries():
+        try:
+            config = cls.config_class.from_pretrained(where, local_files_only=True)
+            del config.quantization_config
+            dtype = getattr(config, "dtype", None) or torch.float32
+            model = cls.from_pretrained(
+                None, config=config, dtype=dtype,
+                state_dict=with_placeholders(nn.Module(), plain, coded, dtype),
+            )  # fmt: skip
+        except Exception as error:  # the library raises anything
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            raise ModelError(
+                f"{cls.__name__} cannot be built from this folder",
+                where=where,
+                details=((lines or [type(error).__name__])[0][:300],),
+            ) from error
+    put_codes(model, coded, where)
     assert isinstance(model, nn.Module)
     return model.eval()
 
@@ -160,8 +194,6 @@ def _import(name: str, folder: Path) -> Any:
 
 def _stored_dtype(folder: Path, kind: Kind) -> torch.dtype:
     """dtype of the first float tensor: diffusers has no `auto`."""
-    from graphwright.ir.load.safetensor_files import read_safetensors
-
     files = [f for f in weight_files(folder, kind) if f.suffix == ".safetensors"]
     tensors = read_safetensors(files[0]).values() if files else ()
     return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)

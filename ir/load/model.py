@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 
 from graphwright.ir.errors import ModelError
 from graphwright.ir.load.checkpoint import module_in, read_checkpoint, weights_in
+from graphwright.ir.load.coded import config_beside, fill_coded, is_coded
 from graphwright.ir.load.detect import Kind, detect
 from graphwright.ir.load.export_file import quiet, read_export
 from graphwright.ir.load.export_inputs import declared_inputs
@@ -191,7 +192,11 @@ def _fill(
             fix="Name what builds it in the spec: model: {factory: package.module:function}.",
         )
     module = build_module(factory, kwargs)
-    return {"warnings": fill(module, tensors, str(path)), "module": module.eval()}
+    if is_coded(tensors):
+        notes = fill_coded(module, tensors, config_beside(path), str(path))
+    else:
+        notes = fill(module, tensors, str(path))
+    return {"warnings": notes, "module": module.eval()}
 
 
 def _entry(section: Any, key: str) -> Any:
