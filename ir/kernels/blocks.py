@@ -11,7 +11,8 @@ from graphwright.ir.kernels import Kernel
 from graphwright.ir.kernels.common import all_floats
 
 ROWS = 4
-COLUMNS = 256
+WIDTH = 256
+"""Bytes of codes (2, 4 and 8 bits), or columns (the other widths), that a program handles."""
 
 
 @triton.jit
@@ -30,22 +31,35 @@ def _code(packed, index, bits: tl.constexpr, last, inside):
 @triton.jit
 def dequantize_blocks_kernel(
     codes, scale, zero_point, y, rows, columns, blocks, block, block_bytes, zero_bytes,
-    BITS: tl.constexpr, HAS_ZERO: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BITS: tl.constexpr, HAS_ZERO: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """y[r, c] = (code - zero_point[r, c // block]) * scale[r, c // block]."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    inside = (row < rows) & (column < columns)
-    group = column // block
-    bytes_of_group = codes + (row * blocks + group) * block_bytes
-    value = _code(bytes_of_group, column % block, BITS, block_bytes - 1, inside).to(tl.float32)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None, None]
+    place = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :, None]
+    if 8 % BITS == 0:
+        # Whole codes in every byte: bytes are read once, side by side.
+        part = tl.arange(0, 8 // BITS)[None, None, :]
+        group = place // block_bytes
+        at = (place % block_bytes) * (8 // BITS) + part
+        column = group * block + at
+        inside = (row < rows) & (at < block) & (column < columns)
+        stored = (row < rows) & (group < blocks)
+        byte = tl.load(codes + row * blocks * block_bytes + place, mask=stored, other=0)
+        value = (byte.to(tl.int32) >> (part * BITS)) & ((1 << BITS) - 1)
+    else:
+        column = place
+        group = column // block
+        inside = (row < rows) & (column < columns)
+        stored = inside
+        start = codes + (row * blocks + group) * block_bytes
+        value = _code(start, column % block, BITS, block_bytes - 1, inside)
     if HAS_ZERO:
-        zero = _code(zero_point + row * zero_bytes, group, BITS, zero_bytes - 1, inside)
-        value -= zero.to(tl.float32)
+        value -= _code(zero_point + row * zero_bytes, group, BITS, zero_bytes - 1, stored)
     else:
         value -= 1 << (BITS - 1)
-    value *= tl.load(scale + row * blocks + group, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + row * columns + column, value.to(y.dtype.element_ty), mask=inside)
+    factor = tl.load(scale + row * blocks + group, mask=stored, other=0.0).to(tl.float32)
+    result = value.to(tl.float32) * factor
+    tl.store(y + row * columns + column, result.to(y.dtype.element_ty), mask=inside)
 
 
 def _fits(
@@ -61,10 +75,11 @@ def _launch(
     rows, blocks, block_bytes = codes.shape
     zero = codes if zero_point is None else zero_point.contiguous()
     y = torch.empty((rows, columns), dtype=scale.dtype, device=codes.device)
-    dequantize_blocks_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(columns, COLUMNS))](
+    width = blocks * block_bytes if 8 % bits == 0 else columns
+    dequantize_blocks_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(width, WIDTH))](
         codes, scale, zero, y, rows, columns, blocks, block, block_bytes,
         0 if zero_point is None else zero.shape[1],
-        BITS=bits, HAS_ZERO=zero_point is not None, ROWS=ROWS, COLUMNS=COLUMNS,
+        BITS=bits, HAS_ZERO=zero_point is not None, ROWS=ROWS, WIDTH=WIDTH,
     )  # fmt: skip
     return y
 

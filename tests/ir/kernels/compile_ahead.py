@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 
 from graphwright.ir.kernels import (
     activation,
+    blocks,
     codebook,
     divisor_norm,
     expand_2_4,
@@ -132,6 +133,14 @@ def cases() -> Iterator[Case]:
         floats("bf16", "values", "y") | {"places": "*u8"} | sizes("count", "columns", "stored"),
         {"BLOCK": expand_2_4.BLOCK},
     )
+    for bits in (2, 4):  # codes of other widths are read byte by byte
+        yield Case(
+            f"dequantize_blocks-{bits}-bf16",
+            blocks.dequantize_blocks_kernel,
+            floats("bf16", "scale", "y") | {"codes": "*u8", "zero_point": "*u8"}
+            | sizes("rows", "columns", "blocks", "block", "block_bytes", "zero_bytes"),
+            {"BITS": bits, "HAS_ZERO": True, "ROWS": blocks.ROWS, "WIDTH": blocks.WIDTH},
+        )  # fmt: skip
     yield from int8_cases()
     yield from lookup_cases()
 
