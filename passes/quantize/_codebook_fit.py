@@ -9,7 +9,6 @@ from torch import Tensor
 
 from graphwright.passes.quantize._codebook import Lookup, Vectors, narrow
 
-
 CONVERGED = 1e-9
 """Squared size of the gradient, as a share of the first, that counts as zero in float32."""
 

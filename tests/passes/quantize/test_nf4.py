@@ -250,3 +250,11 @@ def test_the_file_stays_small_with_and_without_the_kernel(tmp_path: Path) -> Non
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         assert size < 0.16 * dense
         assert ("MatMulBnb4" in compiled.notes["kernels"]) == (not skip)
+
+
+def test_lowers_to_fused_pytorch(program: gw.Program) -> None:
+    after = Nf4()(program)
+    compiled = gw.lower(after, "triton")
+    ids = torch.randint(0, 50, (2, 11))
+    for ours, expected in zip(compiled(ids), after(ids), strict=True):
+        torch.testing.assert_close(ours, expected)

@@ -205,6 +205,8 @@ def test_lowers_to_onnx_runtime(
     torch.testing.assert_close(
         outputs(compiled, batches), outputs(after, batches), rtol=1e-4, atol=1e-5
     )
+    fused = gw.lower(after, "triton")
+    torch.testing.assert_close(outputs(fused, batches), outputs(after, batches))
 
 
 def test_the_file_stays_small(tmp_path: Path) -> None:
