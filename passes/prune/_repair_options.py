@@ -1,0 +1,37 @@
+"""Options that prune.udfc and quantize.udfc share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from graphwright.ir.options import Options, Selector
+from graphwright.passes.prune._udfc import Repair
+
+
+class RepairOptions(Options):
+    """How the readers of damaged channels are repaired."""
+
+    repair: Repair = "ridge"
+    """How lost channels are made up for: `ridge`, any mixture of the kept ones; `nonneg`, mixtures
+    without negative coefficients; `diagonal`, kept channels are only scaled (rounded weights);
+    `auto`, all of these; `none`. Of every kind several strengths are tried, and what has the least
+    error on Gaussian inputs is taken, which may be to change nothing."""
+
+    offsets: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the channels' offsets (biases, batch norm) beside that of their filters."""
+
+    shrinkage: Annotated[float, Field(gt=0)] | None = None
+    """How strongly mixtures are held to "change nothing", in units of the filters' mean square;
+    absent, 0.01 to 100 are tried."""
+
+    search_scale: bool = False
+    """Try smaller scales of weight codes for least squared error; else the largest weight of every
+    channel is on the grid."""
+
+    targets: Selector = ("*",)
+    """Layers to compress: selector patterns over names and kinds."""
+
+    max_error: Annotated[float, Field(gt=0)] | None = None
+    """Largest relative error of the outputs that is accepted; none when absent."""

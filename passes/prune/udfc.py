@@ -1,0 +1,82 @@
+"""prune.udfc: channels go, and the layers that read them are repaired without any data."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from graphwright.ir.program import Program
+from graphwright.ir.select import Layer, select
+from graphwright.ir.weights import PRODUCTS
+from graphwright.passes.base import Action, Context, Pass, Result
+from graphwright.passes.prune._compress import Compressed, Plan, compress, metrics, repair_text
+from graphwright.passes.prune._repair_options import RepairOptions
+from graphwright.passes.prune._round import quantizable, quantized
+
+
+class UdfcOptions(RepairOptions):
+    """Options of prune.udfc."""
+
+    ratio: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """Share of the output channels of every layer that goes, rounded down."""
+
+    weight_bits: Annotated[int, Field(ge=2, le=8)] | None = None
+    """Bits of weight codes; the weights stay as they are when absent. Rounding and pruning are
+    repaired by one solution."""
+
+    norm: Literal["l1", "l2"] = "l2"
+    """Norm of a channel's filter, batch norm included, by which the smallest go."""
+
+
+class Udfc(Pass):
+    """Removes the channels with the smallest filters, and repairs the next layer in closed form.
+
+    A lost channel is taken to be a mixture of the kept ones of its layer; the mixture follows from
+    the filters and the batch norm alone, and is multiplied into the layers that read the channels.
+    Works where one layer's channels reach other layers through batch norm, activation and pooling:
+    chains, and the inside of residual blocks. Run it before batch norms are folded: their
+    statistics tell how the channels are distributed. With `weight_bits`, all selected weights
+    become integer codes with a scale per output channel as well.
+
+    Source: Bai et al. 2023, "Unified Data-Free Compression". The paper's code is not published:
+    the assumption and the closed form are the paper's; the shrinkage, the non-negative variant and
+    the choice among variants on Gaussian inputs are ours.
+    """
+
+    contract = "lossy"
+    Options = UdfcOptions
+    papers = ("P69",)
+    before = ("quantize.*",)
+
+    def run(self, program: Program, context: Context) -> Result:
+        o: UdfcOptions = self.options
+        chosen = select(program, o.targets, PRODUCTS)
+        names = {layer.name for layer in chosen}
+        weights = quantizable(program, chosen)[0] if o.weight_bits is not None else set()
+        plan = Plan(o.ratio, o.weight_bits, o.repair, o.offsets, o.shrinkage, o.norm,
+                    o.search_scale)  # fmt: skip
+        found = compress(program, context, plan, names, weights)
+        actions = _actions(found, chosen)
+        result = found.program
+        if o.weight_bits is not None:
+            result, more = quantized(
+                result, self.id, o.targets, o.weight_bits, o.search_scale, found
+            )
+            actions += more
+        return Result(result, tuple(actions), metrics(program, found))
+
+
+def _actions(found: Compressed, chosen: list[Layer]) -> list[Action]:
+    """What was done to the output channels of every selected layer, and why nothing was."""
+    actions = []
+    for layer in chosen:
+        done = found.done.get(layer.name)
+        if done is None:
+            actions.append(Action(layer.name, "kept", found.reason(layer)))
+        elif done.kept == done.units:
+            actions.append(Action(layer.name, "kept", "the ratio is less than one channel"))
+        else:
+            kept = f"cut to {done.kept} of {done.units} channels"
+            actions.append(Action(layer.name, f"{kept}, {repair_text(done)}"))
+    return actions

@@ -1,0 +1,56 @@
+"""quantize.udfc: weights become integer codes, and the next layers are repaired without data."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from graphwright.ir.errors import ModelError
+from graphwright.ir.program import Program
+from graphwright.ir.select import select
+from graphwright.ir.weights import PRODUCTS
+from graphwright.passes.base import Context, Pass, Result
+from graphwright.passes.prune._compress import Plan, compress, metrics
+from graphwright.passes.prune._repair_options import RepairOptions
+from graphwright.passes.prune._round import quantizable, quantized
+
+
+class UdfcOptions(RepairOptions):
+    """Options of quantize.udfc."""
+
+    bits: Annotated[int, Field(ge=2, le=8)] = 6
+    """Bits of a weight code; codes are stored as int8."""
+
+
+class Udfc(Pass):
+    """Rounds weights to a symmetric grid per output channel, and repairs their readers.
+
+    A rounded channel is taken for a mixture of the rounded channels of its layer; the mixture
+    follows in closed form from the filters and the batch norm alone, and is multiplied into the
+    layers that read the channels, before these are rounded themselves. A weight becomes int8 codes
+    and `graphwright::dequantize`; activations stay in float. Run it before batch norms are folded:
+    their statistics tell how the channels are distributed. With pruning in one solution: the
+    option `weight_bits` of prune.udfc.
+
+    Source: Bai et al. 2023, "Unified Data-Free Compression". The paper's code is not published:
+    the assumption and the closed form are the paper's; the shrinkage and the choice among variants
+    on Gaussian inputs are ours.
+    """
+
+    contract = "lossy"
+    Options = UdfcOptions
+    papers = ("P69",)
+
+    def run(self, program: Program, context: Context) -> Result:
+        o: UdfcOptions = self.options
+        weights, refused = quantizable(program, select(program, o.targets, PRODUCTS))
+        if not weights:
+            reasons = tuple(sorted({f"{a.layer}: {a.reason}" for a in refused}))
+            raise ModelError(f"{self.id} can quantize none of its targets", details=reasons)
+        plan = Plan(bits=o.bits, repair=o.repair, l1=o.offsets, l2=o.shrinkage,
+                    search=o.search_scale)  # fmt: skip
+        found = compress(program, context, plan, set(), weights)
+        result, actions = quantized(found.program, self.id, o.targets, o.bits, o.search_scale,
+                                    found)  # fmt: skip
+        return Result(result, tuple(actions), metrics(program, found))
