@@ -92,8 +92,7 @@ class HessoCric(Hesso):
         own = self.units.by_group(scored)[group]
         count = max(1, int(len(own) * RATIOS[ratio]))
         flags[group][np.argsort(own, kind="stable")[:count]] = True
-        gone = torch.from_numpy(np.concatenate(flags))
-        self.units.scale(x, (~gone).double())
+        self.fade(x, torch.from_numpy(np.concatenate(flags)), 0.0)
 
     def _sample(self, step: int, k: int, x: Tensors, scored: np.ndarray) -> None:
         cycle, within = divmod(k, self.settings.sampling_steps)
@@ -107,8 +106,7 @@ class HessoCric(Hesso):
             self.trial = torch.zeros_like(new)
         self._collect(scored)
         self.trial = (self.trial | self._lowest(scored)) & ~self.tried
-        factor = decay(within, self.settings.sampling_steps)
-        self.units.scale(x, torch.where(self.violating, factor, 1.0).double())
+        self.fade(x, self.violating, decay(within, self.settings.sampling_steps))
 
     def _lowest(self, scored: np.ndarray) -> Tensor:
         return self.lowest(scored, self.wanted)

@@ -109,9 +109,8 @@ class Dhspg(Shrink):
         xx, xd, dd = self.units.sums((old, old), (old, d), (d, d))
         lam = penalties(xx, xd, dd, self.settings)
         share = torch.where(self.redundant & (xx > 0), lam / xx.sqrt(), 0.0)
-        for slot in self.units.slots:
-            value = x[slot.name]
-            value.sub_(lr[slot.name] * self.units.spread(share, slot, value, 0.0) * old[slot.name])
+        for slot, factor in self.units.factors(x, share, 0.0):
+            x[slot.name].sub_(lr[slot.name] * factor * old[slot.name])
 
     def _project(self, x: Tensors) -> None:
         inner, xx = self.units.sums((x, self.old), (self.old, self.old))

@@ -55,8 +55,7 @@ class Hesso(Shrink):
 
     def shrink(self, x: Tensors, within: int, duration: int) -> None:
         """One step of decay of the redundant units; the last one makes them pruned."""
-        factor = decay(within, duration)
-        self.units.scale(x, torch.where(self.redundant, factor, 1.0).double())
+        self.fade(x, self.redundant, decay(within, duration))
         if within == duration - 1:
             self.pruned |= self.redundant
             self.redundant = torch.zeros_like(self.redundant)

@@ -25,10 +25,11 @@ OWN = {
     "amplify": ("dhspg",),
     "hat_coefficient": ("dhspg",),
 }
-"""Optimizers that an option belongs to; the rest belong to all."""
+"""Methods that an option belongs to; the rest belong to all."""
 
 START_SHARE = 0.1
-PRUNING_SHARE = {"hesso": 0.5, "hesso_cric": 0.25}
+"""Shares of all steps, for lengths that are not given."""
+PRUNING_SHARE = {"hesso": 0.3, "hesso_cric": 0.25}
 SAMPLING_SHARE = 0.02
 PENALTY = {"sgd": (1e-3, 2.0, 10.0), "adam": (1e-2, 20.0, 1e3)}
 """lambda, amplification and hat coefficient, by the rule of the update."""
@@ -37,7 +38,7 @@ PENALTY = {"sgd": (1e-3, 2.0, 10.0), "adam": (1e-2, 20.0, 1e3)}
 class Otov2Options(Options):
     """Options of prune.otov2."""
 
-    optimizer: Literal["hesso", "hesso_cric", "dhspg"] = "hesso"
+    method: Literal["hesso", "hesso_cric", "dhspg"] = "hesso"
     """How units are brought to zero: `hesso` picks them by a score and lets them decay;
     `hesso_cric` tries that out in cycles first; `dhspg` pulls them by a penalty and projects."""
 
@@ -51,8 +52,8 @@ class Otov2Options(Options):
     """Steps of ordinary training before; a tenth of all steps when absent."""
 
     pruning_steps: Steps | None = None
-    """Steps in which units decay (`hesso`, `hesso_cric`); half of all steps, or a quarter with
-    `hesso_cric`, when absent."""
+    """Steps in which units decay (`hesso`, `hesso_cric`); 30% of all steps, or 25% with
+    `hesso_cric`, when absent. The codes' default of 1 prunes at once."""
 
     pruning_periods: Steps = 1
     """Parts of `pruning_steps`; each picks its share of the units anew (`hesso`)."""
@@ -105,9 +106,9 @@ class Otov2Options(Options):
     def _belong_together(self) -> Otov2Options:
         for name, owners in OWN.items():
             given = getattr(self, name) != type(self).model_fields[name].default
-            if given and self.optimizer not in owners:
+            if given and self.method not in owners:
                 raise ValueError(f"{name} is an option of {' and '.join(owners)}, "
-                                 f"and optimizer is {self.optimizer}")  # fmt: skip
+                                 f"and the method is {self.method}")  # fmt: skip
         if self.tune.patience is not None:
             raise ValueError("patience could end the training before the units are zero")
         if self.pruning_steps is not None and self.pruning_steps < self.pruning_periods:
@@ -120,7 +121,7 @@ class Otov2Options(Options):
 class Settings:
     """How units are brought to zero; the options of `prune.otov2` with every default filled in."""
 
-    optimizer: str
+    method: str
     sparsity: float
     group_divisible: int
     start: int
@@ -148,7 +149,7 @@ def settings(options: Otov2Options, total: int | None, probes: int, rule: str) -
     Raises:
         ArgumentError: pruning does not end within the run, or a default needs its length.
     """
-    kind = options.optimizer
+    kind = options.method
 
     def share(part: float, name: str) -> int:
         if total is None:

@@ -86,6 +86,11 @@ class Shrink:
             for name, old in self.old.items()
         }
 
+    def fade(self, x: Tensors, flags: Tensor, factor: float) -> None:
+        """Multiplies the flagged units by a factor, in place."""
+        ones = torch.ones(self.units.count, dtype=torch.float64)
+        self.units.scale(x, ones.masked_fill(flags, factor))
+
     def hesso_scores(self, x: Tensors, d: Tensors) -> np.ndarray:
         """HESSO's score of every unit, low for redundant ones."""
         xx, xd, dd = (part.numpy() for part in self.units.sums((x, x), (x, d), (d, d)))

@@ -63,7 +63,7 @@ def make_shrink(
     rule = "sgd" if isinstance(optimizer, torch.optim.SGD) else "adam"
     found = settings(options, total, probe_steps(len(units.groups)), rule)
     check_reachable(units, found)
-    return KINDS[options.optimizer](units, found)
+    return KINDS[options.method](units, found)
 
 
 def learning_rates(
@@ -84,7 +84,7 @@ class ShrinkHook(Hook):
         self._losses: list[torch.Tensor] = []
 
     def before_backward(self, at: Moment, loss: torch.Tensor) -> None:
-        if self.options.optimizer == "hesso_cric":
+        if self.options.method == "hesso_cric":
             self._losses.append(loss.detach())
 
     def before_step(self, at: Moment) -> None:
@@ -97,6 +97,14 @@ class ShrinkHook(Hook):
     def after_step(self, at: Moment) -> None:
         assert self.shrink is not None  # `before_step` made it
         self.shrink.after(at.step, at.parameters, learning_rates(at.optimizer, at.parameters))
+
+    @property
+    def redundant(self) -> torch.Tensor:
+        """Flag per unit: on its way to zero. Also where a resumed run had no step left to do."""
+        none = torch.zeros(self.units.count, dtype=torch.bool)
+        if self.shrink is not None:
+            return self.shrink.redundant
+        return none if self._loaded is None else torch.as_tensor(self._loaded["redundant"])
 
     def state_dict(self) -> dict[str, Any]:
         return self.shrink.state_dict() if self.shrink is not None else self._loaded or {}

@@ -76,6 +76,9 @@ class Units:
         self.slots, self.readers = tuple(made), tuple(readers)
         self._numel = {names[n]: self.analysis.program.state[n].numel() for n in names}
         self.names = tuple(dict.fromkeys(slot.name for slot in made))
+        self._index = torch.cat([slot.unit for slot in made])
+        self._cleared = torch.zeros(self.count, dtype=torch.bool)
+        self._places: list[tuple[Slot, Tensor]] = []
 
     @cached_property
     def sizes(self) -> Tensor:
@@ -86,35 +89,41 @@ class Units:
         return total[:-1]
 
     def sums(self, *pairs: tuple[Tensors, Tensors]) -> list[Tensor]:
-        """Sum of a * b over the values of every unit, for each pair (a, b); float64, on the CPU.
-
-        All sums come from the device in one piece, and are added up in a fixed order there.
-        """
+        """Sum of a * b over the values of every unit, for each pair (a, b); float64, on the CPU."""
         parts = []
         for a, b in pairs:
             for slot in self.slots:
                 x, y = a[slot.name].detach(), b[slot.name].detach()
-                product = x * y if x.element_size() > 2 else x.float() * y.float()
-                others = [d for d in range(x.dim()) if d != slot.dim]
-                wide = product.double() if not others else None
-                parts.append(product.sum(others, dtype=torch.float64) if wide is None else wide)
-        flat = torch.cat(parts).cpu()
-        units = torch.cat([slot.unit for slot in self.slots])
-        rows = flat.reshape(len(pairs), -1)
-        found = torch.zeros(len(pairs), self.count + 1, dtype=torch.float64)
-        return list(found.index_add_(1, units, rows)[:, :-1])
+                parts.append(_rest(x * y if x.element_size() > 2 else x.float() * y, slot.dim))
+        return list(self._added(parts, len(pairs)))
 
-    def spread(self, values: Tensor, slot: Slot, like: Tensor, rest: float) -> Tensor:
-        """A value per unit as a factor of a slot's tensor; `rest` where there is no unit."""
-        padded = torch.cat([values, values.new_full((1,), rest)]).to(like.dtype)
-        shape = [-1 if d == slot.dim else 1 for d in range(like.dim())]
-        return padded[slot.unit].to(like.device).reshape(shape)
+    def zeros(self, tensors: Tensors) -> Tensor:
+        """Flag per unit: all its values are exactly zero."""
+        parts = [_rest(tensors[s.name].detach() != 0, s.dim) for s in self.slots]
+        return self._added(parts, 1)[0] == 0
 
-    def scale(self, tensors: Tensors, factors: Tensor) -> None:
-        """Multiplies every unit's values by its factor, in place."""
-        for slot in self.slots:
+    def _added(self, parts: list[Tensor], count: int) -> Tensor:
+        """(count, units): positions added up by unit, in a fixed order, off the device at once."""
+        rows = torch.cat(parts).cpu().reshape(count, -1)
+        found = torch.zeros(count, self.count + 1, dtype=torch.float64)
+        return found.index_add_(1, self._index, rows)[:, :-1]
+
+    def factors(self, tensors: Tensors, values: Tensor, rest: float) -> list[tuple[Slot, Tensor]]:
+        """A value per unit as a factor of every slot's tensor; `rest` where there is no unit."""
+        padded = torch.cat([values.double(), torch.tensor([rest], dtype=torch.float64)])
+        flat = padded[self._index].to(tensors[self.names[0]].device)
+        pieces = flat.split([len(slot.unit) for slot in self.slots])
+        found = []
+        for slot, piece in zip(self.slots, pieces, strict=True):
             x = tensors[slot.name]
-            x.mul_(self.spread(factors, slot, x, 1.0))
+            shape = [-1 if d == slot.dim else 1 for d in range(x.dim())]
+            found.append((slot, piece.to(x.device, x.dtype).reshape(shape)))
+        return found
+
+    def scale(self, tensors: Tensors, values: Tensor) -> None:
+        """Multiplies every unit's values by its factor, in place."""
+        for slot, factor in self.factors(tensors, values, 1.0):
+            tensors[slot.name].mul_(factor)
 
     def clear(self, tensors: Tensors, units: Tensor) -> None:
         """Sets units to zero in place, with the columns that read them.
@@ -123,17 +132,14 @@ class Units:
             tensors: live tensors.
             units: flag per unit.
         """
-        if not bool(units.any()):
-            return
-        for slot in (*self.slots, *self.readers):
-            x = tensors[slot.name]
-            positions = torch.cat([units, units.new_zeros(1)])[slot.unit].nonzero().ravel()
-            if len(positions):
-                x.index_fill_(slot.dim, positions.to(x.device), 0)
-
-    def zeros(self, tensors: Tensors) -> Tensor:
-        """Flag per unit: all its values are exactly zero."""
-        return self.sums((tensors, tensors))[0] == 0
+        if not torch.equal(units, self._cleared):
+            self._cleared = units.clone()
+            padded = torch.cat([units, units.new_zeros(1)])
+            places = [(slot, padded[slot.unit].nonzero().ravel().to(tensors[slot.name].device))
+                      for slot in (*self.slots, *self.readers)]  # fmt: skip
+            self._places = [(slot, where) for slot, where in places if len(where)]
+        for slot, where in self._places:
+            tensors[slot.name].index_fill_(slot.dim, where, 0)
 
     def by_group(self, values: np.ndarray) -> list[np.ndarray]:
         """A value per unit, cut into groups."""
@@ -166,6 +172,12 @@ class Units:
             removed[group.classes[units]] = True
         empty = Extents(self.analysis, removed).emptied()
         return None if empty is None else empty[1]
+
+
+def _rest(values: Tensor, dim: int) -> Tensor:
+    """Sum over all dimensions but one, in float64."""
+    others = [d for d in range(values.dim()) if d != dim]
+    return values.sum(others, dtype=torch.float64) if others else values.double()
 
 
 def untrainable(group: ChannelGroup, names: Mapping[str, str], read: set[Key]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from graphwright.ir.channels import ChannelGroup
+from graphwright.ir.channels.fold import fold
 from graphwright.ir.program import Program
 from graphwright.ir.tune import tune
 from graphwright.passes.base import Action, Context, Pass, Result
@@ -49,8 +50,8 @@ class Otov2(Pass):
 
     def run(self, program: Program, context: Context) -> Result:
         options: Otov2Options = self.options
-        units, actions = find_units(program.eval(), options, program.trainable())
-        folded = units.analysis.program
+        folded = fold(program.eval())  # a normalised weight is trained as the weight it makes
+        units, actions = find_units(folded, options, folded.trainable())
         hook = ShrinkHook(units, options)
         last = options.tune.model_copy(update={"keep_best": False})
         assert context.training is not None  # `execute` refuses to run without
@@ -72,8 +73,7 @@ def _actions(
     units: Units, picks: Mapping[ChannelGroup, list[int]], zero: torch.Tensor, hook: ShrinkHook
 ) -> list[Action]:
     """What became of every group in training."""
-    redundant = torch.zeros_like(zero) if hook.shrink is None else hook.shrink.redundant
-    pending = units.by_group((redundant & ~zero).numpy())
+    pending = units.by_group((hook.redundant & ~zero).numpy())
     zeros = units.by_group(zero.numpy())
     actions = []
     for group, waiting, none in zip(units.groups, pending, zeros, strict=True):

@@ -136,7 +136,7 @@ def test_a_group_keeps_a_multiple() -> None:
 
 
 def plan(**changes: Any) -> Settings:
-    found = settings(Otov2(optimizer="dhspg", **changes).options, 100, 0, "sgd")
+    found = settings(Otov2(method="dhspg", **changes).options, 100, 0, "sgd")
     assert found.start == 10
     return found
 
@@ -180,7 +180,7 @@ def test_saliency_is_high_where_descent_shrinks_a_small_unit() -> None:
 
 def test_dhspg_steps_as_a_loop_over_units() -> None:
     """One step against the paper's lines, unit by unit."""
-    loop = Loop(20, optimizer="dhspg", sparsity=0.5, tolerance=0.1, start_pruning_step=3,
+    loop = Loop(20, method="dhspg", sparsity=0.5, tolerance=0.1, start_pruning_step=3,
                 epsilon=0.9, penalty=0.5, amplify=2.0, hat_coefficient=4.0)  # fmt: skip
     loop.run(3)
     before = {n: p.detach().clone() for n, p in loop.x.items()}
@@ -214,9 +214,7 @@ def test_dhspg_steps_as_a_loop_over_units() -> None:
 
 
 def test_dhspg_reaches_its_target_and_stops_there() -> None:
-    loop = Loop(
-        300, optimizer="dhspg", sparsity=0.5, penalty=1.0, epsilon=0.9, start_pruning_step=5
-    )
+    loop = Loop(300, method="dhspg", sparsity=0.5, penalty=1.0, epsilon=0.9, start_pruning_step=5)
     loop.run(300)
     assert isinstance(loop.shrink, Dhspg)
     assert loop.shrink.done
@@ -231,7 +229,7 @@ def test_dhspg_reaches_its_target_and_stops_there() -> None:
 # ---- HESSO-CRIC
 
 
-CRIC = {"optimizer": "hesso_cric", "sparsity": 0.5, "start_pruning_step": 30, "pruning_steps": 10,
+CRIC = {"method": "hesso_cric", "sparsity": 0.5, "start_pruning_step": 30, "pruning_steps": 10,
         "sampling_steps": 5, "max_cycles": 4}  # fmt: skip
 
 
@@ -295,7 +293,7 @@ def test_final_scores_add_the_loss_of_the_group_over_its_units() -> None:
 
 @pytest.mark.parametrize("kind", ["hesso", "hesso_cric", "dhspg"])
 def test_a_run_that_stops_and_goes_on_ends_in_the_same_bits(kind: str) -> None:
-    options: dict[str, Any] = {"optimizer": kind, "sparsity": 0.5, "start_pruning_step": 2}
+    options: dict[str, Any] = {"method": kind, "sparsity": 0.5, "start_pruning_step": 2}
     if kind == "hesso_cric":
         options = CRIC
     if kind == "dhspg":
@@ -316,7 +314,7 @@ def test_a_run_that_stops_and_goes_on_ends_in_the_same_bits(kind: str) -> None:
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
 def test_defaults_follow_the_rule_of_the_update(make: Any) -> None:
-    found = Loop(100, make, optimizer="dhspg").shrink.settings
+    found = Loop(100, make, method="dhspg").shrink.settings
     expected = (1e-3, 2.0, 10.0) if make is torch.optim.SGD else (1e-2, 20.0, 1e3)
     assert (found.penalty, found.amplify, found.hat_coefficient) == expected
 
@@ -342,7 +340,7 @@ def test_refusals() -> None:
 
 
 def test_a_learning_rate_of_zero_moves_nothing() -> None:
-    loop = Loop(20, optimizer="dhspg", start_pruning_step=0)
+    loop = Loop(20, method="dhspg", start_pruning_step=0)
     loop.optimizer.param_groups[0]["lr"] = 0.0
     before = {n: p.detach().clone() for n, p in loop.x.items()}
     loop.run(3)
