@@ -112,7 +112,7 @@ def _coded(program: Program, node: fx.Node, users: list[fx.Node]) -> Coded:
     packed, scales, zeros = stored
     assert packed is not None
     assert scales is not None
-    q = unpack_codes(packed, block, bits).flatten(1)[:, :columns]  # type: ignore[misc]
+    q = unpack_codes(packed, block, bits).flatten(1)[:, :columns]
     middle = None if zeros is None else unpack_codes(zeros, scales.shape[1], bits)
     orders = [_order(program, user) for user in users]
     return Coded(q.contiguous(), scales, middle, orders[0], bits, block)

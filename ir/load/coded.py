@@ -172,6 +172,8 @@ class CodedLinear(nn.Module):
     Its trace is what the passes of `quantize` make of a linear layer.
     """
 
+    weight_order: Tensor | None
+
     def __init__(self, coded: Coded, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
         super().__init__()
         out, inputs = coded.q.shape

@@ -80,7 +80,8 @@ def words_of(values: Tensor) -> Tensor:
 
 def string_along_rows(words: Tensor, count: int, bits: int) -> Tensor:
     """Codes (..., count) of a string of bits in words (..., count * bits / 32)."""
-    return unpack_codes(bytes_of(words), count, bits)
+    codes: Tensor = unpack_codes(bytes_of(words), count, bits)
+    return codes
 
 
 def fields_along_rows(words: Tensor, count: int, bits: int) -> Tensor:
@@ -181,7 +182,8 @@ def read_awq(parts: Mapping[str, Tensor], bits: int, block: int) -> Coded:
 
     def outputs(words: Tensor) -> Tensor:
         codes = fields_along_rows(words, out, 4).unflatten(-1, (-1, 8))
-        return codes[..., place].flatten(-2)
+        turned: Tensor = codes[..., place].flatten(-2)
+        return turned
 
     q, zero = outputs(parts["qweight"]), outputs(parts["qzeros"])
     return Coded(
