@@ -27,8 +27,8 @@ OWN = {
 }
 """Methods that an option belongs to; the rest belong to all."""
 
+# Shares of all steps, for lengths that are not given.
 START_SHARE = 0.1
-"""Shares of all steps, for lengths that are not given."""
 PRUNING_SHARE = {"hesso": 0.3, "hesso_cric": 0.25}
 SAMPLING_SHARE = 0.02
 PENALTY = {"sgd": (1e-3, 2.0, 10.0), "adam": (1e-2, 20.0, 1e3)}

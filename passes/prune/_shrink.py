@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from graphwright.passes.prune._select import Selection
 from graphwright.passes.prune._units import Tensors, Units
 
 
-class Shrink:
+class Shrink(ABC):
     """Acts around the steps of an ordinary optimizer, whatever its rule.
 
     `before` is called with the gradients, `after` when the optimizer has moved the parameters. The
@@ -54,10 +55,11 @@ class Shrink:
         if self.looks_at(step):
             self.old = {name: x[name].detach().clone() for name in self.units.names}
 
+    @abstractmethod
     def looks_at(self, step: int) -> bool:
         """Whether this step's direction is needed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def after(self, step: int, x: Tensors, lr: Mapping[str, float]) -> None:
         """Called after the optimizer's step, without gradients.
 
@@ -66,7 +68,6 @@ class Shrink:
             x: live parameters by name.
             lr: learning rate of each of them.
         """
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs; tensors and numbers."""

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SCRIPTS = ("compile_time.py", "encoder.py")
+SCRIPTS = ("compile_time.py", "encoder.py", "otov2_digits.py")
 
 
 def main() -> int:
