@@ -88,7 +88,7 @@ def fields_along_rows(words: Tensor, count: int, bits: int) -> Tensor:
     """Codes (..., count) that lie 32 // bits in a word, no code across two words."""
     each = 32 // bits
     shifts = torch.arange(each, dtype=torch.int32) * bits
-    codes = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    codes: Tensor = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
     return codes.flatten(-2)[..., :count].to(torch.uint8)
 
 

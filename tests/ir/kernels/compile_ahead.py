@@ -27,6 +27,7 @@ from graphwright.ir.kernels import (
     codebook,
     divisor_norm,
     expand_2_4,
+    float8,
     int8_linear,
     low_rank,
     norm,
@@ -141,6 +142,18 @@ def cases() -> Iterator[Case]:
             | sizes("rows", "columns", "blocks", "block", "block_bytes", "zero_bytes"),
             {"BITS": bits, "HAS_ZERO": True, "ROWS": blocks.ROWS, "WIDTH": blocks.WIDTH},
         )  # fmt: skip
+    yield Case(
+        "dequantize_float8-bf16",
+        float8.dequantize_float8_kernel,
+        floats("bf16", "scale", "y") | {"codes": "*u8"} | sizes("count", "channels", "inner"),
+        {"BLOCK": float8.BLOCK},
+    )
+    yield Case(
+        "fake_quantize_float8-fp32",
+        float8.fake_quantize_float8_kernel,
+        floats("fp32", "x", "scale", "y") | sizes("count", "row"),
+        {"EXACT": float8.EXACT, "BLOCK": float8.BLOCK},
+    )
     yield from int8_cases()
     yield from lookup_cases()
 

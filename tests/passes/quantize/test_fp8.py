@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def weight_of(program: gw.Program, name: str) -> Tensor:
 
 
 def test_rounding_is_to_the_nearest_value_of_the_format() -> None:
-    ties = torch.tensor([(a + b) / 2 for a, b in zip(GRID, GRID[1:], strict=False)])
+    ties = torch.tensor([(a + b) / 2 for a, b in pairwise(GRID)])
     x = torch.cat([torch.tensor(GRID), ties, torch.randn(400) * 50, torch.tensor([1e4])])
     x = torch.cat([x, -x])
     rounded = torch.ops.graphwright.fake_quantize_float8(x, 1.0)
@@ -74,7 +75,7 @@ def test_kernels_agree_on_every_byte_and_every_tie() -> None:
     op = OPS["dequantize_float8"]
     scale = torch.tensor(0.5, device=device)
     assert torch.equal(op.load_kernel().launch(codes, scale, 0), op.eager(codes, scale, 0))
-    ties = torch.tensor([(a + b) / 2 for a, b in zip(GRID, GRID[1:], strict=False)], device=device)
+    ties = torch.tensor([(a + b) / 2 for a, b in pairwise(GRID)], device=device)
     x = torch.cat([ties, -ties])
     op = OPS["fake_quantize_float8"]
     for step in (1.0, 0.0):
@@ -155,12 +156,8 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "triton"])
 @pytest.mark.parametrize("options", [{"activations": "none"}, {"activations": "dynamic"}], ids=str)
-def test_lowers(backend: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_lowers(backend: str, options: dict[str, Any]) -> None:
     program, batches = prepared()
     rounded = Fp8(**options)(program)
     compiled = gw.lower(rounded, backend)
     assert gw.compare(rounded(*batches[0]), compiled(*batches[0])).relative < 0.01
-    if backend == "onnxruntime":
-        compiled.save(tmp_path / "lowered")
-        size = sum(f.stat().st_size for f in (tmp_path / "lowered").rglob("*.onnx*"))
-        assert size > 0
