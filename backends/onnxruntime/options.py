@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from graphwright.ir.options import Options
 
@@ -42,3 +42,12 @@ class OnnxRuntimeOptions(Options):
     """Store a weight as its non-zeros and their places where that takes fewer bytes: in float32
     from two thirds of zeros on, for a place takes 8. The runtime makes it dense when it loads the
     model, so this is a matter of the file alone. Weights that lie beside the model stay dense."""
+
+    @model_validator(mode="after")
+    def _blocks_need_opset_21(self) -> Self:
+        if self.weights == "qdq" and self.opset < 21:
+            raise ValueError(
+                f"weights: qdq needs opset 21 or later, for blocks in DequantizeLinear; the opset "
+                f"is {self.opset}"
+            )
+        return self

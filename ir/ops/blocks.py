@@ -47,12 +47,13 @@ def pack_codes(q: Tensor, bits: int) -> Tensor:
     """
     if bits < 8 and q.numel() and int(q.max()) >= 2**bits:
         raise ValueError(f"code {int(q.max())} does not fit {bits} bits")
-    shifts = torch.arange(bits, dtype=torch.uint8)
+    shifts = torch.arange(bits, dtype=torch.uint8, device=q.device)
     string = ((q.to(torch.uint8).unsqueeze(-1) >> shifts) & 1).flatten(-2)
     size = packed_bytes(q.shape[-1], bits)
     string = torch.nn.functional.pad(string, (0, size * 8 - string.shape[-1]))
-    weights = 1 << torch.arange(8, dtype=torch.uint8)
-    return (string.unflatten(-1, (size, 8)) * weights).sum(-1, dtype=torch.uint8)
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=q.device)
+    packed: Tensor = (string.unflatten(-1, (size, 8)) * weights).sum(-1, dtype=torch.uint8)
+    return packed
 
 
 def unpack_codes(packed: Tensor, count: int, bits: int) -> Tensor:

@@ -84,7 +84,7 @@ def unpack(blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
     codes = unpack_codes(blocks.codes, blocks.block, blocks.bits).flatten(1)
     zero = unpack_zero_points(blocks.zero_point, blocks.scale, blocks.bits)
     if isinstance(zero, int):
-        zero = torch.full(tuple(blocks.scale.shape), zero, dtype=torch.uint8)
+        zero = torch.full_like(blocks.scale, zero, dtype=torch.uint8)
     return codes[:, : blocks.columns].contiguous(), blocks.scale, zero.contiguous()
 
 

@@ -94,10 +94,10 @@ class _Forms:
             return 0
         if node.kwargs or len(node.args) > 3 or len(sizes_of(x)) < 2 or not kernel_block(stored):
             return 0
-        bias = None
+        bias: Any = None
         if bias_place is not None and len(node.args) > bias_place:
             bias = node.args[bias_place]
-        fused = bias if _is_stored_vector(bias) else None
+        fused: fx.Node | None = bias if _is_stored_vector(bias) else None
         is_qdq = self.options.weights == "qdq" and stored.bits in (4, 8)
         new = self.dequantized(node, x, stored) if is_qdq else self.fused(node, x, stored, fused)
         record = {
@@ -234,4 +234,5 @@ def _is_stored_vector(bias: Any) -> bool:
 
 def _head(editor: Editor) -> fx.Node:
     """Behind everything stored, before the first call."""
-    return next(n for n in editor.graph.nodes if n.op not in ("placeholder", "get_attr"))
+    node: fx.Node = next(n for n in editor.graph.nodes if n.op not in ("placeholder", "get_attr"))
+    return node

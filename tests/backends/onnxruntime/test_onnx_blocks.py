@@ -154,6 +154,11 @@ def test_the_standard_form_is_fused_by_the_runtime(bits: int, depth: int) -> Non
     assert relative(compiled(x), program(x)) < 1e-6
 
 
+def test_the_standard_form_needs_opset_21() -> None:
+    with pytest.raises(gw.ir.errors.ArgumentError, match="weights: qdq needs opset 21"):
+        lowered(product(), weights="qdq", opset=20)
+
+
 class Table(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
