@@ -7,7 +7,14 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SCRIPTS = ("compile_time.py", "encoder.py", "otov2_digits.py", "nm_vit.py", "issp_sr.py")
+SCRIPTS = (
+    "compile_time.py",
+    "encoder.py",
+    "int4_cpu.py",
+    "otov2_digits.py",
+    "nm_vit.py",
+    "issp_sr.py",
+)
 
 
 def main() -> int:
