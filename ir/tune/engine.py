@@ -22,7 +22,7 @@ from graphwright.ir.tune.checkpoint import Checkpoint, make_key
 from graphwright.ir.tune.feed import Feed, Labelled
 from graphwright.ir.tune.history import History, Tuned
 from graphwright.ir.tune.hooks import Hook, Hooks, Moment
-from graphwright.ir.tune.losses import Flat, check_teacher, make_loss
+from graphwright.ir.tune.losses import OF_TEACHER, Flat, check_teacher, make_loss
 from graphwright.ir.tune.optimizers import MakeOptimizer, lr_factor, make_optimizer
 from graphwright.ir.tune.options import TuneOptions
 from graphwright.ir.tune.processes import Processes
@@ -102,7 +102,7 @@ class _Loop:
         self.hooks = Hooks(hooks)
         chosen = choose(program, names)
         self.working = Working(program, chosen, self.hooks, device)
-        teacher = (teacher or context.teacher) if options.loss == "kl" else None
+        teacher = (teacher or context.teacher) if options.loss in OF_TEACHER else None
         run_teacher = None if teacher is None else _frozen(teacher, program, device)
         self.loss = make_loss(options.loss, batches, context.folder, run_teacher)
         self.optimizer = optimizer(self.working.trained, options)

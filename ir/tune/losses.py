@@ -41,8 +41,8 @@ def make_loss(name: str, data: Batches, folder: Path, teacher: Teacher | None) -
     if ":" in name:
         return _own_loss(name, signature, folder)
     main = main_output(signature)
-    if name == "kl":
-        return _kl_loss(main, signature, teacher)
+    if name in OF_TEACHER:
+        return _teacher_loss(name, main, signature, teacher)
     inputs = [spec.name for spec in signature.inputs]
     if not data.has_labels and not (name == "next_token" and "input_ids" in inputs):
         raise ArgumentError(
@@ -143,17 +143,40 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def _kl_loss(main: int, signature: Signature, teacher: Teacher | None) -> Loss:
+def relative_difference(
+    student: Tensor, teacher: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """||student - teacher||^2 / ||teacher||^2, for outputs that are no logits.
+
+    Args:
+        student: (..., features).
+        teacher: of the same shape.
+        mask: (...), 0 where a row does not count.
+    """
+    gap, size = (student - teacher).square().sum(-1), teacher.square().sum(-1)
+    if mask is not None and mask.shape == gap.shape:
+        gap, size = gap * mask, size * mask
+    return gap.sum() / size.sum().clamp_min(1e-30)
+
+
+OF_TEACHER: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
+    "kl": kl_divergence,
+    "teacher_mse": relative_difference,
+}
+"""Losses that compare with the teacher's output."""
+
+
+def _teacher_loss(name: str, main: int, signature: Signature, teacher: Teacher | None) -> Loss:
     if teacher is None:
         raise ArgumentError(
-            "the loss kl needs a teacher", fix="In Python, pass teacher=program to the pass."
+            f"the loss {name} needs a teacher", fix="In Python, pass teacher=program to the pass."
         )
     names = [spec.name for spec in signature.inputs]
 
     def loss(flat: Flat, batch: Mapping[str, Tensor]) -> Tensor:
         with torch.no_grad():
             expected = wide(teacher(tuple(batch[name] for name in names))[main])
-        return kl_divergence(wide(flat[main]), expected, batch.get("attention_mask"))
+        return OF_TEACHER[name](wide(flat[main]), expected, batch.get("attention_mask"))
 
     return loss
 

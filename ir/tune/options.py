@@ -65,9 +65,12 @@ class TuneOptions(Options):
     warmup: Annotated[int, Field(ge=0)] = 0
     """Steps in which the learning rate rises linearly to `lr`."""
 
-    loss: Literal["cross_entropy", "next_token", "mse", "kl"] | Function = "cross_entropy"
+    loss: Literal["cross_entropy", "next_token", "mse", "kl", "teacher_mse"] | Function = (
+        "cross_entropy"
+    )
     """What is minimized: `cross_entropy` with class labels (-100 does not count), `next_token` of a
-    language model, `mse` to float labels, `kl` to the outputs of the model before the first pass;
+    language model, `mse` to float labels; with the model before the first pass as the teacher, `kl`
+    of logits from its own, or `teacher_mse`, the relative squared difference of any output;
     `module:function` is a `function(outputs, batch)` of one's own."""
 
     precision: Literal["fp32", "bf16"] = "fp32"

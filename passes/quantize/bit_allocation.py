@@ -111,9 +111,9 @@ class BitAllocation(Pass):
         )  # fmt: skip
         actions = [a for a in made[widths[0]].actions if a.layer not in
                    {name for unit in units for name in unit.layers}]  # fmt: skip
-        for unit, pick, row in zip(units, picks, losses, strict=True):
+        for unit, pick, increase in zip(units, picks, losses, strict=True):
             increases = ", ".join(f"{b} bits {x:.2e}" for b, x in
-                                  zip(widths[1:], row[1:], strict=True))  # fmt: skip
+                                  zip(widths[1:], increase[1:], strict=True))  # fmt: skip
             actions += [Action(name, f"{widths[pick]} bits", f"loss would grow by {increases}")
                         for name in unit.layers]  # fmt: skip
         metrics = {
@@ -206,7 +206,7 @@ def _costs(
     if options.measure == "size":
         sizes = np.array([float(unit.values) for unit in units])
         return sizes[:, None] * bits, options.budget * 32 * float(sizes.sum())
-    macs = {layer.node: float(layer.macs) for layer in cost(program).layers}
+    macs = {layer.node: float(layer.macs or 0) for layer in cost(program).layers}
     work = np.array([sum(macs.get(node, 0.0) for node in unit.nodes) for unit in units])
     operand = bits if options.activations else np.full(len(widths), 32.0)
     return work[:, None] * bits * operand, options.budget * 32**2 * float(work.sum())

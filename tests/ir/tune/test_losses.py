@@ -15,7 +15,13 @@ from graphwright.ir.context import Context
 from graphwright.ir.data import as_batches
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.tune import TuneOptions, tune
-from graphwright.ir.tune.losses import cross_entropy, kl_divergence, mse, next_token
+from graphwright.ir.tune.losses import (
+    cross_entropy,
+    kl_divergence,
+    mse,
+    next_token,
+    relative_difference,
+)
 
 
 def surprise(logits: Tensor, label: int) -> float:
@@ -116,3 +122,30 @@ def test_labels_are_asked_for_before_training(lab: SimpleNamespace, program: gw.
             f"the data: the loss {loss} needs labels. Add an array named `labels`."
         )
     assert as_batches([(x, x)], program.signature).has_labels
+
+
+def test_the_relative_difference_leaves_padding_out() -> None:
+    a, b, mask = (
+        random(2, 3, 4),
+        random(4, 3, 2).transpose(0, 2),
+        torch.tensor([[1, 1, 0], [1, 0, 0]]),
+    )
+    real = [(0, 0), (0, 1), (1, 0)]
+    gap = sum(float((a[i] - b[i]).square().sum()) for i in real)
+    size = sum(float(b[i].square().sum()) for i in real)
+    assert relative_difference(a, b, mask).item() == pytest.approx(gap / size)
+    whole = float((a - b).square().sum() / b.square().sum())
+    assert relative_difference(a, b).item() == pytest.approx(whole)
+
+
+def test_a_program_learns_to_give_what_its_teacher_gives() -> None:
+    torch.manual_seed(0)
+    teacher, student = (
+        gw.trace(torch.nn.Linear(4, 3).eval(), (torch.randn(8, 4),)) for _ in range(2)
+    )
+    data = [(torch.randn(8, 4),) for _ in range(8)]
+    options = TuneOptions(loss="teacher_mse", lr=0.05, epochs=20, optimizer="adam")
+    tuned = tune(student, data, options, Context(teacher=teacher))
+    assert tuned.history.losses[-1] < 1e-3 < 0.1 < tuned.history.losses[0]
+    with pytest.raises(ArgumentError, match="teacher_mse needs a teacher"):
+        tune(student, data, options, Context())

@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphwright as gw
+from graphwright.ir.context import Context
+from graphwright.ir.errors import ModelError
+from graphwright.ir.program import Program
+from graphwright.ir.select import layers
+from graphwright.ir.weights import weight_node, weight_value
+from graphwright.passes.quantize._encoders import nearest
+from graphwright.passes.quantize._pv import Settings, Weight
+from graphwright.passes.quantize._representation import Representation
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 8, 3, padding=1)
+        self.fc1, self.fc2 = nn.Linear(32, 24), nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.nn.functional.adaptive_avg_pool2d(torch.relu(self.conv(x)), 2).flatten(1)
+        return 4 * self.fc2(torch.relu(self.fc1(h)))
+
+
+@pytest.fixture(scope="module")
+def original() -> Program:
+    torch.manual_seed(0)
+    return gw.trace(Net().eval(), {"x": torch.randn(4, 2, 8, 8)}, dynamic={"x": {0: "batch"}})
+
+
+def batches(count: int = 12) -> list[tuple[Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(32, 2, 8, 8, generator=generator),) for _ in range(count)]
+
+
+FORMS: dict[str, Any] = {
+    "blocks": ("Rtn", {"bits": 2, "block": 16}),
+    "rows": ("Rtn", {"bits": 3, "block": -1, "symmetric": True}),
+    "nf4": ("Nf4", {"block": 32}),
+    "vectors": ("Vptq", {"vector_length": 2, "centroids": 16, "residual_centroids": 8}),
+    "outliers": ("Vptq", {"vector_length": 3, "centroids": 16, "outlier_percent": 20,
+                          "outlier_vector_length": 2, "outlier_centroids": 8}),
+    "int8": ("Int8", {}),
+}  # fmt: skip
+
+
+def compressed(original: Program, form: str) -> Program:
+    name, options = FORMS[form]
+    step = getattr(gw.passes.quantize, name)(**options)
+    return step(original, calibration=batches(4), check=False)
+
+
+def representation(program: Program, name: str = "fc1") -> Representation:
+    layer = next(x for x in layers(program) if x.name == name)
+    return Representation(program, weight_node(layer))
+
+
+def settings(**changes: Any) -> Settings:
+    values: dict[str, Any] = {
+        "betas": (0.9, 0.95), "code_rate": 0.05, "code_betas": (0.0, 0.95), "lamb": True,
+        "most": 0.02, "trust": None, "decay": 0.0, "codes": True, "continuous": True,
+    }  # fmt: skip
+    return Settings(**{**values, **changes})
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_what_its_layer_reads_and_has_codes_and_numbers(
+    original: Program, form: str
+) -> None:
+    program = compressed(original, form)
+    rep = representation(program)
+    layer = next(x for x in layers(program) if x.name == "fc1")
+    assert torch.equal(rep.value(), weight_value(program, layer))
+    assert rep.continuous
+    assert rep.codes
+    assert rep.places
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_of_the_numbers_are_those_of_the_whole(original: Program, form: str) -> None:
+    """Against central differences of the weight, for every kind of stored float."""
+    rep = representation(compressed(original, form))
+    rep.stored = dict.fromkeys(rep.stored, torch.float32)  # no rounding between
+    up = torch.randn(rep.value().shape, generator=torch.Generator().manual_seed(2))
+    found = rep.gradients(up)
+    for name, tensor in rep.continuous.items():
+        flat = int(found[name].abs().argmax())
+        moved = []
+        step = 1e-2 * float(tensor.abs().max())
+        for sign in (1, -1):
+            changed = tensor.clone()
+            changed.view(-1)[flat] += sign * step
+            moved.append(float((rep.value({**rep.continuous, name: changed}) * up).sum()))
+        numeric = (moved[0] - moved[1]) / (2 * step)
+        assert float(found[name].flatten()[flat]) == pytest.approx(numeric, rel=2e-2, abs=1e-3)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("share", [0.02, 0.3, 1.0])
+def test_a_step_changes_few_groups_and_the_weight_is_what_its_codes_say(
+    original: Program, form: str, share: float
+) -> None:
+    weight = Weight(representation(compressed(original, form)), settings(most=share))
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(4):
+        value = weight.step(torch.randn(weight.buffer.shape, generator=generator), 1e-3, 0.7)
+        assert torch.equal(value, weight.rep.value())
+        assert weight.changed <= math.ceil(share * weight.groups)
+    assert weight.codes_changed() > 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_without_rates_nothing_changes(original: Program, form: str) -> None:
+    weight = Weight(representation(compressed(original, form)), settings())
+    before = weight.rep.value()
+    assert torch.equal(weight.step(torch.randn(before.shape), 0.0, 0.0), before)
+    assert weight.codes_changed() == 0
+
+
+@pytest.mark.parametrize("form", ["blocks", "nf4", "vectors", "outliers", "int8"])
+def test_encoding_everything_finds_the_codes_again(original: Program, form: str) -> None:
+    """Codes that were scrambled come back when the target is the weight they stood for."""
+    rep = representation(compressed(original, form))
+    wanted = rep.value()
+    weight = Weight(rep, settings(most=1.0, continuous=False))
+    for name in {n for place in rep.places for n in place.encoder.codes}:
+        rep.codes[name] = rep.codes[name].flip(-1).contiguous()
+    scrambled = rep.value()
+    weight.buffer = wanted
+    restored = weight._choose(scrambled)
+    assert float((scrambled - wanted).norm()) > 0.1 * float(wanted.norm())
+    assert float((restored - wanted).norm()) < 1e-4 * float(wanted.norm())
+
+
+def test_the_nearest_vector_is_the_nearest() -> None:
+    generator = torch.Generator().manual_seed(0)
+    wanted, first, second = (torch.randn(n, 4, generator=generator) for n in (30, 12, 6))
+    (found,) = nearest(wanted, [first])
+    assert found.tolist() == (wanted[:, None] - first).norm(dim=-1).argmin(1).tolist()
+    i, k = nearest(wanted, [first, second])
+    best = min_pairs(wanted, first, second)
+    ours = (wanted - first[i] - second[k]).norm(dim=-1)
+    assert bool((ours >= best - 1e-5).all())
+    assert float((ours <= best + 1e-5).double().mean()) > 0.7  # a beam, not all pairs
+    greedy = (wanted - first[found])[:, None] - second
+    assert float(ours.sum()) <= float(greedy.norm(dim=-1).min(1).values.sum())
+
+
+def min_pairs(wanted: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    pairs = [first[i] + second[k] for i, k in itertools.product(range(12), range(6))]
+    return (wanted[:, None] - torch.stack(pairs)).norm(dim=-1).min(1).values
+
+
+def test_the_trust_region_bounds_a_step_up_to_one_group(original: Program) -> None:
+    for trust in (0.005, 0.02, 0.1):
+        weight = Weight(
+            representation(compressed(original, "blocks")),
+            settings(most=0.5, trust=trust, continuous=False),
+        )
+        before = weight.rep.value()
+        after = weight.step(torch.randn(before.shape), 0.0, 2.0)
+        change = (after - before).abs().flatten().sort(descending=True).values
+        bound = trust * float(before.norm())
+        assert 0 < float(change.square().sum().sqrt()) <= bound + float(change[0])
+
+
+TRAIN = {"tune": {"loss": "kl", "lr": 3e-3, "optimizer": "adam", "steps": 60, "epochs": 10,
+                  "schedule": "constant"}}  # fmt: skip
+
+
+def divergence(original: Program, program: Program) -> float:
+    x = torch.randn(200, 2, 8, 8, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        target = original(x).log_softmax(-1)
+        return float(nn.functional.kl_div(program(x).log_softmax(-1), target,
+                                          reduction="batchmean", log_target=True))  # fmt: skip
+
+
+@pytest.mark.slow
+def test_training_codes_beats_training_the_rest_alone() -> None:
+    torch.manual_seed(0)
+    net = Net().eval()
+    with torch.no_grad():
+        net.fc2.weight.mul_(6)  # outputs that are sure of themselves
+    sure = gw.trace(net, {"x": torch.randn(4, 2, 8, 8)}, dynamic={"x": {0: "batch"}})
+    start = gw.passes.quantize.Rtn(bits=2, block=-1)(sure, check=False)
+    how = {**TRAIN["tune"], "steps": 150, "epochs": 20, "schedule": "cosine"}
+    found = {}
+    ways = {"p": {"codes": False}, "pv": {"max_change": 0.05, "code_lr": 0.02}}
+    for name, options in ways.items():
+        tuned = gw.passes.quantize.Pv(**options, tune=how)(
+            start, training=batches(), teacher=sure, check=False
+        )
+        found[name] = divergence(sure, tuned)
+    assert found["pv"] < found["p"] < 0.5 * divergence(sure, start)
+
+
+def test_the_result_keeps_its_form_and_lowers(original: Program) -> None:
+    start = compressed(original, "blocks")
+    quick = {"tune": {**TRAIN["tune"], "steps": 12}, "code_lr": 0.1, "max_change": 0.1}
+    result = gw.passes.quantize.Pv(**quick).run(
+        start, Context(training=batches(4), teacher=original)
+    )
+    targets = [str(n.target) for n in result.program.graph.nodes]
+    assert targets == [str(n.target) for n in start.graph.nodes]
+    assert result.metrics["codes_changed"] > 0
+    assert result.metrics["steps"] == 12
+    told = {a.layer: a.what for a in result.actions}
+    assert all(told[name].startswith("trained") for name in ("conv", "fc1", "fc2"))
+    (x,) = batches(1)[0]
+    compiled = gw.lower(result.program, "onnxruntime")
+    expected = result.program(x).detach()
+    assert float((compiled(x) - expected).norm() / expected.norm()) < 0.02
+    again = gw.passes.quantize.Pv(**quick).run(
+        start, Context(training=batches(4), teacher=original)
+    )
+    for name, tensor in result.program.state.items():
+        assert torch.equal(tensor, again.program.state[name])
+
+
+def test_only_what_is_selected_moves(original: Program) -> None:
+    start = compressed(original, "blocks")
+    quick = {"tune": {**TRAIN["tune"], "steps": 3}}
+    tuned = gw.passes.quantize.Pv(**quick, targets=["fc1"], rest=False)(
+        start, training=batches(3), teacher=original, check=False
+    )
+    changed = {n for n, t in tuned.state.items() if not torch.equal(t, start.state[n])}
+    assert changed
+    assert all(name.startswith("fc1.weight_") for name in changed)
+
+
+def test_a_float_program_is_refused(original: Program) -> None:
+    with pytest.raises(ModelError, match="no selected layer has a weight made of codes"):
+        gw.passes.quantize.Pv()(original, training=batches(2), teacher=original)
