@@ -44,7 +44,8 @@ def pack_indices(indices: Tensor, bits: int) -> Tensor:
     width = packed_width(indices.shape[1], bits)
     string = torch.nn.functional.pad(string, (0, width * 8 - string.shape[1]))
     weights = (1 << torch.arange(8)).to(torch.uint8)
-    return (string.unflatten(1, (width, 8)) * weights).sum(-1, dtype=torch.uint8)
+    packed: Tensor = (string.unflatten(1, (width, 8)) * weights).sum(-1, dtype=torch.uint8)
+    return packed
 
 
 def unpack_indices(packed: Tensor, bits: int, columns: int) -> Tensor:

@@ -52,8 +52,8 @@ def kmeans(
     centroids = distinct[start.to(distinct.device)].clone()
     history: list[float] = []
     for _ in range(iterations):
-        index, distance = nearest(vectors, centroids)
-        cost = distance * weight
+        index = nearest(vectors, centroids)
+        cost = (vectors - centroids[index]).square().sum(1) * weight
         history.append(float(cost.sum(dtype=torch.float64)))
         if len(history) > 1 and history[-2] - history[-1] <= tolerance * history[-2]:
             break
@@ -66,14 +66,13 @@ def kmeans(
     return Clusters(centroids, history)
 
 
-def nearest(vectors: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Index of the nearest centroid of every vector (n,), and the squared distance (n,)."""
+def nearest(vectors: Tensor, centroids: Tensor) -> Tensor:
+    """(n,): index of the nearest centroid of every vector."""
     half = centroids.square().sum(1) / 2
     step = max(1, CHUNK // len(centroids))
     # |x - c|^2 = |x|^2 + 2 (|c|^2 / 2 - x c): the first term does not depend on c
     parts = (torch.addmm(half, part, centroids.T, alpha=-1) for part in vectors.split(step))
-    index = torch.cat([_smallest(part) for part in parts])
-    return index, (vectors - centroids[index]).square().sum(1)
+    return torch.cat([_smallest(part) for part in parts])
 
 
 def _smallest(distances: Tensor) -> Tensor:

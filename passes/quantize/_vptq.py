@@ -102,7 +102,7 @@ def quantize(
     stretches = partition(importance, settings)
     order = torch.cat([group for stretch in stretches for group in stretch.groups])
     upper = factor(h[order][:, order])
-    weight = importance if scale is None else importance * scale.square().clamp(min=1e-30)
+    weight = importance if scale is None else importance * scale.float().square().clamp(min=1e-30)
 
     def fit(source: Tensor, stretch: Stretch, count: int) -> list[Tensor]:
         return [
@@ -242,7 +242,7 @@ def encode(x: Tensor, books: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     rest = as_vectors(x[None], width)
     found, value = [], torch.zeros_like(rest)
     for book in books:
-        index, _ = nearest(rest, book)
+        index = nearest(rest, book)
         chosen = book[index]
         found.append(index)
         value, rest = value + chosen, rest - chosen

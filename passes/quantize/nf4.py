@@ -45,7 +45,7 @@ class Figures(NamedTuple):
     """Stored bits of a weight, its elements, and ||w - w'|| / ||w||."""
 
     bits: int
-    count: int
+    elements: int
     error: float
 
 
@@ -92,7 +92,7 @@ class Nf4(Pass):
                 done[weight] = layer.name
                 found = self._quantize(editor, program, layer)
                 figures.append(found)
-                what = f"{options.kind}, {found.bits / found.count:.3f} bits per weight"
+                what = f"{options.kind}, {found.bits / found.elements:.3f} bits per weight"
                 actions.append(Action(layer.name, f"{what}, relative error {found.error:.2e}"))
             context.progress("quantizing", index + 1, len(chosen))
         return Result(editor.finish(), tuple(actions), _metrics(figures))
@@ -116,7 +116,7 @@ def _metrics(figures: list[Figures]) -> dict[str, float]:
     errors = [each.error for each in figures]
     return {
         "weights": float(len(figures)),
-        "bits_per_weight": sum(f.bits for f in figures) / sum(f.count for f in figures),
+        "bits_per_weight": sum(f.bits for f in figures) / sum(f.elements for f in figures),
         "weight_error_mean": sum(errors) / len(errors),
         "weight_error_max": max(errors),
     }
