@@ -29,8 +29,8 @@ def make_optimizer(
     if options.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum)
     if options.optimizer == "mfac":
-        window = {"gradients": options.fisher_gradients, "damp": options.fisher_damp}
-        return MfacOptimizer(groups, options.lr, options.momentum, **window)
+        count, damp = options.fisher_gradients, options.fisher_damp
+        return MfacOptimizer(groups, options.lr, options.momentum, gradients=count, damp=damp)
     adam = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
     return adam(groups, lr=options.lr, betas=options.betas)
 

@@ -287,5 +287,5 @@ def with_codes(
                 OUTPUT_AXIS.get(layer.kind, 0), before=place, like=node,
             )  # fmt: skip
         old = node.args[WEIGHT_ARGUMENT.get(layer.kind, 1)]
-        node.replace_input_with(old, rebuilt[layer.weight])  # type: ignore[arg-type]
+        node.replace_input_with(old, rebuilt[layer.weight])
     return editor.finish()

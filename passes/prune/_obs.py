@@ -10,6 +10,7 @@ update F^-1 u for all that goes, in which u_k = -w_k / [F^-1]_kk. For blocks Q t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -136,4 +137,4 @@ def kept_after(kept: int, target: int, step: int, steps: int) -> int:
     """
     if step == steps or target >= kept or target == 0:
         return min(kept, target)
-    return round(kept * (target / kept) ** (step / steps))
+    return round(kept * math.pow(target / kept, step / steps))

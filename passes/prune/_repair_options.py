@@ -13,7 +13,7 @@ from graphwright.passes.prune._udfc import Repair
 class RepairOptions(Options):
     """How the readers of damaged channels are repaired."""
 
-    repair: Repair = "ridge"
+    repair: Repair = "auto"
     """How lost channels are made up for: `ridge`, any mixture of the kept ones; `nonneg`, mixtures
     without negative coefficients; `diagonal`, kept channels are only scaled (rounded weights);
     `auto`, all of these; `none`. Of every kind several strengths are tried, and what has the least

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ def quantizable(program: Program, layers: Sequence[Layer]) -> tuple[set[str], li
     return names, actions
 
 
-def _reason(program: Program, layer: Layer, chosen: set[object]) -> str:
+def _reason(program: Program, layer: Layer, chosen: Collection[object]) -> str:
     if not layer.weight:
         return "its weight is computed in the graph (compressed or adapted before)"
     weight = program.state[layer.weight]

@@ -66,7 +66,7 @@ class Channels:
     @property
     def is_rounded(self) -> bool:
         """Whether kept filters differ from what they were."""
-        return not torch.equal(self.damaged, self.filters[self.kept])
+        return not bool(torch.equal(self.damaged, self.filters[self.kept]))
 
 
 def normal_equations(channels: Channels, l1: float) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,8 @@ def ridge(channels: Channels, l1: float, l2: float) -> Tensor:
     """
     left, right = normal_equations(channels, l1)
     eye = torch.eye(len(left), dtype=left.dtype, device=left.device)
-    return torch.linalg.solve(left + l2 * eye, right + l2 * channels.nothing)
+    found: Tensor = torch.linalg.solve(left + l2 * eye, right + l2 * channels.nothing)
+    return found
 
 
 def diagonal(channels: Channels, l1: float, l2: float) -> Tensor:

@@ -4,7 +4,7 @@
     python tests/benchmarks/udfc_digits.py 0          these seeds
 
 Means over the seeds of the accuracy on 500 held-out images, in percent; same channels go, same
-grid, in every column. `ridge` is the default.
+grid, in every column. `auto` is the default.
 """
 
 from __future__ import annotations
