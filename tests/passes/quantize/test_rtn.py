@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,9 @@ from graphwright.ir.context import Context
 from graphwright.ir.errors import ModelError
 from graphwright.ir.weights import weight_value
 from graphwright.passes.quantize._blocks import round_to_nearest
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from models import encoder
 
 Rtn = gw.passes.quantize.Rtn
 ours = torch.ops.graphwright
@@ -186,3 +191,19 @@ def test_saved_and_loaded(tmp_path: Any) -> None:
     again = gw.load(tmp_path / "net.pt2")
     ids = torch.randint(0, 50, (3, 5))
     assert torch.equal(again(ids), result(ids))
+
+
+@pytest.mark.slow
+def test_the_sentence_encoder_in_a_sixth_of_its_size(tmp_path: Any) -> None:
+    program = encoder.program()
+    batches = encoder.held_out()[:20]
+    reference = encoder.embeddings(program, batches)
+    whole = gw.lower(program, "onnxruntime").save(tmp_path / "whole").file_bytes
+    cosines = []
+    for options, share in [({"block": 32}, 0.18), ({"block": 128}, 0.15)]:
+        small = gw.lower(Rtn(**options)(program), "onnxruntime")
+        assert small.notes["products"]["accuracy_level"] == 4
+        assert small.notes["dropped"] == {}
+        assert small.save(tmp_path / f"{options['block']}").file_bytes < share * whole
+        cosines.append(encoder.mean_cosine(reference, encoder.embeddings(small, batches)))
+    assert cosines[0] > 0.96 > cosines[1] > 0.93
