@@ -149,7 +149,7 @@ def _build_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--spec", help="spec whose `model` section declares the inputs")
     parser.add_argument("--groups", action="store_true", help="list channel groups instead")
-    parser.add_argument("--svg", metavar="FILE", help="draw the graph into FILE")
+    parser.add_argument("--svg", metavar="FILE", help="draw the graph into FILE; the groups with --groups")
     parser.add_argument(
         "--level", choices=["module", "op"], default="module", help="of the drawing"
     )

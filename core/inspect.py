@@ -40,8 +40,9 @@ def inspect(arguments: Any, console: Console | None = None) -> int:
     if arguments.svg is not None:
         from graphwright.ir.drawing import draw
 
+        picture = _draw_groups(program) if arguments.groups else draw(program, arguments.level)
         try:
-            Path(arguments.svg).write_text(draw(program, arguments.level), encoding="utf-8")
+            Path(arguments.svg).write_text(picture, encoding="utf-8")
         except OSError as error:
             raise ArgumentError(f"cannot write --svg {arguments.svg}: {error.strerror}") from error
         console.print(f"drawn into {arguments.svg}", markup=False, highlight=False)
@@ -97,21 +98,32 @@ def print_groups(program: Program, console: Console) -> None:
 
     from graphwright.charts import count_text, size_text
     from graphwright.ir.channels import channel_groups
+    from graphwright.ir.channels.picture import member_text
 
     groups = channel_groups(program)
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("group", overflow="fold")
-    for title in ("units", "per unit", "", "MACs", "tensors"):
+    for title in ("units", "per unit", "", "MACs"):
         table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("slices of tensor:dimension", overflow="fold")
     table.add_column("kept because of", overflow="fold")
     for group in sorted(groups, key=lambda g: not g.prunable):
         figures = (count_text(round(group.parameters)), size_text(round(group.bytes)),
                    count_text(round(group.macs)))  # fmt: skip
-        cells = (group.name, str(group.units), *figures, str(len(group.members)), group.reason)
-        table.add_row(*map(Text, cells))
+        slices = ", ".join(member_text(group, most=6))
+        table.add_row(*map(Text, (group.name, str(group.units), *figures, slices, group.reason)))
     console.print(table)
     free = [group for group in groups if group.prunable]
     line = (
         f"{len(free)} of {len(groups)} groups can be pruned, {sum(g.units for g in free):,} units"
     )
     console.print(f"\n{line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _draw_groups(program: Program) -> str:
+    """The groups as an SVG document: which feed which."""
+    from graphwright.ir.channels import channel_groups
+    from graphwright.ir.channels.picture import group_blocks
+    from graphwright.ir.drawing import draw_blocks
+
+    return draw_blocks(group_blocks(channel_groups(program)))

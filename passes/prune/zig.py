@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -111,8 +112,10 @@ class Zig(Pass):
         actions += [_action(g, len(u)) for g, u in zip(eligible, chosen, strict=True)]
         if not picks:
             return Result(program, tuple(actions))
+        expected = _outputs(zero(program, picks))
+        gc.collect()  # its module refers to itself: one copy of the weights at a time
         smaller = cut(program, picks)
-        error = _check(zero(program, picks), smaller)
+        error = _gap(expected, smaller)
         return Result(smaller, tuple(actions), _metrics(selection, chosen, error))
 
     def _scores(self, groups: list[ChannelGroup], context: Context) -> list[np.ndarray]:
@@ -195,11 +198,19 @@ def _check(masked: Program, smaller: Program) -> float:
     Raises:
         ContractError: it is more than rounding.
     """
+    return _gap(_outputs(masked), smaller)
+
+
+def _outputs(program: Program) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return program.run_flat(program.examples)
+
+
+def _gap(outputs: tuple[Tensor, ...], smaller: Program) -> float:
+    """As `_check`, from the outputs of the masked program."""
     worst = 0.0
     with torch.no_grad():
-        pairs = zip(
-            masked.run_flat(masked.examples), smaller.run_flat(masked.examples), strict=True
-        )
+        pairs = zip(outputs, smaller.run_flat(smaller.examples), strict=True)
         for expected, actual in pairs:
             if not expected.is_floating_point() or not expected.numel():
                 continue
