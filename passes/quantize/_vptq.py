@@ -91,7 +91,7 @@ def quantize(
         settings: sizes of the codebooks, and options.
         generator: draws the starts of k-means.
 
-    Source: Liu et al. 2024, "VPTQ", algorithms 1 to 3.
+    Source: Liu et al. 2024, "VPTQ", section 3.
     """
     diagonal = h.diagonal()
     alive = diagonal > 0
