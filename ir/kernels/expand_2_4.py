@@ -57,7 +57,7 @@ values, and made anew when these are written to."""
 def _packed(values: Tensor, places: Tensor) -> Tensor:
     from torch.sparse import to_sparse_semi_structured
 
-    version = values._version
+    version = 0 if values.is_inference() else values._version
     known = _PACKED.get(values)
     if known is None or known[0] != version:
         made = to_sparse_semi_structured(_expand(values.detach(), places))

@@ -25,6 +25,7 @@ from models import gpt
 
 from graphwright.ir.context import Context
 from graphwright.ir.program import Program
+from graphwright.passes.compensate.bias_correction import BiasCorrection
 from graphwright.passes.prune.dsnot import Dsnot
 from graphwright.passes.prune.magnitude import Magnitude
 from graphwright.passes.prune.mfac import Mfac
@@ -40,7 +41,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "sparsegpt": Sparsegpt,
     "magnitude + dsnot": lambda **options: Dsnot(base="magnitude", **options),
     "wanda + dsnot": lambda **options: Dsnot(base="wanda", **options),
-    "wanda + dsnot, 5 cycles": lambda **options: Dsnot(base="wanda", cycles=5, **options),
+    "wanda + bias correction": Wanda,
     "mfac": lambda **options: Mfac(steps=1, loss="next_token", **options),
 }
 
@@ -49,9 +50,10 @@ def pruned(program: Program, method: str, pattern: str, context: Context) -> Pro
     """The program after one method; `pattern` is a share or N:M."""
     options: dict[str, Any] = {"targets": TARGETS}
     options |= {"pattern": pattern} if ":" in pattern else {"sparsity": float(pattern)}
-    result = METHODS[method](**options).execute(program, context)
-    found: Program = result.program
-    return found
+    sparse: Program = METHODS[method](**options).execute(program, context).program
+    if method.endswith("bias correction"):
+        sparse = BiasCorrection(targets=TARGETS).execute(sparse, context).program
+    return sparse
 
 
 def main() -> None:
