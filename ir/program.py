@@ -62,7 +62,10 @@ class Program:
     @cached_property
     def module(self) -> fx.GraphModule:
         """The program as an `nn.Module`: flat tensors in, flat tuple out."""
-        return fx.GraphModule(dict(self.state), self.graph, class_name="Program")
+        module = fx.GraphModule(dict(self.state), self.graph, class_name="Program")
+        # programs with other weights share the graph, which would keep these alive with it
+        self.graph.owning_module = None
+        return module
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Runs the program; the result is structured like the model's own output.

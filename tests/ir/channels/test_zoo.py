@@ -1,6 +1,6 @@
 """Published architectures: half of all units zeroed and cut give the same function.
 
-All of the zoo goes through `python tests/benchmarks/channel_groups.py`.
+All of the zoo, group by group, goes through `python tests/benchmarks/channel_exactness.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from benchmarks.channel_exactness import BOUND, judge
 from conformance import zoo
 
 import graphwright as gw
@@ -67,3 +68,20 @@ def test_half_of_the_units_cut_equals_masked(name: str) -> None:
             assert (expected - actual).norm() <= 1e-5 * expected.norm()
             changed = changed or bool((original - expected).norm() > 1e-2 * original.norm())
     assert changed
+
+
+GROUPS = 4
+"""Groups tried alone per architecture, evenly spread; most have no more than twice as many."""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name",
+    ["vgg_bn", "resnet_basic", "densenet", "shufflenet", "unet", "torch_transformer", "bert"],
+)
+def test_groups_one_by_one_all_together_and_half_of_them(name: str) -> None:
+    row = judge(program_of(name), GROUPS)
+    assert row["tried"] >= min(row["groups"], 3)
+    assert row["effect"] == row["tried"]  # every one of them changes the outputs
+    for key in ("single", "all", "half", "zig"):
+        assert row[key][0] <= BOUND, row[key]
