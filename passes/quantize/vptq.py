@@ -57,8 +57,9 @@ class VptqOptions(Options):
     groups: Annotated[int, Field(ge=1)] = 1
     """Codebooks that the other inputs are spread over."""
 
-    norm: bool = True
-    """Shift and scale the weights of every input to [0, 1] first: 32 bits more for each input."""
+    norm: bool = False
+    """Shift and scale the weights of every input to [0, 1] first: 32 bits more for each input. The
+    paper's example does; small models came out better without."""
 
     permute: bool = True
     """Quantize the inputs with the largest activations first, while there is most left to make up
