@@ -36,10 +36,21 @@ class Literals:
     def rewrite(self) -> None:
         """Rewrites every call that is touched, in place."""
         for node in list(self.editor.graph.nodes):
+            if op_name(node) == "view_as_complex":
+                self._make_contiguous(node)
             if node.op == "call_function" and self._is_touched(node):
                 handler = HANDLERS.get(op_name(node))
                 if handler is not None:
                     handler(self, node)
+
+    def _make_contiguous(self, node: fx.Node) -> None:
+        """Pairs are read in place, which an odd number of kept channels beside them forbids."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        copy = self.put(node, aten.clone.default, source)
+        copy.kwargs = {"memory_format": torch.contiguous_format}
+        copy.meta["val"] = source.meta["val"]
+        node.replace_input_with(source, copy)
 
     def _is_touched(self, node: fx.Node) -> bool:
         for name in (node.name, *(n.name for n in node.all_input_nodes)):
