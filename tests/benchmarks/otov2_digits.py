@@ -59,7 +59,7 @@ def measure(program: gw.Program) -> Row:
     return Row(digits.accuracy(program), macs, parameters)
 
 
-def runs(net: str, seed: int) -> dict[str, Row]:
+def runs(net: str, seed: int, divisible: int, scope: str) -> dict[str, Row]:
     """Every method from the same weights."""
     start = digits.traced(digits.reset(digits.NETS[net](), seed))
     context = Context(seed=seed, training=digits.training(start))
@@ -72,10 +72,11 @@ def runs(net: str, seed: int) -> dict[str, Row]:
         return Finetune(tune=tune(share)).execute(program, context).program
 
     def one_shot(program: gw.Program) -> gw.Program:
-        return Zig(sparsity=SPARSITY, score="magnitude").execute(program, context).program
+        step = Zig(sparsity=SPARSITY, scope=scope, group_divisible=divisible)
+        return step.execute(program, context).program
 
     def oto(**options: Any) -> gw.Program:
-        step = Otov2(sparsity=SPARSITY, tune=tune(1), **options)
+        step = Otov2(sparsity=SPARSITY, group_divisible=divisible, tune=tune(1), **options)
         return step.execute(start, context).program
 
     dense = train(start, 1)
@@ -90,12 +91,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("nets", nargs="*", default=["vgg", "resnet", "densenet"])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--divisible", type=int, default=1, help="every group keeps a multiple")
+    parser.add_argument("--scope", default="global", help="of the one-shot rows: or group")
     options = parser.parse_args()
     begin = time.process_time()
     print("| net | method | FLOPs | params | accuracy |")
     print("| --- | --- | ---: | ---: | ---: |")
     for net in options.nets:
-        found = [runs(net, seed) for seed in range(options.seeds)]
+        found = [runs(net, seed, options.divisible, options.scope) for seed in range(options.seeds)]
         base = found[0]["dense"]
         for method in METHODS:
             rows = [run[method] for run in found]
