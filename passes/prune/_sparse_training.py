@@ -15,11 +15,11 @@ from graphwright.ir.tune import Hook, Moment
 from graphwright.passes.base import Action
 from graphwright.passes.prune._cric import HessoCric, probe_steps
 from graphwright.passes.prune._dhspg import Dhspg
+from graphwright.passes.prune._eligible import check_cut, eligible_groups
 from graphwright.passes.prune._hesso import Hesso
 from graphwright.passes.prune._otov2_options import Otov2Options, settings
 from graphwright.passes.prune._shrink import Shrink, check_reachable
 from graphwright.passes.prune._units import Units, read_only, untrainable
-from graphwright.passes.prune.zig import _check, _eligible
 
 KINDS: dict[str, type[Shrink]] = {"hesso": Hesso, "hesso_cric": HessoCric, "dhspg": Dhspg}
 
@@ -38,7 +38,7 @@ def find_units(
         ModelError: there are none.
     """
     groups = channel_groups(program, unit=options.unit, norm=options.norm)
-    eligible, actions = _eligible(program, groups, options.targets)
+    eligible, actions = eligible_groups(program, groups, options.targets)
     if eligible:
         analysis = eligible[0].analysis
         names = {owner: alias for alias, owner in analysis.owners.items() if alias in live}
@@ -134,7 +134,7 @@ def remove_zeros(
     """
     picks = units.picks(zero, divisible)
     smaller = cut(sparse, picks)
-    return smaller, picks, _check(sparse, smaller)
+    return smaller, picks, check_cut(sparse, smaller, "prune.otov2")
 
 
 def figures(units: Units, picks: Mapping[ChannelGroup, list[int]]) -> dict[str, float]:

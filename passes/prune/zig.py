@@ -12,18 +12,15 @@ from pydantic import Field
 from torch import Tensor
 
 from graphwright.ir.channels import ChannelGroup, channel_groups, cut, zero
-from graphwright.ir.errors import ArgumentError, ContractError, ModelError
+from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
-from graphwright.ir.select import layers, select
 from graphwright.passes.base import Action, Context, Need, Options, Pass, Result
+from graphwright.passes.prune._eligible import eligible_groups, gap, outputs
 from graphwright.passes.prune._gradients import Draws, LossName, gradients, labelled, room
 from graphwright.passes.prune._group_fisher import unit_costs
 from graphwright.passes.prune._scores import WITH_GRADIENT, scores, unit_sums
 from graphwright.passes.prune._select import Selection
-
-OUTPUT_DIM = {"conv_transpose1d": 1, "conv_transpose2d": 1, "conv_transpose3d": 1, "embedding": 1}
-"""Dimension of a weight that holds output channels; 0 for the rest."""
 
 
 class ZigOptions(Options):
@@ -100,7 +97,7 @@ class Zig(Pass):
     def run(self, program: Program, context: Context) -> Result:
         o = self.options
         groups = channel_groups(program, unit=o.unit, norm=o.norm)
-        eligible, actions = _eligible(program, groups, o.targets)
+        eligible, actions = eligible_groups(program, groups, o.targets)
         if not eligible:
             raise ModelError("no channel group can be pruned",
                              fix="`graphwright inspect --groups` says why.")  # fmt: skip
@@ -112,10 +109,10 @@ class Zig(Pass):
         actions += [_action(g, len(u)) for g, u in zip(eligible, chosen, strict=True)]
         if not picks:
             return Result(program, tuple(actions))
-        expected = _outputs(zero(program, picks))
+        expected = outputs(zero(program, picks))
         gc.collect()  # its module refers to itself: one copy of the weights at a time
         smaller = cut(program, picks)
-        error = _gap(expected, smaller)
+        error = gap(expected, smaller, self.id)
         return Result(smaller, tuple(actions), _metrics(selection, chosen, error))
 
     def _scores(self, groups: list[ChannelGroup], context: Context) -> list[np.ndarray]:
@@ -130,28 +127,6 @@ class Zig(Pass):
             o.score, unit_sums(analysis, mean), np.concatenate([g.classes for g in groups])
         )
         return np.split(found, np.cumsum([g.units for g in groups])[:-1])
-
-
-def _eligible(
-    program: Program, groups: list[ChannelGroup], targets: tuple[str, ...]
-) -> tuple[list[ChannelGroup], list[Action]]:
-    """Prunable groups whose output channels all belong to selected layers; reasons of the rest."""
-    selected = {layer.node.name for layer in select(program, targets)}
-    outside: dict[tuple[str, int], str] = {}
-    for layer in layers(program):
-        if layer.node.name not in selected and layer.weight:
-            outside[layer.weight, OUTPUT_DIM.get(layer.kind, 0)] = layer.name
-    eligible, actions = [], []
-    for group in groups:
-        other = next((outside[m.parameter, m.dim] for m in group.members
-                      if (m.parameter, m.dim) in outside), "")  # fmt: skip
-        if not group.prunable:
-            actions.append(Action(group.name, "kept", group.reason))
-        elif other:
-            actions.append(Action(group.name, "kept", f"layer {other} is not in targets"))
-        else:
-            eligible.append(group)
-    return eligible, actions
 
 
 def _choose(selection: Selection, of: str, sparsity: float) -> list[np.ndarray]:
@@ -190,39 +165,6 @@ def _metrics(selection: Selection, chosen: list[np.ndarray], error: float) -> di
         "macs_left": analysis.macs(removed) / max(1.0, analysis.macs(nothing)),
         "cut_error": error,
     }
-
-
-def _check(masked: Program, smaller: Program) -> float:
-    """Largest relative difference of the two on the examples.
-
-    Raises:
-        ContractError: it is more than rounding.
-    """
-    return _gap(_outputs(masked), smaller)
-
-
-def _outputs(program: Program) -> tuple[Tensor, ...]:
-    with torch.no_grad():
-        return program.run_flat(program.examples)
-
-
-def _gap(outputs: tuple[Tensor, ...], smaller: Program) -> float:
-    """As `_check`, from the outputs of the masked program."""
-    worst = 0.0
-    with torch.no_grad():
-        pairs = zip(outputs, smaller.run_flat(smaller.examples), strict=True)
-        for expected, actual in pairs:
-            if not expected.is_floating_point() or not expected.numel():
-                continue
-            gap = (expected.double() - actual.double()).norm()
-            error = float(gap / expected.double().norm().clamp_min(1e-12))
-            worst = max(worst, error)
-            if not error <= 100 * torch.finfo(expected.dtype).eps:
-                raise ContractError(
-                    f"the cut program differs from the masked one by {error:.1e}",
-                    where="prune.zig", fix="Leave groups out with `targets`, and report it.",
-                )  # fmt: skip
-    return worst
 
 
 def _gradients(program: Program, context: Context, loss: LossName) -> dict[str, Tensor]:
