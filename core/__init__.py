@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from graphwright.ir.channels import channel_groups, cut, zero
     from graphwright.ir.context import Context
     from graphwright.ir.edit import Editor
+    from graphwright.ir.export_checkpoint import export_checkpoint
     from graphwright.ir.fidelity import compare
     from graphwright.ir.options import Options
     from graphwright.ir.program import Program
@@ -36,6 +37,7 @@ _HOMES = {
     "channel_groups": "graphwright.ir.channels",
     "cut": "graphwright.ir.channels",
     "zero": "graphwright.ir.channels",
+    "export_checkpoint": "graphwright.ir.export_checkpoint",
     "Context": "graphwright.ir.context",
     "Editor": "graphwright.ir.edit",
     "compare": "graphwright.ir.fidelity",
@@ -65,6 +67,7 @@ __all__ = [
     "channel_groups",
     "compare",
     "cut",
+    "export_checkpoint",
     "ir",
     "load",
     "load_spec",

@@ -149,7 +149,9 @@ def _build_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--spec", help="spec whose `model` section declares the inputs")
     parser.add_argument("--groups", action="store_true", help="list channel groups instead")
-    parser.add_argument("--svg", metavar="FILE", help="draw the graph into FILE; the groups with --groups")
+    parser.add_argument(
+        "--svg", metavar="FILE", help="draw the graph into FILE; the groups with --groups"
+    )
     parser.add_argument(
         "--level", choices=["module", "op"], default="module", help="of the drawing"
     )
@@ -182,9 +184,11 @@ def _build_check(parser: argparse.ArgumentParser) -> None:
 
 
 def _do_check(arguments: argparse.Namespace) -> int:
+    from graphwright.rules import check_rules
     from graphwright.specs.spec import load_spec
 
     spec = load_spec(arguments.spec, arguments.overrides)
+    check_rules(spec)
     chain = " -> ".join([call.id for call in spec.passes] + [call.id for call in spec.lower])
     print(f"{arguments.spec}: ok: {chain}")
     return 0

@@ -17,6 +17,7 @@ from graphwright.environment import deterministic, environment
 from graphwright.ir.errors import RequirementError
 from graphwright.memory import reset_peak
 from graphwright.place import Place
+from graphwright.rules import check_rules
 from graphwright.run import Run, Settings
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def run(source: str | Path, spec: Spec, settings: Settings) -> Outcome:
         GraphwrightError: with the exit status that says which stage failed.
     """
     started = time.monotonic()
+    check_rules(spec)
     place = Place(Path(settings.out))
     with place.locked(), deterministic():
         from graphwright.progress import Progress

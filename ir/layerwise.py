@@ -179,7 +179,8 @@ def sweep(
 
     Raises:
         ArgumentError: there is no batch.
-        ModelError: an activation is empty, NaN or infinite; names the layer and the batch.
+        ModelError: an activation is NaN or infinite; names the layer and the batch. An empty one
+            (an expert that no token went to) is for the method to deal with.
     """
     return _Sweep(program, layers, batches, method, context, follow, both, budget).run()
 
@@ -321,10 +322,10 @@ class _Sweep:
         if not missing:
             return
         for index, x in enumerate(site.inputs()):
-            if x.numel() == 0 or not bool(torch.isfinite(x).all()):
-                what = "an empty tensor" if x.numel() == 0 else "NaN or infinity"
+            if not bool(torch.isfinite(x).all()):
                 raise ModelError(
-                    f"calibration batch {index} gives {what} in front of {missing[0].name!r}",
+                    f"calibration batch {index} gives NaN or infinity in front of "
+                    f"{missing[0].name!r}",
                     fix="Check the calibration data, and the model on it.",
                 )
         stats = self.method.gather(replace(site, layers=tuple(missing)))

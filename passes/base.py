@@ -176,7 +176,10 @@ def _readable(name: str, error: ValidationError) -> str:
     lines = []
     for item in error.errors():
         place = ".".join(str(part) for part in item["loc"])
-        lines.append(f"{place}: {item['msg']} (got {item['input']!r})")
+        if place:
+            lines.append(f"{place}: {item['msg']} (got {item['input']!r})")
+        else:  # a rule between options
+            lines.append(item["msg"].removeprefix("Value error, "))
     return f"{name}: " + "; ".join(lines)
 
 

@@ -125,11 +125,13 @@ def _onnx(codes: Any, scale: Any, zero_point: Any, bits: int, block: int, column
     from onnxscript import opset18 as op
 
     blocks = int(scale.shape[1])
-    value = op.CastLike(onnx_codes(codes, block, bits), scale)
+    # Cast, not CastLike: ONNX Runtime folds the one when it loads a model, and not the other.
+    kind = int(scale.dtype)
+    value = op.Cast(onnx_codes(codes, block, bits), to=kind)
     if zero_point is None:
-        zero = op.CastLike(op.Constant(value_float=float(1 << (bits - 1))), scale)
+        zero = op.Cast(op.Constant(value_float=float(1 << (bits - 1))), to=kind)
     else:
-        zero = op.CastLike(onnx_codes(zero_point, blocks, bits), scale)
+        zero = op.Cast(onnx_codes(zero_point, blocks, bits), to=kind)
         zero = op.Unsqueeze(zero, op.Constant(value_ints=[-1]))
     value = op.Mul(op.Sub(value, zero), op.Unsqueeze(scale, op.Constant(value_ints=[-1])))
     value = op.Reshape(value, op.Constant(value_ints=[-1, blocks * block]))

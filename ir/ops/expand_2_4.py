@@ -91,7 +91,7 @@ def onnx_expand(values: Any, places: Any) -> Any:
         op.Constant(value_int=0), op.Constant(value_int=kept), op.Constant(value_int=1)
     )
     start = op.Mul(op.Div(number, op.Constant(value_int=2)), op.Constant(value_int=4))
-    zero = op.CastLike(op.Constant(value_float=0.0), values)
+    zero = op.Cast(op.Constant(value_float=0.0), to=int(values.dtype))
     dense = op.Expand(zero, ints(rows, 2 * kept))
     return op.ScatterElements(dense, op.Add(inside, start), values, axis=1)
 

@@ -48,7 +48,7 @@ def _dequantize_onnx(codes: Any, scale: Any, axis: int) -> Any:
 
     values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     table = op.Constant(value_floats=torch.nan_to_num(values).tolist())
-    found = op.CastLike(op.Gather(table, op.Cast(codes, to=6)), scale)
+    found = op.Cast(op.Gather(table, op.Cast(codes, to=6)), to=int(scale.dtype))
     if len(scale.shape) == 0:
         return op.Mul(found, scale)
     rank = len(codes.shape)

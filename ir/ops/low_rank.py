@@ -26,7 +26,7 @@ def _meta(weight: Tensor, b: Tensor, a: Tensor) -> Tensor:
 def _onnx(weight: Any, b: Any, a: Any) -> Any:
     from onnxscript import opset18 as op
 
-    return op.Add(weight, op.CastLike(op.MatMul(b, a), weight))
+    return op.Add(weight, op.Cast(op.MatMul(b, a), to=int(weight.dtype)))
 
 
 def _samples() -> Iterator[tuple[Any, ...]]:

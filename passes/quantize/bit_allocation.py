@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from graphwright.ir.context import Context
@@ -67,6 +67,41 @@ class BitAllocationOptions(Options):
 
     max_error: Annotated[float, Field(gt=0)] | None = None
     """Largest relative error of the outputs, ||a-b|| / ||a||; no bound when absent."""
+
+    @model_validator(mode="after")
+    def _quantizer_takes_its_options(self) -> Self:
+        if self.quantizer == "quantize.bit_allocation":
+            raise ValueError("quantizer: bit_allocation cannot quantize by itself")
+        try:
+            self.quantizer_of(self.bits[0])
+        except ArgumentError as error:
+            raise ValueError(f"quantizer: {error}") from None
+        if self.measure == "latency" and self.table is None:
+            raise ValueError("measure is latency, and no `table` is given")
+        return self
+
+    def quantizer_of(self, bits: int) -> Pass:
+        """The pass that quantizes to so many bits.
+
+        Raises:
+            ArgumentError: there is none of that name, or it does not take the options.
+        """
+        quantizer = find_pass(self.quantizer)
+        fields = quantizer.Options.model_fields
+        if not {"bits", "targets"} <= set(fields):
+            raise ArgumentError(
+                f"{self.quantizer} has no options `bits` and `targets`",
+                fix="Use quantize.adaquant, quantize.gptq or quantize.rtn.",
+            )
+        given = {**self.options, "bits": bits, "targets": list(self.targets)}
+        if self.activations:
+            if "activation_bits" not in fields:
+                raise ArgumentError(
+                    f"{self.quantizer} quantizes no inputs",
+                    fix="Leave `activations` out, or use quantize.adaquant.",
+                )
+            given["activation_bits"] = bits
+        return quantizer(**given)
 
 
 class BitAllocation(Pass):
@@ -126,23 +161,8 @@ class BitAllocation(Pass):
         return Result(result, tuple(actions), metrics)
 
     def _quantized(self, program: Program, bits: int, context: Context) -> Result:
-        options: BitAllocationOptions = self.options
-        quantizer = find_pass(options.quantizer)
-        fields = quantizer.Options.model_fields
-        if not {"bits", "targets"} <= set(fields) or quantizer is BitAllocation:
-            raise ArgumentError(
-                f"quantizer {options.quantizer!r} has no options `bits` and `targets`",
-                fix="Use quantize.adaquant, quantize.gptq or quantize.rtn.",
-            )
-        given = {**options.options, "bits": bits, "targets": list(options.targets)}
-        if options.activations:
-            if "activation_bits" not in fields:
-                raise ArgumentError(
-                    f"quantizer {options.quantizer!r} quantizes no inputs",
-                    fix="Leave `activations` out, or use quantize.adaquant.",
-                )
-            given["activation_bits"] = bits
-        return quantizer(**given).run(program, context.within(bits))
+        quantizer: Pass = self.options.quantizer_of(bits)
+        return quantizer.run(program, context.within(bits))
 
 
 @dataclass(frozen=True)
@@ -215,8 +235,7 @@ def _costs(
 def _table(
     units: Sequence[Unit], widths: Sequence[int], name: str | None, folder: Path
 ) -> np.ndarray:
-    if name is None:
-        raise ArgumentError("measure is latency, and no `table` is given")
+    assert name is not None  # the options' own rule
     path = folder / name
     try:
         table = json.loads(path.read_text())

@@ -1,0 +1,52 @@
+"""Rules between options, which a JSON schema cannot say: checked before the model is opened.
+
+Only passes and backends that have such rules are imported for it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from graphwright.ir.errors import Problem, SpecError
+
+if TYPE_CHECKING:
+    from graphwright.specs.spec import BackendCall, PassCall, Spec
+
+
+def check_rules(spec: Spec) -> None:
+    """Validates the options of every pass and backend by their own models.
+
+    Raises:
+        SpecError: options that do not go together; all of them at once.
+    """
+    problems = list(_problems(spec))
+    if problems:
+        raise SpecError(problems)
+
+
+def _problems(spec: Spec) -> Iterator[Problem]:
+    sections: dict[str, tuple[PassCall | BackendCall, ...]] = {
+        "passes": spec.passes, "lower": spec.lower,
+    }  # fmt: skip
+    for section, calls in sections.items():
+        for index, call in enumerate(calls):
+            facts = spec.schema.definitions[call.id].get("x-graphwright", {})
+            if not facts.get("rules") or not call.options:
+                continue
+            try:
+                _options(section, call.id).model_validate_json(json.dumps(call.options))
+            except ValidationError as error:
+                for item in error.errors():
+                    message = item["msg"].removeprefix("Value error, ")
+                    yield spec.problem((section, index, call.id, *item["loc"]), message)
+
+
+def _options(section: str, name: str) -> Any:
+    from graphwright.backends.base import find_backend
+    from graphwright.passes.base import find_pass
+
+    return (find_pass(name) if section == "passes" else find_backend(name)).Options
