@@ -6,7 +6,8 @@
 `encoder`: the pretrained sentence encoder; 128 calibration sentences, 320 held-out ones. Mean
 cosine of the embeddings with those of the original, and the share of sentences whose nearest other
 sentence stays the same. `gpt`: the small GPT trained on Python's library; perplexity per byte of
-held-out text. Size is that of all stored tensors, embeddings included, as a share of float32.
+held-out text. Size is that of all stored tensors, embeddings included, as a share of float32;
+with 2 and 3 bits embeddings stay in float, since VPTQ has no form for them.
 A row whose name has an arrow starts from the row before the arrow.
 """
 
@@ -76,6 +77,16 @@ def four_bits(block: int) -> list[Row]:
     ]
 
 
+def few_bits(bits: int) -> list[Row]:
+    """Tables stay in float here, as in VPTQ, which has none for them."""
+    options: dict[str, Any] = {"bits": bits, "embeddings": False}
+    return [
+        one(f"{bits} bits g{block} {name}", f"quantize.{name.lower()}", block=block, **options)
+        for block in (128, 32)
+        for name in ("RTN", "GPTQ")
+    ]
+
+
 SMOOTH = ("quantize.smoothquant", {})
 
 ENCODER = [
@@ -87,11 +98,9 @@ ENCODER = [
     *low_rank("int4 g128 GPTQ", (8, 32)),
     one("NF4", "quantize.nf4"),
     one("NF4, float scales", "quantize.nf4", double_quantization=False),
-    one("3 bits g32 RTN", "quantize.rtn", bits=3, block=32),
-    one("3 bits g32 GPTQ", "quantize.gptq", bits=3, block=32),
+    *few_bits(3),
     one("3 bits VPTQ", "quantize.vptq", vector_length=4, centroids=256, residual_centroids=16),
-    one("2 bits g32 RTN", "quantize.rtn", bits=2, block=32),
-    one("2 bits g32 GPTQ", "quantize.gptq", bits=2, block=32),
+    *few_bits(2),
     one("2 bits VPTQ", "quantize.vptq", vector_length=4, centroids=256),
     *low_rank("2 bits VPTQ", (32,)),
     *low_rank("2 bits g32 GPTQ", (32,)),
@@ -105,12 +114,10 @@ GPT = [
     *four_bits(32),
     *four_bits(128),
     one("NF4", "quantize.nf4"),
-    one("3 bits g32 RTN", "quantize.rtn", bits=3, block=32),
-    one("3 bits g32 GPTQ", "quantize.gptq", bits=3, block=32),
+    *few_bits(3),
     one("3 bits VPTQ", "quantize.vptq", vector_length=4, centroids=256, residual_centroids=16),
     *low_rank("3 bits g32 GPTQ", (8, 32)),
-    one("2 bits g32 RTN", "quantize.rtn", bits=2, block=32),
-    one("2 bits g32 GPTQ", "quantize.gptq", bits=2, block=32),
+    *few_bits(2),
     one("2 bits VPTQ", "quantize.vptq", vector_length=4, centroids=256),
     *low_rank("2 bits g32 GPTQ", (8, 32)),
     *pv("2 bits g32 GPTQ", "kl", 200),
