@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from graphwright.ir.program import Program
 from graphwright.ir.select import layers
 from graphwright.ir.weights import weight_node, weight_value
 from graphwright.passes.quantize._encoders import nearest
-from graphwright.passes.quantize._pv import Settings, Weight
+from graphwright.passes.quantize._pv import PvHook, Settings, Weight
 from graphwright.passes.quantize._representation import Representation
 
 
@@ -224,6 +225,32 @@ def test_the_result_keeps_its_form_and_lowers(original: Program) -> None:
     )
     for name, tensor in result.program.state.items():
         assert torch.equal(tensor, again.program.state[name])
+
+
+@pytest.mark.parametrize("form", ["blocks", "vectors"])
+def test_killed_and_started_again_it_ends_in_the_same_bytes(
+    original: Program, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = compressed(original, form)
+    quick = {"tune": {**TRAIN["tune"], "steps": 6}, "code_lr": 0.3, "max_change": 0.1}
+    step = gw.passes.quantize.Pv(**quick)
+    straight = step.execute(start, Context(training=batches(4), teacher=original))
+    context = Context(training=batches(4), teacher=original, work=tmp_path, checkpoint_seconds=0.0)
+    whole = PvHook.before_step
+
+    def killed(self: PvHook, at: Any) -> None:
+        if at.step == 3:
+            raise KeyboardInterrupt
+        whole(self, at)
+
+    monkeypatch.setattr(PvHook, "before_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        step.execute(start, context)
+    monkeypatch.setattr(PvHook, "before_step", whole)
+    again = step.execute(start, context)
+    assert again.metrics == straight.metrics
+    for name, tensor in straight.program.state.items():
+        assert torch.equal(again.program.state[name], tensor), name
 
 
 def test_only_what_is_selected_moves(original: Program) -> None:
