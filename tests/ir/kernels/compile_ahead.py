@@ -25,15 +25,20 @@ from graphwright.ir.kernels import (
     activation,
     blocks,
     codebook,
+    codebook_linear,
     divisor_norm,
+    epilogue,
     expand_2_4,
     float8,
     int8_linear,
+    low_bit,
+    low_bit_linear,
     low_rank,
     norm,
     quantize,
     table,
 )  # sets triton's environment
+from graphwright.ir.ops.table import NF4
 
 TARGETS = (80, 90)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -156,6 +161,8 @@ def cases() -> Iterator[Case]:
     )
     yield from int8_cases()
     yield from lookup_cases()
+    yield from dot_cases()
+    yield from tile_cases()
 
 
 def lookup_cases() -> Iterator[Case]:
@@ -212,6 +219,83 @@ def int8_cases() -> Iterator[Case]:
         floats("bf16", "scale", "bias", "y") | {"partial": "*fp32"} | sizes("m", "n"),
         {"HAS_BIAS": True, "ACTIVATION": "silu", "SPLIT": 4, "BLOCK": 512},
     )
+
+
+REST = {"HAS_BIAS": True, "RANKS": 32, "HAS_ADDED": True, "ACTIVATION": "silu"}
+"""A full epilogue."""
+
+
+def rest(dtype: str) -> dict[str, str]:
+    return floats(dtype, "x", "bias", "low", "b", "added", "y") | floats("fp32", "partial")
+
+
+def dot_cases() -> Iterator[Case]:
+    """Compressed weights and few tokens: bits, tokens, block, levels of a table."""
+    for bits, tokens, block, levels in [
+        (4, 1, 128, 0),
+        (4, 2, 128, 0),
+        (8, 1, 128, 0),
+        (4, 1, 64, 1),
+    ]:
+        tiles = low_bit_linear.gemv_tiles(tokens, 14336, bits)[0]
+        words, pieces = block * bits // 32, tiles.block_k // block
+        yield Case(
+            f"{'table' if levels else 'blocks'}_gemv-{bits}-{tokens}-bf16",
+            low_bit.gemv_kernel,
+            rest("bf16") | floats("fp32", "levels") | floats("bf16", "scale")
+            | {"words": "*i32", "zero_point": "*u8"}
+            | sizes("m", "n", "k", "pieces", "zero_bytes", "rank", "x_stride"),
+            REST | {"repeat": 1, "TABLE": bool(levels), "BITS": bits, "HAS_ZERO": not levels}
+            | {"SPLIT": 1, "TOKENS": tokens, "ROWS": tiles.block_n}
+            | {"PIECES": pieces, "WORDS": words},
+            weights=tiles.block_n * pieces * block,
+            warps=tiles.warps,
+        )  # fmt: skip
+    yield Case(
+        "codebook_gemv-12-fp16",
+        codebook_linear.codebook_gemv_kernel,
+        rest("fp16") | {"indices": "*u8", "codebooks": "*fp16"}
+        | sizes("m", "n", "k", "vectors", "stride", "size", "rank", "x_stride"),
+        REST | {"groups": 1, "BITS": 12, "WIDTH": 8, "PADDED": 8}
+        | {"SPLIT": 1, "ROWS": 4, "COLUMNS": 128},
+        weights=4 * 8 * 128,
+    )  # fmt: skip
+    yield Case(
+        "sum_parts-bf16",
+        epilogue.sum_parts_kernel,
+        {name: kind for name, kind in rest("bf16").items() if name != "x"}
+        | sizes("m", "n", "rank"),
+        REST | {"SPLIT": 4, "BLOCK": epilogue.REDUCED},
+    )
+
+
+def tile_cases() -> Iterator[Case]:
+    """Compressed weights and more tokens."""
+    for tokens, bits, split, dtype in [
+        (16, 4, 4, "bf16"), (128, 4, 1, "fp16"), (256, 4, 1, "bf16"), (16, 2, 4, "bf16"),
+    ]:  # fmt: skip
+        yield tile_case("blocks", tokens, bits, split, dtype)
+    for tokens, split in [(16, 4), (128, 1)]:
+        yield tile_case("table", tokens, 4, split, "bf16")
+
+
+def tile_case(form: str, tokens: int, bits: int, split: int, dtype: str) -> Case:
+    tiles = low_bit_linear.gemm_tiles(tokens)[0]
+    piece = 128 if form == "blocks" else 64
+    block_k = min(tiles.block_k, piece)
+    return Case(
+        f"{form}_gemm-{tokens}-{bits}-{dtype}",
+        low_bit.gemm_kernel,
+        rest(dtype) | floats(dtype, "scale") | {"codes": "*u8", "zero_point": "*u8"}
+        | sizes("m", "n", "k", "pieces", "row_bytes", "zero_bytes", "rank", "x_stride"),
+        REST | {"repeat": 1, "LEVELS": NF4 if form == "table" else (), "BITS": bits}
+        | {"HAS_ZERO": form == "blocks", "PIECE": piece, "SPLIT": split, "GROUP": 8}
+        | {"COMPUTE": tl.float16 if dtype == "fp16" else tl.bfloat16, "PRECISION": "tf32"}
+        | {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": block_k},
+        weights=tiles.block_n * block_k,
+        warps=tiles.warps,
+        stages=tiles.stages,
+    )  # fmt: skip
 
 
 def build(case: Case, capability: int) -> Any:

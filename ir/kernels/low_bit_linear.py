@@ -1,0 +1,243 @@
+"""Launches of the low-bit products: which kernel, which tiles, on which view of the codes.
+
+One or two tokens take the dot product, up to `DENSE_FROM` the tiles; from there on the weight is
+rebuilt once and cuBLAS does the product, which costs less than decoding it in every tile. Weights
+that the kernels do not take (blocks that are no multiple of 16, codes of 3, 5, 6 and 7 bits, table
+blocks that run across the ends of rows) are rebuilt too, at any number of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from graphwright.ir.kernels import Kernel, blocks, table, tuning
+from graphwright.ir.kernels.common import all_floats, as_rows
+from graphwright.ir.kernels.epilogue import Epilogue, fits_epilogue
+from graphwright.ir.kernels.low_bit import gemm_kernel, gemv_kernel
+from graphwright.ir.kernels.tuning import Tiles
+
+DENSE_FROM = 512
+"""Tokens from which the weight is rebuilt. Estimated: a tile's decoding takes the issue slots of
+the product from about four tiles of 128 tokens on. Not measured."""
+
+LARGEST_PIECE = 256
+GEMV_TOKENS = 2
+"""Up to here a dot product decodes a weight in fewer instructions than a tile of 16 tokens."""
+
+PROGRAMS = 264
+"""Two for every multiprocessor of an H100."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight of the kernels: rows of bytes, seen as pieces that share a scale.
+
+    Attributes:
+        codes: contiguous uint8, `n` rows of equal length.
+        scale: (n, scales); a scale stands for `repeat` pieces.
+        zero_point: packed like the codes of a row, or None.
+        bits: of a code: 2, 4 or 8.
+        piece: columns of a piece, a power of two from 16 on.
+        repeat: pieces to a scale.
+        levels: of the table, by code; empty for codes that are numbers.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    bits: int
+    piece: int
+    repeat: int
+    levels: tuple[float, ...] = ()
+
+    @property
+    def n(self) -> int:
+        """Output channels."""
+        return self.scale.shape[0]
+
+    @property
+    def pieces(self) -> int:
+        """In a row."""
+        return self.scale.shape[1] * self.repeat
+
+    @property
+    def row_bytes(self) -> int:
+        """Of codes."""
+        return self.pieces * self.piece * self.bits // 8
+
+
+def piece_of(block: int) -> int:
+    """The largest piece that divides a block: a power of two; 0 when that is less than 16."""
+    piece = min(block & -block, LARGEST_PIECE)
+    return piece if piece >= 16 else 0
+
+
+def gemv_tiles(m: int, n: int, bits: int) -> list[Tiles]:
+    """Many rows share what is read of x; few rows make more programs of a small weight."""
+    step = 1024 if bits >= 4 else 2048
+    many = [Tiles(m, 16, step, 4, 1, 1), Tiles(m, 16, step, 4, 1, 2)]
+    few = [Tiles(m, 8, step, 4, 1, 1), Tiles(m, 4, 2 * step, 4, 1, 1)]
+    return many + few if triton.cdiv(n, 16) >= PROGRAMS else few[:1] + many + few[1:]
+
+
+def gemm_tiles(m: int) -> list[Tiles]:
+    """Few tokens: small tiles, many programs. More: tiles that keep the tensor cores fed."""
+    if m <= 16:
+        return [Tiles(16, 64, 128, 4, 4), Tiles(16, 64, 64, 4, 4), Tiles(16, 128, 64, 4, 3)]
+    if m <= 128:
+        return [Tiles(64, 128, 64, 4, 3), Tiles(32, 64, 128, 4, 3), Tiles(64, 64, 64, 4, 4)]
+    return [Tiles(128, 128, 64, 8, 3), Tiles(64, 128, 64, 4, 3)]
+
+
+def linear(x: Tensor, packed: Packed, epilogue: Epilogue) -> Tensor:
+    """y (..., n) = epilogue(x @ weight.T) for fewer than `DENSE_FROM` tokens."""
+    rows = as_rows(x)
+    m, n = rows.shape[0], packed.n
+    y = torch.empty((m, n), dtype=x.dtype, device=x.device)
+
+    def run(tiles: Tiles) -> None:
+        if tiles.block_m <= 4:
+            _gemv(rows, packed, epilogue, y, tiles)
+        else:
+            _gemm(rows, packed, epilogue, y, tiles)
+
+    kind = (tuning.bucket(m), n, rows.shape[1], packed.bits, packed.piece, packed.repeat,
+            bool(packed.levels), packed.zero_point is not None, x.dtype)  # fmt: skip
+    run(tuning.choose("low_bit", kind, _candidates(m, packed), run, x.device))
+    return y.view(*x.shape[:-1], n)
+
+
+def _candidates(m: int, packed: Packed) -> Sequence[Tiles]:
+    tokens = tuning.bucket(m)
+    if m <= GEMV_TOKENS:
+        return gemv_tiles(tokens, packed.n, packed.bits)
+    if m <= 4:  # which is better depends on the table and on the device
+        dots = gemv_tiles(tokens, packed.n, packed.bits)
+        return dots + gemm_tiles(m) if packed.levels else gemm_tiles(m) + dots
+    return gemm_tiles(m)
+
+
+def _gemv(rows: Tensor, packed: Packed, epilogue: Epilogue, y: Tensor, tiles: Tiles) -> None:
+    (m, k), n = rows.shape, packed.n
+    words = packed.piece * packed.bits // 32
+    step = max(1, tiles.block_k // packed.piece)
+    step = min(step, triton.next_power_of_2(packed.pieces))
+    split = min(tiles.split, triton.cdiv(packed.pieces, step))
+    partial = torch.empty((split, m, n) if split > 1 else (1,), device=y.device)
+    zero = packed.codes if packed.zero_point is None else packed.zero_point
+    levels = partial
+    if packed.levels:
+        levels = torch.tensor(packed.levels, dtype=torch.float32, device=y.device)
+    gemv_kernel[(triton.cdiv(n, tiles.block_n), split)](
+        rows, packed.codes.view(torch.int32), packed.scale, zero, levels,
+        *epilogue.tensors(partial), y, partial,
+        m, n, k, packed.pieces, packed.repeat, zero.shape[-1], epilogue.rank, rows.stride(0),
+        TABLE=bool(packed.levels), BITS=packed.bits, HAS_ZERO=packed.zero_point is not None,
+        **epilogue.constants(), SPLIT=split, TOKENS=tiles.block_m,
+        ROWS=tiles.block_n, PIECES=step, WORDS=words, num_warps=tiles.warps,
+    )  # fmt: skip
+    if split > 1:
+        epilogue.sum_parts(partial, y)
+
+
+def split_for(m: int, n: int, k: int, tiles: Tiles) -> int:
+    """Parts of the inner dimension, so that about two programs per multiprocessor are running."""
+    programs = triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n)
+    most = max(1, triton.cdiv(k, tiles.block_k) // 4)
+    return int(max(1, min(PROGRAMS // programs, most, 8)))
+
+
+def _gemm(rows: Tensor, packed: Packed, epilogue: Epilogue, y: Tensor, tiles: Tiles) -> None:
+    (m, k), n = rows.shape, packed.n
+    block_k = min(tiles.block_k, packed.piece)
+    split = split_for(m, n, k, Tiles(tiles.block_m, tiles.block_n, block_k, 0, 0))
+    partial = torch.empty((split, m, n) if split > 1 else (1,), device=y.device)
+    zero = packed.codes if packed.zero_point is None else packed.zero_point
+    exact = torch.get_float32_matmul_precision() == "highest"
+    grid = (triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n), split)
+    gemm_kernel[grid](
+        rows, packed.codes, packed.scale, zero, *epilogue.tensors(partial), y, partial,
+        m, n, k, packed.pieces, packed.repeat, packed.row_bytes, zero.shape[-1], epilogue.rank,
+        rows.stride(0),
+        LEVELS=packed.levels, BITS=packed.bits, HAS_ZERO=packed.zero_point is not None,
+        PIECE=packed.piece, **epilogue.constants(), COMPUTE=_compute_type(rows),
+        PRECISION="ieee" if exact else "tf32", SPLIT=split, GROUP=8,
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=block_k,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    if split > 1:
+        epilogue.sum_parts(partial, y)
+
+
+def _compute_type(x: Tensor) -> tl.dtype:
+    if x.dtype == torch.float16:
+        return tl.float16
+    # the interpreter (the only way a CPU tensor gets here) multiplies bfloat16 bit patterns
+    return tl.bfloat16 if x.dtype == torch.bfloat16 and x.is_cuda else tl.float32
+
+
+def _dense(x: Tensor, weight: Tensor, epilogue: Epilogue) -> Tensor:
+    y = epilogue.after_dense(as_rows(x), weight.to(x.dtype))
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _fits_blocks(
+    x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None,
+    low: Tensor | None, b: Tensor | None, added: Tensor | None, bits: int, *_: Any,
+) -> bool:  # fmt: skip
+    weight = codes.dtype == torch.uint8 and 2 <= bits <= 8 and all_floats(scale)
+    return weight and x.numel() > 0 and fits_epilogue(x, bias, low, b, added)
+
+
+def _launch_blocks(
+    x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None,
+    low: Tensor | None, b: Tensor | None, added: Tensor | None,
+    bits: int, block: int, activation: str,
+) -> Tensor:  # fmt: skip
+    epilogue = Epilogue.of(bias, low, b, added, activation)
+    columns, piece = x.shape[-1], piece_of(block)
+    few = x.numel() // columns < DENSE_FROM
+    if not few or not piece or bits not in (2, 4, 8):
+        weight = blocks.dequantize_blocks.launch(codes, scale, zero_point, bits, block, columns)
+        return _dense(x, weight, epilogue)
+    zero = None if zero_point is None else zero_point.contiguous()
+    packed = Packed(codes.contiguous(), scale.contiguous(), zero, bits, piece, block // piece)
+    return linear(x, packed, epilogue)
+
+
+def _fits_table(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None,
+    low: Tensor | None, b: Tensor | None, added: Tensor | None, *_: Any,
+) -> bool:  # fmt: skip
+    weight = codes.dtype == torch.uint8 and all_floats(scale)
+    return weight and x.numel() > 0 and fits_epilogue(x, bias, low, b, added)
+
+
+def _launch_table(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None,
+    low: Tensor | None, b: Tensor | None, added: Tensor | None,
+    name: str, block: int, rows: int, activation: str,
+) -> Tensor:  # fmt: skip
+    from graphwright.ir.ops.table import BITS, levels
+
+    epilogue = Epilogue.of(bias, low, b, added, activation)
+    columns, piece = x.shape[-1], piece_of(block)
+    few = x.numel() // columns < DENSE_FROM
+    if not few or not piece or columns % block or BITS[name] != 4:
+        weight = table.dequantize_table.launch(codes, scale, name, block, [rows, columns])
+        return _dense(x, weight, epilogue)
+    scales = scale.contiguous().view(rows, -1)
+    found = tuple(levels(name).tolist())
+    packed = Packed(codes.contiguous(), scales, None, 4, piece, block // piece, found)
+    return linear(x, packed, epilogue)
+
+
+blocks_linear = Kernel(_fits_blocks, _launch_blocks)
+table_linear = Kernel(_fits_table, _launch_table)
