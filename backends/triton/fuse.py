@@ -12,6 +12,13 @@ from graphwright.backends.triton.activations import (
     GatedActivation,
     spelled_activations,
 )
+from graphwright.backends.triton.low_bit import (
+    LowBitActivation,
+    LowBitEmbedding,
+    LowBitLinear,
+    LowBitSum,
+    LowRankBeside,
+)
 from graphwright.backends.triton.norms import (
     AddLayerNorm,
     AddRmsNorm,
@@ -39,9 +46,14 @@ def rewrites() -> list[Rewrite]:
         AtenRmsNorm(),
         AddRmsNorm(),
         AddLayerNorm(),
+        LowBitLinear(),
+        LowBitEmbedding(),
+        LowRankBeside(),
         Int8Linear(),
         Linear24(),
         GatedActivation(),
+        LowBitSum(),
+        LowBitActivation(),
         Int8LinearActivation(),
         BiasActivation(),
         ScaleMask(),
