@@ -10,7 +10,7 @@ therefore reads 32-bit words and spends two: a code is cut out of its word in pl
 that is left is taken for a float32. Up to bit 23 such a word q * 2^s is the number q * 2^(s - 149),
 a subnormal one or just above, which multiply-add handles exactly and at full speed. The input is
 scaled by 2^(64 - s) before, the sum by 2^85 after, and zero points are taken off the sum of a
-word by the sum of its inputs.
+word by the sum of its inputs. Inputs beyond 2^63 overflow.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 
 from graphwright.ir.kernels.blocks import _code
-from graphwright.ir.kernels.common import activate  # noqa: F401  # sets triton's environment
 from graphwright.ir.kernels.epilogue import finish, finish_tile
 
 
@@ -150,6 +149,14 @@ def gemm_kernel(
     wide_channel = channel.to(tl.int64)
     column = tl.arange(0, BLOCK_K)
     PER: tl.constexpr = 8 // BITS
+    # Numbers are exact in every type; few sums are scaled in fewer instructions than weights are.
+    SCALE_SUMS: tl.constexpr = BLOCK_M <= 16 and len(LEVELS) == 0
+    # In a half type the codes and their product with a scale of that type are as exact as beyond.
+    HALF: tl.constexpr = (
+        len(LEVELS) == 0
+        and scale.dtype.element_ty == COMPUTE
+        and (tl.float16 == COMPUTE or (tl.bfloat16 == COMPUTE and BITS <= 4))
+    )
     byte = tl.arange(0, BLOCK_K // PER)
     x_place = x + row.to(tl.int64)[:, None] * x_stride
     code_place = codes + wide_channel[:, None] * row_bytes
@@ -170,21 +177,34 @@ def gemm_kernel(
         factor = factor.to(tl.float32)
         if len(LEVELS) > 0:
             code = _bytes_to_codes(packed, BITS, True)
-            weight = _level(code, LEVELS) * factor[:, None]
+            number = _level(code, LEVELS)
         else:
-            # code + 2^23 as float32, by its bits: a conversion of integers is slow
-            code = _bytes_to_codes(packed, BITS, False).to(tl.int32) | 0x4B000000
-            number = code.to(tl.float32, bitcast=True)
+            # A code becomes a float by its bits, a conversion of integers is slow: these are the
+            # numbers base + code, whose last place is 1.
+            if HALF:
+                one: tl.constexpr = 0x6400 if tl.float16 == COMPUTE else 0x4300
+                base: tl.constexpr = 1024.0 if tl.float16 == COMPUTE else 128.0
+                code = _bytes_to_codes(packed.to(tl.int16), BITS, False) | one
+                number = code.to(COMPUTE, bitcast=True)
+            else:
+                base: tl.constexpr = 8388608.0
+                code = _bytes_to_codes(packed.to(tl.int32), BITS, False) | 0x4B000000
+                number = code.to(tl.float32, bitcast=True)
             if HAS_ZERO:
                 zero = _code(
                     zero_point + wide_channel * zero_bytes, at, BITS, zero_bytes - 1, channel < n
                 )
-                offset = 8388608.0 + zero.to(tl.float32)
-                weight = (number - offset[:, None]) * factor[:, None]
+                offset = base + zero.to(tl.float32)
+                number -= offset[:, None].to(number.dtype)
             else:
-                weight = (number - (8388608.0 + (1 << (BITS - 1)))) * factor[:, None]
-        right = tl.trans(weight.to(COMPUTE))
-        total = tl.dot(left.to(COMPUTE), right, total, input_precision=PRECISION)
+                number -= base + (1 << (BITS - 1))
+        if SCALE_SUMS:
+            right = tl.trans(number.to(COMPUTE))
+            step = tl.dot(left.to(COMPUTE), right, input_precision=PRECISION)
+            total += step * factor[None, :]
+        else:
+            right = tl.trans((number * factor[:, None].to(number.dtype)).to(COMPUTE))
+            total = tl.dot(left.to(COMPUTE), right, total, input_precision=PRECISION)
     both = (row < m)[:, None] & (channel < n)[None, :]
     place = row.to(tl.int64)[:, None] * n + channel[None, :]
     if SPLIT > 1:

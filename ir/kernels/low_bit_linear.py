@@ -8,6 +8,7 @@ blocks that run across the ends of rows) are rebuilt too, at any number of token
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,7 @@ class Packed:
         bits: of a code: 2, 4 or 8.
         piece: columns of a piece, a power of two from 16 on.
         repeat: pieces to a scale.
-        levels: of the table, by code; empty for codes that are numbers.
+        table: `nf4` or `fp4`, or empty for codes that are numbers.
     """
 
     codes: Tensor
@@ -55,7 +56,7 @@ class Packed:
     bits: int
     piece: int
     repeat: int
-    levels: tuple[float, ...] = ()
+    table: str = ""
 
     @property
     def n(self) -> int:
@@ -71,6 +72,19 @@ class Packed:
     def row_bytes(self) -> int:
         """Of codes."""
         return self.pieces * self.piece * self.bits // 8
+
+    def words(self) -> Tensor:
+        """The codes as int32; copied when they begin in the middle of a word."""
+        codes = self.codes if self.codes.storage_offset() % 4 == 0 else self.codes.clone()
+        return codes.view(torch.int32)
+
+
+@functools.cache
+def level_values(name: str) -> tuple[float, ...]:
+    """The levels of a table as constants of a kernel."""
+    from graphwright.ir.ops.table import levels
+
+    return tuple(levels(name).tolist())
 
 
 def piece_of(block: int) -> int:
@@ -109,7 +123,7 @@ def linear(x: Tensor, packed: Packed, epilogue: Epilogue) -> Tensor:
             _gemm(rows, packed, epilogue, y, tiles)
 
     kind = (tuning.bucket(m), n, rows.shape[1], packed.bits, packed.piece, packed.repeat,
-            bool(packed.levels), packed.zero_point is not None, x.dtype)  # fmt: skip
+            packed.table, packed.zero_point is not None, x.dtype)  # fmt: skip
     run(tuning.choose("low_bit", kind, _candidates(m, packed), run, x.device))
     return y.view(*x.shape[:-1], n)
 
@@ -120,7 +134,7 @@ def _candidates(m: int, packed: Packed) -> Sequence[Tiles]:
         return gemv_tiles(tokens, packed.n, packed.bits)
     if m <= 4:  # which is better depends on the table and on the device
         dots = gemv_tiles(tokens, packed.n, packed.bits)
-        return dots + gemm_tiles(m) if packed.levels else gemm_tiles(m) + dots
+        return dots + gemm_tiles(m) if packed.table else gemm_tiles(m) + dots
     return gemm_tiles(m)
 
 
@@ -132,14 +146,12 @@ def _gemv(rows: Tensor, packed: Packed, epilogue: Epilogue, y: Tensor, tiles: Ti
     split = min(tiles.split, triton.cdiv(packed.pieces, step))
     partial = torch.empty((split, m, n) if split > 1 else (1,), device=y.device)
     zero = packed.codes if packed.zero_point is None else packed.zero_point
-    levels = partial
-    if packed.levels:
-        levels = torch.tensor(packed.levels, dtype=torch.float32, device=y.device)
+    levels = table.levels_on(packed.table, y.device) if packed.table else partial
     gemv_kernel[(triton.cdiv(n, tiles.block_n), split)](
-        rows, packed.codes.view(torch.int32), packed.scale, zero, levels,
+        rows, packed.words(), packed.scale, zero, levels,
         *epilogue.tensors(partial), y, partial,
         m, n, k, packed.pieces, packed.repeat, zero.shape[-1], epilogue.rank, rows.stride(0),
-        TABLE=bool(packed.levels), BITS=packed.bits, HAS_ZERO=packed.zero_point is not None,
+        TABLE=bool(packed.table), BITS=packed.bits, HAS_ZERO=packed.zero_point is not None,
         **epilogue.constants(), SPLIT=split, TOKENS=tiles.block_m,
         ROWS=tiles.block_n, PIECES=step, WORDS=words, num_warps=tiles.warps,
     )  # fmt: skip
@@ -166,7 +178,8 @@ def _gemm(rows: Tensor, packed: Packed, epilogue: Epilogue, y: Tensor, tiles: Ti
         rows, packed.codes, packed.scale, zero, *epilogue.tensors(partial), y, partial,
         m, n, k, packed.pieces, packed.repeat, packed.row_bytes, zero.shape[-1], epilogue.rank,
         rows.stride(0),
-        LEVELS=packed.levels, BITS=packed.bits, HAS_ZERO=packed.zero_point is not None,
+        LEVELS=level_values(packed.table) if packed.table else (), BITS=packed.bits,
+        HAS_ZERO=packed.zero_point is not None,
         PIECE=packed.piece, **epilogue.constants(), COMPUTE=_compute_type(rows),
         PRECISION="ieee" if exact else "tf32", SPLIT=split, GROUP=8,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=block_k,
@@ -225,7 +238,7 @@ def _launch_table(
     low: Tensor | None, b: Tensor | None, added: Tensor | None,
     name: str, block: int, rows: int, activation: str,
 ) -> Tensor:  # fmt: skip
-    from graphwright.ir.ops.table import BITS, levels
+    from graphwright.ir.ops.table import BITS
 
     epilogue = Epilogue.of(bias, low, b, added, activation)
     columns, piece = x.shape[-1], piece_of(block)
@@ -234,8 +247,7 @@ def _launch_table(
         weight = table.dequantize_table.launch(codes, scale, name, block, [rows, columns])
         return _dense(x, weight, epilogue)
     scales = scale.contiguous().view(rows, -1)
-    found = tuple(levels(name).tolist())
-    packed = Packed(codes.contiguous(), scales, None, 4, piece, block // piece, found)
+    packed = Packed(codes.contiguous(), scales, None, 4, piece, block // piece, name)
     return linear(x, packed, epilogue)
 
 

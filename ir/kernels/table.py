@@ -5,6 +5,7 @@ The table is read through its pointer: 16 to 256 numbers that stay in the first-
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -42,12 +43,20 @@ def _fits(codes: Tensor, scale: Tensor, table: str, block: int, shape: list[int]
     return all_floats(scale) and codes.dtype == torch.uint8 and math.prod(shape) > 0
 
 
+@functools.cache
+def levels_on(name: str, device: torch.device) -> Tensor:
+    """The levels of a table on a device: copied once, which a captured graph could not repeat."""
+    from graphwright.ir.ops.table import levels
+
+    return levels(name).to(device)
+
+
 def _launch(codes: Tensor, scale: Tensor, table: str, block: int, shape: list[int]) -> Tensor:
-    from graphwright.ir.ops.table import BITS, levels
+    from graphwright.ir.ops.table import BITS
 
     y = torch.empty(shape, dtype=scale.dtype, device=codes.device)
     dequantize_table_kernel[(triton.cdiv(codes.numel(), BYTES),)](
-        codes.contiguous(), scale.contiguous(), levels(table).to(codes.device), y,
+        codes.contiguous(), scale.contiguous(), levels_on(table, codes.device), y,
         y.numel(), codes.numel(), block, BITS=BITS[table], BYTES=BYTES,
     )  # fmt: skip
     return y

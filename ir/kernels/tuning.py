@@ -134,7 +134,7 @@ def choose(
     """
     if device.type != "cuda":
         return candidates[0]
-    cache = _cache(cache_file(torch.cuda.get_device_name(device)))
+    cache = _cache(device, os.environ.get(FOLDER))
     key = " ".join(map(str, (kernel, *kind)))
     found = cache.find(key, candidates)
     if found is None and os.environ.get(SWITCH) == "1" and not _is_recording():
@@ -143,7 +143,10 @@ def choose(
     return candidates[0] if found is None else found
 
 
-_cache = functools.cache(Cache)
+@functools.cache
+def _cache(device: torch.device, folder: str | None) -> Cache:
+    """Read once for a device and a folder."""
+    return Cache(cache_file(torch.cuda.get_device_name(device)))
 
 
 def _is_recording() -> bool:

@@ -1,7 +1,8 @@
 """Compile every kernel for named GPUs on a machine that has none; print what came out as JSON.
 
 Run as a process of its own, without TRITON_INTERPRET: the choice between interpreter and
-compiler is made when a kernel is decorated. `python compile_ahead.py` prints a list of records.
+compiler is made when a kernel is decorated. `python compile_ahead.py` prints a list of records,
+`python compile_ahead.py blocks_gemv` those of the kernels whose names begin so.
 """
 
 from __future__ import annotations
@@ -354,8 +355,10 @@ def describe(case: Case, capability: int) -> dict[str, Any]:
         "async_copies": len(re.findall(r"cp\.async\.c[ag]", ptx)),
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
         "mma": len(re.findall(r"mma\.sync", ptx)),
+        "flushes": ptx.count(".ftz"),
     }
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps([describe(case, target) for case in cases() for target in TARGETS]))
+    wanted = [c for c in cases() if c.name.startswith(tuple(sys.argv[1:]) or "")]
+    sys.stdout.write(json.dumps([describe(case, target) for case in wanted for target in TARGETS]))

@@ -86,3 +86,10 @@ def test_one_token_is_bound_by_memory_not_by_instructions(records: list[dict[str
     found = {r["capability"]: r for r in records if r["name"].startswith("blocks_gemv-4-1")}
     for capability, budget in ISSUE_BUDGET_4.items():
         assert found[capability]["per_weight"] <= budget
+
+
+def test_subnormal_numbers_are_kept(records: list[dict[str, Any]]) -> None:
+    """The dot product of codes reads them as such."""
+    dots = [r for r in records if r["name"].startswith("blocks_gemv")]
+    assert len(dots) == 6
+    assert not any(record["flushes"] for record in dots)

@@ -6,6 +6,7 @@ that were drawn as numbers and packed for the kernel.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from graphwright.ir.kernels import codebook_linear, low_bit_linear
+from graphwright.ir.kernels import codebook_linear, low_bit_linear, tuning
 from graphwright.ir.kernels.tuning import Tiles
 from graphwright.ir.ops.blocks import pack_codes
 from graphwright.ir.ops.codebook import pack_indices
@@ -241,6 +242,17 @@ def test_inputs_that_are_not_contiguous() -> None:
     assert_near(y.view(6, 35), expected(x, weight, (bias, low, b, added)), 1e-6)
 
 
+def test_codes_that_begin_in_the_middle_of_a_word() -> None:
+    (codes, scale, zero), weight = in_blocks(9, 64, 4, 32, True, torch.float32)
+    storage = torch.empty(codes.numel() + 1, dtype=torch.uint8, device=DEVICE)
+    moved = storage[1:].view(codes.shape).copy_(codes)
+    for m in (1, 3):
+        x = randn(m, 64, seed=9)
+        rest = (None,) * 4
+        y = low_bit_linear.blocks_linear.launch(x, moved, scale, zero, *rest, 4, 32, "none")
+        assert_near(y, x.double() @ weight.T, 1e-6)
+
+
 def fits(**changed: Any) -> bool:
     stored, _ = in_blocks(8, 64, 4, 32, True, torch.float32)
     given = dict(zip(("x", "codes", "scale", "zero"), (randn(2, 64), *stored), strict=True))
@@ -255,3 +267,29 @@ def test_what_no_kernel_takes_is_left_to_eager() -> None:
     assert not fits(x=randn(0, 64))
     assert not fits(scale=randn(8, 2).double())
     assert not fits(bias=randn(8).half())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("m", [1, 2, 4, 16, 64, 300, 1000])
+def test_bfloat16_on_a_gpu(m: int) -> None:
+    stored, weight = in_blocks(1000, 1500, 4, 32, True, torch.bfloat16)
+    x, rest = randn(m, 1500, dtype=torch.bfloat16), rest_of(m, 1000, 16, torch.bfloat16)
+    y = low_bit_linear.blocks_linear.launch(x, *stored, *rest, 4, 32, "none")
+    assert_near(y, expected(x, weight, rest), 1.6e-2)
+    again = low_bit_linear.blocks_linear.launch(x, *stored, *rest, 4, 32, "none")
+    assert torch.equal(y, again)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_tiles_are_measured_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(tuning.FOLDER, str(tmp_path))
+    monkeypatch.setenv(tuning.SWITCH, "1")
+    stored, weight = in_blocks(1000, 1024, 4, 128, True, torch.float16)
+    x = randn(1, 1024, dtype=torch.float16)
+    rest = (None,) * 4
+    y = low_bit_linear.blocks_linear.launch(x, *stored, *rest, 4, 128, "none")
+    assert_near(y, x.double() @ weight.T, 1e-3)
+    (file,) = tmp_path.iterdir()
+    assert len(tuning.Cache(file).choices) == 1
