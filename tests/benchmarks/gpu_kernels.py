@@ -1,6 +1,7 @@
 """Checks and times every Triton kernel on the GPU of this machine.
 
     python tests/benchmarks/gpu_kernels.py --out out/gpu --budget 240
+    python tests/benchmarks/gpu_kernels.py --out out/gpu --only blocks_linear --tune
 
 Works from a checkout, installed or not; needs torch and triton only. Writes `gpu_kernels.json`
 after every row and `gpu_kernels.md` at the end. A kernel that is wrong is not timed.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import statistics
 import sys
 import time
@@ -84,6 +86,7 @@ class Job:
     flops: int = 0
     peer: str = ""
     peer_call: Callable[..., Any] | None = None
+    peer_inputs: Callable[[Arguments], Arguments] = lambda given: given
     compile: bool = True
 
 
@@ -225,9 +228,58 @@ def int8_jobs() -> Iterator[Job]:
                 k * n + 2 * m * (k + n),
                 2 * m * k * n,
                 peer="bf16 linear",
-                peer_call=lambda x, w, b: F.linear(x, w, b),
+                peer_call=F.linear,
+                peer_inputs=lambda given: (given[0], given[1].to(given[0].dtype), given[3]),
                 compile=n == 4096 and m in (1, 64, 4096),
             )  # fmt: skip
+
+
+def low_bit_jobs() -> Iterator[Job]:
+    """Compressed weights; the share of the floor at one token is that of the memory bandwidth."""
+    for k, n in [(4096, 4096), (4096, 14336)]:
+        for m in (1, 2, 4, 16, 64, 256, 1024, 4096):
+            stored = {
+                "blocks_linear": k * n * (4 + 20 / 128) / 8,
+                "table_linear": k * n * (4 + 32 / 64) / 8,
+                "codebook_linear": k * n * 12 / 64 + 4096 * 16,
+            }
+            for name, size in stored.items():
+                yield Job(
+                    name, f"{m}x{k}x{n}",
+                    lambda name=name, m=m, k=k, n=n: low_bit_inputs(name, m, k, n),
+                    int(size) + 2 * m * (k + n),
+                    2 * m * k * n,
+                    peer="bf16 linear",
+                    peer_call=F.linear,
+                    peer_inputs=lambda given, k=k, n=n: (given[0], random(n, k)),
+                    compile=n == 4096 and m == 1,
+                )  # fmt: skip
+
+
+def low_bit_inputs(name: str, m: int, k: int, n: int) -> Arguments:
+    """4 bits with a zero point and a scale to 128; NF4; codebooks of 4096 vectors of 8."""
+
+    def codes(*shape: int) -> Tensor:
+        return torch.randint(0, 256, shape, device="cuda", dtype=torch.uint8)
+
+    rest = (random(n), None, None, None)
+    if name == "blocks_linear":
+        blocks = k // 128
+        scale = random(n, blocks).abs() / 100
+        return (
+            random(m, k),
+            codes(n, blocks, 64),
+            scale,
+            codes(n, blocks // 2),
+            *rest,
+            4,
+            128,
+            "none",
+        )
+    if name == "table_linear":
+        scale = random(n * k // 64, dtype=torch.float32).abs() / 10
+        return random(m, k), codes(n * k // 2), scale, *rest, "nf4", 64, n, "none"
+    return random(m, k), codes(n // 8, k * 12 // 8), random(1, 4096, 8), *rest, 12, n, "none"
 
 
 def run_job(job: Job, device: dict[str, Any]) -> Row:
@@ -242,8 +294,7 @@ def run_job(job: Job, device: dict[str, Any]) -> Row:
         compiled = time_us(torch.compile(op.eager), inputs)
     peer = None
     if job.peer_call is not None:
-        dense = [(x, w.to(x.dtype), b) for x, w, _, b, _ in inputs]
-        peer = time_us(job.peer_call, dense)
+        peer = time_us(job.peer_call, [job.peer_inputs(given) for given in inputs])
     floor = max(
         job.bytes / device["copy_gb_per_s"] / 1000, job.flops / device["matmul_tflops"] / 1e6
     )
@@ -353,7 +404,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--budget", type=float, default=240, help="seconds after which to stop")
+    parser.add_argument("--only", default="", help="ops whose name contains this")
+    parser.add_argument("--tune", action="store_true", help="measure and keep tile sizes first")
     arguments = parser.parse_args()
+    if arguments.tune:
+        os.environ["GRAPHWRIGHT_TUNE"] = "1"
     if not torch.cuda.is_available():
         print("this benchmark needs a CUDA device", file=sys.stderr)
         return 2
@@ -366,17 +421,19 @@ def main() -> int:
     rows: list[Row] = []
     skipped: list[str] = []
     models: list[dict[str, Any]] = []
-    for job in (*norm_jobs(), *elementwise_jobs(), *int8_jobs()):
+    record: dict[str, Any] = {}
+    jobs = (*norm_jobs(), *elementwise_jobs(), *int8_jobs(), *low_bit_jobs())
+    for job in (job for job in jobs if arguments.only in job.op):
         if job.op in wrong or time.monotonic() - began > arguments.budget:
             skipped.append(f"{job.op} {job.shape}")
             continue
         rows.append(run_job(job, device))
         print(f"{time.monotonic() - began:5.0f} s  {rows[-1]}", flush=True)
-        record = {"device": device, "wrong": wrong, "skipped": skipped}
+        record |= {"device": device, "wrong": wrong, "skipped": skipped}
         record |= {"rows": [asdict(row) for row in rows]}
         (arguments.out / "gpu_kernels.json").write_text(json.dumps(record, indent=1))
     (arguments.out / "gpu_kernels.md").write_text(markdown(device, rows, models))
-    if time.monotonic() - began < arguments.budget:
+    if not arguments.only and time.monotonic() - began < arguments.budget:
         models = whole_model()
     record |= {"skipped": skipped, "models": models, "seconds": time.monotonic() - began}
     (arguments.out / "gpu_kernels.json").write_text(json.dumps(record, indent=1))
