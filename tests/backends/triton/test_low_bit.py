@@ -14,6 +14,10 @@ from torch import Tensor, nn
 
 import graphwright as gw
 from graphwright.backends.triton.fuse import count_ops, fuse
+from graphwright.ir.edit import Editor
+from graphwright.ir.ops.int8 import dequantize
+from graphwright.ir.ops.low_rank import add_low_rank
+from graphwright.ir.ops.registry import SWITCH
 from graphwright.ir.program import Program
 from graphwright.ir.verify import measure
 
@@ -159,3 +163,74 @@ def test_scales_that_are_quantized_are_computed_once(
     names = [name for name in compiled.body.state_dict() if name.endswith("_rebuilt")]
     assert len(names) == 6
     assert not any("scale_codes" in n and "rebuilt" not in n for n in compiled.body.state_dict())
+
+
+def test_the_kernels_compute_what_the_program_does(
+    program: Program, batches: list[tuple[Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU by Triton's interpreter: one and several tokens, gathers, corrections."""
+    pytest.importorskip("triton")
+    ids = torch.randint(0, 40, (1, 3), generator=torch.Generator().manual_seed(3))
+    quantized = QUANTIZERS["blocks"][0]()(program, calibration=batches)
+    fixed = gw.passes.compensate.Eora(rank=4)(quantized, calibration=batches, teacher=program)
+    compiled = gw.lower(fixed, "triton")
+    with torch.no_grad():
+        for given in (ids[:, :1], ids):
+            monkeypatch.delenv(SWITCH, raising=False)
+            wanted = fixed(given)
+            monkeypatch.setenv(SWITCH, "triton")
+            found = compiled(given)
+            assert float((found - wanted).norm() / wanted.norm()) <= 2e-6
+
+
+def test_an_nf4_weight_of_a_half_precision_model() -> None:
+    torch.manual_seed(0)
+    model = Layers(lambda m, x: m.layer(x)).half().eval()
+    program = gw.trace(model, {"x": torch.randn(2, 3, SIZE).half()}, dynamic={"x": {0: "batch"}})
+    fused = fuse(gw.passes.quantize.Nf4()(program))
+    assert count_ops(fused.graph) == {"table_linear": 1}  # its scales stay in float32
+    x = torch.randn(4, 3, SIZE).half()
+    assert measure(gw.passes.quantize.Nf4()(program), fused, [(x,)]).relative <= 1e-3
+
+
+class Turned(nn.Module):
+    """A layer as GPT-2 writes it: the weight is (in, out)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(SIZE, 48)), nn.Parameter(torch.rand(48))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, SIZE), self.weight)
+
+
+def test_addmm_with_a_turned_weight() -> None:
+    torch.manual_seed(0)
+    program = gw.trace(Turned().eval(), {"x": torch.randn(2, 3, SIZE)})
+    quantized = gw.passes.quantize.Rtn(bits=4, block=32)(program)
+    fused = fuse(quantized)
+    assert count_ops(fused.graph) == {"blocks_linear": 1}
+    assert measure(quantized, fused).relative <= 1e-6
+
+
+def test_a_correction_of_an_int8_weight_stands_beside_its_product() -> None:
+    torch.manual_seed(0)
+    program = gw.trace(nn.Linear(SIZE, 48).eval(), {"input": torch.randn(3, SIZE)})
+    editor = Editor(program, by="test")
+    (old,) = [n for n in editor.graph.nodes if n.target == "weight"]
+    (user,) = old.users
+    weight = program.state["weight"].detach()
+    scale = weight.abs().amax(1) / 127
+    tensors = {
+        "codes": (weight / scale[:, None]).round().to(torch.int8),
+        "scale": scale,
+        "b": torch.randn(48, 3),
+        "a": torch.randn(3, SIZE),
+    }
+    nodes = [editor.get(editor.add_state(name, tensor)) for name, tensor in tensors.items()]
+    rebuilt = editor.call(dequantize, *nodes[:2], None, 0, before=user)
+    user.replace_input_with(old, editor.call(add_low_rank, rebuilt, *nodes[2:], before=user))
+    corrected = editor.finish()
+    fused = fuse(corrected)
+    assert count_ops(fused.graph) == {"int8_linear": 1}
+    assert measure(corrected, fused).relative <= 1e-6
