@@ -157,6 +157,7 @@ def gemm_kernel(
         and scale.dtype.element_ty == COMPUTE
         and (tl.float16 == COMPUTE or (tl.bfloat16 == COMPUTE and BITS <= 4))
     )
+    BASE: tl.constexpr = (1024.0 if tl.float16 == COMPUTE else 128.0) if HALF else 8388608.0
     byte = tl.arange(0, BLOCK_K // PER)
     x_place = x + row.to(tl.int64)[:, None] * x_stride
     code_place = codes + wide_channel[:, None] * row_bytes
@@ -180,24 +181,22 @@ def gemm_kernel(
             number = _level(code, LEVELS)
         else:
             # A code becomes a float by its bits, a conversion of integers is slow: these are the
-            # numbers base + code, whose last place is 1.
+            # numbers BASE + code, whose last place is 1.
             if HALF:
-                one: tl.constexpr = 0x6400 if tl.float16 == COMPUTE else 0x4300
-                base: tl.constexpr = 1024.0 if tl.float16 == COMPUTE else 128.0
-                code = _bytes_to_codes(packed.to(tl.int16), BITS, False) | one
+                code = _bytes_to_codes(packed.to(tl.int16), BITS, False)
+                code |= 0x6400 if tl.float16 == COMPUTE else 0x4300
                 number = code.to(COMPUTE, bitcast=True)
             else:
-                base: tl.constexpr = 8388608.0
                 code = _bytes_to_codes(packed.to(tl.int32), BITS, False) | 0x4B000000
                 number = code.to(tl.float32, bitcast=True)
             if HAS_ZERO:
                 zero = _code(
                     zero_point + wide_channel * zero_bytes, at, BITS, zero_bytes - 1, channel < n
                 )
-                offset = base + zero.to(tl.float32)
+                offset = BASE + zero.to(tl.float32)
                 number -= offset[:, None].to(number.dtype)
             else:
-                number -= base + (1 << (BITS - 1))
+                number -= BASE + (1 << (BITS - 1))
         if SCALE_SUMS:
             right = tl.trans(number.to(COMPUTE))
             step = tl.dot(left.to(COMPUTE), right, input_precision=PRECISION)
