@@ -7,9 +7,10 @@ from graphwright.ir.channels.cutting import (
     cut,
     cut_tensors,
     kept_positions,
+    masked_outputs,
     zero,
 )
 from graphwright.ir.channels.groups import ChannelGroup, Member
 
 __all__ = ["ChannelGroup", "Member", "channel_groups", "cut", "cut_tensors", "kept_positions",
-           "zero"]  # fmt: skip
+           "masked_outputs", "zero"]  # fmt: skip

@@ -13,6 +13,7 @@ from torch import fx
 from graphwright.ir.canonical import op_name
 from graphwright.ir.channels import (  # noqa: F401  rules register themselves
     rules_elementwise,
+    rules_index,
     rules_layers,
     rules_quantized,
     rules_reduce,

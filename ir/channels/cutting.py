@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from torch import fx
+from torch.fx.node import map_aggregate
 
 from graphwright.ir.channels.analysis import Analysis, analyse
 from graphwright.ir.channels.classes import Ids
@@ -61,12 +64,47 @@ def zero(program: Program, picks: Picks) -> Program:
     program = _prepared(program)
     analysis, removed = resolve(program, picks)
     state = dict(program.state)
-    for name in state:
-        gone = {d: np.flatnonzero(removed[classes]) for d, classes in _dims(analysis, name)}
-        gone = {d: where for d, where in gone.items() if where.size}
-        if gone and analysis.owners[name] == name and is_zeroed(analysis.program, name):
-            state[name] = _blanked(state[name], gone)
+    for name, gone in _zeroed(analysis, removed).items():
+        state[name] = _blanked(state[name], gone)
     return program.replace(state=_retied(program, state, analysis))
+
+
+def masked_outputs(program: Program, picks: Picks) -> tuple[torch.Tensor, ...]:
+    """What `zero(program, picks)` gives on the examples; one zeroed tensor in memory at a time.
+
+    Args and raises as `zero`.
+    """
+    masked: dict[int, dict[int, Ids]] = {}
+    if any(len(units) for units in picks.values()):
+        program = _prepared(program)
+        analysis, removed = resolve(program, picks)
+        zeroed = _zeroed(analysis, removed)
+        masked = {
+            id(program.state[name]): zeroed[owner]
+            for name, owner in analysis.owners.items()
+            if owner in zeroed and program.state[name].shape == program.state[owner].shape
+        }
+    with torch.no_grad():
+        found: tuple[torch.Tensor, ...] = tuple(
+            _Masked(program.module, masked).run(*program.examples)
+        )
+    return found
+
+
+class _Masked(fx.Interpreter):
+    """Runs a graph with stored tensors zeroed where they are read."""
+
+    def __init__(self, module: fx.GraphModule, masked: dict[int, dict[int, Ids]]) -> None:
+        super().__init__(module)
+        self._masked = masked
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        args, kwargs = map_aggregate((args, kwargs), self._read)
+        return super().call_function(target, args, kwargs)
+
+    def _read(self, value: Any) -> Any:
+        gone = self._masked.get(id(value))
+        return value if gone is None else _blanked(value, gone)
 
 
 def cut(program: Program, picks: Picks) -> Program:
@@ -198,12 +236,14 @@ def _is_same_graph(a: Program, b: Program) -> bool:
     ) and all(a.state[n].shape == b.state[n].shape for n in b.state)  # fmt: skip
 
 
-def _dims(analysis: Analysis, name: str) -> list[tuple[int, Ids]]:
-    owner = analysis.owners.get(name)
-    if owner is None:
-        return []
-    rank = analysis.program.state[name].dim()
-    return [(d, analysis.stored[owner, d]) for d in range(rank)]
+def _zeroed(analysis: Analysis, removed: np.ndarray) -> dict[str, dict[int, Ids]]:
+    """Positions to set to zero, by first name of a tensor and dimension."""
+    gone: dict[str, dict[int, Ids]] = {}
+    for (name, dim), classes in analysis.stored.items():
+        where = np.flatnonzero(removed[classes])
+        if where.size and is_zeroed(analysis.program, name):
+            gone.setdefault(name, {})[dim] = where
+    return gone
 
 
 def _blanked(tensor: torch.Tensor, gone: dict[int, Ids]) -> torch.Tensor:

@@ -153,7 +153,7 @@ def _addcmul(walk: Walk, call: Call) -> Result:
 @rule("prelu")
 def _prelu(walk: Walk, call: Call) -> Result:
     x, weight = call["self"], call["weight"]
-    labels = [None] * len(weight.shape)  # one slope for all
+    labels: list[int | None] = [None] * len(weight.shape)  # one slope for all
     if weight.shape not in ((), (1,)):
         labels = [1 if len(x.shape) > 1 else 0]
     names = range(len(x.shape))

@@ -17,9 +17,9 @@ def code_reader(program: Program, name: str) -> fx.Node | None:
 
     All readers have to be such calls; the first is returned.
     """
-    nodes = program.graph.find_nodes(op="get_attr", target=name)
+    nodes = list(program.graph.find_nodes(op="get_attr", target=name))
     users: list[fx.Node] = [user for node in nodes for user in node.users]
-    if users and all(op_name(u) == "dequantize" and str(u.args[0].target) == name for u in users):
+    if users and all(op_name(u) == "dequantize" and u.args[0] in nodes for u in users):
         return users[0]
     return None
 

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from graphwright.ir.channels import ChannelGroup
+from graphwright.ir.channels.analysis import Analysis
+from graphwright.ir.channels.values import Value
 from graphwright.ir.errors import ContractError
 from graphwright.ir.program import Program
 from graphwright.ir.select import layers, select
 from graphwright.passes.base import Action
 
-OUTPUT_DIM = {"conv_transpose1d": 1, "conv_transpose2d": 1, "conv_transpose3d": 1, "embedding": 1}
-"""Dimension of a weight that holds output channels; 0 for the rest."""
+NORMS = ("layer_norm", "rms_norm", "batch_norm", "group_norm")
+"""Kinds of layers whose output channels are those of what they read."""
 
 
 def eligible_groups(
     program: Program, groups: list[ChannelGroup], targets: tuple[str, ...]
 ) -> tuple[list[ChannelGroup], list[Action]]:
-    """Prunable groups whose output channels all belong to selected layers; reasons of the rest."""
-    selected = {layer.node.name for layer in select(program, targets)}
-    outside: dict[tuple[str, int], str] = {}
-    for layer in layers(program):
-        if layer.node.name not in selected and layer.weight:
-            outside[layer.weight, OUTPUT_DIM.get(layer.kind, 0)] = layer.name
+    """Prunable groups whose output channels all belong to selected layers; reasons of the rest.
+
+    A norm has no output channels of its own: it follows the layers in front of it.
+    """
+    if not groups:
+        return [], []
+    outside = _outside(program, groups[0].analysis, targets)
     eligible, actions = [], []
     for group in groups:
-        other = next((outside[m.parameter, m.dim] for m in group.members
-                      if (m.parameter, m.dim) in outside), "")  # fmt: skip
+        other = next((outside[c] for c in group.classes.tolist() if c in outside), "")
         if not group.prunable:
             actions.append(Action(group.name, "kept", group.reason))
         elif other:
@@ -35,6 +38,26 @@ def eligible_groups(
         else:
             eligible.append(group)
     return eligible, actions
+
+
+def _outside(program: Program, analysis: Analysis, targets: tuple[str, ...]) -> dict[int, str]:
+    """Classes of the output channels of layers that are not selected, to one such layer.
+
+    Read off the layer's result, so it does not matter how its weight is stored or computed.
+    """
+    selected = {layer.node.name for layer in select(program, targets)}
+    found: dict[int, str] = {}
+    for layer in layers(program):
+        if layer.node.name in selected or layer.kind in NORMS:
+            continue
+        value = analysis.values.get(layer.node.name)
+        if isinstance(value, Value):
+            spatial = int(layer.kind[-2]) if layer.kind.startswith("conv") else 0
+            channels = value.at(len(value.shape) - spatial - 1)
+            if channels is not None:
+                classes = np.unique(analysis.class_of[channels.ids]).tolist()
+                found.update(dict.fromkeys(classes, layer.name))
+    return found
 
 
 def check_cut(masked: Program, smaller: Program, where: str) -> float:

@@ -38,35 +38,48 @@ def unit_sums(analysis: Analysis, gradients: Mapping[str, Tensor] | None) -> Sum
     """
     sums = Sums(*(np.zeros(analysis.count) for _ in range(4)))
     weights = weight_values(analysis.program)
+    wanted: dict[str, list[int]] = {}
     for (name, dim), classes in analysis.stored.items():
-        if name not in weights or analysis.pinned[classes].all():
-            continue
-        x = weights[name]
-        _add(sums.xx, classes, _summed(x, x, dim))
-        sums.n[:] += np.bincount(classes, minlength=analysis.count) * (x.numel() / x.shape[dim])
-        if gradients is not None and name in gradients:  # codes have none
-            d = gradients[name]
-            _add(sums.dd, classes, _summed(d, d, dim))
-            _add(sums.xd, classes, _summed(x, d, dim))
+        if name in weights and not analysis.pinned[classes].all():
+            wanted.setdefault(name, []).append(dim)
+    for name, dims in wanted.items():
+        x, d = weights[name], (gradients or {}).get(name)  # codes have no gradient
+        pairs = [(sums.xx, x, x)]
+        if d is not None:
+            pairs += [(sums.dd, d, d), (sums.xd, x, d)]
+        for total, left, right in pairs:
+            for dim, values in _summed(left, right, dims).items():
+                _add(total, analysis.stored[name, dim], values)
+        for dim in dims:
+            counts = np.bincount(analysis.stored[name, dim], minlength=analysis.count)
+            sums.n[:] += counts * (x.numel() / x.shape[dim])
     return sums
 
 
-SLAB = 1 << 20
-"""Values that are widened to float64 at a time."""
+SLAB = 1 << 18
+"""Values that are widened to float64 at a time: they stay in the processor's cache."""
 
 
-def _summed(x: Tensor, y: Tensor, dim: int) -> Tensor:
-    """Sum of x * y over all dimensions but one, in float64, a slab of rows at a time."""
-    total = torch.zeros(x.shape[dim], dtype=torch.float64, device=x.device)
-    others = [d for d in range(x.dim()) if d != dim]
+def _summed(x: Tensor, y: Tensor, dims: list[int]) -> dict[int, Tensor]:
+    """Sums of x * y over all dimensions but one, for each of `dims`, in float64.
+
+    A slab of rows at a time, widened once for all of them.
+    """
+    total = {d: torch.zeros(x.shape[d], dtype=torch.float64, device=x.device) for d in dims}
+    others = [d for d in range(x.dim()) if d not in dims]
     rows = max(1, SLAB * x.shape[0] // max(1, x.numel()))
     for start in range(0, x.shape[0], rows):
-        values = x[start : start + rows].double() * y[start : start + rows]
-        values = values.sum(others) if others else values
-        if dim == 0:
-            total[start : start + rows] = values
-        else:
-            total += values
+        values = x[start : start + rows].double()
+        values = values.mul_(values if y is x else y[start : start + rows])
+        if others:
+            values = values.sum(others)
+        for axis, d in enumerate(dims):
+            rest = [a for a in range(len(dims)) if a != axis]
+            own = values.sum(rest) if rest else values
+            if d == 0:
+                total[d][start : start + rows] = own
+            else:
+                total[d] += own
     return total
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -11,12 +10,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from graphwright.ir.channels import ChannelGroup, channel_groups, cut, zero
+from graphwright.ir.channels import ChannelGroup, channel_groups, cut, masked_outputs
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
 from graphwright.passes.base import Action, Context, Need, Options, Pass, Result
-from graphwright.passes.prune._eligible import eligible_groups, gap, outputs
+from graphwright.passes.prune._eligible import eligible_groups, gap
 from graphwright.passes.prune._gradients import Draws, LossName, gradients, labelled, room
 from graphwright.passes.prune._group_fisher import unit_costs
 from graphwright.passes.prune._scores import WITH_GRADIENT, scores, unit_sums
@@ -109,10 +108,8 @@ class Zig(Pass):
         actions += [_action(g, len(u)) for g, u in zip(eligible, chosen, strict=True)]
         if not picks:
             return Result(program, tuple(actions))
-        expected = outputs(zero(program, picks))
-        gc.collect()  # its module refers to itself: one copy of the weights at a time
         smaller = cut(program, picks)
-        error = gap(expected, smaller, self.id)
+        error = gap(masked_outputs(program, picks), smaller, self.id)
         return Result(smaller, tuple(actions), _metrics(selection, chosen, error))
 
     def _scores(self, groups: list[ChannelGroup], context: Context) -> list[np.ndarray]:

@@ -14,6 +14,7 @@ from graphwright.ir.channels import channel_groups
 from graphwright.ir.context import Context
 from graphwright.ir.cost import cost
 from graphwright.ir.errors import ArgumentError, ContractError, ModelError
+from graphwright.ir.select import layers
 from graphwright.passes.prune import Zig, _group_fisher, _scores
 
 
@@ -224,6 +225,45 @@ def test_targets_keep_groups_of_other_layers() -> None:
     assert result.program.state["b.weight"].shape[0] == 24
     reasons = [a.reason for a in result.actions]
     assert "layer b is not in targets" in reasons
+
+
+class Products(nn.Module):
+    """Weights that are read as (in, out), turned in the graph, and rebuilt from codes later on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 8)
+        self.mid, self.bias = nn.Parameter(torch.randn(8, 10)), nn.Parameter(torch.randn(10))
+        self.turned, self.head = nn.Parameter(torch.randn(10, 12)), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.addmm(self.bias, torch.relu(self.fc(x)), self.mid)
+        return self.head(torch.relu(nn.functional.linear(torch.relu(x), self.turned.T)))
+
+
+@pytest.mark.parametrize(
+    ("spared", "sizes"),
+    [("fc", (8, 5, 6)), ("kind:addmm", (4, 10, 6)), ("turned", (4, 5, 12)), ("none", (4, 5, 6))],
+)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_targets_go_by_what_a_layer_gives(
+    spared: str, sizes: tuple[int, int, int], quantized: bool
+) -> None:
+    before = gw.trace(Products().eval(), (torch.randn(4, 6),), dynamic="batch")
+    names = {layer.kind: layer.name for layer in layers(before) if layer.name not in ("fc", "head")}
+    if quantized:
+        before = gw.passes.quantize.Int8(targets=["fc", "head"])(before)
+        assert "fc.weight_codes" in before.state
+    pattern = (
+        [] if spared == "none" else ["!" + names["linear"] if spared == "turned" else f"!{spared}"]
+    )
+    after = Zig(sparsity=0.5, scope="group", targets=["*", *pattern])(before)
+    assert (after.state["mid"].shape, after.state["turned"].shape[1]) == (sizes[:2], sizes[2])
+
+
+def test_a_norm_has_no_channels_of_its_own() -> None:
+    result = ran(sparsity=0.5, scope="group", targets=["kind:conv2d"])
+    assert units(result) == units(ran(sparsity=0.5, scope="group"))
 
 
 def test_refusals() -> None:
