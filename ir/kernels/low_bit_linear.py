@@ -1,9 +1,10 @@
 """Launches of the low-bit products: which kernel, which tiles, on which view of the codes.
 
 One or two tokens take the dot product, up to `DENSE_FROM` the tiles; from there on the weight is
-rebuilt once and cuBLAS does the product, which costs less than decoding it in every tile. Weights
-that the kernels do not take (blocks that are no multiple of 16, codes of 3, 5, 6 and 7 bits, table
-blocks that run across the ends of rows) are rebuilt too, at any number of tokens.
+rebuilt once and cuBLAS does the product, which costs less than decoding it in every tile. Where
+float32 may not be rounded for tensor cores it is rebuilt from five tokens on. Weights that the
+kernels do not take (blocks that are no multiple of 16, codes of 3, 5, 6 and 7 bits, table blocks
+that run across the ends of rows) are rebuilt too, at any number of tokens.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ the product from about four tiles of 128 tokens on. Not measured."""
 LARGEST_PIECE = 256
 GEMV_TOKENS = 2
 """Up to here a dot product decodes a weight in fewer instructions than a tile of 16 tokens."""
+MOST_GEMV_TOKENS = 4
+"""Tokens that a dot product has registers for."""
 
 PROGRAMS = 264
 """Two for every multiprocessor of an H100."""
@@ -94,8 +97,11 @@ def piece_of(block: int) -> int:
 
 
 def gemv_tiles(m: int, n: int, bits: int) -> list[Tiles]:
-    """Many rows share what is read of x; few rows make more programs of a small weight."""
+    """Many rows share what is read of x; few rows make more programs of a small weight, and leave
+    registers to more tokens."""
     step = 1024 if bits >= 4 else 2048
+    if m > GEMV_TOKENS:
+        return [Tiles(m, 8, step, 4, 1, 1), Tiles(m, 4, step, 4, 1, 1)]
     many = [Tiles(m, 16, step, 4, 1, 1), Tiles(m, 16, step, 4, 1, 2)]
     few = [Tiles(m, 8, step, 4, 1, 1), Tiles(m, 4, 2 * step, 4, 1, 1)]
     return many + few if triton.cdiv(n, 16) >= PROGRAMS else few[:1] + many + few[1:]
@@ -117,22 +123,40 @@ def linear(x: Tensor, packed: Packed, epilogue: Epilogue) -> Tensor:
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
 
     def run(tiles: Tiles) -> None:
-        if tiles.block_m <= 4:
+        if tiles.block_m <= MOST_GEMV_TOKENS:
             _gemv(rows, packed, epilogue, y, tiles)
         else:
             _gemm(rows, packed, epilogue, y, tiles)
 
     kind = (tuning.bucket(m), n, rows.shape[1], packed.bits, packed.piece, packed.repeat,
             packed.table, packed.zero_point is not None, x.dtype)  # fmt: skip
-    run(tuning.choose("low_bit", kind, _candidates(m, packed), run, x.device))
+    exact = _is_exact(x)
+    candidates = _candidates(m, packed, exact)
+    run(tuning.choose("low_bit", (*kind, exact), candidates, run, x.device))
     return y.view(*x.shape[:-1], n)
 
 
-def _candidates(m: int, packed: Packed) -> Sequence[Tiles]:
+def _is_exact(x: Tensor) -> bool:
+    """Whether products must be in float32 outside of tensor cores: tiles of such products spill
+    kilobytes of registers. The interpreter has none to spill."""
+    return x.is_cuda and x.dtype == torch.float32 and _precision() == "ieee"
+
+
+def _precision() -> str:
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def takes(x: Tensor) -> bool:
+    """Whether a kernel of ours should do the product of these tokens."""
+    m = x.numel() // x.shape[-1]
+    return m <= MOST_GEMV_TOKENS if _is_exact(x) else m < DENSE_FROM
+
+
+def _candidates(m: int, packed: Packed, exact: bool = False) -> Sequence[Tiles]:
     tokens = tuning.bucket(m)
-    if m <= GEMV_TOKENS:
+    if m <= GEMV_TOKENS or exact:
         return gemv_tiles(tokens, packed.n, packed.bits)
-    if m <= 4:  # which is better depends on the table and on the device
+    if m <= MOST_GEMV_TOKENS:  # which is better depends on the table and on the device
         dots = gemv_tiles(tokens, packed.n, packed.bits)
         return dots + gemm_tiles(m) if packed.table else gemm_tiles(m) + dots
     return gemm_tiles(m)
@@ -172,7 +196,6 @@ def _gemm(rows: Tensor, packed: Packed, epilogue: Epilogue, y: Tensor, tiles: Ti
     split = split_for(m, n, k, Tiles(tiles.block_m, tiles.block_n, block_k, 0, 0))
     partial = torch.empty((split, m, n) if split > 1 else (1,), device=y.device)
     zero = packed.codes if packed.zero_point is None else packed.zero_point
-    exact = torch.get_float32_matmul_precision() == "highest"
     grid = (triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n), split)
     gemm_kernel[grid](
         rows, packed.codes, packed.scale, zero, *epilogue.tensors(partial), y, partial,
@@ -181,7 +204,7 @@ def _gemm(rows: Tensor, packed: Packed, epilogue: Epilogue, y: Tensor, tiles: Ti
         LEVELS=level_values(packed.table) if packed.table else (), BITS=packed.bits,
         HAS_ZERO=packed.zero_point is not None,
         PIECE=packed.piece, **epilogue.constants(), COMPUTE=_compute_type(rows),
-        PRECISION="ieee" if exact else "tf32", SPLIT=split, GROUP=8,
+        PRECISION=_precision(), SPLIT=split, GROUP=8,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=block_k,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
@@ -216,8 +239,7 @@ def _launch_blocks(
 ) -> Tensor:  # fmt: skip
     epilogue = Epilogue.of(bias, low, b, added, activation)
     columns, piece = x.shape[-1], piece_of(block)
-    few = x.numel() // columns < DENSE_FROM
-    if not few or not piece or bits not in (2, 4, 8):
+    if not takes(x) or not piece or bits not in (2, 4, 8):
         weight = blocks.dequantize_blocks.launch(codes, scale, zero_point, bits, block, columns)
         return _dense(x, weight, epilogue)
     zero = None if zero_point is None else zero_point.contiguous()
@@ -242,8 +264,7 @@ def _launch_table(
 
     epilogue = Epilogue.of(bias, low, b, added, activation)
     columns, piece = x.shape[-1], piece_of(block)
-    few = x.numel() // columns < DENSE_FROM
-    if not few or not piece or columns % block or BITS[name] != 4:
+    if not takes(x) or not piece or columns % block or BITS[name] != 4:
         weight = table.dequantize_table.launch(codes, scale, name, block, [rows, columns])
         return _dense(x, weight, epilogue)
     scales = scale.contiguous().view(rows, -1)

@@ -182,6 +182,16 @@ def test_many_tokens_take_a_weight_that_is_rebuilt(
     assert_near(y.view(8, 21), expected(x.view(8, 64), weight, rest).relu(), 1e-6)
 
 
+def test_float32_that_may_not_be_rounded_takes_no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(low_bit_linear, "_is_exact", lambda x: True)
+    monkeypatch.setattr(low_bit_linear, "_gemm", None)
+    stored, weight = in_blocks(21, 64, 4, 32, True, torch.float32)
+    for m in (3, 4, 5):
+        x, rest = randn(m, 64, seed=9), rest_of(m, 21, 5, torch.float32)
+        y = low_bit_linear.blocks_linear.launch(x, *stored, *rest, 4, 32, "none")
+        assert_near(y, expected(x, weight, rest), 1e-6)
+
+
 def in_table(name: str, n: int, k: int, block: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
     q = randint(16, n * k)
     scale = randn(n * k // block, seed=2).abs() + 0.1
