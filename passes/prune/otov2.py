@@ -34,6 +34,9 @@ class Otov2(Pass):
     takes 6 steps per group to probe, then up to `max_cycles * sampling_steps`, in which the weights
     are always taken back.
 
+    Units compete over the whole network, so that a layer may be left a single one, which a network
+    without a way around that layer cannot do with: `group_divisible` of 4 or 8 keeps that many.
+
     In your own training loop: `gw.oto(model, example_inputs, optimizer)`.
 
     Source: Chen et al. 2023, "OTOv2: automatic, generic, user-friendly" (groups, DHSPG); Chen et
