@@ -60,8 +60,8 @@ def main() -> int:
     for name in names:
         rows.append(in_child(name, options.groups, options.timeout))
         print(line(rows[-1]), flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        if options.json:
+            options.json.write_text(json.dumps(rows, indent=1) + "\n")
     exact = sum(is_exact(row) for row in rows)
     tried = sum(row.get("tried", 0) for row in rows)
     groups = sum(row.get("groups", 0) for row in rows)

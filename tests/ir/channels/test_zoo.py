@@ -37,6 +37,8 @@ FLOORS = {
 }
 """Least share of the parameters that lies in a slice of a removable unit."""
 
+SLOW = {"t5", "dit", "mixtral", "mamba", "swin"}
+
 
 def program_of(name: str) -> Any:
     architecture = zoo.load()[name]
@@ -45,7 +47,9 @@ def program_of(name: str) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", list(FLOORS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in FLOORS]
+)
 def test_half_of_the_units_cut_equals_masked(name: str) -> None:
     program = program_of(name)
     free = [g for g in gw.channel_groups(program) if g.prunable]
@@ -77,7 +81,14 @@ GROUPS = 4
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "name",
-    ["vgg_bn", "resnet_basic", "densenet", "shufflenet", "unet", "torch_transformer", "bert"],
+    [
+        "vgg_bn",
+        "resnet_basic",
+        "densenet",
+        "shufflenet",
+        "unet",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("torch_transformer", "bert")),
+    ],
 )
 def test_groups_one_by_one_all_together_and_half_of_them(name: str) -> None:
     row = judge(program_of(name), GROUPS)
