@@ -12,39 +12,50 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from graphwright.ir.kernels import Kernel
 from graphwright.ir.kernels.common import all_floats
 
-BLOCK = 1024
+BLOCK = 512
+"""Groups of four weights that a program rebuilds."""
 
 MULTIPLES = (32, 64)
 """Rows and columns of a weight that all of PyTorch's sparse kernels take are multiples of these."""
 
 
 @triton.jit
-def expand_2_4_kernel(values, places, y, count, columns, stored, BLOCK: tl.constexpr):
-    """y[r, 4g + p] = values[r, 2g + i] where place i of group g is p, else 0."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < count
-    row, column = index // columns, index % columns
-    group, place = column // 4, (column % 4).to(tl.int32)
-    packed = tl.load(places + row * stored + group // 2, mask=inside, other=0).to(tl.int32)
+def expand_2_4_kernel(values, places, y, count, groups, stored, BLOCK: tl.constexpr):
+    """y[r, 4g + p] = values[r, 2g + i] where place i of group g is p, else 0.
+
+    A lane has one group of four: values and results are contiguous over the whole weight, so that
+    both move in wide words.
+    """
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    index = start + tl.arange(0, BLOCK)
+    row, group = index // groups, index % groups
+    packed = tl.load(places + row * stored + group // 2, mask=index < count, other=0).to(tl.int32)
     packed = packed >> (group % 2 * 4).to(tl.int32)
-    is_first = (packed & 3) == place
-    is_second = ((packed >> 2) & 3) == place
-    start = values + row * (columns // 2) + group * 2
-    first = tl.load(start, mask=inside & is_first, other=0.0)
-    second = tl.load(start + 1, mask=inside & is_second, other=0.0)
-    tl.store(y + index, tl.where(is_first, first, second), mask=inside)
+    first_place, second_place = packed & 3, (packed >> 2) & 3
+    two = 2 * start + tl.arange(0, 2 * BLOCK)
+    pairs = tl.load(values + two, mask=two < 2 * count, other=0.0)
+    first, second = tl.split(tl.reshape(pairs, (BLOCK, 2)))
+    zero = tl.zeros_like(first)
+    a = tl.where(first_place == 0, first, tl.where(second_place == 0, second, zero))
+    b = tl.where(first_place == 1, first, tl.where(second_place == 1, second, zero))
+    c = tl.where(first_place == 2, first, tl.where(second_place == 2, second, zero))
+    d = tl.where(first_place == 3, first, tl.where(second_place == 3, second, zero))
+    four = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (4 * BLOCK,))
+    place = 4 * start + tl.arange(0, 4 * BLOCK)
+    tl.store(y + place, four, mask=place < 4 * count)
 
 
 def _fits(values: Tensor, places: Tensor) -> bool:
-    return all_floats(values) and places.dtype == torch.uint8
+    return all_floats(values) and places.dtype == torch.uint8 and values.shape[1] % 2 == 0
 
 
 def _expand(values: Tensor, places: Tensor) -> Tensor:
     values, places = values.contiguous(), places.contiguous()
     rows, columns = values.shape[0], 2 * values.shape[1]
     y = torch.empty((rows, columns), dtype=values.dtype, device=values.device)
-    expand_2_4_kernel[(triton.cdiv(y.numel(), BLOCK),)](
-        values, places, y, y.numel(), columns, places.shape[1], BLOCK=BLOCK
+    count = y.numel() // 4
+    expand_2_4_kernel[(triton.cdiv(count, BLOCK),)](
+        values, places, y, count, columns // 4, places.shape[1], BLOCK=BLOCK
     )
     return y
 

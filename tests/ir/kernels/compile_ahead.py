@@ -137,7 +137,7 @@ def cases() -> Iterator[Case]:
     yield Case(
         "expand_2_4-bf16",
         expand_2_4.expand_2_4_kernel,
-        floats("bf16", "values", "y") | {"places": "*u8"} | sizes("count", "columns", "stored"),
+        floats("bf16", "values", "y") | {"places": "*u8"} | sizes("count", "groups", "stored"),
         {"BLOCK": expand_2_4.BLOCK},
     )
     for bits in (2, 4):  # codes of other widths are read byte by byte
