@@ -104,7 +104,7 @@ ENCODER = [
     one("2 bits VPTQ", "quantize.vptq", vector_length=4, centroids=256),
     *low_rank("2 bits VPTQ", (32,)),
     *low_rank("2 bits g32 GPTQ", (32,)),
-    *pv("2 bits g32 GPTQ", "teacher_mse", 60),
+    *pv("2 bits g32 GPTQ", "teacher_mse", 40),
 ]
 
 SPARSE = "2:4 SparseGPT"
@@ -120,8 +120,8 @@ GPT = [
     *few_bits(2),
     one("2 bits VPTQ", "quantize.vptq", vector_length=4, centroids=256),
     *low_rank("2 bits g32 GPTQ", (8, 32)),
-    *pv("2 bits g32 GPTQ", "kl", 200),
-    *pv("2 bits VPTQ", "kl", 200),
+    *pv("2 bits g32 GPTQ", "kl", 80),
+    *pv("2 bits VPTQ", "kl", 80),
     one(SPARSE, "prune.sparsegpt", pattern="2:4", targets=["blocks.*"]),
     *low_rank(SPARSE, (8, 32)),
     one("2:4 + int4 g128", "quantize.gptq", SPARSE, bits=4, block=128, keep_zeros=True),
