@@ -229,11 +229,11 @@ def traced(model: nn.Module) -> gw.Program:
     return gw.trace(model.eval(), (data()[0][:4],), dynamic={"x": {0: "batch"}})
 
 
-def training(program: gw.Program, size: int = BATCH) -> Batches:
-    """The training images, in an order that is drawn anew in every epoch."""
-    path = CACHE / "digits-train.npz"
+def training(program: gw.Program, size: int = BATCH, images: int | None = None) -> Batches:
+    """The first `images` training images (all of them when absent), drawn anew in every epoch."""
+    x, labels = (part[:images] for part in data()[:2])
+    path = CACHE / f"digits-train-{len(x)}.npz"
     name = program.signature.inputs[0].name
-    x, labels, _, _ = data()
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{id(program)}.part")
     with part.open("wb") as file:
@@ -242,9 +242,14 @@ def training(program: gw.Program, size: int = BATCH) -> Batches:
     return load_data({"data": str(path), "batch_size": size}, program.signature, 0)
 
 
-def accuracy(model: Any) -> float:
-    """Share of the held-out images that a model or a program labels right."""
-    _, _, x, labels = data()
+def accuracy(model: Any, behind: int | None = None) -> float:
+    """Share of images that a model or a program labels right.
+
+    Of the held-out ones; or of the training images behind the first `behind`, to choose a setting
+    by: `training(program, images=behind)` leaves these out.
+    """
+    x, labels, x_test, labels_test = data()
+    x, labels = (x_test, labels_test) if behind is None else (x[behind:], labels[behind:])
     if isinstance(model, nn.Module):
         model.eval()
     with torch.no_grad():
