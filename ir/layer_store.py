@@ -16,7 +16,7 @@ from graphwright.ir.files import replacing
 from graphwright.ir.program import Program
 
 if TYPE_CHECKING:
-    from graphwright.ir.layerwise import Solved
+    from graphwright.ir.site import Solved
 
 
 FIELDS = ("weight", "bias", "grid", "state", "info")
@@ -44,7 +44,7 @@ class LayerStore:
 
     def load(self, name: str) -> Solved | None:
         """What was found for a layer; a damaged file counts as none."""
-        from graphwright.ir.layerwise import Solved
+        from graphwright.ir.site import Solved
 
         if self.folder is None:
             return None

@@ -9,9 +9,9 @@ memory-mapped files above a budget.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -23,15 +23,14 @@ from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.layer_store import LayerStore
 from graphwright.ir.program import Program
 from graphwright.ir.select import WEIGHT_ARGUMENT, Layer
+from graphwright.ir.site import Method, Site, Solved, Task
 from graphwright.ir.spill import Spill
 from graphwright.ir.weights import (
     BIAS_ARGUMENT,
     INPUT_ARGUMENT,
-    Geometry,
     constant_value,
     geometry,
     input_node,
-    rows,
     weight_key,
     weight_node,
 )
@@ -42,108 +41,6 @@ DEFAULT_BUDGET = 2 << 30
 
 MASK_INPUTS = ("attention_mask", "mask", "padding_mask")
 """Names of inputs (batch, sequence) that are 0 where a token is padding."""
-
-
-@dataclass(frozen=True)
-class Solved:
-    """What a method found for one layer.
-
-    Attributes:
-        weight: its value from here on, of the layer's own shape; None: as it was.
-        bias: likewise; a layer without one must be given none.
-        grid: scale, zero point, lowest and highest code that the layer's input is rounded to from
-            here on; None: it is not.
-        state: tensors that the pass builds the new program from (codes, scales, masks).
-        info: figures for the report.
-    """
-
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    grid: tuple[float, int, int, int] | None = None
-    state: dict[str, Tensor] = field(default_factory=dict)
-    info: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Task:
-    """One layer to solve; plain data, so that it travels to a worker.
-
-    Attributes:
-        name: of the layer.
-        geometry: how its rows are made.
-        weight: its value before.
-        bias: likewise; None where it has none.
-        stats: what the method gathered from its input.
-        seed: of its own random stream.
-    """
-
-    name: str
-    geometry: Geometry
-    weight: Tensor
-    bias: Tensor | None
-    stats: Any
-    seed: int
-
-
-@dataclass(frozen=True)
-class Site:
-    """One activation, and the layers that read it the same way (the q, k and v of attention).
-
-    Attributes:
-        layers: to be solved.
-        geometry: of the first; all make the same rows.
-        node: the activation.
-        seed: of its own random stream.
-    """
-
-    layers: tuple[Layer, ...]
-    geometry: Geometry
-    node: fx.Node
-    seed: int
-    _values: Callable[[], Iterator[Tensor]]
-    _originals: Callable[[], Iterator[Tensor]]
-    _padding: Sequence[Tensor | None]
-
-    def inputs(self) -> Iterator[Tensor]:
-        """The activation in every batch, as the layers solved so far give it."""
-        return self._values()
-
-    def original_inputs(self) -> Iterator[Tensor]:
-        """The activation in every batch, as the program gives it that was passed in."""
-        return self._originals()
-
-    def rows(self) -> Iterator[Tensor]:
-        """(groups, n, depth) in every batch; padding tokens are left out."""
-        return self._rows(self._values())
-
-    def original_rows(self) -> Iterator[Tensor]:
-        """The same rows of `original_inputs`."""
-        return self._rows(self._originals())
-
-    def _rows(self, values: Iterator[Tensor]) -> Iterator[Tensor]:
-        for x, real in zip(values, self._padding, strict=True):
-            kept = x if real is None else _without_padding(self.geometry, x, real)
-            yield rows(self.geometry, kept)
-
-
-def _without_padding(geometry: Geometry, x: Tensor, real: Tensor) -> Tensor:
-    if geometry.is_convolution:
-        return x
-    if x.dim() >= 3 and x.shape[:2] == real.shape:
-        return x[real]
-    if x.dim() == 2 and x.shape[0] == real.numel():
-        return x[real.flatten()]
-    return x
-
-
-class Method(Protocol):
-    """How layers are solved."""
-
-    def gather(self, site: Site) -> Any:
-        """What `solve` needs of an activation; called once per activation."""
-
-    def solve(self, task: Task) -> Solved:
-        """The new weight of one layer. Runs wherever `Workers` puts it."""
 
 
 def sweep(

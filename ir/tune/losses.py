@@ -143,9 +143,7 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def relative_difference(
-    student: Tensor, teacher: Tensor, mask: Tensor | None = None
-) -> Tensor:
+def relative_difference(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """||student - teacher||^2 / ||teacher||^2, for outputs that are no logits.
 
     Args:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
-from graphwright.ir.layerwise import Site, Solved, Task, sweep
+from graphwright.ir.layerwise import sweep
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
 from graphwright.ir.select import Layer, layers, select
+from graphwright.ir.site import Site, Solved, Task
 from graphwright.ir.weights import BIAS_ARGUMENT, PRODUCTS, as_matrix, geometry
 from graphwright.passes.base import Action, Context, Options, Pass, Result
 from graphwright.passes.compensate._bias import can_set_bias, set_bias

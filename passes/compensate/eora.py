@@ -8,10 +8,11 @@ from pydantic import Field
 from torch import Tensor
 
 from graphwright.ir.hessian import hessian
-from graphwright.ir.layerwise import Site, Solved, Task, sweep
+from graphwright.ir.layerwise import sweep
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
 from graphwright.ir.select import select
+from graphwright.ir.site import Site, Solved, Task
 from graphwright.ir.weights import PRODUCTS, as_matrix, from_matrix
 from graphwright.passes.base import Context, Options, Pass, Result
 from graphwright.passes.compensate import _low_rank

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from graphwright.ir.layerwise import Site
+from graphwright.ir.site import Site
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.hessian import hessian, inverse_factor
-from graphwright.ir.layerwise import Site, Solved, Task, sweep
+from graphwright.ir.layerwise import sweep
 from graphwright.ir.program import Program
 from graphwright.ir.select import Layer
+from graphwright.ir.site import Site, Solved, Task
 from graphwright.ir.weights import as_matrix, from_matrix, geometry
 from graphwright.passes.base import Action, Context, Pass, Result
 from graphwright.passes.prune import _sparsegpt

@@ -10,8 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from graphwright.ir.hessian import Hessian, hessian, inverse_factor
-from graphwright.ir.layerwise import Site, Solved, Task, sweep
+from graphwright.ir.layerwise import sweep
 from graphwright.ir.program import Program
+from graphwright.ir.site import Site, Solved, Task
 from graphwright.ir.weights import as_matrix, from_matrix
 from graphwright.passes.base import Action, Context, Pass, Result
 from graphwright.passes.prune import _sparsegpt

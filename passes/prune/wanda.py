@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from graphwright.ir.layerwise import Site, Solved, Task, sweep
+from graphwright.ir.layerwise import sweep
 from graphwright.ir.program import Program
+from graphwright.ir.site import Site, Solved, Task
 from graphwright.ir.weights import as_matrix, from_matrix
 from graphwright.passes.base import Action, Context, Pass, Result
 from graphwright.passes.prune._features import Features, features

@@ -13,10 +13,11 @@ from torch import Tensor
 import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize_blocks
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
-from graphwright.ir.layerwise import Site, Solved, Task, sweep
+from graphwright.ir.layerwise import sweep
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
 from graphwright.ir.select import Layer, select
+from graphwright.ir.site import Site, Solved, Task
 from graphwright.ir.weights import (
     INPUT_ARGUMENT,
     PRODUCTS,

@@ -14,11 +14,12 @@ import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize_block
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
 from graphwright.ir.hessian import Hessian, hessian, inverse_factor
-from graphwright.ir.layerwise import Site, Solved, Task, sweep
+from graphwright.ir.layerwise import sweep
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
 from graphwright.ir.select import Layer, select
 from graphwright.ir.select import layers as find_layers
+from graphwright.ir.site import Site, Solved, Task
 from graphwright.ir.weights import PRODUCTS, as_matrix, from_matrix, weight_node, weight_value
 from graphwright.passes.base import Action, Context, Options, Pass, Result
 from graphwright.passes.quantize._blocks import Blocks, block_for, pack, round_to_nearest

@@ -14,10 +14,11 @@ import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize_codeb
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
 from graphwright.ir.hessian import Hessian, hessian, inverse_factor
-from graphwright.ir.layerwise import Site, Solved, Task, sweep
+from graphwright.ir.layerwise import sweep
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
 from graphwright.ir.select import Layer, select
+from graphwright.ir.site import Site, Solved, Task
 from graphwright.ir.weights import PRODUCTS, as_matrix, from_matrix, geometry, weight_node
 from graphwright.passes.base import Action, Context, Options, Pass, Result
 from graphwright.passes.quantize._codebook import Vectors, rebuild_vectors

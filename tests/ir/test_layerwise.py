@@ -11,9 +11,10 @@ import graphwright as gw
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.hessian import hessian
-from graphwright.ir.layerwise import Site, Solved, Task, sweep
+from graphwright.ir.layerwise import sweep
 from graphwright.ir.program import Program
 from graphwright.ir.select import layers
+from graphwright.ir.site import Site, Solved, Task
 
 
 class Attention(nn.Module):

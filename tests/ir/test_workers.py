@@ -70,6 +70,6 @@ class Doubles:
         return next(iter(site.inputs())).sum()
 
     def solve(self, task):
-        from graphwright.ir.layerwise import Solved
+        from graphwright.ir.site import Solved
 
         return Solved(task.weight * 2, state={"twice": task.weight * 2 + task.stats})
