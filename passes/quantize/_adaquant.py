@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from graphwright.ir.weights import Geometry, as_matrix, from_matrix, product
 from graphwright.passes.quantize import _grid
+from graphwright.passes.quantize._range_search import Range, search
 
 LEAST_SPAN, LARGEST_SPAN = 1e-6, 1e5
 """Limits of a learned range."""
 
 LOOKS = 10
 """Times that the error over all samples is looked at."""
+
+How = Literal["adam", "nelder_mead"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Settings:
         iterations, batch: steps, and samples per step.
         rate, bias_rate, range_rate, input_rate: of Adam for the weight, the bias, the weight's
             ranges, and (as a share of its initial range) the input's range.
+        method: `adam`, everything learns; `nelder_mead`, a search for ranges, weights frozen.
     """
 
     bits: int
@@ -42,6 +47,7 @@ class Settings:
     bias_rate: float
     range_rate: float
     input_rate: float
+    method: How = "adam"
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,13 @@ class Student(torch.nn.Module):
         assert self.settings.activation_bits is not None
         return parameters(self.input_low, self.input_span, self.settings.activation_bits, False)
 
+    def ranges(self) -> list[Range]:
+        """What `nelder_mead` scales and shifts."""
+        found = [Range(self.low, self.span, not self.settings.symmetric)]
+        if self.settings.activation_bits is not None:
+            found.append(Range(self.input_low, self.input_span, shifts=True))
+        return found
+
     def rounded(self) -> Tensor:
         """The weight on its grid, in the layer's own shape."""
         g, s = self.geometry, self.settings
@@ -145,9 +158,13 @@ class Student(torch.nn.Module):
         return from_matrix(g, value.flatten(1)[:, : rows.shape[1]].reshape(matrix.shape))
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.output(x, self.rounded())
+
+    def output(self, x: Tensor, rounded: Tensor) -> Tensor:
+        """What it computes with a weight that is on its grid already."""
         if self.settings.activation_bits is not None:
             x = fake(x, *self.input_grid(), self.settings.activation_bits)
-        return product(self.geometry, x, self.rounded(), self.bias)
+        return product(self.geometry, x, rounded, self.bias)
 
 
 def learn(
@@ -164,7 +181,7 @@ def learn(
     Four Adam optimizers with straight-through rounding (P47, equation 2 and the released code);
     where a ReLU alone reads the layer, both sides go through it. The error over all samples is
     looked at ten times on the way, and the best state is kept: with straight-through gradients
-    the last step is not always it.
+    the last step is not always it. With the method `nelder_mead` only over the ranges, by a search.
 
     Args:
         geometry, weight, bias: the layer.
@@ -180,13 +197,15 @@ def learn(
     with torch.no_grad():
         targets = [seen(product(geometry, x.float(), weight.float(), bias)) for x in samples.then]
     student = Student(geometry, weight, bias, samples, settings)
-    before = after = _error(student, samples.now, targets, seen)
-    best = _copy(student)
-    for _ in _train(student, samples.now, targets, seen, settings, seed):
-        error = _error(student, samples.now, targets, seen)
-        if error < after:
-            best, after = _copy(student), error
-    student.load_state_dict(best)
+
+    def error() -> float:
+        return _error(student, samples.now, targets, seen)
+
+    before = error()
+    if settings.method == "nelder_mead":
+        after = search(student.ranges(), error, settings.iterations)
+    else:
+        after = _train(student, samples.now, targets, seen, error, before, seed)
     return _frozen(student, before, after)
 
 
@@ -199,10 +218,12 @@ def _train(
     inputs: Sequence[Tensor],
     targets: Sequence[Tensor],
     seen: Callable[[Tensor], Tensor],
-    settings: Settings,
+    error: Callable[[], float],
+    before: float,
     seed: int,
-) -> Iterator[int]:
-    """Trains in place; yields the number of steps done, `LOOKS` times."""
+) -> float:
+    """Trains in place, up to the best of `LOOKS` states; returns its error."""
+    settings, best, least = student.settings, _copy(student), before
     groups: list[dict[str, object]] = [
         {"params": [student.weight], "lr": settings.rate},
         {"params": [student.low, student.span], "lr": settings.range_rate},
@@ -226,8 +247,10 @@ def _train(
             optimizer.zero_grad()
             loss.backward()
         optimizer.step()
-        if step in looks:
-            yield step
+        if step in looks and (now := error()) < least:
+            best, least = _copy(student), now
+    student.load_state_dict(best)
+    return least
 
 
 def _error(
@@ -238,8 +261,9 @@ def _error(
 ) -> float:
     gap = size = 0.0
     with torch.no_grad():
+        rounded = student.rounded()
         for x, y in zip(inputs, targets, strict=True):
-            gap += float((seen(student(x.float())) - y).double().square().sum())
+            gap += float((seen(student.output(x.float(), rounded)) - y).double().square().sum())
             size += float(y.double().square().sum())
     return float((gap / size) ** 0.5) if size > 0 else float(gap**0.5)
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import graphwright as gw
 from graphwright.ir.context import Context
-from graphwright.ir.errors import ModelError
+from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.program import Program
 from graphwright.ir.select import layers
 from graphwright.ir.weights import Geometry, product, weight_value
@@ -194,3 +194,36 @@ def test_a_program_of_codes_is_refused() -> None:
     rough = gw.passes.quantize.Rtn(bits=4)(program())
     with pytest.raises(ModelError, match="can quantize none of its targets"):
         gw.passes.quantize.Adaquant()(rough, calibration=batches())
+
+
+def test_weights_and_biases_are_frozen() -> None:
+    before = program()
+    after = gw.passes.quantize.Adaquant(bits=8, activation_bits=8, method="nelder_mead")(
+        before, calibration=batches()
+    )
+    assert torch.equal(after.state["conv.bias"], before.state["conv.bias"])
+    assert not any("bias" in name and "fc" in name for name in after.state)
+    for one in layers(before):
+        other = next(x for x in layers(after) if x.name.startswith(one.name))
+        was, now = weight_value(before, one), weight_value(after, other)
+        assert float((was - now).abs().max()) < 0.05 * float(was.abs().max())
+    rounded = gw.passes.quantize.Adaquant(bits=8, activation_bits=8, iterations=0)(
+        before, calibration=batches()
+    )
+    assert relative(before, after) < 0.7 * relative(before, rounded)
+
+
+def test_searched_ranges_around_zero_run_on_integer_kernels() -> None:
+    before = program()
+    after = gw.passes.quantize.Adaquant(
+        bits=8, activation_bits=8, symmetric=True, targets=["fc"], method="nelder_mead"
+    )(before, calibration=batches())
+    assert "MatMulIntegerToFloat" in gw.lower(after, "onnxruntime").notes["kernels"]
+
+
+@pytest.mark.parametrize("option", ["batch_size", "lr", "bias_lr", "range_lr", "input_lr"])
+def test_the_search_takes_no_options_of_steps(option: str) -> None:
+    value = 7 if option == "batch_size" else 0.5
+    gw.passes.quantize.Adaquant(**{option: value})
+    with pytest.raises(ArgumentError, match=f"{option} has no part in method nelder_mead"):
+        gw.passes.quantize.Adaquant(method="nelder_mead", **{option: value})
