@@ -2,48 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, fx
+from torch import Tensor
 
 import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize_blocks
 from graphwright.ir.edit import Editor
-from graphwright.ir.errors import ModelError
 from graphwright.ir.hessian import Hessian, hessian, inverse_factor
 from graphwright.ir.layerwise import sweep
-from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
-from graphwright.ir.select import Layer, select
+from graphwright.ir.select import Layer
 from graphwright.ir.select import layers as find_layers
 from graphwright.ir.site import Site, Solved, Task
-from graphwright.ir.weights import PRODUCTS, as_matrix, from_matrix, weight_node, weight_value
-from graphwright.passes.base import Action, Context, Options, Pass, Result
+from graphwright.ir.weights import PRODUCTS, as_matrix, from_matrix, weight_node
+from graphwright.passes.base import Action, Context, Pass, Result
 from graphwright.passes.quantize._blocks import Blocks, block_for, pack, round_to_nearest
+from graphwright.passes.quantize._blockwise import BlockOptions, blocks_of, round_layers, solved
+from graphwright.passes.quantize._coding import choose, insert, layer_errors, output_error
 from graphwright.passes.quantize._gptq import Rounded, Settings, round_matrix
-from graphwright.passes.quantize._insert import matrix_of, rebuild_blocks, replace_weight
-from graphwright.passes.quantize._refusals import NO_MATRIX, refusals
-
-Find = Callable[[Layer], tuple[Blocks, Action]]
-"""The codes of a layer's weight, and what to report of it."""
+from graphwright.passes.quantize._insert import Make, rebuild_blocks
 
 
-class GptqOptions(Options):
+class GptqOptions(BlockOptions):
     """Options of quantize.gptq."""
-
-    bits: Annotated[int, Field(ge=2, le=8)] = 4
-    """Bits of a code."""
-
-    block: Annotated[int, Field(ge=-1)] = 128
-    """Weights of a row that share a scale; 0 or -1 for one scale per row. 128 is the paper's; 32 is
-    more exact, and what ONNX Runtime's CPU kernels are fastest with. Rows shorter than this get a
-    smaller one."""
-
-    symmetric: bool = False
-    """Grids around zero, without stored zero points."""
 
     act_order: bool = False
     """Round the inputs with the largest activations first, while there is most left to make up
@@ -69,15 +54,6 @@ class GptqOptions(Options):
 
     least_rows: Annotated[int, Field(ge=1)] = 16
     """Rows of activations that a layer must have seen; with fewer it is rounded to nearest."""
-
-    targets: Selector = ("*",)
-    """Layers to quantize: selector patterns over names and kinds."""
-
-    embeddings: bool = True
-    """Round embedding tables to nearest, on the same grid."""
-
-    max_error: Annotated[float, Field(gt=0)] | None = None
-    """Largest relative error of the outputs, ||a-b|| / ||a||; no bound when absent."""
 
     @model_validator(mode="after")
     def _order_needs_static_groups(self) -> Self:
@@ -127,30 +103,21 @@ class Gptq(Pass):
 
     def run(self, program: Program, context: Context) -> Result:
         options: GptqOptions = self.options
-        chosen = select(program, options.targets, {*PRODUCTS, *NO_MATRIX, "embedding"})
-        refused = refusals(program, chosen, embeddings=options.embeddings)
-        layers = [layer for layer in chosen if layer.node not in refused]
-        if not layers:
-            reasons = sorted({f"{layer.name}: {refused[layer.node]}" for layer in chosen})
-            raise ModelError(f"{self.id} can quantize none of its targets", details=tuple(reasons))
-        actions = [Action(each.name, "left alone", refused[each.node])
-                   for each in chosen if each.node in refused]  # fmt: skip
+        layers, actions = choose(program, self.id, options.targets, embeddings=options.embeddings)
         # Tables first: the layers are then calibrated on what the rounded tables give.
         products = [layer for layer in layers if layer.kind != "embedding"]
         read = {weight_node(layer) for layer in products}
         tables = [layer for layer in layers if layer.kind == "embedding"]
+        alone = [table for table in tables if weight_node(table) not in read]
         editor = Editor(program, by=self.id)
-        actions += self._insert(
-            editor, [t for t in tables if weight_node(t) not in read],
-            lambda table: self._table(program, table),
-        )  # fmt: skip
+        actions += self._tables(editor, program, alone, context.jobs)
         if not products:
             return Result(editor.finish(), tuple(actions))
         rounded = editor.finish()
         names = {layer.node.name for layer in products}
         start = rounded if options.sequential else program
         assert context.calibration is not None
-        solved = sweep(
+        found = sweep(
             start,
             [layer for layer in find_layers(start, PRODUCTS) if layer.node.name in names],
             context.calibration,
@@ -159,56 +126,39 @@ class Gptq(Pass):
             follow="solved" if options.sequential else "program",
         )
         editor = Editor(rounded, by=self.id)
-        tied = [t for t in tables if weight_node(t) in read]
-        actions += self._insert(
-            editor, [*products, *tied], lambda layer: self._product(layer, solved[layer.node.name])
-        )
-        return Result(editor.finish(), tuple(actions), _metrics(list(solved.values())))
+        tied = [table for table in tables if weight_node(table) in read]
+        actions += insert(
+            editor, [*products, *tied], lambda layer: self._product(layer, found[layer.node.name]),
+            f"int{options.bits}",
+        )  # fmt: skip
+        errors = [each.info["error"] for each in found.values()]
+        return Result(editor.finish(), tuple(actions), layer_errors(errors))
 
-    def _insert(
-        self,
-        editor: Editor,
-        layers: Sequence[Layer],
-        find: Callable[[Layer], tuple[Blocks, Action]],
+    def _tables(
+        self, editor: Editor, program: Program, tables: Sequence[Layer], jobs: int | str
     ) -> list[Action]:
-        """Puts codes in the place of every layer's weight, once for layers that share it."""
-        actions: list[Action] = []
-        done: dict[fx.Node, str] = {}
-        for layer in layers:
-            weight = weight_node(layer)
-            if weight in done:
-                what = f"int{self.options.bits}"
-                actions.append(Action(layer.name, what, f"shares the weight of {done[weight]}"))
-                continue
-            done[weight] = layer.name
-            blocks, action = find(layer)
-            replace_weight(editor, layer, rebuild_blocks(blocks))
-            actions.append(action)
-        return actions
+        """Rounds embedding tables to nearest."""
+        options: GptqOptions = self.options
+        rounded = round_layers(program, tables, options, jobs, search=options.search)
 
-    def _table(self, program: Program, layer: Layer) -> tuple[Blocks, Action]:
-        """An embedding table, rounded to nearest."""
-        weight = weight_value(program, layer)
-        matrix = matrix_of(layer.kind, weight)
-        blocks = nearest(matrix, self.options.settings(matrix.shape[1], weight.dtype))
-        error = float((blocks.value() - matrix).norm() / matrix.norm().clamp(min=1e-30))
-        what = f"int{blocks.bits}, block {blocks.block}, relative error {error:.2e}"
-        return blocks, Action(layer.name, what, "an embedding table: rounded to nearest")
+        def find(layer: Layer) -> tuple[Make, Action]:
+            blocks, error = rounded[weight_node(layer)]
+            what = f"int{blocks.bits}, block {blocks.block}, relative error {error:.2e}"
+            reason = "an embedding table: rounded to nearest"
+            return rebuild_blocks(blocks), Action(layer.name, what, reason)
 
-    def _product(self, layer: Layer, solved: Solved) -> tuple[Blocks, Action]:
+        return insert(editor, tables, find, f"int{options.bits}")
+
+    def _product(self, layer: Layer, found: Solved) -> tuple[Make, Action]:
         """A layer that the sweep has solved."""
-        info, state = solved.info, solved.state
-        bits, block, columns = (int(info[key]) for key in ("bits", "block", "columns"))
-        blocks = Blocks(
-            state["codes"], state["scale"], state.get("zero_point"), bits, block, columns
-        )
-        what = f"int{bits}, block {block}, relative error {info['error']:.2e}"
+        info, blocks = found.info, blocks_of(found)
+        what = f"int{blocks.bits}, block {blocks.block}, relative error {info['error']:.2e}"
         reason = ""
         if info["nearest"]:
             reason = f"only {int(info['rows'])} rows of calibration data: rounded to nearest"
         elif info["damping"] > self.options.damping:
             reason = f"its Hessian is singular: damping raised to {info['damping']:g}"
-        return blocks, Action(layer.name, what, reason)
+        return rebuild_blocks(blocks), Action(layer.name, what, reason)
 
 
 @dataclass(frozen=True)
@@ -235,26 +185,24 @@ class Rounding:
             return upper
 
         if is_nearest:
-            blocks = nearest(as_matrix(task.geometry, task.weight).flatten(0, 1), settings)
+            matrix = as_matrix(task.geometry, task.weight).flatten(0, 1).cpu()
+            blocks = round_to_nearest(
+                matrix, settings.bits, settings.block,
+                symmetric=settings.symmetric, search=settings.search,
+            )  # fmt: skip
         else:
             pairs = zip(matrices, stats.matrix, strict=True)
             parts = [round_matrix(w, h, factor, settings) for w, h in pairs]
             blocks = packed(together(parts), settings)
-        value = blocks.value().to(task.weight.device)
-        state = {"codes": blocks.codes, "scale": blocks.scale}
-        if blocks.zero_point is not None:
-            state["zero_point"] = blocks.zero_point
-        info = {
-            "bits": float(blocks.bits),
-            "block": float(blocks.block),
-            "columns": float(blocks.columns),
-            "error": output_error(matrices, value.float().reshape(matrices.shape), stats.matrix),
-            "rows": float(stats.count),
-            "nearest": float(is_nearest),
-            "damping": max(dampings),
-        }
-        weight = from_matrix(task.geometry, value.reshape(matrices.shape))
-        return Solved(weight=weight, state=state, info=info)
+        value = blocks.value().to(task.weight.device).reshape(matrices.shape)
+        return solved(
+            blocks,
+            from_matrix(task.geometry, value),
+            error=output_error(matrices, value.float(), stats.matrix),
+            rows=float(stats.count),
+            nearest=float(is_nearest),
+            damping=max(dampings),
+        )
 
 
 def together(parts: Sequence[Rounded]) -> Rounded:
@@ -270,28 +218,3 @@ def packed(rounded: Rounded, settings: Settings) -> Blocks:
     zero = None if settings.symmetric else rounded.zero.to("cpu", torch.uint8)
     scale = rounded.scale.to("cpu", settings.dtype)
     return pack(rounded.codes.cpu(), scale, zero, settings.bits, settings.block)
-
-
-def nearest(matrix: Tensor, settings: Settings) -> Blocks:
-    """A matrix (out, columns) rounded to nearest on the same grid, on the CPU."""
-    return round_to_nearest(
-        matrix.cpu(), settings.bits, settings.block,
-        symmetric=settings.symmetric, search=settings.search,
-    )  # fmt: skip
-
-
-def output_error(old: Tensor, new: Tensor, h: Tensor) -> float:
-    """||x (old - new)^T|| / ||x old^T||, for inputs with second moments h (groups, k, k)."""
-    change, size = (float(((m @ h) * m).sum().clamp(min=0)) for m in (old - new, old))
-    return float((change / size) ** 0.5) if size > 0 else float(change**0.5)
-
-
-def _metrics(solved: Sequence[Solved]) -> dict[str, float]:
-    errors = [each.info["error"] for each in solved]
-    if not errors:
-        return {}
-    return {
-        "layers": float(len(errors)),
-        "layer_error_mean": sum(errors) / len(errors),
-        "layer_error_max": max(errors),
-    }

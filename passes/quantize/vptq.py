@@ -8,22 +8,22 @@ from typing import Annotated, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, fx
+from torch import Tensor
 
 import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize_codebook
 from graphwright.ir.edit import Editor
-from graphwright.ir.errors import ModelError
 from graphwright.ir.hessian import Hessian, hessian, inverse_factor
 from graphwright.ir.layerwise import sweep
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
 from graphwright.ir.select import Layer, select
 from graphwright.ir.site import Site, Solved, Task
-from graphwright.ir.weights import PRODUCTS, as_matrix, from_matrix, geometry, weight_node
+from graphwright.ir.weights import as_matrix, from_matrix, geometry, weight_node
 from graphwright.passes.base import Action, Context, Options, Pass, Result
 from graphwright.passes.quantize._codebook import Vectors, rebuild_vectors
-from graphwright.passes.quantize._insert import replace_weight
-from graphwright.passes.quantize._refusals import NO_MATRIX, refusals
+from graphwright.passes.quantize._coding import KINDS, insert, kept, layer_errors, output_error
+from graphwright.passes.quantize._insert import Make
+from graphwright.passes.quantize._refusals import refusals
 from graphwright.passes.quantize._vptq import Settings, Size, quantize
 
 LEAST_ROWS = 16
@@ -146,7 +146,7 @@ class Vptq(Pass):
 
     def run(self, program: Program, context: Context) -> Result:
         options: VptqOptions = self.options
-        chosen = select(program, options.targets, {*PRODUCTS, *NO_MATRIX, "embedding"})
+        chosen = select(program, options.targets, KINDS)
         products = [layer for layer in chosen if layer.kind != "embedding"]
         refused = {layer.node: "an embedding table has no product to calibrate on"
                    for layer in chosen if layer.kind == "embedding"}  # fmt: skip
@@ -154,30 +154,20 @@ class Vptq(Pass):
         for layer in products:
             if layer.node not in refused and geometry(program, layer).groups > 1:
                 refused[layer.node] = "a grouped convolution"
-        layers = [layer for layer in products if layer.node not in refused]
-        if not layers:
-            reasons = sorted({f"{layer.name}: {refused[layer.node]}" for layer in chosen})
-            raise ModelError(f"{self.id} can quantize none of its targets", details=tuple(reasons))
+        layers, actions = kept(self.id, chosen, refused)
         assert context.calibration is not None
         solved = sweep(
             program, layers, context.calibration, Lookups(options), context,
             follow="solved" if options.sequential else "program",
         )  # fmt: skip
         editor = Editor(program, by=self.id)
-        actions = [Action(each.name, "left alone", refused[each.node])
-                   for each in chosen if each.node in refused]  # fmt: skip
-        done: dict[fx.Node, str] = {}
-        for layer in layers:
-            weight = weight_node(layer)
+
+        def find(layer: Layer) -> tuple[Make, Action]:
             found = solved[layer.node.name]
-            if weight in done:
-                reason = f"shares the weight of {done[weight]}"
-                actions.append(Action(layer.name, options.pattern, reason))
-                continue
-            done[weight] = layer.name
-            vectors = vectors_of(found)
-            replace_weight(editor, layer, rebuild_vectors(vectors, weight.meta["val"].dtype))
-            actions.append(self._action(layer, found.info))
+            make = rebuild_vectors(vectors_of(found), weight_node(layer).meta["val"].dtype)
+            return make, self._action(layer, found.info)
+
+        actions += insert(editor, layers, find, options.pattern)
         return Result(editor.finish(), tuple(actions), _metrics(list(solved.values())))
 
     def _action(self, layer: Layer, info: dict[str, float]) -> Action:
@@ -251,18 +241,7 @@ def vectors_of(solved: Solved) -> Vectors:
     return Vectors.from_state(solved.state, int(info["matrix_rows"]), widths)
 
 
-def output_error(old: Tensor, new: Tensor, h: Tensor) -> float:
-    """||x (old - new)^T|| / ||x old^T||, for inputs with second moments h (k, k)."""
-    change, size = (float(((m @ h) * m).sum().clamp(min=0)) for m in (old - new, old))
-    return float((change / size) ** 0.5) if size > 0 else float(change**0.5)
-
-
 def _metrics(solved: Sequence[Solved]) -> dict[str, float]:
     infos = [each.info for each in solved]
-    errors = [info["error"] for info in infos]
-    return {
-        "layers": float(len(infos)),
-        "bits_per_weight": sum(i["stored"] for i in infos) / sum(i["count"] for i in infos),
-        "layer_error_mean": sum(errors) / len(errors),
-        "layer_error_max": max(errors),
-    }
+    bits = sum(info["stored"] for info in infos) / sum(info["count"] for info in infos)
+    return {**layer_errors([info["error"] for info in infos]), "bits_per_weight": bits}
