@@ -57,7 +57,8 @@ def sweep(
     """Solves layers in the order of the graph, and returns what was found by node name.
 
     A tied weight is solved where it is first read. In a run with a work folder every finished
-    layer is kept there, so that a killed run does none of them twice.
+    layer is kept there, so that a killed run does none of them twice; the walk ends at the last
+    layer that is missing, and does not begin when none is.
 
     Args:
         program: left as it is.
@@ -121,7 +122,8 @@ class _Sweep:
         self.now: dict[fx.Node, Solved] = {}
         self.pending: list[tuple[Layer, Task]] = []
         self.done: set[int] = set()
-        self.constant = _constants(program.graph)
+        self.missing = {id(site) for site in self.sites if not self._is_known(site)}
+        self.constant = constant_nodes(program.graph)
         self.last_use = _last_uses(program.graph, self.constant)
 
     # ---- the walk
@@ -129,15 +131,16 @@ class _Sweep:
     def run(self) -> dict[str, Solved]:
         with torch.no_grad():
             for node in self.program.graph.nodes:
-                if node.op == "output":
-                    break
-                self._step(node)
-                if len(self.done) == len(self.sites):
+                if node.op == "output" or not self.missing:
                     break  # nothing reads what the last layers give
+                self._step(node)
                 for dead in self.last_use.get(node, ()):
                     for stream in self._streams():
                         stream.values.pop(dead, None)
             self._flush()
+        for site in self.sites:
+            if id(site) not in self.done:
+                self._solve(site)  # known: taken from the store
         return self.found
 
     def _streams(self) -> list[_Stream]:
@@ -156,8 +159,9 @@ class _Sweep:
         site = self.leader.get(node)
         if site is not None and id(site) not in self.done:
             self.done.add(id(site))
+            self.missing.discard(id(site))
             self._solve(site)
-            if len(self.done) == len(self.sites):
+            if not self.missing:
                 return
         constants = self._constants_of(node)
         for stream in self._streams():
@@ -176,9 +180,7 @@ class _Sweep:
         if replaced is not None and replaced.weight is not None:
             skip = weight_node(self.kinds[node])  # rebuilding the old weight would be for nothing
         return {
-            operand: constant_value(self.program, operand).to(self.context.device)
-            if isinstance(operand.meta.get("val"), Tensor)
-            else _plain(self.program, operand)
+            operand: constant_operand(self.program, operand, self.context.device)
             for operand in node.all_input_nodes
             if operand in self.constant and operand is not skip
         }
@@ -207,6 +209,9 @@ class _Sweep:
         return self.spill.put(node.target(*args, **kwargs))  # type: ignore[operator]
 
     # ---- solving
+
+    def _is_known(self, site: Site) -> bool:
+        return all(self.store.load(layer.name) is not None for layer in site.layers)
 
     def _solve(self, site: Site) -> None:
         missing = []
@@ -250,12 +255,13 @@ class _Sweep:
 
     def _flush(self) -> None:
         pending, self.pending = self.pending, []
-        if not pending:
-            return
-        results = self.workers.map(self.method.solve, [task for _, task in pending])
-        for (layer, _), solved in zip(pending, results, strict=True):
-            self.store.save(layer.name, solved)
-            self._accept(layer, solved)
+        width = self.workers.width if pending else 1
+        for start in range(0, len(pending), width):  # so that what is finished is soon kept
+            part = pending[start : start + width]
+            results = self.workers.map(self.method.solve, [task for _, task in part])
+            for (layer, _), solved in zip(part, results, strict=True):
+                self.store.save(layer.name, solved)
+                self._accept(layer, solved)
 
     def _accept(self, layer: Layer, solved: Solved) -> None:
         self.context.progress(layer.name, len(self.found) + 1, len(self.kinds))
@@ -281,7 +287,8 @@ class _Sweep:
         return [self._site(key[0], members) for key, members in grouped.items()]
 
     def _site(self, node: fx.Node, members: list[Layer]) -> Site:
-        def values(stream: _Stream | None) -> Iterator[Tensor]:
+        def originals() -> Iterator[Tensor]:
+            stream = self.original if self.follows_solved else self.solved_stream
             if stream is None:
                 raise ArgumentError("the original activations are kept with both=True only")
             yield from stream.values[node]
@@ -291,9 +298,9 @@ class _Sweep:
             geometry(self.program, members[0]),
             node,
             self.context.generator("site", node.name).initial_seed(),
-            lambda: values(self.solved_stream),
-            lambda: values(self.original if self.follows_solved else self.solved_stream),
             self.padding,
+            lambda other: iter(self.solved_stream.values[other]),
+            originals,
         )
 
     def _padding(self) -> list[Tensor | None]:
@@ -317,20 +324,17 @@ def _with(kind: str, args: list[Any], changed: Solved) -> tuple[Any, ...]:
     return tuple(args)
 
 
-def _plain(program: Program, node: fx.Node) -> Any:
-    """A constant that is no tensor (a size, a tuple)."""
+def constant_operand(program: Program, node: fx.Node, device: torch.device) -> Any:
+    """The value of a constant operand: a tensor on the device, a size, or a tuple."""
+    if isinstance(node.meta.get("val"), Tensor):
+        return constant_value(program, node).to(device)
     args, kwargs = fx.map_arg(
-        (node.args, node.kwargs),
-        lambda n: (
-            constant_value(program, n)
-            if isinstance(n.meta.get("val"), Tensor)
-            else _plain(program, n)
-        ),
+        (node.args, node.kwargs), lambda n: constant_operand(program, n, device)
     )
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _constants(graph: fx.Graph) -> set[fx.Node]:
+def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that depend on no input and draw no random numbers."""
     found: set[fx.Node] = set()
     for node in graph.nodes:

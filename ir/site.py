@@ -62,19 +62,24 @@ class Site:
         geometry: of the first; all make the same rows.
         node: the activation.
         seed: of its own random stream.
+        padding: what is none in every batch, (batch, length) booleans; None where nothing tells.
     """
 
     layers: tuple[Layer, ...]
     geometry: Geometry
     node: fx.Node
     seed: int
-    _values: Callable[[], Iterator[Tensor]]
+    padding: Sequence[Tensor | None]
+    _values: Callable[[fx.Node], Iterator[Any]]
     _originals: Callable[[], Iterator[Tensor]]
-    _padding: Sequence[Tensor | None]
 
     def inputs(self) -> Iterator[Tensor]:
         """The activation in every batch, as the layers solved so far give it."""
-        return self._values()
+        return self._values(self.node)
+
+    def values(self, node: fx.Node) -> Iterator[Any]:
+        """Another value in every batch, that is computed before the layers and read behind."""
+        return self._values(node)
 
     def original_inputs(self) -> Iterator[Tensor]:
         """The activation in every batch, as the program gives it that was passed in."""
@@ -82,14 +87,14 @@ class Site:
 
     def rows(self) -> Iterator[Tensor]:
         """(groups, n, depth) in every batch; padding tokens are left out."""
-        return self._rows(self._values())
+        return self._rows(self.inputs())
 
     def original_rows(self) -> Iterator[Tensor]:
         """The same rows of `original_inputs`."""
         return self._rows(self._originals())
 
     def _rows(self, values: Iterator[Tensor]) -> Iterator[Tensor]:
-        for x, real in zip(values, self._padding, strict=True):
+        for x, real in zip(values, self.padding, strict=True):
             kept = x if real is None else _without_padding(self.geometry, x, real)
             yield rows(self.geometry, kept)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from graphwright.ir.errors import ModelError
 from graphwright.passes.quantize import _grid
 
 STEPS = 20
@@ -89,46 +88,25 @@ def real_rows(x: Tensor, real: Tensor | None) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-class Inputs:
-    """What an activation looks like: mean of |x|, and of x x^T within every block of channels.
+def mean_size(batches: Iterable[Tensor]) -> tuple[Tensor, list[int]]:
+    """Mean of |x| of every channel, (in,), over rows (1, n, in) of all batches; and every n."""
+    mean, counts = torch.zeros(()), list[int]()
+    for (rows,) in batches:
+        counts.append(len(rows))
+        share = len(rows) / max(sum(counts), 1)
+        if len(rows):
+            mean = mean.to(rows.device) * (1 - share) + rows.float().abs().mean(0) * share
+    return mean, counts
 
-    Args:
-        block: channels of a block.
-        padding: what is no padding, by batch: (batch, length) booleans, or None.
-    """
 
-    def __init__(self, block: int, padding: Sequence[Tensor | None]) -> None:
-        self.block, self.padding = block, padding
-        self.seen, self.count = 0, 0
-        self.size = self.second = torch.zeros(())
-
-    def update(self, x: Tensor) -> None:
-        """Takes note of one batch."""
-        rows = real_rows(x.detach(), self.padding[self.seen]).float()
-        self.seen += 1
-        if not len(rows):
-            return
-        wide = _grid.grouped(rows, self.block).transpose(0, 1)
-        total = self.count + len(rows)
-        share = len(rows) / total
-        self.size = self.size * (1 - share) + rows.abs().mean(0) * share
-        self.second = self.second * (1 - share) + wide.transpose(1, 2) @ wide / total
-        self.count = total
-
-    @property
-    def mean(self) -> Tensor:
-        """(in,): mean of |x|."""
-        self._check()
-        return self.size
-
-    def moments(self, by: Tensor | None = None) -> Tensor:
-        """(blocks, block, block): mean of x x^T of every block, x divided by `by` (in,)."""
-        self._check()
-        if by is None:
-            return self.second
-        over = _grid.grouped(1 / by[None], self.block)[0]
-        return self.second * over[:, :, None] * over[:, None, :]
-
-    def _check(self) -> None:
-        if not self.count:
-            raise ModelError("the calibration data holds padding only")
+def moments(batches: Iterable[Tensor], block: int) -> Tensor:
+    """(blocks, block, block): mean of x x^T within every block of channels, over rows (1, n, in)
+    of all batches."""
+    found, count = torch.zeros(()), 0
+    for (rows,) in batches:
+        wide = _grid.grouped(rows.float(), block).transpose(0, 1)
+        count += len(rows)
+        share = len(rows) / max(count, 1)
+        here = wide.transpose(1, 2) @ wide / max(count, 1)
+        found = found.to(rows.device) * (1 - share) + here
+    return found

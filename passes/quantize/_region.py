@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+import graphwright.ir.ops  # noqa: F401  a region that was unpickled may call our ops
+from graphwright.ir.layerwise import constant_operand
 from graphwright.ir.program import Program
 from graphwright.ir.select import KINDS
-from graphwright.ir.weights import INPUT_ARGUMENT, PRODUCTS, constant_value
+from graphwright.ir.weights import INPUT_ARGUMENT, PRODUCTS
 
 aten = torch.ops.aten
 
@@ -31,47 +33,45 @@ LARGEST = 96
 """Nodes of a region; a group whose results meet later is judged by the results themselves."""
 
 
-Values = Mapping[fx.Node, Any]
-Visit = Callable[[int, list[Values], list[list[Tensor]], Values], None]
-"""Index of a region, what it reads and what its ends are in every batch, and its constants."""
-
-
 @dataclass(frozen=True)
 class Region:
     """Nodes that are computed anew when the weights of a group change.
 
     Attributes:
-        nodes: in graph order, layers of the group included.
+        nodes: in graph order, layers of the group included, and what they are combined with as
+            far as that is computed behind the first of them.
         ends: whose values are compared.
-        reads: values that are computed elsewhere.
+        reads: values that are computed before the first layer.
     """
 
     nodes: tuple[fx.Node, ...]
     ends: tuple[fx.Node, ...]
     reads: tuple[fx.Node, ...]
 
-    def run(
-        self, values: Values, constants: Values, weights: Mapping[fx.Node, Tensor]
-    ) -> list[Tensor]:
-        """Values of the ends.
+    def module(
+        self, program: Program, weights: Sequence[fx.Node], device: torch.device
+    ) -> fx.GraphModule:
+        """Computes the ends from the reads and `weights`; holds all other constants.
 
-        Args:
-            values: of `reads`.
-            constants: values of stored or rebuilt operands.
-            weights: values for some of the constant operands, to be used instead.
+        It refers to nothing of the program, and can be pickled: so it travels to a worker.
         """
-        local: dict[fx.Node, Any] = {}
+        graph, stored = fx.Graph(), dict[str, Any]()
+        twin: dict[fx.Node, Any] = {n: graph.placeholder(n.name) for n in (*self.reads, *weights)}
 
-        def value(node: fx.Node) -> Any:
-            for known in (local, weights, values):
-                if node in known:
-                    return known[node]
-            return constants[node]
+        def operand(leaf: Any) -> Any:
+            if not isinstance(leaf, fx.Node):
+                return device if isinstance(leaf, torch.device) else leaf
+            if leaf not in twin:
+                twin[leaf] = value = constant_operand(program, leaf, device)
+                if isinstance(value, Tensor):
+                    stored[leaf.name], twin[leaf] = value, graph.get_attr(leaf.name)
+            return twin[leaf]
 
         for node in self.nodes:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), value)
-            local[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return [local[end] for end in self.ends]
+            args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), operand)
+            twin[node] = graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+        graph.output(tuple(twin[end] for end in self.ends))
+        return fx.GraphModule(stored, graph)
 
 
 def region_of(
@@ -84,11 +84,11 @@ def region_of(
     by itself is its own region.
 
     Args:
-        layers: calls that read one activation.
+        layers: calls that read one activation, in graph order.
         order: position of every node of the graph.
         constant: nodes that depend on no input.
     """
-    own = Region(tuple(layers), tuple(layers), _reads(layers, constant))
+    own = _ending(layers, order[layers[0]], order, constant)
     if len(layers) == 1:
         return own
     heap = [(order[node], node) for node in layers]
@@ -108,7 +108,24 @@ def region_of(
                 active.add(user)
                 heapq.heappush(heap, (order[user], user))
     nodes += _to_next_layer(nodes[-1])
-    return Region(tuple(nodes), (nodes[-1],), _reads(nodes, constant))
+    whole = _ending(nodes[-1:], order[layers[0]], order, constant)
+    return whole if len(whole.nodes) <= LARGEST else own
+
+
+def _ending(
+    ends: Sequence[fx.Node], start: int, order: Mapping[fx.Node, int], constant: set[fx.Node]
+) -> Region:
+    """All that these ends are computed from, back to position `start`."""
+    nodes, reads, stack = set[fx.Node](), set[fx.Node](), list(ends)
+    while stack:
+        node = stack.pop()
+        if order[node] < start:
+            reads.add(node)
+        elif node not in nodes:
+            nodes.add(node)
+            stack += [each for each in node.all_input_nodes if each not in constant]
+    key = order.__getitem__
+    return Region(tuple(sorted(nodes, key=key)), tuple(ends), tuple(sorted(reads, key=key)))
 
 
 def _to_next_layer(end: fx.Node) -> list[fx.Node]:
@@ -126,106 +143,6 @@ def _to_next_layer(end: fx.Node) -> list[fx.Node]:
             return []
         node = user
     return []
-
-
-def _reads(nodes: Sequence[fx.Node], constant: set[fx.Node]) -> tuple[fx.Node, ...]:
-    inside = set(nodes)
-    found: dict[fx.Node, None] = {}
-    for node in nodes:
-        for operand in node.all_input_nodes:
-            if operand not in inside and operand not in constant:
-                found[operand] = None
-    return tuple(found)
-
-
-def constants_of(program: Program, nodes: Sequence[fx.Node], constant: set[fx.Node]) -> dict[
-    fx.Node, Any
-]:  # fmt: skip
-    """Values of all constant operands of some nodes."""
-    operands = {o for node in nodes for o in node.all_input_nodes if o in constant}
-    return {node: constant_value(program, node) for node in operands}
-
-
-def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that depend on no input and draw no random numbers."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        is_call = node.op == "call_function" and not is_random
-        if node.op == "get_attr" or (is_call and all(n in found for n in node.all_input_nodes)):
-            found.add(node)
-    return found
-
-
-def walk(
-    program: Program,
-    batches: Sequence[tuple[Tensor, ...]],
-    regions: Sequence[Region],
-    visit: Visit,
-) -> None:
-    """Runs all batches through the program, node by node, and visits regions as they end.
-
-    Values are freed after their last use, or after the last region that reads them.
-
-    Args:
-        program: left as it is.
-        batches: one tensor per input each; all are in memory at once.
-        regions: of the program's graph.
-        visit: see `Visit`.
-    """
-    constant = constant_nodes(program.graph)
-    last: dict[fx.Node, fx.Node] = {}
-    order = {node: index for index, node in enumerate(program.graph.nodes)}
-    ending: dict[fx.Node, list[int]] = {}
-    for index, region in enumerate(regions):
-        ending.setdefault(max(region.ends, key=order.__getitem__), []).append(index)
-    for node in program.graph.nodes:
-        needed = [*node.all_input_nodes]
-        for index in ending.get(node, ()):
-            needed += [*regions[index].reads, *regions[index].ends]
-        last.update(dict.fromkeys(needed, node))
-    dead: dict[fx.Node, list[fx.Node]] = {}
-    for node, user in last.items():
-        dead.setdefault(user, []).append(node)
-    values: dict[fx.Node, list[Any]] = {}
-    names = [spec.name for spec in program.signature.inputs]
-    left = len(regions)
-    for node in program.graph.nodes:
-        if node.op == "output" or not left:
-            return
-        if node.op == "placeholder":
-            values[node] = [batch[names.index(str(node.target))] for batch in batches]
-        elif node not in constant:
-            values[node] = _evaluate(program, node, values, constant, len(batches))
-        for index in ending.get(node, ()):
-            region = regions[index]
-            reads: list[Values] = [
-                {n: values[n][b] for n in region.reads} for b in range(len(batches))
-            ]
-            ends = [[values[n][b] for n in region.ends] for b in range(len(batches))]
-            visit(index, reads, ends, constants_of(program, region.nodes, constant))
-            left -= 1
-        for gone in dead.get(node, ()):
-            values.pop(gone, None)
-
-
-def _evaluate(
-    program: Program,
-    node: fx.Node,
-    values: Mapping[fx.Node, list[Any]],
-    constant: set[fx.Node],
-    count: int,
-) -> list[Any]:
-    known = constants_of(program, [node], constant)
-
-    def call(batch: int) -> Any:
-        def value(operand: fx.Node) -> Any:
-            return known[operand] if operand in known else values[operand][batch]
-
-        args, kwargs = fx.map_arg((node.args, node.kwargs), value)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-
-    return [call(batch) for batch in range(count)]
 
 
 def feeds_scores(layer: fx.Node) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -11,47 +12,27 @@ from pydantic import Field
 from torch import Tensor, fx
 
 import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize_blocks
-from graphwright.ir.calibrate import bound_batches, observe
-from graphwright.ir.context import Batch
 from graphwright.ir.edit import Editor
-from graphwright.ir.errors import ModelError
-from graphwright.ir.layerwise import MASK_INPUTS
-from graphwright.ir.options import Selector
+from graphwright.ir.layerwise import constant_nodes, sweep
 from graphwright.ir.program import Program
-from graphwright.ir.select import Layer, select
+from graphwright.ir.select import Layer
 from graphwright.ir.select import layers as find_layers
-from graphwright.ir.weights import PRODUCTS, weight_node, weight_value
-from graphwright.passes.base import Action, Context, Options, Pass, Result
+from graphwright.ir.site import Site, Solved, Task
+from graphwright.ir.weights import PRODUCTS, as_matrix, constant_value, weight_node
+from graphwright.passes.base import Action, Context, Pass, Result
 from graphwright.passes.quantize import _awq
 from graphwright.passes.quantize._blocks import block_for, round_to_nearest
-from graphwright.passes.quantize._folding import INNER_AXIS, Group, columns, divide, find_groups
-from graphwright.passes.quantize._insert import matrix_of, rebuild_blocks, replace_weight
-from graphwright.passes.quantize._refusals import NO_MATRIX, refusals
-from graphwright.passes.quantize._region import (
-    Region,
-    Values,
-    constant_nodes,
-    feeds_scores,
-    region_of,
-    walk,
-)
+from graphwright.passes.quantize._blockwise import BlockOptions, blocks_of, round_layers, solved
+from graphwright.passes.quantize._coding import choose, insert
+from graphwright.passes.quantize._folding import INNER_AXIS, Group, divide, find_groups
+from graphwright.passes.quantize._insert import Make, rebuild_blocks
+from graphwright.passes.quantize._region import Region, feeds_scores, region_of
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class AwqOptions(Options):
+class AwqOptions(BlockOptions):
     """Options of quantize.awq."""
-
-    bits: Annotated[int, Field(ge=2, le=8)] = 4
-    """Bits of a code."""
-
-    block: Annotated[int, Field(ge=-1)] = 128
-    """Weights of a row that share a scale; 0 or -1 for one scale per row. 128 is the paper's; 32 is
-    more exact, and what ONNX Runtime's CPU kernels are fastest with. Rows shorter than this get a
-    smaller one."""
-
-    symmetric: bool = False
-    """Grids around zero, without stored zero points."""
 
     clip: bool = True
     """Also look for a limit of every block's weights; not for layers that make attention scores."""
@@ -64,15 +45,6 @@ class AwqOptions(Options):
     """Rows of calibration data that factors are compared on: whole batches, spread evenly, as long
     as they are not more. Means and limits are of all."""
 
-    targets: Selector = ("*",)
-    """Layers to quantize: selector patterns over names and kinds."""
-
-    embeddings: bool = True
-    """Round embedding tables to nearest, on the same grid."""
-
-    max_error: Annotated[float, Field(gt=0)] | None = None
-    """Largest relative error of the outputs, ||a-b|| / ||a||; no bound when absent."""
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -82,11 +54,13 @@ class Choice:
         alpha: exponent; 0 for none.
         factors: (in,), or None.
         gain: loss with them as a share of the loss without.
+        rows: of calibration data that reached the group.
     """
 
     alpha: float
     factors: Tensor | None
     gain: float
+    rows: int = 1
 
 
 class Awq(Pass):
@@ -101,7 +75,9 @@ class Awq(Pass):
     clamped where this lowers the error of their block's part of the output. Weights become codes
     with a scale and a zero point for every block of inputs (`graphwright::dequantize_blocks`).
 
-    Embedding tables, convolutions and layers that share their weight are rounded to nearest.
+    All is measured on the activations of the float program, so that no group waits for another:
+    as many are searched at a time as there are jobs. Embedding tables, convolutions, layers that
+    share their weight, and layers that no calibration data reaches are rounded to nearest.
 
     Source: Lin et al. 2023, "AWQ: Activation-aware Weight Quantization for LLM Compression and
     Acceleration", sections 3.2 and 4, and its code. Ranges are extended to hold zero here.
@@ -114,169 +90,182 @@ class Awq(Pass):
 
     def run(self, program: Program, context: Context) -> Result:
         options: AwqOptions = self.options
-        chosen = select(program, options.targets, {*PRODUCTS, *NO_MATRIX, "embedding"})
-        refused = refusals(program, chosen, embeddings=options.embeddings)
-        layers = [layer for layer in chosen if layer.node not in refused]
-        if not layers:
-            reasons = sorted({f"{layer.name}: {refused[layer.node]}" for layer in chosen})
-            raise ModelError(f"{self.id} can quantize none of its targets", details=tuple(reasons))
+        layers, actions = choose(program, self.id, options.targets, embeddings=options.embeddings)
         groups = find_groups(program, layers, FLOATS)
-        assert context.calibration is not None
-        seen = self._look(program, groups, context)
-        choices = self._search(program, groups, seen, context)
+        choices = self._choices(program, groups, context)
         scaled, how = apply_factors(program, self.id, groups, choices, options.insert_scales)
-        described = {
-            layer.node.name: (group, choice, kind)
+        scaling = {
+            layer.node.name: (choice, kind)
             for group, choice, kind in zip(groups, choices, how, strict=True)
             for layer in group.layers
         }
-        editor = Editor(scaled, by=self.id)
-        actions = [Action(each.name, "left alone", refused[each.node])
-                   for each in chosen if each.node in refused]  # fmt: skip
         names = {layer.node.name for layer in layers}
-        done: dict[fx.Node, str] = {}
-        for layer in find_layers(scaled, {*PRODUCTS, "embedding"}):
-            if layer.node.name not in names:
-                continue
-            weight = weight_node(layer)
-            if weight in done:
-                what = f"int{options.bits}"
-                actions.append(Action(layer.name, what, f"shares the weight of {done[weight]}"))
-                continue
-            done[weight] = layer.name
-            found = described.get(layer.node.name)
-            inputs = seen[found[0].x.name] if found else None
-            actions.append(self._round(editor, scaled, layer, found, inputs))
-            context.progress(layer.name, len(done), len(names))
+        layers = [x for x in find_layers(scaled, {*PRODUCTS, "embedding"}) if x.node.name in names]
+        clipped = self._clipped(scaled, [x for x in layers if x.node.name in scaling], context)
+        plain = [x for x in layers if x.node.name not in clipped]
+        rounded = round_layers(scaled, plain, options, context.jobs)
+
+        def find(layer: Layer) -> tuple[Make, Action]:
+            found = clipped.get(layer.node.name)
+            blocks = blocks_of(found) if found else rounded[weight_node(layer)][0]
+            what, reason = _described(layer, scaling.get(layer.node.name))
+            what = f"int{options.bits}, block {blocks.block}" + what
+            if found:
+                what += f", clipping takes {found.info['gain']:.0%} off"
+            return rebuild_blocks(blocks), Action(layer.name, what, reason)
+
+        editor = Editor(scaled, by=self.id)
+        actions += insert(editor, layers, find, f"int{options.bits}")
         return Result(editor.finish(), tuple(actions), _metrics(choices))
 
-    def _look(
-        self, program: Program, groups: Sequence[Group], context: Context
-    ) -> dict[str, _awq.Inputs]:
-        """Statistics of every group's input, over all calibration data."""
-        assert context.calibration is not None
-        padding = paddings(program, context.calibration)
-        found = {
-            group.x.name: _awq.Inputs(
-                block_for(columns(program, group.layers[0]).shape[1], self.options.block), padding
-            )
-            for group in groups
-        }
-        if found:
-            observe(program, found, context.calibration, context.progress)
-        return found
-
-    def _search(
-        self,
-        program: Program,
-        groups: Sequence[Group],
-        seen: dict[str, _awq.Inputs],
-        context: Context,
-    ) -> list[Choice]:
+    def _choices(self, program: Program, groups: Sequence[Group], context: Context) -> list[Choice]:
         """Factors of every group, in its order."""
-        options: AwqOptions = self.options
-        assert context.calibration is not None
-        batches = list(bound_batches(program, context.calibration))
-        padding = paddings(program, context.calibration)
-        kept = spread_batches([_tokens(b, p) for b, p in zip(batches, padding, strict=True)],
-                              options.tokens)  # fmt: skip
         order = {node: index for index, node in enumerate(program.graph.nodes)}
         constant = constant_nodes(program.graph)
-        regions = [region_of([each.node for each in g.layers], order, constant) for g in groups]
-        choices: dict[int, Choice] = {}
+        regions = {
+            group.layers[0].node: (
+                group, region_of([each.node for each in group.layers], order, constant)
+            )
+            for group in groups
+        }  # fmt: skip
+        assert context.calibration is not None
+        # The first layer of a group stands for it.
+        found = sweep(
+            program, [group.layers[0] for group in groups], context.calibration,
+            Scaling(program, regions, self.options, context.device), context, follow="program",
+        )  # fmt: skip
+        chosen = [found[group.layers[0].node.name] for group in groups]
+        return [
+            Choice(x.info["alpha"], x.state.get("factors"), x.info["gain"], int(x.info["rows"]))
+            for x in chosen
+        ]
 
-        def visit(
-            index: int, reads: list[Values], ends: list[list[Tensor]], constants: Values
-        ) -> None:
-            trial = _Trial(regions[index], reads, ends, constants, [padding[b] for b in kept])
-            group = groups[index]
-            mean = seen[group.x.name].mean
-            choices[index] = best_factors(program, group, mean, trial, options)
-            context.progress("scaling", len(choices), len(groups))
-
-        with torch.no_grad():
-            walk(program, [batches[b] for b in kept], regions, visit)
-        return [choices[index] for index in range(len(groups))]
-
-    def _round(
-        self,
-        editor: Editor,
-        program: Program,
-        layer: Layer,
-        found: tuple[Group, Choice, str] | None,
-        inputs: _awq.Inputs | None,
-    ) -> Action:
-        """Clamps and rounds one weight of the scaled program."""
-        options: AwqOptions = self.options
-        weight = weight_value(program, layer)
-        matrix = matrix_of(layer.kind, weight)
-        block = block_for(matrix.shape[1], options.block)
-        what, reason = f"int{options.bits}, block {block}", ""
-        if found is None or inputs is None:
-            reason = "rounded to nearest: " + _why_plain(layer)
-        else:
-            _, choice, how = found
-            what += f", {how}, alpha {choice.alpha:g}" if how else ", not scaled"
-            if choice.factors is not None:
-                what += f", loss {choice.gain:.2f} of plain rounding"
-            if choice.factors is not None and not how:
-                reason = "nothing before it can take the factors"
-            if options.clip and not feeds_scores(layer.node):
-                by = choice.factors if how else None
-                limit, gain = _awq.limits(
-                    matrix.float(), inputs.moments(by), options.bits, symmetric=options.symmetric
-                )
-                matrix = _awq.clamp(matrix.float(), limit, block).to(matrix.dtype)
-                what += f", clipping takes {float(gain):.0%} off"
-        blocks = round_to_nearest(matrix, options.bits, block, symmetric=options.symmetric)
-        replace_weight(editor, layer, rebuild_blocks(blocks))
-        return Action(layer.name, what, reason)
+    def _clipped(
+        self, scaled: Program, layers: Sequence[Layer], context: Context
+    ) -> dict[str, Solved]:
+        """Codes of the layers that have limits, by name of the node."""
+        if not self.options.clip:
+            return {}
+        assert context.calibration is not None
+        bounded = [layer for layer in layers if not feeds_scores(layer.node)]
+        method = Clipping(self.options)
+        return sweep(scaled, bounded, context.calibration, method, context, follow="program")
 
 
 @dataclass(frozen=True)
-class _Trial:
-    """A region with what it reads, to be run with other weights."""
+class Trial:
+    """What the search for a group's factors needs; plain data, so that it travels to a worker.
 
-    region: Region
-    reads: list[Values]
-    ends: list[list[Tensor]]
-    constants: Values
+    Attributes:
+        ends: computes what is compared from what the region reads and the weights.
+        weights: of all layers, as stored.
+        inner: axis of the input channels of each.
+        mean: of |x|, (in,), over all rows.
+        rows: of calibration data.
+        reads: what the region reads in the batches that factors are compared on.
+        padding: what is none in these.
+    """
+
+    ends: fx.GraphModule
+    weights: tuple[Tensor, ...]
+    inner: tuple[int, ...]
+    mean: Tensor
+    rows: int
+    reads: list[list[Any]]
     padding: list[Tensor | None]
 
-    def loss(self, weights: dict[fx.Node, Tensor]) -> float:
-        """Squared error of the region's ends, padding left out."""
-        total = 0.0
-        for reads, ends, real in zip(self.reads, self.ends, self.padding, strict=True):
-            for old, new in zip(ends, self.region.run(reads, self.constants, weights), strict=True):
-                change = _awq.real_rows(new - old, real)
-                total += float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
-        return total
+    def run(self, weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """Ends of every batch, without padding."""
+        for reads, real in zip(self.reads, self.padding, strict=True):
+            yield [_awq.real_rows(end, real) for end in self.ends(*reads, *weights)]
 
 
-def best_factors(
-    program: Program, group: Group, mean: Tensor, trial: _Trial, options: AwqOptions
-) -> Choice:
-    """The factors of least loss, among those of all exponents."""
-    matrices = [columns(program, layer).float() for layer in group.layers]
-    block = block_for(matrices[0].shape[1], options.block)
-    plain, best, chosen = 0.0, float("inf"), 0
+@dataclass(frozen=True)
+class Scaling:
+    """The search for factors, one group after the other, see `ir.layerwise`."""
+
+    program: Program
+    regions: Mapping[fx.Node, tuple[Group, Region]]
+    options: AwqOptions
+    device: torch.device
+
+    def gather(self, site: Site) -> Trial:
+        """The part of the program behind the activation, and values to try it on."""
+        group, region = self.regions[site.layers[0].node]
+        mean, rows = _awq.mean_size(site.rows())
+        kept = spread_batches(rows, self.options.tokens)
+        values = [list(site.values(node)) for node in region.reads]
+        nodes = [weight_node(layer) for layer in group.layers]
+        return Trial(
+            region.module(self.program, nodes, self.device),
+            tuple(constant_value(self.program, node).to(self.device) for node in nodes),
+            tuple(INNER_AXIS[layer.kind] for layer in group.layers),
+            mean,
+            sum(rows),
+            [[batches[index] for batches in values] for index in kept],
+            [site.padding[index] for index in kept],
+        )
+
+    @property
+    def solve(self) -> Callable[[Task], Solved]:
+        """`best_factors` with the options; holds no program, so that it travels to a worker."""
+        return partial(best_factors, self.options)
+
+
+@torch.no_grad()
+def best_factors(options: AwqOptions, task: Task) -> Solved:
+    """The factors of least loss for the group of a `Trial`, among those of all exponents."""
+    trial: Trial = task.stats
+    info = {"alpha": 0.0, "gain": 1.0, "rows": float(trial.rows)}
+    if not trial.rows:
+        return Solved(info=info)
+    block = block_for(len(trial.mean), options.block)
+    exact = list(trial.run(trial.weights))
+    losses = []
     for step in range(_awq.STEPS):
-        s = _awq.factors(mean, step / _awq.STEPS)
-        weights = {}
-        for layer, w in zip(group.layers, matrices, strict=True):
-            value = _awq.nearest(w * s, options.bits, block, symmetric=options.symmetric) / s
-            stored = program.state[layer.weight]
-            turned = value if INNER_AXIS[layer.kind] == 1 else value.T
-            weights[weight_node(layer)] = turned.to(stored.dtype)
-        loss = trial.loss(weights)
-        if step == 0:
-            plain = loss
-        if loss < best:
-            best, chosen = loss, step
-    if chosen == 0:
-        return Choice(0.0, None, 1.0)
-    alpha = chosen / _awq.STEPS
-    return Choice(alpha, _awq.factors(mean, alpha), best / plain)
+        s = _awq.factors(trial.mean, step / _awq.STEPS)
+        weights = []
+        for stored, axis in zip(trial.weights, trial.inner, strict=True):
+            w = stored if axis == 1 else stored.T
+            value = _awq.nearest(w.float() * s, options.bits, block, symmetric=options.symmetric)
+            value = (value / s).to(stored.dtype)
+            weights.append(value if axis == 1 else value.T)
+        losses.append(_loss(exact, trial.run(weights)))
+    best = min(range(_awq.STEPS), key=losses.__getitem__)
+    if best == 0:
+        return Solved(info=info)
+    alpha = best / _awq.STEPS
+    info |= {"alpha": alpha, "gain": losses[best] / losses[0]}
+    return Solved(state={"factors": _awq.factors(trial.mean, alpha).cpu()}, info=info)
+
+
+def _loss(exact: Iterable[list[Tensor]], found: Iterable[list[Tensor]]) -> float:
+    """Squared error of all ends in all batches."""
+    total = 0.0
+    for old, new in zip(exact, found, strict=True):
+        for a, b in zip(old, new, strict=True):
+            total += float(torch.linalg.vector_norm(b - a, dtype=torch.float64)) ** 2
+    return total
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """The search for limits, and rounding, of one layer after the other, see `ir.layerwise`."""
+
+    options: AwqOptions
+
+    def gather(self, site: Site) -> Tensor:
+        """Second moments within the blocks of the layers' input."""
+        return _awq.moments(site.rows(), block_for(site.geometry.depth, self.options.block))
+
+    def solve(self, task: Task) -> Solved:
+        """The codes of the clamped weight, and what share of the error clamping takes off."""
+        o, block = self.options, block_for(task.geometry.depth, self.options.block)
+        w = as_matrix(task.geometry, task.weight)[0].float()
+        limit, gain = _awq.limits(w, task.stats, o.bits, symmetric=o.symmetric)
+        clamped = _awq.clamp(w, limit, block).to("cpu", task.weight.dtype)
+        blocks = round_to_nearest(clamped, o.bits, block, symmetric=o.symmetric)
+        return solved(blocks, gain=float(gain))
 
 
 def apply_factors(
@@ -294,22 +283,6 @@ def apply_factors(
     return editor.finish(), how
 
 
-def paddings(program: Program, batches: Iterable[Batch]) -> list[Tensor | None]:
-    """What is no padding in every batch: (batch, length) booleans, None where nothing tells."""
-    names = [spec.name for spec in program.signature.inputs]
-    place = next((names.index(name) for name in MASK_INPUTS if name in names), None)
-    if place is None or len(program.signature.inputs[place].shape) != 2:
-        return [None for _ in bound_batches(program, batches)]
-    return [batch[place] != 0 for batch in bound_batches(program, batches)]
-
-
-def _tokens(batch: tuple[Tensor, ...], real: Tensor | None) -> int:
-    if real is not None:
-        return int(real.sum())
-    first = batch[0]
-    return first.shape[0] if first.is_floating_point() or first.dim() < 2 else first[0:].numel()
-
-
 def spread_batches(sizes: Sequence[int], limit: int) -> list[int]:
     """Indices of batches, spread evenly, with not more than `limit` rows in all; at least one."""
     for count in range(len(sizes), 1, -1):
@@ -317,6 +290,18 @@ def spread_batches(sizes: Sequence[int], limit: int) -> list[int]:
         if sum(sizes[k] for k in kept) <= limit:
             return kept
     return [len(sizes) // 2]
+
+
+def _described(layer: Layer, scaling: tuple[Choice, str] | None) -> tuple[str, str]:
+    """What is said of a layer's scaling, and why it is not what was asked for."""
+    if scaling is None:
+        return "", "rounded to nearest: " + _why_plain(layer)
+    choice, how = scaling
+    what = f", {how}, alpha {choice.alpha:g}" if how else ", not scaled"
+    if choice.factors is None:
+        return what, "" if choice.rows else "no calibration data reaches it"
+    what += f", loss {choice.gain:.2f} of plain rounding"
+    return what, "" if how else "nothing before it can take the factors"
 
 
 def _why_plain(layer: Layer) -> str:

@@ -11,7 +11,8 @@ import graphwright as gw
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.hessian import hessian
-from graphwright.ir.layerwise import sweep
+from graphwright.ir.layer_store import LayerStore
+from graphwright.ir.layerwise import _Sweep, sweep
 from graphwright.ir.program import Program
 from graphwright.ir.select import layers
 from graphwright.ir.site import Site, Solved, Task
@@ -217,6 +218,49 @@ def test_a_killed_walk_goes_on_behind_the_last_finished_layer(tmp_path: Path) ->
     other = Dies("nothing")
     sweep(program, chosen, data, other, Context(work=tmp_path, key="another"))
     assert len(other.solved) == 6
+
+
+def test_the_walk_ends_at_the_last_layer_that_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program, data = traced(), batches()
+    chosen = layers(program, ("linear",))
+    context = Context(work=tmp_path, key="one")
+    first = sweep(program, chosen, data, Halve(), context)
+    walked: list[str] = []
+    step = _Sweep._step
+
+    def noted(self: _Sweep, node: torch.fx.Node) -> None:
+        walked.append(node.name)
+        step(self, node)
+
+    monkeypatch.setattr(_Sweep, "_step", noted)
+    again = sweep(program, chosen, data, Halve(), context)
+    assert walked == []
+    assert list(again) == list(first)
+    lost = LayerStore.of(context, program, Halve())._path("o")
+    lost.write_bytes(lost.read_bytes()[:100])
+    method = Halve()
+    again = sweep(program, chosen, data, method, context)
+    o = next(layer.node.name for layer in chosen if layer.name == "o")
+    assert method.solved == ["o"]
+    assert walked[-1] == o
+    for name, solved in first.items():
+        assert torch.equal(solved.state["h"], again[name].state["h"])
+
+
+def test_a_site_shows_other_values_too() -> None:
+    seen: list[torch.Tensor] = []
+
+    class Looks(Halve):
+        def gather(self, site: Site) -> Any:
+            if site.layers[0].name == "o":
+                seen.extend(site.values(next(iter(program.graph.find_nodes(op="placeholder")))))
+            return super().gather(site)
+
+    program, data = traced(), batches()
+    sweep(program, layers(program, ("linear",)), data, Looks(), Context())
+    assert all(torch.equal(a, b) for a, (b,) in zip(seen, data, strict=True))
 
 
 def test_a_solved_bias_and_grid_are_used_behind_it() -> None:

@@ -1,19 +1,26 @@
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
 import graphwright as gw
+from graphwright.ir import layerwise, spill
 from graphwright.ir.context import Context
+from graphwright.ir.layerwise import constant_nodes
 from graphwright.ir.select import layers
+from graphwright.ir.site import Solved, Task
 from graphwright.ir.verify import measure
-from graphwright.passes.quantize import _awq, _grid
-from graphwright.passes.quantize._folding import find_groups
-from graphwright.passes.quantize._region import constant_nodes, feeds_scores, region_of
+from graphwright.ir.weights import weight_node
+from graphwright.passes.quantize import _awq, _grid, awq
+from graphwright.passes.quantize._folding import Group, find_groups
+from graphwright.passes.quantize._region import Region, feeds_scores, region_of
 from graphwright.passes.quantize.awq import Awq, Choice, apply_factors, spread_batches
 
 HEADS, WIDTH = 4, 32
@@ -157,16 +164,22 @@ def test_an_activation_with_another_reader_is_not_folded() -> None:
 # ---- where results meet
 
 
-def region_ends(program: gw.Program) -> dict[str, list[str]]:
+def regions(program: gw.Program) -> dict[str, tuple[Group, Region]]:
     order = {node: index for index, node in enumerate(program.graph.nodes)}
     constant = constant_nodes(program.graph)
+    return {
+        group.layers[0].name: (
+            group, region_of([each.node for each in group.layers], order, constant)
+        )
+        for group in find_groups(program, layers(program, {"linear"}))
+    }  # fmt: skip
+
+
+def region_ends(program: gw.Program) -> dict[str, list[str]]:
     by_node = {layer.node: layer.name for layer in layers(program, {"linear"})}
     return {
-        group.layers[0].name: [
-            by_node.get(end, end.name)
-            for end in region_of([each.node for each in group.layers], order, constant).ends
-        ]
-        for group in find_groups(program, layers(program, {"linear"}))
+        name: [by_node.get(end, end.name) for end in region.ends]
+        for name, (_, region) in regions(program).items()
     }
 
 
@@ -191,6 +204,66 @@ def test_layers_whose_results_never_meet_are_judged_by_themselves() -> None:
 
     program = gw.trace(Two().eval(), (torch.randn(3, 8),))
     assert region_ends(program) == {"a": ["a", "b"]}
+
+
+class Cross(nn.Module):
+    """Keys and values are made before the queries and the mask that they meet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key, self.value, self.query = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.norm, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        k, v = self.key(h), self.value(h)
+        q = self.query(x.flip(1))
+        places = torch.arange(x.shape[1])
+        scores = q @ k.transpose(1, 2) - (places[:, None] - places).abs()
+        out: Tensor = self.out(scores.softmax(-1) @ v)
+        return out
+
+
+class Tap(fx.Interpreter):
+    """Keeps every value of a run."""
+
+    def __init__(self, program: gw.Program, *inputs: Tensor) -> None:
+        super().__init__(program.module)
+        self.values: dict[str, Any] = {}
+        with torch.no_grad():
+            self.run(*inputs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.values[n.name] = super().run_node(n)
+        return self.values[n.name]
+
+
+@pytest.mark.parametrize("module", [Block("rms", "gated"), Block(groups=2), Cross()])
+@pytest.mark.parametrize("travels", [False, True])
+def test_a_region_computes_what_the_program_does_with_other_weights(
+    module: nn.Module, travels: bool
+) -> None:
+    program, ((x,), *_) = traced(module)
+    before = Tap(program, x).values
+    nodes = list(program.graph.nodes)
+    for group, region in regions(program).values():
+        weights = [torch.randn(program.state[layer.weight].shape) for layer in group.layers]
+        changes = {g.weight: w for g, w in zip(group.layers, weights, strict=True)}
+        after = Tap(program.replace(state={**program.state, **changes}), x).values
+        made = region.module(program, [weight_node(g) for g in group.layers], x.device)
+        made = pickle.loads(pickle.dumps(made)) if travels else made
+        with torch.no_grad():
+            found = made(*(before[node.name] for node in region.reads), *weights)
+        assert all(nodes.index(n) < nodes.index(group.layers[0].node) for n in region.reads)
+        for end, value in zip(region.ends, found, strict=True):
+            assert torch.equal(value, after[end.name])
+            assert not torch.equal(value, before[end.name])
+
+
+def test_keys_and_values_are_judged_with_queries_that_come_later() -> None:
+    program, _ = traced(Cross())
+    assert region_ends(program)["key"] == ["out"]
+    assert [node.name for node in regions(program)["key"][1].reads][-1] == "layer_norm"
 
 
 def test_queries_and_keys_are_known() -> None:
@@ -232,11 +305,11 @@ def test_limits_are_the_best_of_all_by_the_sum_over_tokens() -> None:
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(5, 24, generator=generator) ** 3
     x = torch.randn(70, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
-    inputs = _awq.Inputs(8, [None, None])
-    for part in (x[:20], x[20:]):
-        inputs.update(part)
-    torch.testing.assert_close(inputs.mean, x.abs().mean(0))
-    limit, gain = _awq.limits(w, inputs.moments(), 3, symmetric=False)
+    batches = [x[None, :20], x[None, 20:20], x[None, 20:]]
+    mean, counts = _awq.mean_size(batches)
+    torch.testing.assert_close(mean, x.abs().mean(0))
+    assert counts == [20, 0, 50]
+    limit, gain = _awq.limits(w, _awq.moments(batches, 8), 3, symmetric=False)
     assert float(gain) > 0
     for row in range(5):
         for group in range(3):
@@ -249,14 +322,6 @@ def test_limits_are_the_best_of_all_by_the_sum_over_tokens() -> None:
                 q = _grid.decode(_grid.encode(clamped, scale, zero, 3), scale, zero)
                 best = min(best, (float((seen @ (q - part)).square().sum()), reach))
             assert float(limit[row, group]) == pytest.approx(best[1], rel=1e-6)
-
-
-def test_moments_of_a_divided_input() -> None:
-    x, s = torch.randn(50, 20), torch.rand(20) + 0.5
-    plain, divided = _awq.Inputs(8, [None]), _awq.Inputs(8, [None])
-    plain.update(x)
-    divided.update(x / s)
-    torch.testing.assert_close(plain.moments(s), divided.moments())
 
 
 def test_batches_are_spread_evenly_within_the_limit() -> None:
@@ -292,16 +357,17 @@ def test_what_was_done_is_reported() -> None:
     assert result.metrics["groups"] == 4
 
 
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 48), nn.Linear(48, 8)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        out: Tensor = self.down(gelu(self.up(x)))
+        return out
+
+
 def test_padding_has_no_say() -> None:
-    class Masked(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.down = nn.Linear(WIDTH, 48), nn.Linear(48, 8)
-
-        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
-            out: Tensor = self.down(gelu(self.up(x)))
-            return out
-
     torch.manual_seed(3)
     net = Masked().eval()
     mask = (torch.arange(8) < torch.tensor([[3], [8], [5]])).long()
@@ -310,6 +376,15 @@ def test_padding_has_no_say() -> None:
     other = torch.where(mask[..., None] == 1, x, 100 * torch.randn(3, 8, WIDTH))
     states = [Awq(block=16)(program, calibration=[(v, mask)]).state for v in (x, other)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_layers_that_no_data_reaches_are_rounded_to_nearest_and_say_so() -> None:
+    x, mask = torch.randn(3, 8, WIDTH), torch.zeros(3, 8, dtype=torch.long)
+    program = gw.trace(Masked().eval(), (x, mask))
+    result = Awq(block=16).execute(program, Context(calibration=[(x, mask)]))
+    plain = gw.passes.quantize.Rtn(block=16)(program)
+    assert torch.equal(result.program(x, mask), plain(x, mask))
+    assert {a.reason for a in result.actions} == {"no calibration data reaches it"}
 
 
 def test_layers_without_factors_are_rounded_to_nearest() -> None:
@@ -344,3 +419,92 @@ def test_lowers(backend: str) -> None:
     compiled = gw.lower(rounded, backend)
     # ONNX Runtime's kernels of few bits round the activation to 8 bits.
     assert gw.compare(rounded(*batches[0]), compiled(*batches[0])).relative < 0.02
+
+
+# ---- the engine
+
+
+def states(program: gw.Program, context: Context) -> dict[str, Tensor]:
+    return dict(Awq(bits=3, block=16).execute(program, context).program.state)
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert list(a) == list(b)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_result_is_the_same_with_more_jobs_and_with_less_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    program, batches = traced(Block("rms", "gated"))
+    plain = states(program, Context(calibration=batches))
+    assert_same(plain, states(program, Context(calibration=batches, jobs=2)))
+    spills: list[spill.Spill] = []
+
+    class Nothing(spill.Spill):
+        def __init__(self, budget: int) -> None:
+            super().__init__(0)
+            spills.append(self)
+
+    monkeypatch.setattr(spill, "SMALL", 1)
+    monkeypatch.setattr(layerwise, "Spill", Nothing)
+    assert_same(plain, states(program, Context(calibration=batches)))
+    assert len(spills) == 2
+    assert all(each.spilled > 0 == each.held for each in spills)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_the_result_is_the_same_on_a_local_ray() -> None:
+    ray = pytest.importorskip("ray", reason="ray is not installed")
+    program, batches = traced(Block("rms", "gated"))
+    here = states(program, Context(calibration=batches))
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        there = states(program, Context(calibration=batches, jobs="ray"))
+    finally:
+        ray.shutdown()
+    assert_same(here, there)
+
+
+def test_a_killed_run_goes_on_behind_the_last_finished_group(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program, batches = traced(Block("rms", "gated"))
+    plain = states(program, Context(calibration=batches))
+    context = Context(calibration=batches, work=tmp_path, key="one")
+    search, clip = awq.best_factors, awq.Clipping.solve
+    searched: list[str] = []
+    clipped: list[str] = []
+    dies = {"up"}
+
+    def counted(options: awq.AwqOptions, task: Task) -> Solved:
+        if task.name in dies:
+            raise KeyboardInterrupt
+        searched.append(task.name)
+        return search(options, task)
+
+    def counted_clip(self: awq.Clipping, task: Task) -> Solved:
+        if task.name in dies:
+            raise KeyboardInterrupt
+        clipped.append(task.name)
+        return clip(self, task)
+
+    monkeypatch.setattr(awq, "best_factors", counted)
+    monkeypatch.setattr(awq.Clipping, "solve", counted_clip)
+    with pytest.raises(KeyboardInterrupt):
+        states(program, context)
+    assert (searched, clipped) == (["attention.query", "attention.out"], [])
+    dies = {"gate"}  # of the group of `up`: first met when it is clipped
+    with pytest.raises(KeyboardInterrupt):
+        states(program, context)
+    assert searched[2:] == ["up", "down"]
+    assert clipped == ["attention.value", "attention.out", "up"]
+    dies = set()
+    assert_same(plain, states(program, context))
+    assert len(searched) == 4
+    assert clipped[3:] == ["gate", "down"]
+    # All is known: nothing is searched, and no node of the program is run again.
+    monkeypatch.setattr(layerwise._Sweep, "_step", lambda *_: pytest.fail("the walk began"))
+    assert_same(plain, states(program, context))
+    assert (len(searched), len(clipped)) == (4, 5)
