@@ -85,6 +85,12 @@ class Chain:
         return x
 
     @property
+    def is_homogeneous(self) -> bool:
+        """Whether twice the pre-activation gives twice the activation, as behind a ReLU."""
+        x = torch.linspace(-8, 8, 65, dtype=torch.float64)
+        return torch.equal(self.activation(2 * x), 2 * self.activation(x.clone()))
+
+    @property
     def can_mix(self) -> bool:
         """Whether every reader can read a mixture of channels."""
         return not any(reader.is_depthwise for reader in self.readers)

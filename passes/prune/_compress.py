@@ -6,7 +6,7 @@ a layer is made up for by what is done to the next ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize
+from graphwright.ir.canonical import op_name
 from graphwright.ir.channels import ChannelGroup, channel_groups, cut
 from graphwright.ir.context import Context
 from graphwright.ir.edit import Editor
@@ -24,6 +25,7 @@ from graphwright.ir.select import WEIGHT_ARGUMENT, Layer, layers
 from graphwright.ir.weights import BIAS_ARGUMENT
 from graphwright.passes.prune._chains import OUTPUT_AXIS, Chain, Reader, find_chain
 from graphwright.passes.prune._grid import rounded
+from graphwright.passes.prune._merging import merge
 from graphwright.passes.prune._udfc import Channels, Choice, Repair, candidates, choose
 
 
@@ -37,24 +39,28 @@ class Plan:
         repair, l1, l2: how readers are repaired.
         norm: by which channels are chosen.
         search: whether smaller scales are tried for least squared error.
+        balance, threshold: of the repair `merge`.
     """
 
     ratio: float = 0.0
     bits: int | None = None
-    repair: Repair = "auto"
+    repair: Repair | Literal["merge"] = "auto"
     l1: float = 1.0
     l2: float | None = None
     norm: Literal["l1", "l2"] = "l2"
     search: bool = False
+    balance: float = 0.85
+    threshold: float = 0.1
 
 
 @dataclass
 class Done:
-    """What was done to the channels of a chain."""
+    """What was done to the channels of a chain, and why the readers were not repaired."""
 
     kept: int
     units: int
     choice: Choice | None
+    reason: str = ""
 
 
 @dataclass
@@ -153,15 +159,38 @@ def _one(
         return gone, Done(len(kept), len(filters), None)
     damaged = (now * gain[:, None])[kept]
     channels = Channels(filters, offsets, deviations, kept, damaged)
-    repair = plan.repair
-    if not chain.can_mix:
-        repair = "none" if plan.repair == "none" or bits is None else "diagonal"
-    found = candidates(channels, repair, plan.l1, plan.l2)
+    found, reason = _candidates(chain, channels, plan, bits)
     readers = sum((_gram(state, reader) for reader in chain.readers), torch.zeros(()))
-    choice = choose(channels, readers, chain.activation, found, generator)
+    choice = choose(
+        channels, readers, chain.activation, found, generator, take_last=plan.repair == "merge"
+    )
     for reader in chain.readers:
         _repair(state, reader, choice.mixture, kept)
-    return gone, Done(len(kept), len(filters), choice)
+    return gone, Done(len(kept), len(filters), choice, reason)
+
+
+def _candidates(
+    chain: Chain, channels: Channels, plan: Plan, bits: int | None
+) -> tuple[Iterable[tuple[str, Tensor]], str]:
+    """(name, S) of what may be taken, S0 first, and why there is no more where there is not."""
+    if plan.repair != "merge":
+        repair = plan.repair
+        if not chain.can_mix:
+            repair = "none" if plan.repair == "none" or bits is None else "diagonal"
+        return candidates(channels, repair, plan.l1, plan.l2), "no repair is lower"
+    nothing = [("none", channels.nothing)]
+    count = len(channels.filters) - len(channels.kept)
+    if not count:
+        return nothing, "merging repairs no rounding"
+    if not chain.can_mix:
+        return nothing, "nothing merged: a depthwise convolution reads each channel by itself"
+    if not chain.is_homogeneous:
+        names = ", ".join(op_name(node) for node in chain.activations)
+        return nothing, f"nothing merged: {names} of a multiple is no multiple"
+    mixture, merged = merge(channels, chain.norm is not None, plan.balance, plan.threshold)
+    if not merged:
+        return nothing, f"nothing merged: no cosine with a kept filter reaches {plan.threshold:g}"
+    return [*nothing, (f"merge ({merged} of {count})", mixture)], ""
 
 
 def _rows(weight: Tensor, layer: Layer) -> Tensor:
@@ -239,7 +268,7 @@ def repair_text(done: Done) -> str:
     if choice is None:
         return "as it was"
     if choice.name == "none":
-        return f"error {choice.before:.3f} on Gaussian inputs, no repair is lower"
+        return f"error {choice.before:.3f} on Gaussian inputs, {done.reason}"
     return (
         f"repair {choice.name}: error {choice.before:.3f} to {choice.after:.3f} on Gaussian inputs"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -13,11 +13,13 @@ from graphwright.passes.prune._udfc import Repair
 class RepairOptions(Options):
     """How the readers of damaged channels are repaired."""
 
-    repair: Repair = "auto"
+    repair: Repair | Literal["merge"] = "auto"
     """How lost channels are made up for: `ridge`, any mixture of the kept ones; `nonneg`, mixtures
     without negative coefficients; `diagonal`, kept channels are only scaled (rounded weights);
     `auto`, all of these; `none`. Of every kind several strengths are tried, and what has the least
-    error on Gaussian inputs is taken, which may be to change nothing."""
+    error on Gaussian inputs is taken, which may be to change nothing. Beside these `merge`, Neuron
+    Merging, the method before this one: a lost channel goes into one kept channel, untried; for
+    pruning only."""
 
     offsets: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the channels' offsets (biases, batch norm) beside that of their filters."""

@@ -22,7 +22,7 @@ candidates and their choice are ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -171,8 +171,10 @@ def choose(
     channels: Channels,
     readers: Tensor,
     activation: Callable[[Tensor], Tensor],
-    found: Iterator[tuple[str, Tensor]],
+    found: Iterable[tuple[str, Tensor]],
     generator: torch.Generator,
+    *,
+    take_last: bool = False,
 ) -> Choice:
     """The candidate with the least error in front of the readers.
 
@@ -182,6 +184,7 @@ def choose(
         activation: of the channels, elementwise.
         found: candidates, S0 first.
         generator: of the Gaussian inputs.
+        take_last: the last candidate is taken, whatever its error.
     """
     whole, rounded = gaussian_activations(channels, activation, generator)
     size = float(((whole @ readers) * whole).sum())
@@ -191,7 +194,7 @@ def choose(
         error = float(((gap @ readers) * gap).sum())
         error = (error / size) ** 0.5 if size > 0 else 0.0
         first = error if best is None else best.before
-        if best is None or error < best.after:
+        if best is None or take_last or error < best.after:
             best = Choice(name, mixture, first, error)
     assert best is not None
     return best

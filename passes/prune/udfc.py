@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from graphwright.ir.program import Program
 from graphwright.ir.select import Layer, select
@@ -28,6 +28,24 @@ class UdfcOptions(RepairOptions):
     norm: Literal["l1", "l2"] = "l2"
     """Norm of a channel's filter, batch norm included, by which the smallest go."""
 
+    merge_balance: Annotated[float, Field(ge=0, le=1)] = 0.85
+    """For `merge`: how much the directions of two filters count in the choice of the kept channel,
+    beside the offsets that batch norm gives them. The paper's code has 0.7 to 0.85, by model.
+    Without a batch norm the offset is a part of the direction."""
+
+    merge_threshold: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """For `merge`: smallest cosine of two filters that are merged. The paper's code has 0.1 for
+    convolutions with batch norm, 0.45 for linear layers."""
+
+    @model_validator(mode="after")
+    def _options_of_the_repair(self) -> Self:
+        merges = self.repair == "merge"
+        unread = ("offsets", "shrinkage") if merges else ("merge_balance", "merge_threshold")
+        for name in unread:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no part in repair {self.repair}")
+        return self
+
 
 class Udfc(Pass):
     """Removes the channels with the smallest filters, and repairs the next layer in closed form.
@@ -39,9 +57,17 @@ class Udfc(Pass):
     statistics tell how the channels are distributed. With `weight_bits`, all selected weights
     become integer codes with a scale per output channel as well.
 
+    With `repair: merge` it is Neuron Merging instead, a baseline: every lost channel is added to
+    the one kept channel whose filter is nearest in direction and, behind a batch norm, in offset,
+    times the ratio of their norms. It is done as published, without a trial; where the activation
+    is not positively homogeneous, or a depthwise convolution reads the channels, they are only
+    lost. Rounding is not repaired by it. The filters compared are those that the repairs before
+    have left, the paper's code takes the original ones.
+
     Source: Bai et al. 2023, "Unified Data-Free Compression". The paper's code is not published:
     the assumption and the closed form are the paper's; the shrinkage, the non-negative variant and
-    the choice among variants on Gaussian inputs are ours.
+    the choice among variants on Gaussian inputs are ours. `merge`: Kim et al. 2020, "Neuron
+    Merging: Compensating for Pruned Neurons", section 3.
     """
 
     contract = "lossy"
@@ -55,7 +81,7 @@ class Udfc(Pass):
         names = {layer.name for layer in chosen}
         weights = quantizable(program, chosen)[0] if o.weight_bits is not None else set()
         plan = Plan(o.ratio, o.weight_bits, o.repair, o.offsets, o.shrinkage, o.norm,
-                    o.search_scale)  # fmt: skip
+                    o.search_scale, o.merge_balance, o.merge_threshold)  # fmt: skip
         found = compress(program, context, plan, names, weights)
         actions = _actions(found, chosen)
         result = found.program

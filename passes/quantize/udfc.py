@@ -14,6 +14,7 @@ from graphwright.passes.base import Context, Pass, Result
 from graphwright.passes.prune._compress import Plan, compress, metrics
 from graphwright.passes.prune._repair_options import RepairOptions
 from graphwright.passes.prune._round import quantizable, quantized
+from graphwright.passes.prune._udfc import Repair
 
 
 class UdfcOptions(RepairOptions):
@@ -21,6 +22,12 @@ class UdfcOptions(RepairOptions):
 
     bits: Annotated[int, Field(ge=2, le=8)] = 6
     """Bits of a weight code; codes are stored as int8."""
+
+    repair: Repair = "auto"
+    """How rounded channels are made up for: `ridge`, any mixture of the rounded ones; `diagonal`,
+    they are only scaled; `auto`, both; `none`. Of both several strengths are tried, and what has
+    the least error on Gaussian inputs is taken, which may be to change nothing. `nonneg` is for
+    pruned channels, and changes nothing here."""
 
 
 class Udfc(Pass):
