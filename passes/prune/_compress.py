@@ -6,6 +6,7 @@ a layer is made up for by what is done to the next ones.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -26,7 +27,14 @@ from graphwright.ir.weights import BIAS_ARGUMENT
 from graphwright.passes.prune._chains import OUTPUT_AXIS, Chain, Reader, find_chain
 from graphwright.passes.prune._grid import rounded
 from graphwright.passes.prune._merging import merge
-from graphwright.passes.prune._udfc import Channels, Choice, Repair, candidates, choose
+from graphwright.passes.prune._udfc import (
+    Channels,
+    Choice,
+    Repair,
+    candidates,
+    choose,
+    feature_candidates,
+)
 
 
 @dataclass(frozen=True)
@@ -146,7 +154,7 @@ def _one(
 ) -> tuple[Tensor, Done]:
     """Damages one chain and repairs its readers in `state`; returns the channels that go."""
     weight = _rows(state[chain.producer.weight], chain.producer)
-    gain, offsets, deviations = _affine(program, state, chain, weight)
+    gain, offsets, deviations, means = _affine(program, state, chain, weight)
     filters = weight * gain[:, None]
     if not bool(torch.isfinite(filters).all() and torch.isfinite(offsets).all()):
         raise ModelError(f"{chain.producer.name}: weights or batch norm hold NaN or infinity")
@@ -158,8 +166,8 @@ def _one(
     if not count and bits is None:
         return gone, Done(len(kept), len(filters), None)
     damaged = (now * gain[:, None])[kept]
-    channels = Channels(filters, offsets, deviations, kept, damaged)
-    found, reason = _candidates(chain, channels, plan, bits)
+    channels = Channels(filters, offsets, deviations, kept, damaged, means)
+    found, reason = _candidates(chain, channels, plan, bits, generator)
     readers = sum((_gram(state, reader) for reader in chain.readers), torch.zeros(()))
     choice = choose(
         channels, readers, chain.activation, found, generator, take_last=plan.repair == "merge"
@@ -170,14 +178,18 @@ def _one(
 
 
 def _candidates(
-    chain: Chain, channels: Channels, plan: Plan, bits: int | None
+    chain: Chain, channels: Channels, plan: Plan, bits: int | None, generator: torch.Generator
 ) -> tuple[Iterable[tuple[str, Tensor]], str]:
     """(name, S) of what may be taken, S0 first, and why there is no more where there is not."""
     if plan.repair != "merge":
         repair = plan.repair
         if not chain.can_mix:
             repair = "none" if plan.repair == "none" or bits is None else "diagonal"
-        return candidates(channels, repair, plan.l1, plan.l2), "no repair is lower"
+        found: Iterable[tuple[str, Tensor]] = candidates(channels, repair, plan.l1, plan.l2)
+        if repair in ("auto", "features"):
+            fitted = feature_candidates(channels, chain.activation, plan.l2, generator)
+            found = itertools.chain(found, list(fitted))
+        return found, "no repair is lower"
     nothing = [("none", channels.nothing)]
     count = len(channels.filters) - len(channels.kept)
     if not count:
@@ -201,8 +213,8 @@ def _rows(weight: Tensor, layer: Layer) -> Tensor:
 
 def _affine(
     program: Program, state: Mapping[str, Tensor], chain: Chain, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(gain, offset, deviation) of every channel's pre-activation.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(gain, offset, deviation, mean) of every channel's pre-activation.
 
     Without a batch norm, inputs are taken to have the deviation 1 and the mean 0.
     """
@@ -217,12 +229,12 @@ def _affine(
     place = BIAS_ARGUMENT.get(chain.producer.kind)
     bias = values(args[place] if place is not None else None, 0.0)
     if chain.norm is None:
-        return torch.ones_like(bias), bias, weight.norm(dim=1)
+        return torch.ones_like(bias), bias, weight.norm(dim=1), bias
     norm, _ = full_arguments(chain.norm)
     gamma, beta = values(norm[1], 1.0), values(norm[2], 0.0)
     mean, variance = values(norm[3], 0.0), values(norm[4], 1.0)
     gain = gamma / torch.sqrt(variance + norm[7])
-    return gain, beta + gain * (bias - mean), gamma.abs()
+    return gain, beta + gain * (bias - mean), gamma.abs(), beta
 
 
 def _columns(state: Mapping[str, Tensor], reader: Reader) -> Tensor:

@@ -15,9 +15,12 @@ harm. So there are several candidates (l2 on a grid, S >= 0, the diagonal alone,
 one with the least error on Gaussian inputs is taken: pre-activations with the means and deviations
 that the batch norm tells, correlated as the filters are. No data is read.
 
+Another candidate, `features`, is fitted to such activations a and damaged ones d themselves:
+S = (E d d^T + l2 I)^-1 (E d a^T + l2 S0). So it sees what the activation does to means.
+
 Source: Bai et al. 2023, "Unified Data-Free Compression: Pruning and Quantization without
 Fine-Tuning" (the assumption, the two coefficients, the closed form). The shrinkage towards S0, the
-candidates and their choice are ours.
+fit to Gaussian activations, the candidates and their choice are ours.
 """
 
 from __future__ import annotations
@@ -29,13 +32,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Repair = Literal["auto", "ridge", "nonneg", "diagonal", "none"]
+Repair = Literal["auto", "features", "ridge", "nonneg", "diagonal", "none"]
 
 GRID = (1e-2, 1e-1, 1.0, 10.0, 100.0)
 """l2 that are tried, in units of the mean diagonal of Y Y^T + l1 e e^T."""
 
 SAMPLES = 2048
 """Gaussian inputs that the candidates are compared on."""
+PER_CHANNEL = 8
+"""Gaussian inputs that `features` is fitted to, for each channel, and no fewer than `SAMPLES`."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Channels:
         deviations: (N,) of the pre-activations X_j a.
         kept: (R,) indices of the channels that are kept, ascending.
         damaged: Y (R, k), their filters now; their offsets are as before.
+        means: (N,) of the pre-activations X_j a + c_j; None for those of inputs a of mean zero.
     """
 
     filters: Tensor
@@ -55,6 +61,7 @@ class Channels:
     deviations: Tensor
     kept: Tensor
     damaged: Tensor
+    means: Tensor | None = None
 
     @property
     def nothing(self) -> Tensor:
@@ -129,7 +136,7 @@ def candidates(
 
     Args:
         channels: before and after.
-        repair: `auto` for all kinds, or one.
+        repair: `auto` for all kinds, or one; `features` are `feature_candidates`.
         l1: weight of the offsets.
         l2: in units of the mean diagonal; None for the whole grid.
     """
@@ -155,6 +162,35 @@ def candidates(
             yield f"nonneg {share:g}", nonneg(channels, l1, strength)
         if repair in ("auto", "diagonal") and channels.is_rounded:
             yield f"diagonal {share:g}", diagonal(channels, l1, strength)
+
+
+def feature_candidates(
+    channels: Channels,
+    activation: Callable[[Tensor], Tensor],
+    l2: float | None,
+    generator: torch.Generator,
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, S) fitted to Gaussian activations; kept channels that are not rounded stay.
+
+    Args:
+        channels: before and after.
+        activation: of the channels, elementwise.
+        l2: in units of the mean square of the damaged activations; None for the whole grid.
+        generator: of the Gaussian inputs, other ones than those of `choose`.
+    """
+    count = max(SAMPLES, PER_CHANNEL * len(channels.filters))
+    whole, damaged = gaussian_activations(channels, activation, generator, count)
+    left, right = damaged.T @ damaged / count, damaged.T @ whole / count
+    unit = float(left.diagonal().mean())
+    if unit == 0.0:
+        return
+    eye = torch.eye(len(left), dtype=left.dtype, device=left.device)
+    for share in GRID if l2 is None else (l2,):
+        strength = share * unit
+        mixture = torch.linalg.solve(left + strength * eye, right + strength * channels.nothing)
+        if not channels.is_rounded:
+            mixture[:, channels.kept] = eye
+        yield f"features {share:g}", mixture
 
 
 @dataclass(frozen=True)
@@ -201,17 +237,21 @@ def choose(
 
 
 def gaussian_activations(
-    channels: Channels, activation: Callable[[Tensor], Tensor], generator: torch.Generator
+    channels: Channels,
+    activation: Callable[[Tensor], Tensor],
+    generator: torch.Generator,
+    count: int = SAMPLES,
 ) -> tuple[Tensor, Tensor]:
-    """Activations of all channels (n, N) and of the damaged ones (n, R) on the same white noise.
+    """Activations of all channels (count, N) and of the damaged ones (count, R) on one white noise.
 
-    Every pre-activation has the deviation that is given, and its offset for a mean.
+    Every pre-activation has the mean and the deviation that are given.
     """
-    draws = torch.randn(SAMPLES, channels.filters.shape[1], generator=generator)
+    draws = torch.randn(count, channels.filters.shape[1], generator=generator)
     x = draws.to(channels.filters)
     norms = channels.filters.norm(dim=1)
     scale = torch.where(norms > 0, channels.deviations / norms.clamp_min(1e-30), 0.0)
-    whole = activation(x @ channels.filters.T * scale + channels.offsets)
+    means = channels.offsets if channels.means is None else channels.means
+    whole = activation(x @ channels.filters.T * scale + means)
     kept = channels.kept
-    rounded = activation(x @ channels.damaged.T * scale[kept] + channels.offsets[kept])
+    rounded = activation(x @ channels.damaged.T * scale[kept] + means[kept])
     return whole, rounded

@@ -38,10 +38,8 @@ class UdfcOptions(RepairOptions):
     convolutions with batch norm, 0.45 for linear layers."""
 
     @model_validator(mode="after")
-    def _options_of_the_repair(self) -> Self:
-        merges = self.repair == "merge"
-        unread = ("offsets", "shrinkage") if merges else ("merge_balance", "merge_threshold")
-        for name in unread:
+    def _options_of_merging(self) -> Self:
+        for name in ("merge_balance", "merge_threshold") if self.repair != "merge" else ():
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} has no part in repair {self.repair}")
         return self
@@ -52,6 +50,8 @@ class Udfc(Pass):
 
     A lost channel is taken to be a mixture of the kept ones of its layer; the mixture follows from
     the filters and the batch norm alone, and is multiplied into the layers that read the channels.
+    `ridge` and `nonneg` compare filters; `features` compares what the activation makes of Gaussian
+    inputs with the means and deviations that the batch norm knows, and mostly wins under `auto`.
     Works where one layer's channels reach other layers through batch norm, activation and pooling:
     chains, and the inside of residual blocks. Run it before batch norms are folded: their
     statistics tell how the channels are distributed. With `weight_bits`, all selected weights
@@ -65,9 +65,9 @@ class Udfc(Pass):
     have left, the paper's code takes the original ones.
 
     Source: Bai et al. 2023, "Unified Data-Free Compression". The paper's code is not published:
-    the assumption and the closed form are the paper's; the shrinkage, the non-negative variant and
-    the choice among variants on Gaussian inputs are ours. `merge`: Kim et al. 2020, "Neuron
-    Merging: Compensating for Pruned Neurons", section 3.
+    the assumption and the closed form (`ridge`) are the paper's; the shrinkage, the non-negative
+    variant, `features`, and the choice among variants on Gaussian inputs are ours. `merge`: Kim et
+    al. 2020, "Neuron Merging: Compensating for Pruned Neurons", section 3.
     """
 
     contract = "lossy"

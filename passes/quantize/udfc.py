@@ -24,10 +24,11 @@ class UdfcOptions(RepairOptions):
     """Bits of a weight code; codes are stored as int8."""
 
     repair: Repair = "auto"
-    """How rounded channels are made up for: `ridge`, any mixture of the rounded ones; `diagonal`,
-    they are only scaled; `auto`, both; `none`. Of both several strengths are tried, and what has
-    the least error on Gaussian inputs is taken, which may be to change nothing. `nonneg` is for
-    pruned channels, and changes nothing here."""
+    """How rounded channels are made up for: `ridge`, any mixture of the rounded ones, from the
+    filters; `features`, any mixture, fitted to activations on Gaussian inputs; `diagonal`, they are
+    only scaled; `auto`, all of these; `none`. Of every kind several strengths are tried, and what
+    has the least error on other Gaussian inputs is taken, which may be to change nothing. `nonneg`
+    is for pruned channels, and changes nothing here."""
 
 
 class Udfc(Pass):
@@ -41,8 +42,8 @@ class Udfc(Pass):
     option `weight_bits` of prune.udfc.
 
     Source: Bai et al. 2023, "Unified Data-Free Compression". The paper's code is not published:
-    the assumption and the closed form are the paper's; the shrinkage and the choice among variants
-    on Gaussian inputs are ours.
+    the assumption and the closed form (`ridge`) are the paper's; the shrinkage, `features`, and the
+    choice among variants on Gaussian inputs are ours.
     """
 
     contract = "lossy"

@@ -26,7 +26,7 @@ from graphwright.passes.prune import Udfc
 
 RUNS = ((0.1, None), (0.3, None), (0.3, 6), (0.3, 4), (0.0, 4), (0.0, 3), (0.5, None))
 """Share of the channels that goes, and bits of the weights."""
-REPAIRS = ("none", "merge", "ridge", "nonneg", "auto")
+REPAIRS = ("none", "merge", "ridge", "nonneg", "features", "auto")
 
 
 def main() -> None:

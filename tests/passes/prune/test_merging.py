@@ -242,3 +242,6 @@ def test_options_that_do_not_belong_together() -> None:
         Udfc(repair="merge", **{name: 0.5})
     with pytest.raises(ArgumentError, match="repair"):
         QuantizeUdfc(repair="merge")
+    for one in (Udfc, QuantizeUdfc):
+        with pytest.raises(ArgumentError, match="offsets has no part in repair features"):
+            one(repair="features", offsets=0.5)

@@ -155,7 +155,7 @@ def error(program: gw.Program, **options: Any) -> float:
         return float(gap.norm() / program(x).norm())
 
 
-@pytest.mark.parametrize("repair", ["ridge", "nonneg", "auto"])
+@pytest.mark.parametrize("repair", ["ridge", "nonneg", "features", "auto"])
 def test_repair_helps_on_correlated_filters(repair: str) -> None:
     better = 0
     for seed in range(8):
