@@ -52,7 +52,7 @@ class Plan:
 
     ratio: float = 0.0
     bits: int | None = None
-    repair: Repair | Literal["merge"] = "auto"
+    repair: Literal[Repair, "merge"] = "auto"
     l1: float = 1.0
     l2: float | None = None
     norm: Literal["l1", "l2"] = "l2"

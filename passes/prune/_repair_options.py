@@ -16,7 +16,7 @@ UNREAD = {"merge": ("offsets", "shrinkage"), "features": ("offsets",)}
 class RepairOptions(Options):
     """How the readers of damaged channels are repaired."""
 
-    repair: Repair | Literal["merge"] = "auto"
+    repair: Literal[Repair, "merge"] = "auto"
     """How lost channels are made up for: `ridge`, any mixture of the kept ones, from the filters;
     `nonneg`, mixtures without negative coefficients; `features`, any mixture, fitted to activations
     on Gaussian inputs; `diagonal`, kept channels are only scaled (rounded weights); `auto`, all of
