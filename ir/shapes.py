@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from graphwright.ir.edit import fake_mode_of, gw_meta
 from graphwright.ir.errors import ModelError
-from graphwright.ir.fake import fake_call
+from graphwright.ir.fake_calls import FakeCalls
 from graphwright.ir.program import Program
 
 
@@ -21,6 +22,7 @@ def propagate_shapes(program: Program) -> None:
             shapes and the pass that made it.
     """
     mode = fake_mode_of(program.graph)
+    call = FakeCalls(mode)
     values: dict[fx.Node, Any] = {}
     with torch.no_grad():
         for node in program.graph.nodes:
@@ -28,18 +30,28 @@ def propagate_shapes(program: Program) -> None:
                 values[node] = node.meta["val"]
             elif node.op == "get_attr":
                 tensor = program.state[str(node.target)]
-                values[node] = mode.from_tensor(tensor.detach(), static_shapes=True)
+                values[node] = node.meta.get("val")
+                if not _is_like(values[node], tensor):
+                    values[node] = mode.from_tensor(tensor.detach(), static_shapes=True)
             elif node.op == "call_function":
-                values[node] = _evaluate(node, values, mode)
+                values[node] = _evaluate(node, values, call)
             else:
                 continue
             node.meta["val"] = values[node]
 
 
-def _evaluate(node: fx.Node, values: dict[fx.Node, Any], mode: Any) -> Any:
+def _is_like(value: Any, tensor: torch.Tensor) -> bool:
+    """Whether a recorded value is what a stored tensor would get anew."""
+    if not isinstance(value, FakeTensor) or value.requires_grad:
+        return False
+    now, then = ((t.shape, t.stride(), t.dtype, t.device, t.layout) for t in (value, tensor))
+    return now == then
+
+
+def _evaluate(node: fx.Node, values: dict[fx.Node, Any], call: FakeCalls) -> Any:
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
     try:
-        return fake_call(node.target, args, kwargs, mode)
+        return call(node.target, args, kwargs)
     except Exception as error:
         operands = [
             f"{n.name}: {tuple(values[n].shape)}"

@@ -33,7 +33,8 @@ class Selection:
 
     def __post_init__(self) -> None:
         self.ranked = np.sort(np.concatenate(self.scores))
-        self._protected: set[int] = set()
+        self._sorted = [np.sort(scores) for scores in self.scores]
+        self._order = [np.argsort(scores, kind="stable") for scores in self.scores]
 
     def steps(self) -> int:
         """Number of ever larger removals there are."""
@@ -42,15 +43,13 @@ class Selection:
     def removed_at(self, step: int) -> list[np.ndarray]:
         """Unit indices per group at a step; a larger step never removes fewer."""
         found = []
-        for group, scores in zip(self.groups, self.scores, strict=True):
-            order = np.argsort(scores, kind="stable")
-            order = order[[int(group.classes[u]) not in self._protected for u in order]]
+        for group, scores, order in zip(self.groups, self._sorted, self._order, strict=True):
             if self.by_group:
                 count = group.units * step // self.steps()
             elif step == 0:
                 count = 0
             else:
-                count = int(np.searchsorted(np.sort(scores), self.ranked[step - 1], "right"))
+                count = int(np.searchsorted(scores, self.ranked[step - 1], "right"))
             found.append(order[: self._limited(group.units, count)])
         return found
 
@@ -93,4 +92,8 @@ class Selection:
         every = np.concatenate([g.classes for g in self.groups])
         values = np.concatenate(self.scores)
         inside = np.flatnonzero(np.isin(every, classes))
-        self._protected.add(int(every[inside[np.argmax(values[inside])]]))
+        kept = every[inside[np.argmax(values[inside])]]
+        self._order = [
+            order[group.classes[order] != kept]
+            for group, order in zip(self.groups, self._order, strict=True)
+        ]
