@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,15 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphwright.ir.data_checks import RawBatch, check_batch, check_names, without_padding
 from graphwright.ir.data_sources import Column, Table, TextSource, open_source
 from graphwright.ir.errors import ArgumentError
-from graphwright.ir.signature import DimRange, Signature, TensorSpec
+from graphwright.ir.signature import DimRange, Signature
+from graphwright.ir.synthetic import draw_size, example_sizes, other_size_inputs, synthetic_inputs
+
+__all__ = [
+    "Batches",
+    "Rows",
+    "as_batches",
+    "batch_size",
+    "check_batch",
+    "example_sizes",
+    "load_data",
+    "other_size_inputs",
+    "synthetic_inputs",
+]
 
 LABEL_NAMES = ("labels", "targets")
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_SYNTHETIC_SAMPLES = 32
-
-RawBatch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -163,161 +174,12 @@ def as_batches(data: Iterable[Any], signature: Signature) -> Batches:
     return _from_stream("the data", lambda: data, signature, None)
 
 
-def example_sizes(signature: Signature, examples: Sequence[Tensor]) -> dict[str, int]:
-    """Size of every dynamic dimension in the example inputs."""
-    return {
-        dim: size
-        for spec, example in zip(signature.inputs, examples, strict=True)
-        for dim, size in zip(spec.shape, example.shape, strict=True)
-        if isinstance(dim, str)
-    }
-
-
-def other_size_inputs(
-    signature: Signature, examples: Sequence[Tensor], seed: int
-) -> dict[str, Tensor] | None:
-    """Random inputs in which every dynamic dimension that can has another size than the examples.
-
-    The first axis grows by one; others are halved from 32 on and doubled below, which keeps what
-    a model divides by and stays clear of what a convolution needs at least. None where nothing
-    can differ.
-    """
-    sizes = example_sizes(signature, examples)
-    leading = {spec.shape[0] for spec in signature.inputs if spec.shape}
-    other = dict(sizes)
-    for dim, size in sizes.items():
-        bounds = signature.dims.get(dim, DimRange())
-        wanted = [size + 1] if dim in leading else [size // 2] if size >= 32 else [2 * size]
-        for candidate in (*wanted, size + 1, size - 1):
-            if bounds.min <= candidate and (bounds.max is None or candidate <= bounds.max):
-                other[dim] = candidate
-                break
-    if other == sizes:
-        return None
-    return synthetic_inputs(signature, other, torch.Generator().manual_seed(seed))
-
-
 def batch_size(inputs: RawBatch, signature: Signature) -> int:
     """Samples in a batch: the first axis of the first input that has one."""
     for spec in signature.inputs:
         if spec.shape:
             return int(inputs[spec.name].shape[0])
     return 1
-
-
-# --- checks ------------------------------------------------------------------------------------
-
-
-def check_batch(raw: RawBatch, signature: Signature, where: str) -> dict[str, Tensor]:
-    """`raw`'s inputs in signature order, in the signature's dtypes.
-
-    Raises:
-        ArgumentError: a missing input, a wrong rank or size, a NaN, or a dtype that would lose
-            values when cast.
-    """
-    check_names(list(raw), signature, where)
-    sizes: dict[str, int] = {}
-    return {
-        spec.name: _check_input(spec, raw[spec.name], signature.dims, sizes, where)
-        for spec in signature.inputs
-    }
-
-
-def without_padding(
-    batch: dict[str, Tensor], labels: Tensor | None, signature: Signature
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The batch cut to its longest text, where a mask says that the rest is padding in every row.
-
-    A file holds texts of all lengths in one array; run as it stands, most of what a calibration
-    would see are padding tokens. Only a dynamic length is cut, and only behind the last token.
-    """
-    for spec in signature.inputs:
-        is_mask = spec.name.endswith("mask") and len(spec.shape) == 2
-        if not is_mask or not isinstance(spec.shape[1], str):
-            continue
-        mask, dim = batch[spec.name] != 0, spec.shape[1]
-        kept = int(mask.any(0).nonzero().max()) + 1 if bool(mask.any()) else 0
-        if kept < 2 or kept == mask.shape[1]:
-            continue
-        cut = dict(batch)
-        for other in signature.inputs:
-            for axis, name in enumerate(other.shape):
-                if name == dim:
-                    cut[other.name] = cut[other.name].narrow(axis, 0, kept)
-        same = labels is not None and labels.shape[:2] == mask.shape
-        return cut, labels[:, :kept] if same and labels is not None else labels
-    return batch, labels
-
-
-def check_names(given: Sequence[str], signature: Signature, where: str) -> None:
-    """Raises ArgumentError when an input is not among the names, with the nearest of them."""
-    for spec in signature.inputs:
-        if spec.name not in given:
-            near = difflib.get_close_matches(spec.name, given, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ArgumentError(
-                f"there is nothing for input {spec.name!r}{hint}",
-                where=where,
-                fix=f"It holds {sorted(given)}; the model takes "
-                f"{[s.name for s in signature.inputs]}.",
-            )
-
-
-def _check_input(
-    spec: TensorSpec,
-    value: Tensor,
-    dims: Mapping[str, DimRange],
-    sizes: dict[str, int],
-    where: str,
-) -> Tensor:
-    where = f"{where}: input {spec.name!r}"
-    shape, wanted = tuple(value.shape), _shape_text(spec)
-    if len(shape) != len(spec.shape):
-        raise ArgumentError(f"has rank {len(shape)} {shape}; the model takes {wanted}", where=where)
-    for dim, size in zip(spec.shape, shape, strict=True):
-        if isinstance(dim, int):
-            if dim != size:
-                raise ArgumentError(f"has shape {shape}; the model takes {wanted}", where=where)
-            continue
-        bounds = dims.get(dim, DimRange())
-        if size < bounds.min or (bounds.max is not None and size > bounds.max):
-            most = "" if bounds.max is None else f" to {bounds.max}"
-            raise ArgumentError(
-                f"dimension {dim!r} is {size}; the model takes {bounds.min}{most}", where=where
-            )
-        if sizes.setdefault(dim, size) != size:
-            raise ArgumentError(
-                f"dimension {dim!r} is {size} here and {sizes[dim]} in another input", where=where
-            )
-    return _cast(value, getattr(torch, spec.dtype), where)
-
-
-def _cast(value: Tensor, dtype: torch.dtype, where: str) -> Tensor:
-    if value.is_floating_point() and not bool(value.isfinite().all()):
-        row = int(
-            (~value.isfinite())
-            .reshape(value.shape[0] if value.dim() else 1, -1)
-            .any(1)
-            .int()
-            .argmax()
-        )
-        raise ArgumentError(f"row {row} holds NaN or infinity", where=where)
-    if value.dtype == dtype:
-        return value
-    cast = value.to(dtype)
-    # Comparing in the given dtype is exact both ways: a cast that loses anything does not return.
-    if not torch.equal(cast.to(value.dtype), value):
-        given, wanted = (str(d).removeprefix("torch.") for d in (value.dtype, dtype))
-        raise ArgumentError(
-            f"is {given}, and {wanted} cannot hold its values exactly",
-            where=where,
-            fix=f"Store it as {wanted}.",
-        )
-    return cast
-
-
-def _shape_text(spec: TensorSpec) -> str:
-    return f"rank {len(spec.shape)} ({', '.join(map(str, spec.shape))})"
 
 
 # --- kinds of source ---------------------------------------------------------------------------
@@ -417,55 +279,13 @@ def _synthetic(
     def read() -> Iterator[RawBatch]:
         generator = torch.Generator().manual_seed(seed)
         for start in range(0, samples, size):
-            drawn = {n: _draw_size(n, signature, sizes, generator) for n in signature.dims}
+            drawn = {n: draw_size(n, signature, sizes, generator) for n in signature.dims}
             if first and isinstance(first[0], str):
                 low = signature.dims.get(first[0], DimRange()).min
                 drawn[first[0]] = max(low, min(size, samples - start))
             yield synthetic_inputs(signature, drawn, generator)
 
     return Batches("synthetic", signature, read)
-
-
-def synthetic_inputs(
-    signature: Signature, sizes: Mapping[str, int], generator: torch.Generator
-) -> dict[str, Tensor]:
-    """One batch of random inputs with the given size of every dynamic dimension.
-
-    Integers are uniform in the input's range, [0, 2) where none is known; floats uniform in it,
-    standard normal where none is known. A 2-D integer or boolean input whose name ends in `mask`
-    is a right-padding mask: random ones and zeros would leave rows with nothing to attend to.
-    """
-    return {
-        spec.name: _draw(
-            spec, [d if isinstance(d, int) else sizes[d] for d in spec.shape], generator
-        )
-        for spec in signature.inputs
-    }
-
-
-def _draw(spec: TensorSpec, shape: list[int], generator: torch.Generator) -> Tensor:
-    dtype = getattr(torch, spec.dtype)
-    if dtype.is_floating_point or dtype.is_complex:
-        if spec.range is None:
-            return torch.randn(shape, generator=generator).to(dtype)
-        low, high = spec.range
-        return (low + (high - low) * torch.rand(shape, generator=generator)).to(dtype)
-    if spec.name.endswith("mask") and len(shape) == 2:
-        lengths = torch.randint(1, shape[1] + 1, (shape[0], 1), generator=generator)
-        return (torch.arange(shape[1]) < lengths).to(dtype)
-    low, high = (int(v) for v in spec.range or (0, 2))
-    return torch.randint(low, max(high, low + 1), shape, generator=generator).to(dtype)
-
-
-def _draw_size(
-    dim: str, signature: Signature, sizes: Mapping[str, int], generator: torch.Generator
-) -> int:
-    bounds = signature.dims[dim]
-    low = max(2, bounds.min)
-    high = max(low, sizes.get(dim, 32))
-    if bounds.max is not None:
-        low, high = min(low, bounds.max), min(high, bounds.max)
-    return int(torch.randint(low, high + 1, (), generator=generator))
 
 
 def _named(item: Any, signature: Signature, where: str) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from graphwright.ir.canonical import op_name
+from graphwright.ir.channels.calls import Call, UnknownCallError, arguments
 from graphwright.ir.channels.classes import Classes, Ids
 from graphwright.ir.channels.values import Factor, Result, Value, factor
 from graphwright.ir.channels.weights import is_zeroed, only_added
@@ -67,64 +68,6 @@ class Linked:
     labels: tuple[Hashable, ...]
     ids: Ids
     zero: dict[int, bool]
-
-
-class Call:
-    """A call's arguments by name, tensors as values."""
-
-    def __init__(self, walk: Walk, node: fx.Node) -> None:
-        self.node, self.name = node, op_name(node)
-        self.shape = walk.shape(node.meta.get("val")) or ()
-        self._walk = walk
-        self.raw = arguments(node)
-
-    def __getitem__(self, name: str) -> Any:
-        """Value of a tensor argument, list of values, or the plain argument."""
-        return self._walk.lift(self.raw[name])
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if self.raw.get(name) is not None else default
-
-    def tensors(self) -> list[Value]:
-        """Every tensor operand."""
-        found = (self._walk.values.get(n.name) for n in self.node.all_input_nodes)
-        return [v for v in found if isinstance(v, Value)]
-
-    @property
-    def first(self) -> Value:
-        """The first argument, a tensor."""
-        value = self[next(iter(self.raw))]
-        if not isinstance(value, Value):
-            raise UnknownCallError
-        return value
-
-    def dims(self, name: str = "dim") -> tuple[int, ...]:
-        """A dimension argument as a tuple of non-negative ints; all dimensions when absent."""
-        rank = len(self.first.shape)
-        given = self.raw.get(name)
-        if given is None or (isinstance(given, list | tuple) and not given):
-            return tuple(range(rank))
-        many = given if isinstance(given, list | tuple) else (given,)
-        return tuple(int(d) % max(rank, 1) for d in many)
-
-
-class UnknownCallError(Exception):
-    """A call of a form that no rule covers."""
-
-
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """All arguments of a call by the names of its schema, defaults filled in."""
-    target: Any = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return {str(i): a for i, a in enumerate(node.args)} | dict(node.kwargs)
-    out: dict[str, Any] = {}
-    for position, argument in enumerate(target._schema.arguments):
-        if position < len(node.args):
-            out[argument.name] = node.args[position]
-        else:
-            default = argument.default_value if argument.has_default_value() else None
-            out[argument.name] = node.kwargs.get(argument.name, default)
-    return out
 
 
 class Walk:

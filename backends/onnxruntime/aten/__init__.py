@@ -23,6 +23,7 @@ def translates(*targets: Any) -> Callable[[Callable[..., Any]], Callable[..., An
 def load() -> dict[Any, Callable[..., Any]]:
     """The complete table."""
     from graphwright.backends.onnxruntime.aten import (  # noqa: F401
+        activations,
         contrib,
         index,
         layers,
