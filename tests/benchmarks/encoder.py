@@ -11,23 +11,23 @@ Fidelity is the mean cosine of pooled embeddings of the 96 held-out texts.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "docs" / "demo"))
+sys.path[:0] = [str(ROOT / "docs" / "demo"), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402
 import onnxruntime  # noqa: E402
 import torch  # noqa: E402
+from benchmarks.cpu_sessions import caller, session, silent  # noqa: E402
 
 from graphwright.latency import alternate  # noqa: E402
 
@@ -49,23 +49,6 @@ OURS = {
     "graphwright int8 (static)": ("passes: [quantize.smoothquant, "
                                   "{quantize.int8: {activations: static}}]"),
 }  # fmt: skip
-
-
-def session(path: Path) -> onnxruntime.InferenceSession:
-    """A CPU session on the threads of the benchmark."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = THREADS
-    options.log_severity_level = 3
-    # A pool that spins after its call would take the cores from the candidate that comes next.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-@contextlib.contextmanager
-def silent() -> Iterator[None]:
-    """The exporters print."""
-    with Path(os.devnull).open("w") as sink, contextlib.redirect_stdout(sink):
-        yield
 
 
 def plain_export(model: torch.nn.Module, path: Path) -> None:
@@ -159,12 +142,7 @@ def callers(
         with torch.inference_mode():
             return model(**tensors)
 
-    def runner(one: onnxruntime.InferenceSession) -> Callable[[], object]:
-        wanted = {item.name for item in one.get_inputs()}
-        feeds = {name: array for name, array in arrays.items() if name in wanted}
-        return lambda: one.run(None, feeds)
-
-    return {"torch eager": eager} | {name: runner(one) for name, one in sessions.items()}
+    return {"torch eager": eager} | {name: caller(one, arrays) for name, one in sessions.items()}
 
 
 def cosine(model: torch.nn.Module, one: onnxruntime.InferenceSession, data: Path) -> float:

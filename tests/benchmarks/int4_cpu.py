@@ -11,11 +11,9 @@ off) on the same float32 model. Fidelity is over the 320 held-out sentences of t
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ import numpy as np  # noqa: E402
 import onnx  # noqa: E402
 import onnxruntime  # noqa: E402
 import torch  # noqa: E402
+from benchmarks.cpu_sessions import caller, session, silent  # noqa: E402
 from models import encoder  # noqa: E402
 
 import graphwright as gw  # noqa: E402
@@ -43,23 +42,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "3 bits, block 32": {"bits": 3, "block": 32},
     "2 bits, block 32": {"bits": 2, "block": 32},
 }
-
-
-def session(path: Path) -> onnxruntime.InferenceSession:
-    """A CPU session on the threads of the benchmark."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = THREADS
-    options.log_severity_level = 3
-    # A pool that spins after its call would take the cores from the candidate that comes next.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-@contextlib.contextmanager
-def silent() -> Iterator[None]:
-    """The quantizer prints."""
-    with Path(os.devnull).open("w") as sink, contextlib.redirect_stdout(sink):
-        yield
 
 
 def written(program: gw.Program, folder: Path) -> Path:
@@ -85,13 +67,6 @@ def by_peer(source: Path, folder: Path, block: int, level: int | None) -> Path:
 def megabytes(path: Path) -> float:
     """Size of a model with its weights."""
     return sum(file.stat().st_size for file in path.parent.glob("model.onnx*")) / 1e6
-
-
-def caller(one: onnxruntime.InferenceSession, feeds: dict[str, Any]) -> Callable[[], object]:
-    """A call without arguments."""
-    wanted = {item.name for item in one.get_inputs()}
-    given = {name: array for name, array in feeds.items() if name in wanted}
-    return lambda: one.run(None, given)
 
 
 def products(folder: Path, seconds: float) -> None:
