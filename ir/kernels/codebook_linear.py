@@ -18,6 +18,7 @@ from graphwright.ir.kernels import Kernel, codebook, tuning
 from graphwright.ir.kernels.codebook import _index
 from graphwright.ir.kernels.common import all_floats, as_rows
 from graphwright.ir.kernels.epilogue import Epilogue, finish, fits_epilogue
+from graphwright.ir.kernels.gemm_tiles import sums_for
 from graphwright.ir.kernels.tuning import Tiles
 
 DENSE_FROM = 4
@@ -100,7 +101,7 @@ def _launch(
 
     def run(tiles: Tiles) -> None:
         split = min(tiles.split, triton.cdiv(k, tiles.block_k))
-        partial = torch.empty((split, m, rows) if split > 1 else (1,), device=x.device)
+        partial = sums_for(m, rows, split, x.device)
         grid = (triton.cdiv(words.shape[0], tiles.block_n), split, m)
         codebook_gemv_kernel[grid](
             inputs, words, codebooks, *epilogue.tensors(partial), y, partial,

@@ -6,8 +6,6 @@ memory traffic is one byte per weight.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +14,15 @@ from torch import Tensor
 from graphwright.ir.kernels import Kernel, quantize
 from graphwright.ir.kernels.activation import bias_act
 from graphwright.ir.kernels.common import activate, all_floats, as_rows
+from graphwright.ir.kernels.gemm_tiles import (
+    compute_type,
+    grid_of,
+    precision,
+    split_for,
+    sums_for,
+    tile_of_program,
+)
+from graphwright.ir.kernels.tuning import Tiles
 
 
 @triton.jit
@@ -49,15 +56,7 @@ def gemm_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y = act((x @ weight.T) * scale + bias); with SPLIT > 1 the float32 sums go to `partial`."""
-    blocks_m, blocks_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
-    # GROUP row blocks at a time walk along n together, so that their weights come from L2
-    program = tl.program_id(0)
-    group = program // (GROUP * blocks_n)
-    height = min(blocks_m - group * GROUP, GROUP)
-    block_m = group * GROUP + program % (GROUP * blocks_n) % height
-    block_n = program % (GROUP * blocks_n) // height
-    row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    channel = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    row, channel = tile_of_program(m, n, BLOCK_M, BLOCK_N, GROUP)
     column = tl.arange(0, BLOCK_K)
     x_place = x + row.to(tl.int64)[:, None] * x_stride
     weight_place = weight + channel.to(tl.int64)[None, :] * weight_stride
@@ -110,17 +109,6 @@ DENSE_FROM = 1024
 on an H100: docs/benchmarks-gpu.md)."""
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """Tile sizes and launch parameters of the GEMM for a range of token counts."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    warps: int
-    stages: int
-
-
 def tiles_for(m: int) -> Tiles:
     """Few tokens: small tiles, many programs. More: tiles that keep the tensor cores fed."""
     if m <= 16:
@@ -128,21 +116,6 @@ def tiles_for(m: int) -> Tiles:
     if m <= 128:
         return Tiles(64, 64, 64, 4, 4)
     return Tiles(128, 128, 64, 8, 3)
-
-
-def split_for(m: int, n: int, k: int) -> int:
-    """Parts of the inner dimension, so that about two programs per multiprocessor are running."""
-    tiles = tiles_for(m)
-    programs = triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n)
-    most = max(1, triton.cdiv(k, tiles.block_k) // 4)
-    return int(max(1, min(264 // programs, most, 8)))
-
-
-def _compute_type(x: Tensor) -> tl.dtype:
-    if x.dtype == torch.float16:
-        return tl.float16
-    # the interpreter (the only way a CPU tensor gets here) multiplies bfloat16 bit patterns
-    return tl.bfloat16 if x.dtype == torch.bfloat16 and x.is_cuda else tl.float32
 
 
 def _fits(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, activation: str) -> bool:
@@ -174,14 +147,12 @@ def _launch(
         )  # fmt: skip
         return y
     tiles = tiles_for(m)
-    split = split_for(m, n, k)
-    partial = torch.empty((split, m, n) if split > 1 else (1,), device=x.device)
-    exact = torch.get_float32_matmul_precision() == "highest"
-    grid = (triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n), split)
-    gemm_kernel[grid](
+    split = split_for(m, n, k, tiles)
+    partial = sums_for(m, n, split, x.device)
+    gemm_kernel[grid_of(m, n, tiles, split)](
         rows, codes, scale, added, y, partial, m, n, k, rows.stride(0), codes.stride(0),
-        HAS_BIAS=has_bias, ACTIVATION=activation, COMPUTE=_compute_type(x),
-        PRECISION="ieee" if exact else "tf32", SPLIT=split, GROUP=8,
+        HAS_BIAS=has_bias, ACTIVATION=activation, COMPUTE=compute_type(x),
+        PRECISION=precision(), SPLIT=split, GROUP=8,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from graphwright.ir.kernels.blocks import _code
 from graphwright.ir.kernels.epilogue import finish, finish_tile
+from graphwright.ir.kernels.gemm_tiles import tile_of_program
 
 
 @triton.jit
@@ -137,15 +138,7 @@ def gemm_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Several tokens; BLOCK_K divides PIECE, so that a row has one scale in a step of the loop."""
-    blocks_m, blocks_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
-    # GROUP row blocks at a time walk along n together, so that their weights come from L2
-    program = tl.program_id(0)
-    group = program // (GROUP * blocks_n)
-    height = min(blocks_m - group * GROUP, GROUP)
-    block_m = group * GROUP + program % (GROUP * blocks_n) % height
-    block_n = program % (GROUP * blocks_n) // height
-    row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    channel = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    row, channel = tile_of_program(m, n, BLOCK_M, BLOCK_N, GROUP)
     wide_channel = channel.to(tl.int64)
     column = tl.arange(0, BLOCK_K)
     PER: tl.constexpr = 8 // BITS

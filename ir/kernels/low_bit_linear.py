@@ -16,12 +16,19 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from graphwright.ir.kernels import Kernel, blocks, table, tuning
 from graphwright.ir.kernels.common import all_floats, as_rows
 from graphwright.ir.kernels.epilogue import Epilogue, fits_epilogue
+from graphwright.ir.kernels.gemm_tiles import (
+    PROGRAMS,
+    compute_type,
+    grid_of,
+    precision,
+    split_for,
+    sums_for,
+)
 from graphwright.ir.kernels.low_bit import gemm_kernel, gemv_kernel
 from graphwright.ir.kernels.tuning import Tiles
 
@@ -34,9 +41,6 @@ GEMV_TOKENS = 2
 """Up to here a dot product decodes a weight in fewer instructions than a tile of 16 tokens."""
 MOST_GEMV_TOKENS = 4
 """Tokens that a dot product has registers for."""
-
-PROGRAMS = 264
-"""Two for every multiprocessor of an H100."""
 
 
 @dataclass(frozen=True)
@@ -139,11 +143,7 @@ def linear(x: Tensor, packed: Packed, epilogue: Epilogue) -> Tensor:
 def _is_exact(x: Tensor) -> bool:
     """Whether products must be in float32 outside of tensor cores: tiles of such products spill
     kilobytes of registers. The interpreter has none to spill."""
-    return x.is_cuda and x.dtype == torch.float32 and _precision() == "ieee"
-
-
-def _precision() -> str:
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return x.is_cuda and x.dtype == torch.float32 and precision() == "ieee"
 
 
 def takes(x: Tensor) -> bool:
@@ -168,7 +168,7 @@ def _gemv(rows: Tensor, packed: Packed, epilogue: Epilogue, y: Tensor, tiles: Ti
     step = max(1, tiles.block_k // packed.piece)
     step = min(step, triton.next_power_of_2(packed.pieces))
     split = min(tiles.split, triton.cdiv(packed.pieces, step))
-    partial = torch.empty((split, m, n) if split > 1 else (1,), device=y.device)
+    partial = sums_for(m, n, split, y.device)
     zero = packed.codes if packed.zero_point is None else packed.zero_point
     levels = table.levels_on(packed.table, y.device) if packed.table else partial
     gemv_kernel[(triton.cdiv(n, tiles.block_n), split)](
@@ -183,40 +183,25 @@ def _gemv(rows: Tensor, packed: Packed, epilogue: Epilogue, y: Tensor, tiles: Ti
         epilogue.sum_parts(partial, y)
 
 
-def split_for(m: int, n: int, k: int, tiles: Tiles) -> int:
-    """Parts of the inner dimension, so that about two programs per multiprocessor are running."""
-    programs = triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n)
-    most = max(1, triton.cdiv(k, tiles.block_k) // 4)
-    return int(max(1, min(PROGRAMS // programs, most, 8)))
-
-
 def _gemm(rows: Tensor, packed: Packed, epilogue: Epilogue, y: Tensor, tiles: Tiles) -> None:
     (m, k), n = rows.shape, packed.n
     block_k = min(tiles.block_k, packed.piece)
     split = split_for(m, n, k, Tiles(tiles.block_m, tiles.block_n, block_k, 0, 0))
-    partial = torch.empty((split, m, n) if split > 1 else (1,), device=y.device)
+    partial = sums_for(m, n, split, y.device)
     zero = packed.codes if packed.zero_point is None else packed.zero_point
-    grid = (triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n), split)
-    gemm_kernel[grid](
+    gemm_kernel[grid_of(m, n, tiles, split)](
         rows, packed.codes, packed.scale, zero, *epilogue.tensors(partial), y, partial,
         m, n, k, packed.pieces, packed.repeat, packed.row_bytes, zero.shape[-1], epilogue.rank,
         rows.stride(0),
         LEVELS=level_values(packed.table) if packed.table else (), BITS=packed.bits,
         HAS_ZERO=packed.zero_point is not None,
-        PIECE=packed.piece, **epilogue.constants(), COMPUTE=_compute_type(rows),
-        PRECISION=_precision(), SPLIT=split, GROUP=8,
+        PIECE=packed.piece, **epilogue.constants(), COMPUTE=compute_type(rows),
+        PRECISION=precision(), SPLIT=split, GROUP=8,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=block_k,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if split > 1:
         epilogue.sum_parts(partial, y)
-
-
-def _compute_type(x: Tensor) -> tl.dtype:
-    if x.dtype == torch.float16:
-        return tl.float16
-    # the interpreter (the only way a CPU tensor gets here) multiplies bfloat16 bit patterns
-    return tl.bfloat16 if x.dtype == torch.bfloat16 and x.is_cuda else tl.float32
 
 
 def _dense(x: Tensor, weight: Tensor, epilogue: Epilogue) -> Tensor:
