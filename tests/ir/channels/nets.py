@@ -444,3 +444,9 @@ def prepare(model: nn.Module, *shape: int) -> nn.Module:
         for _ in range(5):
             model(torch.randn(8, *shape[1:], generator=g, dtype=torch.float64))
     return model.eval()
+
+
+def error(a: Any, b: Any) -> float:
+    """Largest relative error of the tensors of two results."""
+    pairs = zip(*(x if isinstance(x, tuple) else (x,) for x in (a, b)), strict=True)
+    return max(float((x - y).detach().norm() / x.detach().norm()) for x, y in pairs)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,24 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import nets
+
 import graphwright as gw
 from graphwright.ir.channels import kept_positions
 from graphwright.ir.cost import cost
 from graphwright.ir.errors import ArgumentError
-
-
-def _load(name: str) -> ModuleType:
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"channels_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-nets = _load("nets")
 
 
 def traced(name: str) -> Any:
@@ -49,17 +37,13 @@ def random_half(groups: list[Any], seed: int) -> dict[Any, list[int]]:
     }
 
 
-def error(a: Tensor, b: Tensor) -> float:
-    return float((a - b).detach().norm() / a.detach().norm())
-
-
 def check_cut(program: Any, picks: dict[Any, list[int]], x: Tensor) -> Any:
     """Cut equals masked at another batch size, and neither is a constant or the original."""
     masked, smaller = gw.zero(program, picks), gw.cut(program, picks)
     expected, actual = masked(x), smaller(x)
-    assert error(program(x), expected) > 1e-3
-    assert error(expected[:1], expected[1:2]) > 1e-4
-    assert error(expected, actual) < 1e-9
+    assert nets.error(program(x), expected) > 1e-3
+    assert nets.error(expected[:1], expected[1:2]) > 1e-4
+    assert nets.error(expected, actual) < 1e-9
     return smaller
 
 
@@ -110,7 +94,7 @@ def test_tied_weights_stay_one_tensor() -> None:
     smaller = gw.cut(program, {free[0]: [1, 4, 5]})
     masked = gw.zero(program, {free[0]: [1, 4, 5]})
     ids = torch.randint(0, 13, (3, 5))
-    assert error(masked(ids), smaller(ids)) < 1e-12
+    assert nets.error(masked(ids), smaller(ids)) < 1e-12
     assert [tuple(p.shape) for p in smaller.parameters().values()].count((13, 5)) == 1
 
 
@@ -155,7 +139,7 @@ def test_groups_serve_for_other_weights_and_nothing_is_edited_in_place() -> None
     picks = {free[0]: [0, 2]}
     masked = gw.zero(program, picks)
     smaller = gw.cut(masked, picks)
-    assert error(masked(*program.examples), smaller(*program.examples)) < 1e-12
+    assert nets.error(masked(*program.examples), smaller(*program.examples)) < 1e-12
     assert all(torch.equal(t, before[name]) for name, t in program.state.items())
 
 

@@ -5,10 +5,8 @@ The two of diffusers (cross-attention and skips) are taken from the zoo.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,21 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import families
+import nets
+
 import graphwright as gw
 
-
-def _load(name: str) -> ModuleType:
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"channels_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-nets, families = _load("nets"), _load("families")
 ALONE = 2
 """Groups that are cut alone, evenly spread; all of them go at once too."""
 FLOORS = dict.fromkeys(families.FAMILIES, 0.98) | {

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,21 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import nets
+import odd_nets as odd
+
 import graphwright as gw
-
-
-def _load(name: str) -> ModuleType:
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"channels_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-nets, odd = _load("nets"), _load("odd_nets")
 
 
 def traced(name: str) -> tuple[Any, tuple[Tensor, ...]]:
@@ -43,11 +32,6 @@ def traced(name: str) -> tuple[Any, tuple[Tensor, ...]]:
     return program, tuple(torch.randn(s, generator=g, dtype=torch.float64) for s in sizes)
 
 
-def error(a: Any, b: Any) -> float:
-    pairs = zip(*(x if isinstance(x, tuple) else (x,) for x in (a, b)), strict=True)
-    return max(float((x - y).detach().norm() / x.detach().norm()) for x, y in pairs)
-
-
 @pytest.mark.filterwarnings("ignore:channels that reach:UserWarning")
 @pytest.mark.parametrize("name", list(odd.NETS))
 def test_every_group_alone_and_all_together(name: str) -> None:
@@ -61,8 +45,8 @@ def test_every_group_alone_and_all_together(name: str) -> None:
     for chosen in [[g] for g in free] + [free] * bool(free):
         picks = {g: draw.choice(g.units, g.units // 2, replace=False).tolist() for g in chosen}
         masked, smaller = gw.zero(program, picks)(*inputs), gw.cut(program, picks)(*inputs)
-        assert error(masked, smaller) < 1e-9
-        assert error(original, masked) > 1e-6
+        assert nets.error(masked, smaller) < 1e-9
+        assert nets.error(original, masked) > 1e-6
 
 
 @pytest.mark.filterwarnings("ignore:channels that reach:UserWarning")
@@ -75,4 +59,4 @@ def test_units_inside_of_heads(name: str) -> None:
     free = [g for g in gw.channel_groups(program, unit="channel", norm="pin") if g.prunable]
     picks = {g: list(range(0, g.units - 1, 2)) for g in free}
     masked, smaller = gw.zero(program, picks)(*inputs), gw.cut(program, picks)(*inputs)
-    assert error(masked, smaller) < 1e-9
+    assert nets.error(masked, smaller) < 1e-9
