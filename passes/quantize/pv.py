@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import fx
 
 from graphwright.ir.edit import Editor
@@ -22,6 +23,11 @@ from graphwright.passes.quantize._refusals import is_coded
 from graphwright.passes.quantize._representation import Representation
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+RECIPE: dict[str, Any] = {
+    "loss": "kl", "lr": 3e-4, "betas": (0.90, 0.95), "optimizer": "adam", "schedule": "constant",
+}  # fmt: skip
+"""How the released code trains."""
 
 
 class PvOptions(Options):
@@ -64,13 +70,19 @@ class PvOptions(Options):
     targets: Selector = ("*",)
     """Quantized layers to train: selector patterns over names and kinds."""
 
-    tune: TuneOptions = TuneOptions(loss="kl", lr=3e-4, betas=(0.90, 0.95), optimizer="adam")
+    tune: TuneOptions = TuneOptions(**RECIPE)
     """How to train. `lr` is that of scales and codebooks (with `lamb`, a share of their norm) and,
-    by the named rule, of what is not quantized. The last step is the result."""
+    by the named rule, of what is not quantized. What is not given is as in the released code: kl,
+    Adam at a constant rate of 3e-4. The last step is the result."""
 
     max_error: Annotated[float, Field(gt=0)] | None = None
     """Largest relative error of the outputs, ||a-b|| / ||a||, against the program before this pass;
     no bound when absent."""
+
+    @field_validator("tune", mode="before")
+    @classmethod
+    def _rest_of_the_recipe(cls, given: Any) -> Any:
+        return {**RECIPE, **given} if isinstance(given, Mapping) else given
 
 
 class Pv(Pass):
@@ -80,7 +92,8 @@ class Pv(Pass):
     gradients, codes fixed. V: a float buffer of every weight takes a step of its own; the few code
     groups whose buffers have moved farthest from the weight are encoded anew, to the nearest value
     that scales and codebooks allow; all others stay. Changing few groups is what keeps the
-    gradient's promise: with all of them (`max_change: 1`) this is straight-through training.
+    gradient's promise: with all of them (`max_change: 1`) this is straight-through training, which
+    at a constant rate never settles. Under a schedule that falls to zero the two are close.
 
     Works on any weight that is rebuilt from codes: blocks, NF4 and FP4, codebooks with residuals
     and outliers (two added codebooks by a beam search), int8, with low-rank corrections. Zero

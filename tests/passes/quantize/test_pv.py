@@ -264,6 +264,14 @@ def test_only_what_is_selected_moves(original: Program) -> None:
     assert all(name.startswith("fc1.weight_") for name in changed)
 
 
+def test_what_tune_does_not_say_is_the_papers_recipe() -> None:
+    tune = gw.passes.quantize.Pv(tune={"steps": 7, "lr": 1e-3}).options.tune
+    assert (tune.steps, tune.lr) == (7, 1e-3)
+    assert (tune.loss, tune.optimizer, tune.schedule) == ("kl", "adam", "constant")
+    assert tune.betas == (0.90, 0.95)
+    assert gw.passes.quantize.Pv().options.tune.lr == 3e-4
+
+
 def test_a_float_program_is_refused(original: Program) -> None:
     with pytest.raises(ModelError, match="no selected layer has a weight made of codes"):
         gw.passes.quantize.Pv()(original, training=batches(2), teacher=original)
