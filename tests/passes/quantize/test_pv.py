@@ -204,6 +204,27 @@ def test_training_codes_beats_training_the_rest_alone() -> None:
     assert found["pv"] < found["p"] < 0.5 * divergence(sure, start)
 
 
+@pytest.mark.slow
+def test_few_changes_a_step_beat_the_rest_alone_and_straight_through_training() -> None:
+    ways = {"p": {"codes": False}, "pv": {}, "straight-through": {"max_change": 1.0}}
+    total = dict.fromkeys((*ways, "start"), 0.0)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        net = Net().eval()
+        with torch.no_grad():
+            net.fc2.weight.mul_(6)  # outputs that are sure of themselves
+        sure = gw.trace(net, {"x": torch.randn(4, 2, 8, 8)}, dynamic={"x": {0: "batch"}})
+        start = gw.passes.quantize.Rtn(bits=2, block=-1)(sure, check=False)
+        total["start"] += divergence(sure, start)
+        how = {**TRAIN["tune"], "steps": 100, "epochs": 20}
+        for name, options in ways.items():
+            step = gw.passes.quantize.Pv(**options, code_lr=0.03, tune=how)
+            tuned = step(start, training=batches(), teacher=sure, check=False)
+            total[name] += divergence(sure, tuned)
+    assert total["pv"] < total["p"] < total["start"]
+    assert total["pv"] < total["straight-through"]
+
+
 def test_the_result_keeps_its_form_and_lowers(original: Program) -> None:
     start = compressed(original, "blocks")
     quick = {"tune": {**TRAIN["tune"], "steps": 12}, "code_lr": 0.1, "max_change": 0.1}
