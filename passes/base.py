@@ -64,7 +64,8 @@ class Pass:
             float32 that still counts as rounding.
         papers: ids of the papers it implements.
         after: ids or family globs that must not come later in a chain.
-        before: ids or family globs that must not come earlier.
+        before: ids or family globs that must not come earlier. Where two passes disagree, an id
+            outweighs a glob, and two globs leave the order free.
         conflicts: ids or family globs that cannot be in the same chain.
         lowers_to: backends that can lower its result.
     """

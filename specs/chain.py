@@ -55,10 +55,20 @@ def _pair(earlier: _Link, later: _Link) -> Finding | None:
     if _among(second.id, first.conflicts) or _among(first.id, second.conflicts):
         message = f"{second.id} cannot be in a chain with {earlier.place}; remove one of the two"
         return Finding(path, message)
-    if _among(second.id, first.after) or _among(first.id, second.before):
+    if _wish(second, first) > _wish(first, second):
         message = f"{second.id} must come before {earlier.place}; move it up to line {earlier.line}"
         return Finding(path, message)
     return None
+
+
+def _wish(one: PassFacts, other: PassFacts) -> int:
+    """How much is said for `one` before `other`: 2 by name, 1 by a family, 0 nothing.
+
+    A name outweighs a family, and two families that say opposite things leave the order free.
+    """
+    said = [p for p in one.before if fnmatchcase(other.id, p)]
+    said += [p for p in other.after if fnmatchcase(one.id, p)]
+    return max((1 if "*" in pattern else 2 for pattern in said), default=0)
 
 
 def _not_lowered(links: list[_Link], backend: str, node: Node) -> Iterator[Finding]:

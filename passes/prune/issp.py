@@ -102,6 +102,7 @@ class Issp(Pass):
     needs = "training"
     Options = IsspOptions
     papers = ("P29",)
+    before = ("cleanup.fold_batch_norm",)  # training wants the norms
     after = ("tune.finetune",)
 
     def run(self, program: Program, context: Context) -> Result:

@@ -171,6 +171,7 @@ class Nm(Pass):
     needs = "training"
     Options = NmOptions
     papers = ("P40",)
+    before = ("cleanup.fold_batch_norm",)  # training wants the norms
     after = ("tune.finetune",)
 
     def run(self, program: Program, context: Context) -> Result:

@@ -50,6 +50,7 @@ class Otov2(Pass):
     needs = "training"
     Options = Otov2Options
     papers = ("P46",)
+    before = ("cleanup.fold_batch_norm",)  # training wants the norms
 
     def run(self, program: Program, context: Context) -> Result:
         options: Otov2Options = self.options

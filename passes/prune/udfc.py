@@ -73,7 +73,7 @@ class Udfc(Pass):
     contract = "lossy"
     Options = UdfcOptions
     papers = ("P69",)
-    before = ("quantize.*",)
+    before = ("quantize.*", "cleanup.fold_batch_norm")
 
     def run(self, program: Program, context: Context) -> Result:
         o: UdfcOptions = self.options

@@ -49,6 +49,7 @@ class Udfc(Pass):
     contract = "lossy"
     Options = UdfcOptions
     papers = ("P69",)
+    before = ("cleanup.fold_batch_norm",)  # batch norm tells how channels are distributed
 
     def run(self, program: Program, context: Context) -> Result:
         o: UdfcOptions = self.options

@@ -59,6 +59,38 @@ def test_a_pass_behind_one_that_it_must_precede():
     ]
 
 
+def test_where_two_passes_disagree_a_name_outweighs_a_family():
+    facts = {"a": {"before": ["t.*"]}, "b": {"before": ["t.a"]}}
+    assert check(["t.b", "t.a"], **facts) == []
+    assert check(["t.a", "t.b"], **facts) == [
+        "spec.yaml:4:5: passes[1]: t.b must come before t.a (passes[0], line 3); move it up to "
+        "line 3"
+    ]
+
+
+@pytest.mark.parametrize("chain", [["t.a", "t.b"], ["t.b", "t.a"]])
+def test_where_two_families_disagree_the_order_is_free(chain):
+    assert check(chain, a={"after": ["t.*"]}, b={"after": ["t.*"]}) == []
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        ["quantize.rtn", "compensate.eora", "quantize.pv"],
+        ["quantize.rtn", "quantize.pv", "compensate.eora"],
+        ["prune.udfc", "cleanup.fold_batch_norm", "quantize.int8"],
+        ["quantize.udfc", "cleanup.fold_batch_norm"],
+        ["prune.otov2", "cleanup.fold_batch_norm", "quantize.int8"],
+        ["cleanup.fold_batch_norm", "prune.zig", "tune.finetune", "quantize.int8"],
+    ],
+)
+def test_chains_that_their_passes_ask_for(chain, problems):
+    data = "calibration: {data: synthetic}\ntraining: {data: synthetic}\n"
+    text = "".join(f"  - {name}\n" for name in chain)
+    found = problems(f"version: 1\n{data}passes:\n{text}lower: []\n")
+    assert not [line for line in found if "come before" in line]
+
+
 @pytest.mark.parametrize("chain", [["t.a", "t.b"], ["t.b", "t.a"]])
 def test_passes_that_exclude_each_other(chain):
     (only,) = check(chain, a={"conflicts": ["t.b"]}, b={})
