@@ -39,26 +39,27 @@ def run_chain(
 
     keys = _keys(run, digest(original)) if run.spec.passes else []
     records: list[dict[str, Any]] = []
-    program, begin = original, 0
+    program, begin, uncompressed = original, 0, original
     checkpoints = Checkpoints(run.place.work / "checkpoints")
     checker = Checker(original, _check_batches(run, original, calibration))
     if not run.settings.resume:
         run.place.drop_pass_work()
     found = checkpoints.load(keys) if run.settings.resume else None
     if found is not None:
-        index, program, records = found
-        begin = index + 1
+        index, program, records, kept = found
+        begin, uncompressed = index + 1, original if kept is None else kept
         checker.resume(program)
         run.progress.note(f"resumed after pass {index} ({run.spec.passes[index].id})")
     data = {"calibration": calibration, "training": training, "teacher": original}
     unsaved = 0.0
     for index in range(begin, len(run.spec.passes)):
-        context = _context(run, index).replace(key=keys[index], **data)
-        program, record = _one_pass(run, index, program, checker, context)
+        context = _context(run, index).replace(key=keys[index], uncompressed=uncompressed, **data)
+        program, uncompressed, record = _one_pass(run, index, program, checker, context)
         records.append(record)
         unsaved += record["seconds"]
         if unsaved >= run.settings.checkpoint_seconds and run.place.is_main:
-            checkpoints.save(index, keys[index], program, records)
+            kept = None if uncompressed is original else uncompressed
+            checkpoints.save(index, keys[index], program, records, kept)
             unsaved = 0.0
             run.place.drop_pass_work()  # what a pass had saved on its way is of no more use
         run.check_time(f"pass {index} ({record['id']})")
@@ -126,8 +127,10 @@ def _context(run: Run, index: int) -> Context:
 
 def _one_pass(
     run: Run, index: int, program: Program, checker: Checker, context: Context
-) -> tuple[Program, dict[str, Any]]:
+) -> tuple[Program, Program, dict[str, Any]]:
+    """The program behind the pass, the uncompressed one (`uncompressed.follow`), and the record."""
     from graphwright.passes.base import find_pass
+    from graphwright.uncompressed import follow
 
     call = run.spec.passes[index]
     step = find_pass(call.id)(**call.options)
@@ -151,7 +154,8 @@ def _one_pass(
         "actions": [[a.layer, a.what, a.reason] for a in result.actions],
         "metrics": dict(result.metrics),
     }
-    return result.program, record
+    assert context.uncompressed is not None
+    return result.program, follow(context.uncompressed, step, program, result), record
 
 
 def _with_reproducer(

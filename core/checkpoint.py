@@ -22,12 +22,16 @@ def chain_key(previous: str, **parts: Any) -> str:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """A folder with at most one program: that of the last finished pass worth keeping."""
+    """A folder with the program of the last finished pass worth keeping, and the uncompressed."""
 
     folder: Path
 
-    def load(self, keys: list[str]) -> tuple[int, Program, list[dict[str, Any]]] | None:
-        """(index, program, records so far) of the stored step among `keys`; None if there is none.
+    def load(
+        self, keys: list[str]
+    ) -> tuple[int, Program, list[dict[str, Any]], Program | None] | None:
+        """(index, program, records so far, uncompressed) of the stored step among `keys`.
+
+        None if there is none; `uncompressed` is None where it is the program before all passes.
 
         A stale or damaged checkpoint counts as none: it is never worth an error.
         """
@@ -38,25 +42,46 @@ class Checkpoints:
         try:
             entry = json.loads(manifest.read_text())
             index = keys.index(entry["key"])
-            file = self.folder / entry["file"]
-            if file_sha256(file) != entry["sha256"]:
-                return None
-            return index, load_program(file), entry["records"]
-        except (OSError, ValueError, KeyError, TypeError, GraphwrightError):
+            programs = []
+            for name, digest in entry["files"]:
+                if file_sha256(self.folder / name) != digest:
+                    return None
+                programs.append(load_program(self.folder / name))
+            place = entry["uncompressed"]
+            uncompressed = None if place is None else programs[place]
+            return index, programs[0], entry["records"], uncompressed
+        except (OSError, ValueError, KeyError, TypeError, IndexError, GraphwrightError):
             return None
 
-    def save(self, index: int, key: str, program: Program, records: list[dict[str, Any]]) -> None:
-        """Stores a step; the manifest is written last, so a kill leaves the old one or this."""
+    def save(
+        self,
+        index: int,
+        key: str,
+        program: Program,
+        records: list[dict[str, Any]],
+        uncompressed: Program | None,
+    ) -> None:
+        """Stores a step; the manifest is written last, so a kill leaves the old one or this.
+
+        `uncompressed` is None where it is the program before all passes.
+        """
         from graphwright.ir.archive import save_program
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        name = f"{index:03d}-{key[:16]}.pt2"
-        file = self.folder / name
-        save_program(program, file)
-        entry = {"key": key, "file": name, "sha256": file_sha256(file), "records": records}
+        programs = [program]
+        if uncompressed is not None and uncompressed is not program:
+            programs.append(uncompressed)
+        files = []
+        for place, each in enumerate(programs):
+            file = self.folder / f"{index:03d}-{key[:16]}-{place}.pt2"
+            save_program(each, file)
+            files.append((file.name, file_sha256(file)))
+        place_of = None if uncompressed is None else len(programs) - 1
+        entry = {"key": key, "files": files, "uncompressed": place_of, "records": records}
         write_atomically(self.folder / "manifest.json", json.dumps(entry).encode())
+        kept = {name for name, _ in files}
         for old in self.folder.glob("*.pt2"):
-            if old.name != name:
+            if old.name not in kept:
                 old.unlink()
 
 

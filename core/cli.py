@@ -205,7 +205,7 @@ def _build_compare(parser: argparse.ArgumentParser) -> None:
 
 
 def _do_compare(arguments: argparse.Namespace) -> int:
-    from graphwright.compare import compare
+    from graphwright.compare_models import compare
 
     return compare(arguments)
 

@@ -36,6 +36,8 @@ class Context:
             `calibration`, with the labels as one value more.
         teacher: the program that a student is trained to follow; in a run, the one before the
             first pass.
+        uncompressed: the program with the weights that compression started from, of the same form
+            as those now (norms folded, channels cut, factors in); the teacher when absent.
         folder: where relative names in options start, such as modules of `module:function`.
         key: digest of all that the pass's result depends on; empty when it is not known.
         checkpoint_seconds: work worth saving in `work` while a pass runs.
@@ -50,6 +52,7 @@ class Context:
     scope: tuple[str | int, ...] = ()
     training: Iterable[Any] | None = None
     teacher: Program | None = None
+    uncompressed: Program | None = None
     folder: Path = field(default_factory=Path)
     key: str = ""
     checkpoint_seconds: float = 30.0
@@ -59,6 +62,11 @@ class Context:
         text = repr((self.seed, *self.scope, *path)).encode()
         seed = int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
         return torch.Generator().manual_seed(seed)
+
+    @property
+    def before_compression(self) -> Program | None:
+        """`uncompressed`, or the teacher."""
+        return self.teacher if self.uncompressed is None else self.uncompressed
 
     def within(self, *scope: str | int) -> Context:
         """The same surroundings one level down."""

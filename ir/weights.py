@@ -23,6 +23,9 @@ PRODUCTS = ("linear", "matmul", "addmm", "conv1d", "conv2d", "conv3d")
 INPUT_ARGUMENT = {"addmm": 1, "embedding": 1}
 """Position of the activation in the call; 0 for the rest."""
 
+CODED = "graphwright::dequantize"
+"""How the names of our ops begin that rebuild a weight from codes."""
+
 BIAS_ARGUMENT = {"linear": 2, "conv1d": 2, "conv2d": 2, "conv3d": 2, "addmm": 0}
 """Position of the bias in the call; the other kinds have none."""
 
@@ -210,3 +213,23 @@ def _product(sizes: tuple[int, ...]) -> int:
     for size in sizes:
         total *= size
     return total
+
+
+def is_coded(weight: fx.Node) -> bool:
+    """Whether a weight is rebuilt from codes."""
+    stack, seen = [weight], set()
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if rebuilds(node):
+            return True
+        stack.extend(node.all_input_nodes)
+    return False
+
+
+def rebuilds(node: fx.Node) -> bool:
+    """Whether a node is one of our ops that make a weight of codes."""
+    name = getattr(node.target, "name", None)
+    return callable(name) and name().startswith(CODED)

@@ -6,7 +6,7 @@ import importlib
 import json
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import ValidationError
@@ -41,11 +41,14 @@ class Result:
         program: the new program, or the very same object when nothing changed.
         actions: one entry per layer it looked at; nothing is silently left alone.
         metrics: figures worth a row in the report, by name.
+        uncompressed: the program whose weights were compressed, where that is not the one that
+            was given but one of another form (weights multiplied by factors first).
     """
 
     program: Program
     actions: tuple[Action, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
+    uncompressed: Program | None = None
 
 
 class Pass:
@@ -149,7 +152,7 @@ class Pass:
         result = self.run(program, context)
         record = Provenance(self.id, self.resolved_options(), context.seed, self.contract)
         changed = result.program.replace(provenance=(*program.provenance, record))
-        return Result(changed, result.actions, result.metrics)
+        return replace(result, program=changed)
 
     def promise(self) -> Promise:
         """What this pass, with these options, says of its effect on the function."""

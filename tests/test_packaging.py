@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import graphwright as gw
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
@@ -163,3 +165,11 @@ def test_version_is_the_distribution_version() -> None:
     import graphwright
 
     assert graphwright.__version__ == PROJECT["project"]["version"]
+
+
+def test_no_module_takes_a_public_name() -> None:
+    """Importing a submodule binds it on the package, in the place of a function of that name."""
+    packages = {"backends", "ir", "passes", "specs"}
+    modules = {file.stem for file in (ROOT / FOLDERS["graphwright"]).glob("*.py")}
+    assert "api" in modules
+    assert not modules & (set(gw.__all__) - packages)

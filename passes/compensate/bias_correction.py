@@ -78,7 +78,7 @@ def _means(
     program: Program, chosen: list[Layer], context: Context
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Mean output of every channel in the original model, and why layers have none."""
-    original = context.teacher
+    original = context.before_compression
     known = {} if original is None else {x.name: x for x in layers(original, PRODUCTS)}
     refused: dict[str, str] = {}
     pairs: list[Layer] = []

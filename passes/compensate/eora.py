@@ -61,7 +61,7 @@ class Eora(Pass):
     def run(self, program: Program, context: Context) -> Result:
         assert context.calibration is not None  # `execute` refuses to run without
         chosen = select(program, self.options.targets, PRODUCTS)
-        originals, actions = _low_rank.differences(program, context.teacher, chosen)
+        originals, actions = _low_rank.differences(program, context.before_compression, chosen)
         changed = [layer for layer in chosen if layer.name in originals]
         method = _Method(self.options.rank, originals)
         solved = sweep(program, changed, context.calibration, method, context)

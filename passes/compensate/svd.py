@@ -44,7 +44,7 @@ class Svd(Pass):
 
     def run(self, program: Program, context: Context) -> Result:
         chosen = select(program, self.options.targets, PRODUCTS)
-        originals, actions = _low_rank.differences(program, context.teacher, chosen)
+        originals, actions = _low_rank.differences(program, context.before_compression, chosen)
         found: dict[str, _low_rank.Factors] = {}
         before, after = [], []
         changed = [layer for layer in chosen if layer.name in originals]

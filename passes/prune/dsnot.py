@@ -181,7 +181,7 @@ class Dsnot(Pass):
         layers, actions = maskable(program, o.targets, Pattern(0.0) if existing else pattern)
         dense: dict[str, Tensor] = {}
         if existing:
-            layers, dense, reasons = _originals(program, context.teacher, layers)
+            layers, dense, reasons = _originals(program, context.before_compression, layers)
             actions += reasons
         settings = Settings(o.threshold, o.cycles, o.power, o.same_sign)
         method = Method(o.base, o.update, pattern, settings, dense)

@@ -9,13 +9,10 @@ from torch import fx
 
 from graphwright.ir.program import Program
 from graphwright.ir.select import Layer
-from graphwright.ir.weights import weight_node, weight_value
+from graphwright.ir.weights import is_coded, weight_node, weight_value
 
 NO_MATRIX = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 """Layers with a weight that are no product of rows and a matrix: reported, left alone."""
-
-CODED = "dequantize"
-"""How the names of our ops begin that rebuild a weight from codes."""
 
 
 def refusals(program: Program, chosen: Sequence[Layer], *, embeddings: bool) -> dict[fx.Node, str]:
@@ -56,19 +53,3 @@ def _refusal(program: Program, layer: Layer, nodes: set[fx.Node], *, embeddings:
     if not bool(torch.isfinite(weight_value(program, layer)).all()):
         return "its weight holds NaN or infinity"
     return ""
-
-
-def is_coded(weight: fx.Node) -> bool:
-    """Whether a weight is rebuilt from codes."""
-    stack, seen = [weight], set()
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        name = getattr(node.target, "name", None)
-        text = name() if callable(name) else ""
-        if text.startswith(f"graphwright::{CODED}"):
-            return True
-        stack.extend(node.all_input_nodes)
-    return False

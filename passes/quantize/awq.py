@@ -116,7 +116,7 @@ class Awq(Pass):
 
         editor = Editor(scaled, by=self.id)
         actions += insert(editor, layers, find, f"int{options.bits}")
-        return Result(editor.finish(), tuple(actions), _metrics(choices))
+        return Result(editor.finish(), tuple(actions), _metrics(choices), uncompressed=scaled)
 
     def _choices(self, program: Program, groups: Sequence[Group], context: Context) -> list[Choice]:
         """Factors of every group, in its order."""

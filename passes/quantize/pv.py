@@ -15,11 +15,10 @@ from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
 from graphwright.ir.select import Layer, select
 from graphwright.ir.tune import TuneOptions, tune
-from graphwright.ir.weights import weight_node
+from graphwright.ir.weights import is_coded, weight_node
 from graphwright.passes.base import Action, Context, Options, Pass, Result
 from graphwright.passes.quantize._insert import owner_of
 from graphwright.passes.quantize._pv import PvHook, Settings, Weight
-from graphwright.passes.quantize._refusals import is_coded
 from graphwright.passes.quantize._representation import Representation
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
