@@ -16,11 +16,14 @@ def load(path: str | Path) -> Program | Compiled:
     """Opens a saved program, or an artifact that a backend saved.
 
     Raises:
-        ModelError: the file is neither, or is damaged.
+        ModelError: there is no such file, it is neither, or it is damaged.
     """
     from graphwright.backends.base import open_artifact
     from graphwright.ir.archive import load_program
+    from graphwright.ir.errors import ModelError
 
+    if not Path(path).exists():
+        raise ModelError("no such file or folder", where=str(path))
     compiled = open_artifact(Path(path))
     return load_program(path) if compiled is None else compiled
 

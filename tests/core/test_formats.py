@@ -16,6 +16,7 @@ import torch
 
 import graphwright as gw
 from graphwright.cli import optimize_main
+from graphwright.ir.errors import ModelError
 
 HERE = Path(__file__).parent
 
@@ -128,3 +129,8 @@ def test_every_format_compiles_to_the_same_int8_classifier(
     batch = 4 if name.startswith("TorchScript") else 7  # a TorchScript file fixes its sizes
     logits = gw.load(out / "model.onnx")(torch.rand(batch, 1, 8, 8))
     assert tuple(logits.shape) == (batch, 10)
+
+
+def test_a_file_that_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such file or folder"):
+        gw.load(tmp_path / "model.pt2")
