@@ -21,15 +21,16 @@ def follow(uncompressed: Program, step: Pass, before: Program, result: Result) -
         step: the pass.
         before, result: what it was given, and what it made of that.
     """
-    new = result.program
-    has_codes = _has_codes(new)
-    if step.needed == "training" and not has_codes:
+    new, trained = result.program, step.needed == "training"
+    has_codes, is_cut = _has_codes(new), _is_cut(before, new)
+    if trained and not has_codes:
         return new  # what is trained is the new original
-    if uncompressed is not before:
-        return uncompressed
-    if step.contract == "lossy" and (has_codes or not _is_cut(before, new)):
-        return before if result.uncompressed is None else result.uncompressed
-    return new
+    if result.uncompressed is not None:
+        return result.uncompressed
+    if step.contract == "lossy" and not trained and (has_codes or not is_cut):
+        return uncompressed  # this compresses
+    has_other_form = is_cut or (step.contract == "exact" and _has_other_weights(before, new))
+    return new if uncompressed is before or has_other_form else uncompressed
 
 
 def _has_codes(program: Program) -> bool:
@@ -42,3 +43,18 @@ def _is_cut(before: Program, after: Program) -> bool:
     """Whether a parameter of the same name has another shape."""
     old, new = before.parameters(), after.parameters()
     return any(old[name].shape != new[name].shape for name in old.keys() & new.keys())
+
+
+def _has_other_weights(before: Program, after: Program) -> bool:
+    """Whether the weight of a layer of the same name has another value (norms, factors folded)."""
+    import torch
+
+    from graphwright.ir.select import layers
+    from graphwright.ir.weights import PRODUCTS, weight_value
+
+    old = {layer.name: layer for layer in layers(before, PRODUCTS)}
+    return any(
+        not torch.equal(weight_value(before, old[layer.name]), weight_value(after, layer))
+        for layer in layers(after, PRODUCTS)
+        if layer.name in old
+    )

@@ -116,7 +116,8 @@ class Awq(Pass):
 
         editor = Editor(scaled, by=self.id)
         actions += insert(editor, layers, find, f"int{options.bits}")
-        return Result(editor.finish(), tuple(actions), _metrics(choices), uncompressed=scaled)
+        moved = scaled if any(how) else None
+        return Result(editor.finish(), tuple(actions), _metrics(choices), uncompressed=moved)
 
     def _choices(self, program: Program, groups: Sequence[Group], context: Context) -> list[Choice]:
         """Factors of every group, in its order."""

@@ -79,8 +79,10 @@ def errors(folder: Path, before: str, compress: str, after: str) -> tuple[float,
         "  - cleanup.fold_batch_norm\n  - prune.zig: {sparsity: 0.4}\n",
         "  - tune.finetune: {tune: {steps: 20, lr: 0.02}}\n  - cleanup.fold_batch_norm\n",
         "  - cleanup.fold_batch_norm\n  - quantize.smoothquant\n",
+        "  - cleanup.fold_batch_norm\n  - prune.magnitude\n  - quantize.smoothquant\n",
+        "  - cleanup.fold_batch_norm\n  - prune.magnitude\n  - prune.zig: {sparsity: 0.4}\n",
     ],
-    ids=["folded", "cut", "trained", "smoothed"],
+    ids=["folded", "cut", "trained", "smoothed", "sparse, smoothed", "sparse, cut"],
 )
 @pytest.mark.parametrize(
     "after",
@@ -95,12 +97,24 @@ def test_the_error_of_the_compressed_weights_is_undone(
     assert compensated < compressed
 
 
-def test_awq_is_compensated_for_the_weights_that_its_factors_made(folder: Path) -> None:
+@pytest.mark.parametrize("before", ["", "  - prune.magnitude\n"], ids=["dense", "sparse"])
+def test_awq_is_compensated_for_the_weights_that_its_factors_made(
+    folder: Path, before: str
+) -> None:
     compressed, compensated, found = errors(
-        folder, "  - cleanup.fold_batch_norm\n", "  - quantize.awq: {bits: 3, block: 16}\n",
+        folder, "  - cleanup.fold_batch_norm\n" + before,
+        "  - quantize.awq: {bits: 3, block: 16}\n",
         "compensate.eora: {rank: 4}",
     )  # fmt: skip
     assert any(", folded, alpha" in what for _, what, _ in found["passes"][-2]["actions"])
+    assert compensated < compressed
+
+
+def test_pruning_and_rounding_are_compensated_together(folder: Path) -> None:
+    compressed, compensated, _ = errors(
+        folder, "  - cleanup.fold_batch_norm\n", "  - prune.magnitude\n" + COMPRESS,
+        "compensate.eora: {rank: 8}",
+    )  # fmt: skip
     assert compensated < compressed
 
 

@@ -1,15 +1,22 @@
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from heavy_tailed import heavy_tailed, layer, samples
 
 import graphwright as gw
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.program import Program
 from graphwright.ir.select import layers
-from graphwright.ir.weights import Geometry, product, weight_value
+from graphwright.ir.weights import product, weight_value
 from graphwright.passes.quantize import _adaquant
 
 
@@ -19,24 +26,6 @@ def settings(**changes: object) -> _adaquant.Settings:
         "batch": 50, "rate": 1e-4, "bias_rate": 1e-3, "range_rate": 1e-3, "input_rate": 1e-2,
     }  # fmt: skip
     return _adaquant.Settings(**{**values, **changes})  # type: ignore[arg-type]
-
-
-def heavy_tailed(rows: int, seed: int = 0) -> Tensor:
-    """Correlated inputs (rows, 24), some of them large."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(24, 24, generator=torch.Generator().manual_seed(5))
-    return (torch.randn(rows, 24, generator=generator) ** 3) @ mixing / 5
-
-
-def layer() -> tuple[Geometry, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    weight = torch.randn(16, 24, generator=generator) ** 3 / 10
-    return Geometry("linear", (16, 24)), weight, torch.randn(16, generator=generator)
-
-
-def samples(x: Tensor) -> _adaquant.Samples:
-    low, high = float(x.amin(1).mean()), float(x.amax(1).mean())
-    return _adaquant.Samples([x], [x], low, high)
 
 
 def test_a_rounded_value_is_within_half_a_step_and_zero_stays_zero() -> None:

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import product as every
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from heavy_tailed import heavy_tailed, layer, samples
+
 from graphwright.ir.weights import Geometry, product
 from graphwright.passes.quantize import _adaquant, _range_search
-
-
-def heavy_tailed(rows: int, seed: int = 0) -> Tensor:
-    """Correlated inputs (rows, 24), some of them large."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(24, 24, generator=torch.Generator().manual_seed(5))
-    return (torch.randn(rows, 24, generator=generator) ** 3) @ mixing / 5
-
-
-def layer() -> tuple[Geometry, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    weight = torch.randn(16, 24, generator=generator) ** 3 / 10
-    return Geometry("linear", (16, 24)), weight, torch.randn(16, generator=generator)
-
-
-def samples(x: Tensor) -> _adaquant.Samples:
-    low, high = float(x.amin(1).mean()), float(x.amax(1).mean())
-    return _adaquant.Samples([x], [x], low, high)
 
 
 def with_outliers() -> tuple[Geometry, Tensor, Tensor, Tensor]:
