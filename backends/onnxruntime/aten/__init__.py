@@ -24,12 +24,17 @@ def load() -> dict[Any, Callable[..., Any]]:
     """The complete table."""
     from graphwright.backends.onnxruntime.aten import (  # noqa: F401
         activations,
+        choice,
         contrib,
+        copies,
+        factories,
         index,
         layers,
         pointwise,
+        pooling,
         recurrent,
         reduce,
+        resizing,
         shape,
         windows,
     )

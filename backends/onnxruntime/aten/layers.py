@@ -1,8 +1,7 @@
-"""Layers with weights, pooling, resizing, and attention in primitive form."""
+"""Layers with weights, and attention in primitive form."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -194,100 +193,6 @@ def instance_norm(
     scale = e.values[weight] if weight is not None else e.weight_like(1.0, count, dtype)
     shift = e.values[bias] if bias is not None else e.weight_like(0.0, count, dtype)
     return e.op("InstanceNormalization", e.values[x], scale, shift, epsilon=float(eps))
-
-
-# ---- pooling and resizing
-
-
-@translates(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
-def max_pool(
-    e: Emitter, node: fx.Node, x: Any, kernel: Any, stride: Any = (), padding: Any = 0,
-    dilation: Any = 1, ceil_mode: bool = False,
-) -> Any:  # fmt: skip
-    rank = x.meta["val"].dim() - 2
-    kernel = spread(kernel, rank)
-    return e.op(
-        "MaxPool", e.values[x], kernel_shape=kernel,
-        strides=spread(stride, rank) if stride else kernel, pads=spread(padding, rank) * 2,
-        dilations=spread(dilation, rank), ceil_mode=int(ceil_mode),
-    )  # fmt: skip
-
-
-@translates(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
-def avg_pool(
-    e: Emitter, node: fx.Node, x: Any, kernel: Any, stride: Any = (), padding: Any = 0,
-    ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: Any = None,
-) -> Any:  # fmt: skip
-    if divisor_override is not None:
-        raise Untranslatable(node, "divisor_override")
-    rank = x.meta["val"].dim() - 2
-    kernel = spread(kernel, rank)
-    return e.op(
-        "AveragePool", e.values[x], kernel_shape=kernel,
-        strides=spread(stride, rank) if stride else kernel, pads=spread(padding, rank) * 2,
-        ceil_mode=int(ceil_mode), count_include_pad=int(count_include_pad),
-    )  # fmt: skip
-
-
-@translates(
-    aten.adaptive_avg_pool1d.default,
-    aten.adaptive_avg_pool2d.default,
-    aten.adaptive_avg_pool3d.default,
-)
-def adaptive_avg_pool(e: Emitter, node: fx.Node, x: Any, output_size: Any) -> Any:
-    have, want = sizes_of(x)[2:], sizes_of(node)[2:]
-    axes = list(range(2, 2 + len(have)))
-    if all(w == 1 for w in want):
-        return e.op("ReduceMean", e.values[x], e.ints(*axes), keepdims=1)
-    if have == want:
-        return e.values[x]
-    if not all(isinstance(s, int) for s in [*have, *want]):
-        raise Untranslatable(node, "adaptive pooling of a dynamic size")
-    if all(h % w == 0 for h, w in zip(have, want, strict=True)):
-        kernel = [h // w for h, w in zip(have, want, strict=True)]
-        return e.op("AveragePool", e.values[x], kernel_shape=kernel, strides=kernel)
-    if len(have) != 2:
-        raise Untranslatable(node, "uneven adaptive pooling")
-    dtype = node.meta["val"].dtype
-    rows = e.constant(_bins(have[0], want[0]), dtype)
-    columns = e.op("Transpose", e.constant(_bins(have[1], want[1]), dtype), perm=[1, 0])
-    return e.op("MatMul", e.op("MatMul", rows, e.values[x]), columns)
-
-
-def _bins(size: int, out: int) -> list[list[float]]:
-    """The averaging matrix (out, size) of uneven adaptive pooling along one axis."""
-    matrix = torch.zeros(out, size)
-    for i in range(out):
-        low, high = i * size // out, math.ceil((i + 1) * size / out)
-        matrix[i, low:high] = 1 / (high - low)
-    return matrix.tolist()
-
-
-def _resize(e: Emitter, node: fx.Node, x: Any, factors: Any, **attributes: Any) -> Any:
-    if factors is not None and all(isinstance(f, float | int) for f in factors):
-        scales = e.constant([1.0, 1.0, *map(float, factors)], torch.float32)
-        return e.op("Resize", e.values[x], None, scales, **attributes)
-    return e.op("Resize", e.values[x], None, None, e.shape(sizes_of(node)), **attributes)
-
-
-@translates(aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec)
-def upsample_nearest(e: Emitter, node: fx.Node, x: Any, output_size: Any, factors: Any) -> Any:
-    return _resize(
-        e, node, x, factors, mode="nearest", nearest_mode="floor",
-        coordinate_transformation_mode="asymmetric",
-    )  # fmt: skip
-
-
-@translates(aten.upsample_linear1d.vec, aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec)
-def upsample_linear(
-    e: Emitter, node: fx.Node, x: Any, output_size: Any, align_corners: bool, factors: Any
-) -> Any:
-    mode = "cubic" if node.target is aten.upsample_bicubic2d.vec else "linear"
-    corners = "align_corners" if align_corners else "pytorch_half_pixel"
-    return _resize(
-        e, node, x, factors, mode=mode, coordinate_transformation_mode=corners,
-        cubic_coeff_a=-0.75 if mode == "cubic" else None,
-    )  # fmt: skip
 
 
 @translates(aten.pixel_shuffle.default)

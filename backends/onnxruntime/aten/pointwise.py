@@ -287,42 +287,6 @@ def isinf(e: Emitter, node: fx.Node, a: Any) -> Any:
     return e.op("IsInf", e.values[a])
 
 
-@translates(aten.clamp.default, aten.clamp.Tensor)
-def clamp(e: Emitter, node: fx.Node, a: Any, min: Any = None, max: Any = None) -> Any:
-    dtype = node.meta["val"].dtype
-    value = e.tensor(a, dtype)
-    if node.target is aten.clamp.Tensor:
-        value = value if min is None else e.op("Max", value, e.tensor(min, dtype))
-        return value if max is None else e.op("Min", value, e.tensor(max, dtype))
-    low = None if min is None else e.tensor(min, dtype)
-    high = None if max is None else e.tensor(max, dtype)
-    return e.op("Clip", value, low, high)
-
-
-@translates(aten.clamp_min.default, aten.clamp_min.Tensor)
-def clamp_min(e: Emitter, node: fx.Node, a: Any, min: Any) -> Any:
-    dtype = node.meta["val"].dtype
-    return e.op("Max", e.tensor(a, dtype), e.tensor(min, dtype))
-
-
-@translates(aten.clamp_max.default, aten.clamp_max.Tensor)
-def clamp_max(e: Emitter, node: fx.Node, a: Any, max: Any) -> Any:
-    dtype = node.meta["val"].dtype
-    return e.op("Min", e.tensor(a, dtype), e.tensor(max, dtype))
-
-
-@translates(aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar)
-def where(e: Emitter, node: fx.Node, condition: Any, a: Any, b: Any) -> Any:
-    dtype = node.meta["val"].dtype
-    return e.op("Where", e.tensor(condition, torch.bool), e.tensor(a, dtype), e.tensor(b, dtype))
-
-
-@translates(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
-def masked_fill(e: Emitter, node: fx.Node, a: Any, mask: Any, value: Any) -> Any:
-    dtype = node.meta["val"].dtype
-    return e.op("Where", e.tensor(mask, torch.bool), e.tensor(value, dtype), e.tensor(a, dtype))
-
-
 @translates(aten.lerp.Scalar, aten.lerp.Tensor)
 def lerp(e: Emitter, node: fx.Node, a: Any, b: Any, weight: Any) -> Any:
     dtype = node.meta["val"].dtype
@@ -336,37 +300,3 @@ def addcmul(e: Emitter, node: fx.Node, a: Any, b: Any, c: Any, value: Any = 1) -
     if value != 1:
         product = e.op("Mul", product, e.constant(value, node.meta["val"].dtype))
     return e.op("Add", e.values[a], product)
-
-
-@translates(
-    aten.to.dtype,
-    aten.to.device,
-    aten.to.dtype_layout,
-    aten.to.other,
-    aten._to_copy.default,
-    aten.type_as.default,
-    torch.ops.prims.convert_element_type.default,
-    aten.float.default if hasattr(aten, "float") else aten.to.dtype,
-)
-def to(e: Emitter, node: fx.Node, a: Any, *_: Any, **__: Any) -> Any:
-    return e.tensor(a, node.meta["val"].dtype)
-
-
-@translates(
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.detach.default,
-    aten.detach_.default,
-    aten.alias.default,
-    aten.lift_fresh_copy.default,
-    aten.positive.default,
-)
-def same(e: Emitter, node: fx.Node, a: Any, *_: Any, **__: Any) -> Any:
-    return e.values[a]
-
-
-@translates(aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
-def dropout(e: Emitter, node: fx.Node, a: Any, p: float, train: bool) -> Any:
-    if train:
-        raise Untranslatable(node, "dropout in training mode")
-    return e.values[a]
