@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from graphwright import backends, ir, passes, specs
     from graphwright.api import load, lower, optimize
     from graphwright.ir.channels import channel_groups, cut, zero
+    from graphwright.ir.check.fidelity import compare
     from graphwright.ir.context import Context
     from graphwright.ir.edit import Editor
-    from graphwright.ir.export_checkpoint import export_checkpoint
-    from graphwright.ir.fidelity import compare
+    from graphwright.ir.files.export_checkpoint import export_checkpoint
     from graphwright.ir.options import Options
     from graphwright.ir.program import Program
     from graphwright.ir.rewrite import Rewrite
-    from graphwright.ir.trace import trace
+    from graphwright.ir.trace.capture import trace
     from graphwright.passes.base import Action, Pass, Result, register
-    from graphwright.passes.prune._oto import oto
+    from graphwright.passes.prune._oto.loop import oto
     from graphwright.specs.spec import load_spec
 
 __version__ = "0.1.0"
@@ -37,19 +37,19 @@ _HOMES = {
     "channel_groups": "graphwright.ir.channels",
     "cut": "graphwright.ir.channels",
     "zero": "graphwright.ir.channels",
-    "export_checkpoint": "graphwright.ir.export_checkpoint",
+    "export_checkpoint": "graphwright.ir.files.export_checkpoint",
     "Context": "graphwright.ir.context",
     "Editor": "graphwright.ir.edit",
-    "compare": "graphwright.ir.fidelity",
+    "compare": "graphwright.ir.check.fidelity",
     "Options": "graphwright.ir.options",
     "Program": "graphwright.ir.program",
     "Rewrite": "graphwright.ir.rewrite",
-    "trace": "graphwright.ir.trace",
+    "trace": "graphwright.ir.trace.capture",
     "Action": "graphwright.passes.base",
     "Pass": "graphwright.passes.base",
     "Result": "graphwright.passes.base",
     "register": "graphwright.passes.base",
-    "oto": "graphwright.passes.prune._oto",
+    "oto": "graphwright.passes.prune._oto.loop",
     "load_spec": "graphwright.specs.spec",
 }
 _PACKAGES = ("backends", "ir", "passes", "specs")

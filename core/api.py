@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from graphwright.backends.base import Compiled
     from graphwright.ir.program import Program
-    from graphwright.pipeline import Outcome
+    from graphwright.job.pipeline import Outcome
 
 
 def load(path: str | Path) -> Program | Compiled:
@@ -19,8 +19,8 @@ def load(path: str | Path) -> Program | Compiled:
         ModelError: there is no such file, it is neither, or it is damaged.
     """
     from graphwright.backends.base import open_artifact
-    from graphwright.ir.archive import load_program
     from graphwright.ir.errors import ModelError
+    from graphwright.ir.files.archive import load_program
 
     if not Path(path).exists():
         raise ModelError("no such file or folder", where=str(path))
@@ -63,12 +63,12 @@ def optimize(
         spec: YAML file, or name of a ready-made spec.
         out: folder for the results.
         overrides: `KEY=VALUE` strings, as `passes.1.sparsity=0.5`.
-        settings: further fields of `graphwright.pipeline.Settings`.
+        settings: further fields of `graphwright.job.pipeline.Settings`.
 
     Raises:
         GraphwrightError: with the exit status of the stage that failed.
     """
-    from graphwright.pipeline import Settings, run
+    from graphwright.job.pipeline import Settings, run
     from graphwright.specs.spec import load_spec
 
     loaded = load_spec(str(spec), list(overrides))

@@ -131,7 +131,7 @@ def _do_optimize(arguments: argparse.Namespace) -> int:
 
     # First of all the spec, without torch: a typo is answered before anything is imported.
     spec = load_spec(arguments.spec, arguments.overrides)
-    from graphwright.pipeline import Settings, run
+    from graphwright.job.pipeline import Settings, run
 
     settings = Settings(
         out=arguments.out,
@@ -160,7 +160,7 @@ def _build_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _do_inspect(arguments: argparse.Namespace) -> int:
-    from graphwright.inspect import inspect
+    from graphwright.commands.inspect import inspect
 
     return inspect(arguments)
 
@@ -184,7 +184,7 @@ def _build_check(parser: argparse.ArgumentParser) -> None:
 
 
 def _do_check(arguments: argparse.Namespace) -> int:
-    from graphwright.rules import check_rules
+    from graphwright.job.rules import check_rules
     from graphwright.specs.spec import load_spec
 
     spec = load_spec(arguments.spec, arguments.overrides)
@@ -205,7 +205,7 @@ def _build_compare(parser: argparse.ArgumentParser) -> None:
 
 
 def _do_compare(arguments: argparse.Namespace) -> int:
-    from graphwright.compare_models import compare
+    from graphwright.commands.compare import compare
 
     return compare(arguments)
 
@@ -220,7 +220,7 @@ def _build_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def _do_bench(arguments: argparse.Namespace) -> int:
-    from graphwright.bench import bench
+    from graphwright.commands.bench import bench
 
     return bench(arguments)
 

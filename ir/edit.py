@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from graphwright.ir.fake import fake_call
+from graphwright.ir.graph.fake import fake_call
 from graphwright.ir.program import Program
 
 aten = torch.ops.aten
@@ -191,7 +191,7 @@ class Editor:
         state = {name: tensor for name, tensor in self.state.items() if name in used}
         program = self.program.replace(graph=self.graph, state=state, facts=self.facts)
         if propagate or (propagate is None and self._stale):
-            from graphwright.ir.shapes import propagate_shapes
+            from graphwright.ir.graph.shapes import propagate_shapes
 
             propagate_shapes(program)
         self.graph.lint()

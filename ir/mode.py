@@ -61,7 +61,7 @@ def set_mode(program: Program, *, training: bool) -> Program:
             for kind, p, *readers in gw_meta(node).get("dropout") or ():
                 _insert_dropout(editor, node, kind, p, readers[0] if readers else None)
     if not training:
-        from graphwright.ir.canonical import take_out_dropout
+        from graphwright.ir.canonical.normalize import take_out_dropout
 
         take_out_dropout(editor)
     return editor.finish()

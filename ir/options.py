@@ -27,4 +27,4 @@ class Options(BaseModel):
 Selector = Annotated[
     tuple[str, ...], Field(json_schema_extra={"x-graphwright": {"selector": True}})
 ]
-"""An option that is a list of layer patterns; the spec checks their syntax. See `ir/select.py`."""
+"""An option that is a list of layer patterns; see `ir/layers/selectors.py`."""

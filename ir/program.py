@@ -123,7 +123,7 @@ class Program:
 
     def save(self, path: str | Path) -> None:
         """Writes the program to one `.pt2` file; `graphwright.load` reads it back."""
-        from graphwright.ir.archive import save_program
+        from graphwright.ir.files.archive import save_program
 
         save_program(self, path)
 

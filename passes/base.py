@@ -11,11 +11,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ValidationError
 
+from graphwright.ir.check.verify import Promise
 from graphwright.ir.context import Batch, Context
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.options import Options
 from graphwright.ir.program import Program, Provenance
-from graphwright.ir.verify import Promise
 
 Contract = Literal["exact", "identity_at_init", "lossy"]
 Need = Literal["nothing", "calibration", "gradients", "training"]
@@ -136,7 +136,7 @@ class Pass:
         )
         result = self.execute(program, context)
         if check:
-            from graphwright.ir.verify import check_contract
+            from graphwright.ir.check.verify import check_contract
 
             check_contract(program, result.program, self.promise())
         return result.program

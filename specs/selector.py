@@ -1,6 +1,6 @@
 """Syntax of `targets`: globs over layer names, `kind:` patterns, and `!` to exclude.
 
-What a pattern matches is known once the model is traced (`graphwright.ir.select`).
+What a pattern matches is known once the model is traced (`graphwright.ir.layers.selectors`).
 """
 
 from __future__ import annotations

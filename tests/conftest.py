@@ -15,6 +15,10 @@ import pytest
 # One thread per test process, before torch or numpy read it: two workers on two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Scripts that tests start as processes import the shared nets too.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 
 def _has_cuda_driver() -> bool:

@@ -74,7 +74,7 @@ def test_imports_go_one_way(path: Path) -> None:
         ("ir", "def f():\n    from graphwright.passes.base import Pass"),
         ("passes", "import graphwright.backends.base"),
         ("backends", "from graphwright import passes"),
-        ("specs", "load('graphwright.core.pipeline'); import_module('graphwright.pipeline')"),
+        ("specs", "load('graphwright.core.pipeline'); import_module('graphwright.job.pipeline')"),
         ("passes", "from .base import Pass"),
         ("core", "from ir.program import Program"),
     ],

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from graphwright.ir.fidelity import compare
+from graphwright.ir.check.fidelity import compare
 from graphwright.ir.program import Program
 from graphwright.ir.signature import TensorSpec
 

@@ -11,7 +11,7 @@ from torch import fx
 from graphwright.backends.onnxruntime.emitter import Untranslatable
 from graphwright.backends.onnxruntime.runtime import SessionSettings, open_session
 from graphwright.backends.onnxruntime.translate import translate_with_values
-from graphwright.ir.fidelity import compare
+from graphwright.ir.check.fidelity import compare
 from graphwright.ir.program import Program
 
 

@@ -16,7 +16,7 @@ from onnxscript.rewriter.rules.common import _gemm_to_matmul_add
 from graphwright.backends.onnxruntime.emitter import Untranslatable
 from graphwright.backends.onnxruntime.translate import finish
 from graphwright.ir.errors import LoweringError, ModelError
-from graphwright.ir.exported import to_exported_program
+from graphwright.ir.files.exported import to_exported_program
 from graphwright.ir.ops import OPS
 from graphwright.ir.program import Program
 

@@ -11,8 +11,8 @@ from torch import fx, nn
 
 from graphwright.backends.base import Artifact, Compiled
 from graphwright.backends.triton.fuse import count_ops, largest_leftovers
-from graphwright.ir.device import set_device
 from graphwright.ir.edit import copy_graph
+from graphwright.ir.graph.device import set_device
 from graphwright.ir.program import Program
 from graphwright.ir.signature import rebuild
 
@@ -83,7 +83,7 @@ def load(folder: str | Path) -> FusedModule:
     Raises:
         ModelError: there is no such file, or it is no program of ours.
     """
-    from graphwright.ir.archive import load_program
+    from graphwright.ir.files.archive import load_program
 
     return FusedModule(load_program(Path(folder) / FILE))
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, fx
 
 from graphwright.backends.triton.activations import activation_name, is_activation
-from graphwright.backends.triton.stored import PRODUCTS, Form, form_of, is_call, plain, product_of
 from graphwright.backends.triton.values import same_kind
 from graphwright.ir.edit import Editor
 from graphwright.ir.ops.blocks import dequantize_blocks
@@ -27,6 +26,7 @@ from graphwright.ir.ops.low_rank import add_low_rank
 from graphwright.ir.ops.table import dequantize_table
 from graphwright.ir.ops.table_linear import table_linear
 from graphwright.ir.rewrite import Match, Rewrite, full_arguments, op, value
+from graphwright.ir.stored.read import PRODUCTS, Form, form_of, is_call, plain, product_of
 
 aten = torch.ops.aten
 

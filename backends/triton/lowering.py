@@ -7,12 +7,12 @@ import torch
 from graphwright.backends.base import Backend
 from graphwright.backends.triton.compiled import FusedModule
 from graphwright.backends.triton.fuse import BY, fuse
+from graphwright.ir.check.verify import Promise, check_contract
 from graphwright.ir.context import Context
-from graphwright.ir.data import other_size_inputs
+from graphwright.ir.data.batches import other_size_inputs
 from graphwright.ir.errors import ContractError, LoweringError
 from graphwright.ir.options import Options as BaseOptions
 from graphwright.ir.program import Program
-from graphwright.ir.verify import Promise, check_contract
 
 TOLERANCE = 1e-5
 """Largest relative error of a fused float32 program; other dtypes in proportion to roundoff."""

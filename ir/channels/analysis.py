@@ -10,21 +10,21 @@ from functools import cached_property
 import numpy as np
 from torch import fx
 
-from graphwright.ir.canonical import op_name
-from graphwright.ir.channels import (  # noqa: F401  rules register themselves
-    rules_elementwise,
-    rules_index,
-    rules_layers,
-    rules_quantized,
-    rules_reduce,
-    rules_shape,
-)
+from graphwright.ir.canonical.normalize import op_name
 from graphwright.ir.channels.classes import Ids
 from graphwright.ir.channels.groups import ChannelGroup, build_groups
+from graphwright.ir.channels.rules import (  # noqa: F401  rules register themselves
+    elementwise,
+    index,
+    layers,
+    quantized,
+    reduce,
+    shape,
+)
 from graphwright.ir.channels.values import Factor, Result, Value
 from graphwright.ir.channels.walk import Norm, Unit, Walk
 from graphwright.ir.channels.weights import is_weight
-from graphwright.ir.cost import cost
+from graphwright.ir.graph.cost import cost
 from graphwright.ir.program import Program
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from graphwright.ir.canonical import op_name
+from graphwright.ir.canonical.normalize import op_name
 from graphwright.ir.channels.values import Value
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from graphwright.ir.aliasing import unstable_nodes
-from graphwright.ir.canonical import op_name
+from graphwright.ir.canonical.normalize import op_name
 from graphwright.ir.channels.walk import RULES
 from graphwright.ir.edit import Editor
+from graphwright.ir.graph.aliasing import unstable_nodes
 from graphwright.ir.program import Program
 
 NORMALISING = {

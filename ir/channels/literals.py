@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from graphwright.ir.canonical import op_name
+from graphwright.ir.canonical.normalize import op_name
 from graphwright.ir.channels.extents import Extents
 from graphwright.ir.channels.values import Value
 from graphwright.ir.channels.walk import Walk, arguments

@@ -12,14 +12,14 @@ import sympy
 import torch
 from torch import fx
 
-from graphwright.ir.canonical import op_name
+from graphwright.ir.canonical.functional import writes
+from graphwright.ir.canonical.normalize import op_name
 from graphwright.ir.channels.calls import Call, UnknownCallError, arguments
 from graphwright.ir.channels.classes import Classes, Ids
 from graphwright.ir.channels.values import Factor, Result, Value, factor
 from graphwright.ir.channels.weights import is_zeroed, only_added
-from graphwright.ir.cost import dimension_names, named_symbol
-from graphwright.ir.data import example_sizes
-from graphwright.ir.functional import writes
+from graphwright.ir.data.batches import example_sizes
+from graphwright.ir.graph.cost import dimension_names, named_symbol
 from graphwright.ir.program import Program
 
 Unit = Literal["head", "channel"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from graphwright.ir.files import replacing
+from graphwright.ir.atomic import replacing
 
 SHARE_OF_TIME = 0.05
 """Of the training time at most that goes into checkpoints."""

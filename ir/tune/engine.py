@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from graphwright.ir.context import Context
-from graphwright.ir.data import as_batches
-from graphwright.ir.digest import digest
+from graphwright.ir.data.batches import as_batches
 from graphwright.ir.errors import ArgumentError, ModelError
+from graphwright.ir.graph.digest import digest
 from graphwright.ir.program import Program
 from graphwright.ir.signature import rebuild
 from graphwright.ir.tune.best import Best
@@ -56,7 +56,7 @@ def tune(
 
     Args:
         program: left as it is, tensors included.
-        data: `ir.data.Batches`, or a re-iterable of batches; batch sizes are per process.
+        data: `ir.data.batches.Batches`, or a re-iterable of batches; batch sizes are per process.
         options: how to train.
         context: seed, device, work folder, progress.
         hooks: called at their points of the loop, in this order.

@@ -10,7 +10,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from graphwright.ir.data import Batches
+from graphwright.ir.data.batches import Batches
 from graphwright.ir.errors import ArgumentError
 
 Seed = Callable[..., int]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphwright.ir.data import Batches
+from graphwright.ir.data.batches import Batches
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.program import Program
 from graphwright.ir.signature import Signature, leaf_names, rebuild
@@ -180,7 +180,7 @@ def _teacher_loss(name: str, main: int, signature: Signature, teacher: Teacher |
 
 
 def _own_loss(name: str, signature: Signature, folder: Path) -> Loss:
-    from graphwright.ir.data_sources import import_object
+    from graphwright.ir.data.sources import import_object
 
     function: Any = import_object(name, folder)
     if not callable(function):

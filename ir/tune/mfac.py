@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graphwright.ir.errors import ArgumentError
-from graphwright.ir.fisher import Window
+from graphwright.ir.tune.fisher import Window
 
 
 class MfacOptimizer(torch.optim.Optimizer):

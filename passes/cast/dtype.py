@@ -8,11 +8,11 @@ import torch
 from pydantic import Field
 from torch import fx, nn
 
-from graphwright.ir.canonical import op_name
+from graphwright.ir.canonical.normalize import op_name
 from graphwright.ir.edit import Editor
+from graphwright.ir.layers.selectors import select
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
-from graphwright.ir.select import select
 from graphwright.passes.base import Action, Context, Options, Pass, Result
 
 aten = torch.ops.aten

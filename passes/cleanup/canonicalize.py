@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graphwright.ir.canonical import canonicalize
+from graphwright.ir.canonical.normalize import canonicalize
 from graphwright.ir.program import Program
 from graphwright.passes.base import Action, Context, Pass, Result
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphwright.ir.aliasing import unstable_nodes
 from graphwright.ir.edit import Editor
+from graphwright.ir.graph.aliasing import unstable_nodes
 from graphwright.ir.program import Program
 from graphwright.passes.base import Action, Context, Pass, Result
 

@@ -8,9 +8,9 @@ import torch
 from pydantic import Field
 from torch import fx
 
-from graphwright.ir import canonical
-from graphwright.ir.aliasing import unstable_nodes
+from graphwright.ir.canonical import normalize as canonical
 from graphwright.ir.edit import Editor
+from graphwright.ir.graph.aliasing import unstable_nodes
 from graphwright.ir.program import Program
 from graphwright.passes.base import Action, Context, Options, Pass, Result
 from graphwright.passes.cleanup.eliminate_common_subexpressions import is_repeatable

@@ -11,7 +11,7 @@ from graphwright.ir.edit import Editor
 from graphwright.ir.program import Program
 from graphwright.ir.rewrite import full_arguments
 from graphwright.passes.base import Action, Context, Pass, Result
-from graphwright.passes.cleanup._affine import CONVOLUTIONS, LINEAR, like
+from graphwright.passes.cleanup._math.affine import CONVOLUTIONS, LINEAR, like
 
 aten = torch.ops.aten
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphwright.ir.aliasing import unstable_nodes
-from graphwright.ir.canonical import op_name
+from graphwright.ir.canonical.normalize import op_name
 from graphwright.ir.edit import Editor
+from graphwright.ir.graph.aliasing import unstable_nodes
 from graphwright.ir.mode import DROPOUTS
 from graphwright.ir.program import Program
 from graphwright.ir.rewrite import full_arguments

@@ -8,16 +8,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from graphwright.ir.calibration.site import Site, Solved, Task
+from graphwright.ir.calibration.walk import sweep
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
-from graphwright.ir.layerwise import sweep
+from graphwright.ir.layers.bias import can_set_bias, set_bias
+from graphwright.ir.layers.products import BIAS_ARGUMENT, PRODUCTS, as_matrix, geometry
+from graphwright.ir.layers.selectors import Layer, layers, select
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
-from graphwright.ir.select import Layer, layers, select
-from graphwright.ir.site import Site, Solved, Task
-from graphwright.ir.weights import BIAS_ARGUMENT, PRODUCTS, as_matrix, geometry
 from graphwright.passes.base import Action, Context, Options, Pass, Result
-from graphwright.passes.compensate._bias import can_set_bias, set_bias
 
 
 class BiasCorrectionOptions(Options):

@@ -7,15 +7,15 @@ from typing import Annotated, NamedTuple
 from pydantic import Field
 from torch import Tensor
 
-from graphwright.ir.hessian import hessian
-from graphwright.ir.layerwise import sweep
+from graphwright.ir.calibration.hessian import hessian
+from graphwright.ir.calibration.site import Site, Solved, Task
+from graphwright.ir.calibration.walk import sweep
+from graphwright.ir.layers.products import PRODUCTS, as_matrix, from_matrix
+from graphwright.ir.layers.selectors import select
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
-from graphwright.ir.select import select
-from graphwright.ir.site import Site, Solved, Task
-from graphwright.ir.weights import PRODUCTS, as_matrix, from_matrix
 from graphwright.passes.base import Context, Options, Pass, Result
-from graphwright.passes.compensate import _low_rank
+from graphwright.passes.compensate._math import low_rank
 
 
 class EoraOptions(Options):
@@ -61,20 +61,20 @@ class Eora(Pass):
     def run(self, program: Program, context: Context) -> Result:
         assert context.calibration is not None  # `execute` refuses to run without
         chosen = select(program, self.options.targets, PRODUCTS)
-        originals, actions = _low_rank.differences(program, context.before_compression, chosen)
+        originals, actions = low_rank.differences(program, context.before_compression, chosen)
         changed = [layer for layer in chosen if layer.name in originals]
         method = _Method(self.options.rank, originals)
         solved = sweep(program, changed, context.calibration, method, context)
-        found: dict[str, _low_rank.Factors] = {}
+        found: dict[str, low_rank.Factors] = {}
         before, after = [], []
         for layer in changed:
             state, info = solved[layer.node.name].state, solved[layer.node.name].info
-            found[layer.name] = _low_rank.Factors(state["b"], state["a"])
+            found[layer.name] = low_rank.Factors(state["b"], state["a"])
             before.append(info["before"])
             after.append(info["after"])
-            actions.append(_low_rank.action(layer.name, state["b"].shape[1], before[-1], after[-1]))
-        result = _low_rank.insert(program, self.id, changed, found)
-        return Result(result, tuple(actions), _low_rank.metrics(before, after))
+            actions.append(low_rank.action(layer.name, state["b"].shape[1], before[-1], after[-1]))
+        result = low_rank.insert(program, self.id, changed, found)
+        return Result(result, tuple(actions), low_rank.metrics(before, after))
 
 
 class _Stats(NamedTuple):
@@ -96,7 +96,7 @@ class _Method:
 
     def gather(self, site: Site) -> _Stats:
         h = hessian(site.rows()).matrix[0]
-        basis, inverse = _low_rank.eigenspace(h)
+        basis, inverse = low_rank.eigenspace(h)
         return _Stats(h, basis, inverse, {x.name: self._originals[x.name] for x in site.layers})
 
     def solve(self, task: Task) -> Solved:
@@ -104,14 +104,14 @@ class _Method:
         original = stats.originals[task.name].float()
         compressed = as_matrix(task.geometry, task.weight)[0].float()
         delta = original - compressed
-        factors = _low_rank.split(delta, stats.basis, stats.inverse, self.rank)
+        factors = low_rank.split(delta, stats.basis, stats.inverse, self.rank)
         left = delta - factors.b @ factors.a
         value = from_matrix(task.geometry, (compressed + factors.b @ factors.a)[None])
         return Solved(
             value.to(task.weight.dtype),
             state={"b": factors.b, "a": factors.a},
             info={
-                "before": _low_rank.relative_error(delta, original, stats.h),
-                "after": _low_rank.relative_error(left, original, stats.h),
+                "before": low_rank.relative_error(delta, original, stats.h),
+                "after": low_rank.relative_error(left, original, stats.h),
             },
         )

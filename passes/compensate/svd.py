@@ -6,12 +6,12 @@ from typing import Annotated
 
 from pydantic import Field
 
+from graphwright.ir.layers.products import PRODUCTS, as_matrix, geometry, weight_value
+from graphwright.ir.layers.selectors import select
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
-from graphwright.ir.select import select
-from graphwright.ir.weights import PRODUCTS, as_matrix, geometry, weight_value
 from graphwright.passes.base import Context, Options, Pass, Result
-from graphwright.passes.compensate import _low_rank
+from graphwright.passes.compensate._math import low_rank
 
 
 class SvdOptions(Options):
@@ -44,19 +44,19 @@ class Svd(Pass):
 
     def run(self, program: Program, context: Context) -> Result:
         chosen = select(program, self.options.targets, PRODUCTS)
-        originals, actions = _low_rank.differences(program, context.before_compression, chosen)
-        found: dict[str, _low_rank.Factors] = {}
+        originals, actions = low_rank.differences(program, context.before_compression, chosen)
+        found: dict[str, low_rank.Factors] = {}
         before, after = [], []
         changed = [layer for layer in chosen if layer.name in originals]
-        for layer in _low_rank.first_uses(changed):
+        for layer in low_rank.first_uses(changed):
             original = originals[layer.name].float()
             shape = geometry(program, layer)
             delta = original - as_matrix(shape, weight_value(program, layer))[0].float()
-            factors = _low_rank.split(delta, None, None, self.options.rank)
+            factors = low_rank.split(delta, None, None, self.options.rank)
             found[layer.name] = factors
             left = delta - factors.b @ factors.a
-            before.append(_low_rank.relative_error(delta, original, None))
-            after.append(_low_rank.relative_error(left, original, None))
-            actions.append(_low_rank.action(layer.name, factors.b.shape[1], before[-1], after[-1]))
-        result = _low_rank.insert(program, self.id, changed, found)
-        return Result(result, tuple(actions), _low_rank.metrics(before, after))
+            before.append(low_rank.relative_error(delta, original, None))
+            after.append(low_rank.relative_error(left, original, None))
+            actions.append(low_rank.action(layer.name, factors.b.shape[1], before[-1], after[-1]))
+        result = low_rank.insert(program, self.id, changed, found)
+        return Result(result, tuple(actions), low_rank.metrics(before, after))

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphwright.ir.edit import Editor
+from graphwright.ir.layers.products import PRODUCTS, Geometry, as_matrix, geometry
+from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
-from graphwright.ir.select import Layer, select
-from graphwright.ir.weights import PRODUCTS, Geometry, as_matrix, geometry
 from graphwright.passes.base import Action, Context, Options, Pass, Result
 
 aten = torch.ops.aten

@@ -10,19 +10,19 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
+from graphwright.ir.calibration.hessian import hessian, inverse_factor
+from graphwright.ir.calibration.site import Site, Solved, Task
+from graphwright.ir.calibration.walk import sweep
 from graphwright.ir.errors import ArgumentError
-from graphwright.ir.hessian import hessian, inverse_factor
-from graphwright.ir.layerwise import sweep
+from graphwright.ir.layers.products import as_matrix, from_matrix, geometry
+from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.program import Program
-from graphwright.ir.select import Layer
-from graphwright.ir.site import Site, Solved, Task
-from graphwright.ir.weights import as_matrix, from_matrix, geometry
 from graphwright.passes.base import Action, Context, Pass, Result
-from graphwright.passes.prune import _sparsegpt
-from graphwright.passes.prune._dsnot import Refined, Settings, refine
-from graphwright.passes.prune._features import Features, features
-from graphwright.passes.prune._layers import maskable, share_of_zeros, with_weights
-from graphwright.passes.prune._patterns import Pattern, SparsityOptions, found_pattern
+from graphwright.passes.prune._masks.layers import maskable, share_of_zeros, with_weights
+from graphwright.passes.prune._masks.patterns import Pattern, SparsityOptions, found_pattern
+from graphwright.passes.prune._math import sparsegpt as sparsegpt_math
+from graphwright.passes.prune._math.dsnot import Refined, Settings, refine
+from graphwright.passes.prune._math.features import Features, features
 
 DAMPING = 0.01
 """Of the Hessian behind the SparseGPT mask, as in the paper's code."""
@@ -130,10 +130,10 @@ class Method:
             assert stats.hessian is not None
             h = stats.hessian[group]
             upper, _ = inverse_factor(h, DAMPING, task.name)
-            metric = _sparsegpt.score(w, upper, h.diagonal() == 0)
+            metric = sparsegpt_math.score(w, upper, h.diagonal() == 0)
             if self.update:
                 keep = self.pattern.keep(metric)
-                current, _ = _sparsegpt.prune_matrix(w, upper, self.pattern, keep=keep)
+                current, _ = sparsegpt_math.prune_matrix(w, upper, self.pattern, keep=keep)
                 return current, keep, metric, self.pattern
         keep = self.pattern.keep(metric)
         return w.where(keep, 0.0), keep, metric, self.pattern

@@ -11,16 +11,16 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from graphwright.ir.errors import ModelError
+from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
-from graphwright.ir.select import Layer
 from graphwright.ir.tune import Tuned, TuneOptions, tune
 from graphwright.passes.base import Action, Context, Options, Pass, Result
-from graphwright.passes.prune._layers import share_of_zeros
-from graphwright.passes.prune._masked_weights import LEFT, bake, keyed, trainable_layers
-from graphwright.passes.prune._nm_mask import nm_mask
-from graphwright.passes.prune._smallest import MOST, below_sampled, count_of, smallest
-from graphwright.passes.prune._soft_shrinkage import SoftShrinkage
+from graphwright.passes.prune._masks.layers import share_of_zeros
+from graphwright.passes.prune._masks.nm_mask import nm_mask
+from graphwright.passes.prune._masks.soft_shrinkage import SoftShrinkage
+from graphwright.passes.prune._masks.trainable import LEFT, bake, keyed, trainable_layers
+from graphwright.passes.prune._math.smallest import MOST, below_sampled, count_of, smallest
 
 Size = Annotated[int, Field(ge=1)]
 

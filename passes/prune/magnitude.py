@@ -10,12 +10,12 @@ import torch
 from pydantic import ValidationInfo, field_validator
 from torch import Tensor
 
+from graphwright.ir.layers.products import from_matrix, geometry
+from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.program import Program
-from graphwright.ir.select import Layer
-from graphwright.ir.weights import from_matrix, geometry
 from graphwright.passes.base import Action, Context, Pass, Result
-from graphwright.passes.prune._layers import maskable, matrix, share_of_zeros, with_weights
-from graphwright.passes.prune._patterns import Pattern, SparsityOptions
+from graphwright.passes.prune._masks.layers import maskable, matrix, share_of_zeros, with_weights
+from graphwright.passes.prune._masks.patterns import Pattern, SparsityOptions
 
 
 class MagnitudeOptions(SparsityOptions):

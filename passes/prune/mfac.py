@@ -8,14 +8,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from graphwright.ir.fisher import Fisher
+from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.program import Program
-from graphwright.ir.select import Layer
+from graphwright.ir.tune.fisher import Fisher
 from graphwright.passes.base import Action, Context, Pass, Result
-from graphwright.passes.prune._gradients import Draws, LossName, gradients, room
-from graphwright.passes.prune._layers import maskable, share_of_zeros, with_weights
-from graphwright.passes.prune._obs import Structure, Vector, kept_after, surgery
-from graphwright.passes.prune._patterns import Pattern, SparsityOptions
+from graphwright.passes.prune._masks.layers import maskable, share_of_zeros, with_weights
+from graphwright.passes.prune._masks.patterns import Pattern, SparsityOptions
+from graphwright.passes.prune._math.obs import Structure, Vector, kept_after, surgery
+from graphwright.passes.prune._units.gradients import Draws, LossName, gradients, room
 
 
 class MfacOptions(SparsityOptions):

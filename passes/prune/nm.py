@@ -8,22 +8,22 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from graphwright.ir.errors import ModelError
+from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
-from graphwright.ir.select import Layer
 from graphwright.ir.tune import Tuned, TuneOptions, tune
 from graphwright.passes.base import Action, Context, Options, Pass, Result
-from graphwright.passes.prune._layers import share_of_zeros
-from graphwright.passes.prune._masked_weights import LEFT, bake, keyed, trainable_layers
-from graphwright.passes.prune._nm_decay import (
+from graphwright.passes.prune._masks.layers import share_of_zeros
+from graphwright.passes.prune._masks.nm_decay import (
     NmSchedule,
     Pattern,
     densify,
     geometric,
     stepwise,
 )
-from graphwright.passes.prune._nm_rows import NmRows, nm_rows
-from graphwright.passes.prune._nm_training import NmTraining
+from graphwright.passes.prune._masks.nm_rows import NmRows, nm_rows
+from graphwright.passes.prune._masks.nm_training import NmTraining
+from graphwright.passes.prune._masks.trainable import LEFT, bake, keyed, trainable_layers
 
 DECAYS_MASK = ("mask_decay", "combined")
 DECAYS_STRUCTURE = ("structure_decay", "combined")

@@ -11,14 +11,14 @@ from graphwright.ir.channels.fold import fold
 from graphwright.ir.program import Program
 from graphwright.ir.tune import tune
 from graphwright.passes.base import Action, Context, Pass, Result
-from graphwright.passes.prune._otov2_options import Otov2Options
-from graphwright.passes.prune._sparse_training import (
+from graphwright.passes.prune._oto.options import Otov2Options
+from graphwright.passes.prune._oto.training import (
     ShrinkHook,
     figures,
     find_units,
     remove_zeros,
 )
-from graphwright.passes.prune._units import Units
+from graphwright.passes.prune._oto.units import Units
 
 
 class Otov2(Pass):

@@ -9,21 +9,21 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from graphwright.ir.hessian import Hessian, hessian, inverse_factor
-from graphwright.ir.layerwise import sweep
+from graphwright.ir.calibration.hessian import Hessian, hessian, inverse_factor
+from graphwright.ir.calibration.site import Site, Solved, Task
+from graphwright.ir.calibration.walk import sweep
+from graphwright.ir.layers.products import as_matrix, from_matrix
 from graphwright.ir.program import Program
-from graphwright.ir.site import Site, Solved, Task
-from graphwright.ir.weights import as_matrix, from_matrix
 from graphwright.passes.base import Action, Context, Pass, Result
-from graphwright.passes.prune import _sparsegpt
-from graphwright.passes.prune._layers import maskable, share_of_zeros, with_weights
-from graphwright.passes.prune._patterns import Pattern, SparsityOptions
+from graphwright.passes.prune._masks.layers import maskable, share_of_zeros, with_weights
+from graphwright.passes.prune._masks.patterns import Pattern, SparsityOptions
+from graphwright.passes.prune._math import sparsegpt
 
 
 class SparsegptOptions(SparsityOptions):
     """Options of prune.sparsegpt."""
 
-    block: Annotated[int, Field(ge=1)] = _sparsegpt.BLOCK
+    block: Annotated[int, Field(ge=1)] = sparsegpt.BLOCK
     """Columns whose part of an unstructured mask is chosen together."""
 
     damping: Annotated[float, Field(ge=0)] = 0.01
@@ -49,7 +49,7 @@ class Method:
         parts, used = [], 0.0
         for group, h in zip(w, task.stats.matrix, strict=True):
             upper, damping = inverse_factor(h, self.damping, task.name)
-            new, _ = _sparsegpt.prune_matrix(
+            new, _ = sparsegpt.prune_matrix(
                 group, upper, self.pattern, dead=h.diagonal() == 0, block=self.block
             )
             parts.append(new)

@@ -6,13 +6,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from graphwright.ir.layers.products import PRODUCTS
+from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.program import Program
-from graphwright.ir.select import Layer, select
-from graphwright.ir.weights import PRODUCTS
 from graphwright.passes.base import Action, Context, Pass, Result
-from graphwright.passes.prune._compress import Compressed, Plan, compress, metrics, repair_text
-from graphwright.passes.prune._repair_options import RepairOptions
-from graphwright.passes.prune._round import quantizable, quantized
+from graphwright.passes.prune._udfc.options import RepairOptions
+from graphwright.passes.prune._udfc.round import quantizable, quantized
+from graphwright.passes.prune._udfc.walk import Compressed, Plan, compress, metrics, repair_text
 
 
 class UdfcOptions(RepairOptions):

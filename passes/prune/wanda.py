@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from graphwright.ir.layerwise import sweep
+from graphwright.ir.calibration.site import Site, Solved, Task
+from graphwright.ir.calibration.walk import sweep
+from graphwright.ir.layers.products import as_matrix, from_matrix
 from graphwright.ir.program import Program
-from graphwright.ir.site import Site, Solved, Task
-from graphwright.ir.weights import as_matrix, from_matrix
 from graphwright.passes.base import Action, Context, Pass, Result
-from graphwright.passes.prune._features import Features, features
-from graphwright.passes.prune._layers import maskable, share_of_zeros, with_weights
-from graphwright.passes.prune._patterns import Pattern, SparsityOptions
+from graphwright.passes.prune._masks.layers import maskable, share_of_zeros, with_weights
+from graphwright.passes.prune._masks.patterns import Pattern, SparsityOptions
+from graphwright.passes.prune._math.features import Features, features
 
 
 class WandaOptions(SparsityOptions):

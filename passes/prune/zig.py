@@ -15,11 +15,11 @@ from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
 from graphwright.passes.base import Action, Context, Need, Options, Pass, Result
-from graphwright.passes.prune._eligible import eligible_groups, gap
-from graphwright.passes.prune._gradients import Draws, LossName, gradients, labelled, room
-from graphwright.passes.prune._group_fisher import unit_costs
-from graphwright.passes.prune._scores import WITH_GRADIENT, scores, unit_sums
-from graphwright.passes.prune._select import Selection
+from graphwright.passes.prune._units.eligible import eligible_groups, gap
+from graphwright.passes.prune._units.gradients import Draws, LossName, gradients, labelled, room
+from graphwright.passes.prune._units.group_fisher import unit_costs
+from graphwright.passes.prune._units.scores import WITH_GRADIENT, scores, unit_sums
+from graphwright.passes.prune._units.select import Selection
 
 
 class ZigOptions(Options):

@@ -11,25 +11,25 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize_blocks
+from graphwright.ir.calibration.site import Site, Solved, Task
+from graphwright.ir.calibration.walk import sweep
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
-from graphwright.ir.layerwise import sweep
-from graphwright.ir.options import Selector
-from graphwright.ir.program import Program
-from graphwright.ir.select import Layer, select
-from graphwright.ir.site import Site, Solved, Task
-from graphwright.ir.weights import (
+from graphwright.ir.layers.bias import can_set_bias, set_bias
+from graphwright.ir.layers.products import (
     INPUT_ARGUMENT,
     PRODUCTS,
     from_matrix,
     weight_key,
 )
+from graphwright.ir.layers.selectors import Layer, select
+from graphwright.ir.options import Selector
+from graphwright.ir.program import Program
+from graphwright.ir.stored.blocks import Blocks, block_for, pack
+from graphwright.ir.stored.insert import Make, Place, rebuild_blocks, replace_weight
+from graphwright.ir.stored.refusals import NO_MATRIX, refusals
 from graphwright.passes.base import Action, Context, Options, Pass, Result
-from graphwright.passes.compensate._bias import can_set_bias, set_bias
-from graphwright.passes.quantize import _adaquant
-from graphwright.passes.quantize._blocks import Blocks, block_for, pack
-from graphwright.passes.quantize._insert import Make, Place, rebuild_blocks, replace_weight
-from graphwright.passes.quantize._refusals import NO_MATRIX, refusals
+from graphwright.passes.quantize._math import adaquant
 
 aten = torch.ops.aten
 ours = torch.ops.graphwright
@@ -64,7 +64,7 @@ class AdaquantOptions(Options):
     sequential: bool = True
     """Learn from what the quantized layers before really give; else from the float inputs."""
 
-    method: _adaquant.How = "adam"
+    method: adaquant.How = "adam"
     """How a layer learns: `adam`, weight, bias and ranges by gradients; `nelder_mead`, a search for
     the ranges alone, the weight and bias as they are: one scale and one shift for all rows of the
     weight, one of each for the input. It is meant for 8 bits, where rounding to nearest is good
@@ -177,7 +177,7 @@ class _Method:
     rectified: dict[str, bool]
     with_bias: dict[str, bool]
 
-    def gather(self, site: Site) -> _adaquant.Samples:
+    def gather(self, site: Site) -> adaquant.Samples:
         low, high, count = 0.0, 0.0, 0
         for x in site.inputs():
             flat = x.flatten(1)
@@ -187,7 +187,7 @@ class _Method:
             list(self._parts(site, site.inputs())),
             list(self._parts(site, site.original_inputs())),
         )
-        return _adaquant.Samples(now, then, low / max(count, 1), high / max(count, 1))
+        return adaquant.Samples(now, then, low / max(count, 1), high / max(count, 1))
 
     def _parts(self, site: Site, values: Iterator[Tensor]) -> Iterator[Tensor]:
         """Images as they are; rows (n, k) of the rest, evenly thinned to a bounded number."""
@@ -204,18 +204,18 @@ class _Method:
         is_depthwise = g.is_convolution and g.groups > 1 and g.shape[1] == 1
         bits = DEPTHWISE_BITS if is_depthwise else o.bits
         inputs = o.activation_bits and (DEPTHWISE_BITS if is_depthwise else o.activation_bits)
-        settings = _adaquant.Settings(
+        settings = adaquant.Settings(
             bits, inputs, block_for(g.depth, o.block), o.symmetric, o.iterations, o.batch_size,
             o.lr, o.bias_lr, o.range_lr, o.input_lr, o.method,
         )  # fmt: skip
-        samples: _adaquant.Samples = task.stats
+        samples: adaquant.Samples = task.stats
         if not g.is_convolution:
             settings = replace(settings, batch=_rows_per_step(samples.now, o.batch_size))
         bias = task.bias
         learns_bias = o.method == "adam" and self.with_bias[task.name]
         if bias is None and learns_bias:
             bias = torch.zeros(g.out, device=task.weight.device)
-        learned = _adaquant.learn(
+        learned = adaquant.learn(
             g, task.weight, bias, samples, settings, self.rectified[task.name], task.seed
         )
         zero = None if o.symmetric else learned.zero

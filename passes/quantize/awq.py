@@ -12,21 +12,26 @@ from pydantic import Field
 from torch import Tensor, fx
 
 import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize_blocks
+from graphwright.ir.calibration.site import Site, Solved, Task
+from graphwright.ir.calibration.walk import constant_nodes, sweep
 from graphwright.ir.edit import Editor
-from graphwright.ir.layerwise import constant_nodes, sweep
+from graphwright.ir.layers.products import PRODUCTS, as_matrix, constant_value, weight_node
+from graphwright.ir.layers.selectors import Layer
+from graphwright.ir.layers.selectors import layers as find_layers
 from graphwright.ir.program import Program
-from graphwright.ir.select import Layer
-from graphwright.ir.select import layers as find_layers
-from graphwright.ir.site import Site, Solved, Task
-from graphwright.ir.weights import PRODUCTS, as_matrix, constant_value, weight_node
+from graphwright.ir.stored.blocks import block_for, round_to_nearest
+from graphwright.ir.stored.insert import Make, rebuild_blocks
 from graphwright.passes.base import Action, Context, Pass, Result
-from graphwright.passes.quantize import _awq
-from graphwright.passes.quantize._blocks import block_for, round_to_nearest
-from graphwright.passes.quantize._blockwise import BlockOptions, blocks_of, round_layers, solved
-from graphwright.passes.quantize._coding import choose, insert
-from graphwright.passes.quantize._folding import INNER_AXIS, Group, divide, find_groups
-from graphwright.passes.quantize._insert import Make, rebuild_blocks
-from graphwright.passes.quantize._region import Region, feeds_scores, region_of
+from graphwright.passes.quantize._activations.folding import INNER_AXIS, Group, divide, find_groups
+from graphwright.passes.quantize._activations.region import Region, feeds_scores, region_of
+from graphwright.passes.quantize._low_bit.coding import choose, insert
+from graphwright.passes.quantize._low_bit.rounding import (
+    BlockOptions,
+    blocks_of,
+    round_layers,
+    solved,
+)
+from graphwright.passes.quantize._math import awq as awq_math
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -178,12 +183,12 @@ class Trial:
     def run(self, weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         """Ends of every batch, without padding."""
         for reads, real in zip(self.reads, self.padding, strict=True):
-            yield [_awq.real_rows(end, real) for end in self.ends(*reads, *weights)]
+            yield [awq_math.real_rows(end, real) for end in self.ends(*reads, *weights)]
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """The search for factors, one group after the other, see `ir.layerwise`."""
+    """The search for factors, one group after the other, see `ir.calibration.walk`."""
 
     program: Program
     regions: Mapping[fx.Node, tuple[Group, Region]]
@@ -193,7 +198,7 @@ class Scaling:
     def gather(self, site: Site) -> Trial:
         """The part of the program behind the activation, and values to try it on."""
         group, region = self.regions[site.layers[0].node]
-        mean, rows = _awq.mean_size(site.rows())
+        mean, rows = awq_math.mean_size(site.rows())
         kept = spread_batches(rows, self.options.tokens)
         values = [list(site.values(node)) for node in region.reads]
         nodes = [weight_node(layer) for layer in group.layers]
@@ -223,21 +228,23 @@ def best_factors(options: AwqOptions, task: Task) -> Solved:
     block = block_for(len(trial.mean), options.block)
     exact = list(trial.run(trial.weights))
     losses = []
-    for step in range(_awq.STEPS):
-        s = _awq.factors(trial.mean, step / _awq.STEPS)
+    for step in range(awq_math.STEPS):
+        s = awq_math.factors(trial.mean, step / awq_math.STEPS)
         weights = []
         for stored, axis in zip(trial.weights, trial.inner, strict=True):
             w = stored if axis == 1 else stored.T
-            value = _awq.nearest(w.float() * s, options.bits, block, symmetric=options.symmetric)
+            value = awq_math.nearest(
+                w.float() * s, options.bits, block, symmetric=options.symmetric
+            )
             value = (value / s).to(stored.dtype)
             weights.append(value if axis == 1 else value.T)
         losses.append(_loss(exact, trial.run(weights)))
-    best = min(range(_awq.STEPS), key=losses.__getitem__)
+    best = min(range(awq_math.STEPS), key=losses.__getitem__)
     if best == 0:
         return Solved(info=info)
-    alpha = best / _awq.STEPS
+    alpha = best / awq_math.STEPS
     info |= {"alpha": alpha, "gain": losses[best] / losses[0]}
-    return Solved(state={"factors": _awq.factors(trial.mean, alpha).cpu()}, info=info)
+    return Solved(state={"factors": awq_math.factors(trial.mean, alpha).cpu()}, info=info)
 
 
 def _loss(exact: Iterable[list[Tensor]], found: Iterable[list[Tensor]]) -> float:
@@ -251,20 +258,20 @@ def _loss(exact: Iterable[list[Tensor]], found: Iterable[list[Tensor]]) -> float
 
 @dataclass(frozen=True)
 class Clipping:
-    """The search for limits, and rounding, of one layer after the other, see `ir.layerwise`."""
+    """The search for limits, and rounding, of one layer after the other."""
 
     options: AwqOptions
 
     def gather(self, site: Site) -> Tensor:
         """Second moments within the blocks of the layers' input."""
-        return _awq.moments(site.rows(), block_for(site.geometry.depth, self.options.block))
+        return awq_math.moments(site.rows(), block_for(site.geometry.depth, self.options.block))
 
     def solve(self, task: Task) -> Solved:
         """The codes of the clamped weight, and what share of the error clamping takes off."""
         o, block = self.options, block_for(task.geometry.depth, self.options.block)
         w = as_matrix(task.geometry, task.weight)[0].float()
-        limit, gain = _awq.limits(w, task.stats, o.bits, symmetric=o.symmetric)
-        clamped = _awq.clamp(w, limit, block).to("cpu", task.weight.dtype)
+        limit, gain = awq_math.limits(w, task.stats, o.bits, symmetric=o.symmetric)
+        clamped = awq_math.clamp(w, limit, block).to("cpu", task.weight.dtype)
         blocks = round_to_nearest(clamped, o.bits, block, symmetric=o.symmetric)
         return solved(blocks, gain=float(gain))
 

@@ -14,18 +14,18 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from graphwright.ir.context import Context
-from graphwright.ir.cost import cost
-from graphwright.ir.data import as_batches
+from graphwright.ir.data.batches import as_batches
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ArgumentError, ModelError
+from graphwright.ir.graph.cost import cost
+from graphwright.ir.layers.products import PRODUCTS, weight_key, weight_node
+from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
-from graphwright.ir.select import Layer, select
 from graphwright.ir.tune.losses import main_output
-from graphwright.ir.weights import PRODUCTS, weight_key, weight_node
 from graphwright.passes.base import Action, Options, Pass, Result, find_pass
-from graphwright.passes.quantize._allocate import allocate
-from graphwright.passes.quantize._transplant import transplant
+from graphwright.passes.quantize._low_bit.transplant import transplant
+from graphwright.passes.quantize._math.allocate import allocate
 
 LEAST = 1e-6
 """Smallest increase of the loss that a layer counts with (P47, the released code)."""

@@ -9,21 +9,21 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from graphwright.ir.calibrate import bound_batches
+from graphwright.ir.calibration.observe import bound_batches
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
-from graphwright.ir.options import Selector
-from graphwright.ir.program import Program
-from graphwright.ir.select import Layer, select
-from graphwright.ir.weights import (
+from graphwright.ir.layers.bias import can_set_bias, set_bias
+from graphwright.ir.layers.products import (
     PRODUCTS,
     bias_node,
     constant_value,
     geometry,
     weight_node,
 )
+from graphwright.ir.layers.selectors import Layer, select
+from graphwright.ir.options import Selector
+from graphwright.ir.program import Program
 from graphwright.passes.base import Action, Context, Options, Pass, Result
-from graphwright.passes.compensate._bias import can_set_bias, set_bias
 
 aten = torch.ops.aten
 ours = torch.ops.graphwright

@@ -10,17 +10,17 @@ from pydantic import Field
 from torch import Tensor, fx
 
 import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize_float8
-from graphwright.ir.calibrate import MinMax, observe
+from graphwright.ir.calibration.observe import MinMax, observe
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ArgumentError, ModelError
+from graphwright.ir.layers.products import PRODUCTS, input_node, weight_node, weight_value
+from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.ops.float8 import LARGEST, bytes_of
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
-from graphwright.ir.select import Layer, select
-from graphwright.ir.weights import PRODUCTS, input_node, weight_node, weight_value
+from graphwright.ir.stored.insert import Make, Place, matrix_of, replace_weight
+from graphwright.ir.stored.refusals import NO_MATRIX, refusals
 from graphwright.passes.base import Action, Context, Need, Options, Pass, Result
-from graphwright.passes.quantize._insert import Make, Place, matrix_of, replace_weight
-from graphwright.passes.quantize._refusals import NO_MATRIX, refusals
 
 ours = torch.ops.graphwright
 

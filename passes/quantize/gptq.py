@@ -11,20 +11,25 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize_blocks
+from graphwright.ir.calibration.hessian import Hessian, hessian, inverse_factor
+from graphwright.ir.calibration.site import Site, Solved, Task
+from graphwright.ir.calibration.walk import sweep
 from graphwright.ir.edit import Editor
-from graphwright.ir.hessian import Hessian, hessian, inverse_factor
-from graphwright.ir.layerwise import sweep
+from graphwright.ir.layers.products import PRODUCTS, as_matrix, from_matrix, weight_node
+from graphwright.ir.layers.selectors import Layer
+from graphwright.ir.layers.selectors import layers as find_layers
 from graphwright.ir.program import Program
-from graphwright.ir.select import Layer
-from graphwright.ir.select import layers as find_layers
-from graphwright.ir.site import Site, Solved, Task
-from graphwright.ir.weights import PRODUCTS, as_matrix, from_matrix, weight_node
+from graphwright.ir.stored.blocks import Blocks, block_for, pack, round_to_nearest
+from graphwright.ir.stored.insert import Make, rebuild_blocks
 from graphwright.passes.base import Action, Context, Pass, Result
-from graphwright.passes.quantize._blocks import Blocks, block_for, pack, round_to_nearest
-from graphwright.passes.quantize._blockwise import BlockOptions, blocks_of, round_layers, solved
-from graphwright.passes.quantize._coding import choose, insert, layer_errors, output_error
-from graphwright.passes.quantize._gptq import Rounded, Settings, round_matrix
-from graphwright.passes.quantize._insert import Make, rebuild_blocks
+from graphwright.passes.quantize._low_bit.coding import choose, insert, layer_errors, output_error
+from graphwright.passes.quantize._low_bit.rounding import (
+    BlockOptions,
+    blocks_of,
+    round_layers,
+    solved,
+)
+from graphwright.passes.quantize._math.gptq import Rounded, Settings, round_matrix
 
 
 class GptqOptions(BlockOptions):
@@ -163,7 +168,7 @@ class Gptq(Pass):
 
 @dataclass(frozen=True)
 class Rounding:
-    """GPTQ of one layer after the other, see `ir.layerwise`."""
+    """GPTQ of one layer after the other, see `ir.calibration.walk`."""
 
     options: GptqOptions
 

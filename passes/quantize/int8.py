@@ -12,17 +12,22 @@ from pydantic import Field
 from torch import Tensor, fx
 
 import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize and its kin
-from graphwright.ir.calibrate import RangeObserver, bound_batches, observe, range_observer
+from graphwright.ir.calibration.observe import RangeObserver, bound_batches, observe, range_observer
 from graphwright.ir.context import Batch
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ArgumentError, ModelError
+from graphwright.ir.layers.selectors import WEIGHT_ARGUMENT, Layer, select
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
-from graphwright.ir.select import WEIGHT_ARGUMENT, Layer, select
+from graphwright.ir.stored.insert import part_of
 from graphwright.passes.base import Action, Context, Need, Options, Pass, Result
-from graphwright.passes.quantize import _math
-from graphwright.passes.quantize._insert import part_of
-from graphwright.passes.quantize._sites import CONVOLUTIONS, INPUT_ARGUMENT, Sites, find_sites
+from graphwright.passes.quantize._activations.sites import (
+    CONVOLUTIONS,
+    INPUT_ARGUMENT,
+    Sites,
+    find_sites,
+)
+from graphwright.passes.quantize._math import int8 as int8_math
 
 ops = torch.ops.graphwright
 
@@ -140,7 +145,7 @@ class Int8(Pass):
         found: dict[fx.Node, tuple[float, int]] = {}
         for node in sites.observed():
             try:
-                found[node] = _math.activation_parameters(*observers[node.name].range())
+                found[node] = int8_math.activation_parameters(*observers[node.name].range())
             except ArgumentError as error:
                 raise ArgumentError(error.message, where=node.name, fix=error.fix) from None
         found.update({moved: found[root] for moved, root in sites.same.items()})
@@ -199,10 +204,12 @@ def quantize_weights(
         if (layer.weight, axis) in found:
             continue
         bias = conv_bias(program, layer)
-        floor = None if bias is None else _math.least_scale(bias, ranges[input_node(layer)][0])
+        floor = None if bias is None else int8_math.least_scale(bias, ranges[input_node(layer)][0])
         weight = program.state[layer.weight].detach()
         overflow = overflow_rule(kinds[layer.weight, axis]) if options.any_cpu else "any"
-        codes, scale = _math.quantize_weight(weight, axis, options.weight_range, overflow, floor)
+        codes, scale = int8_math.quantize_weight(
+            weight, axis, options.weight_range, overflow, floor
+        )
         found[layer.weight, axis] = Quantized(codes, scale, axis)
     return found
 
@@ -353,7 +360,7 @@ class _Inserter:
             scale = quantized.scale * self.ranges[input_node(layer)][0]
             old = node.args[2]
             assert isinstance(old, fx.Node)
-            codes = _math.bias_codes(bias, scale)
+            codes = int8_math.bias_codes(bias, scale)
             new = self._dequantize(str(old.target), codes, scale, 0, node)
             node.replace_input_with(old, new)
 

@@ -9,14 +9,14 @@ from torch import Tensor, fx
 
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
+from graphwright.ir.layers.products import PRODUCTS, weight_node, weight_value
+from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
-from graphwright.ir.select import Layer, select
-from graphwright.ir.weights import PRODUCTS, weight_node, weight_value
+from graphwright.ir.stored.insert import matrix_of, replace_weight
+from graphwright.ir.stored.refusals import NO_MATRIX, refusals
+from graphwright.ir.stored.table import Table, quantize, rebuild_table
 from graphwright.passes.base import Action, Context, Options, Pass, Result
-from graphwright.passes.quantize._insert import matrix_of, replace_weight
-from graphwright.passes.quantize._refusals import NO_MATRIX, refusals
-from graphwright.passes.quantize._table import Table, quantize, rebuild_table
 
 
 class Nf4Options(Options):

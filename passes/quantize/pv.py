@@ -11,15 +11,15 @@ from torch import fx
 
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
+from graphwright.ir.layers.products import is_coded, weight_node
+from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
-from graphwright.ir.select import Layer, select
+from graphwright.ir.stored.insert import owner_of
+from graphwright.ir.stored.representation import Representation
 from graphwright.ir.tune import TuneOptions, tune
-from graphwright.ir.weights import is_coded, weight_node
 from graphwright.passes.base import Action, Context, Options, Pass, Result
-from graphwright.passes.quantize._insert import owner_of
-from graphwright.passes.quantize._pv import PvHook, Settings, Weight
-from graphwright.passes.quantize._representation import Representation
+from graphwright.passes.quantize._math.pv import PvHook, Settings, Weight
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 

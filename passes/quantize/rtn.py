@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from graphwright.ir.edit import Editor
+from graphwright.ir.layers.products import weight_node
+from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.program import Program
-from graphwright.ir.select import Layer
-from graphwright.ir.weights import weight_node
+from graphwright.ir.stored.blocks import Blocks
+from graphwright.ir.stored.insert import Make, rebuild_blocks
 from graphwright.passes.base import Action, Context, Pass, Result
-from graphwright.passes.quantize._blocks import Blocks
-from graphwright.passes.quantize._blockwise import BlockOptions, round_layers
-from graphwright.passes.quantize._coding import choose, insert
-from graphwright.passes.quantize._insert import Make, rebuild_blocks
+from graphwright.passes.quantize._low_bit.coding import choose, insert
+from graphwright.passes.quantize._low_bit.rounding import BlockOptions, round_layers
 
 
 class RtnOptions(BlockOptions):

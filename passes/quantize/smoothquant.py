@@ -9,13 +9,19 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from graphwright.ir.calibrate import Channels, Rows, Several, observe
+from graphwright.ir.calibration.observe import Channels, Rows, Several, observe
 from graphwright.ir.edit import Editor
+from graphwright.ir.layers.selectors import select
 from graphwright.ir.program import Program
-from graphwright.ir.select import select
 from graphwright.passes.base import Action, Context, Options, Pass, Result
-from graphwright.passes.quantize import _math
-from graphwright.passes.quantize._folding import INNER_AXIS, Group, columns, divide, find_groups
+from graphwright.passes.quantize._activations.folding import (
+    INNER_AXIS,
+    Group,
+    columns,
+    divide,
+    find_groups,
+)
+from graphwright.passes.quantize._math import int8 as int8_math
 
 ALPHAS = (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 1.0)
 """Values that the search tries, besides leaving the group as it is."""
@@ -89,12 +95,12 @@ class Smoothquant(Pass):
         weights = [columns(program, layer) for layer in group.layers]
         reach = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
         if self.options.alpha is not None:
-            return _math.smoothing(low, high, reach, self.options.alpha), self.options.alpha
+            return int8_math.smoothing(low, high, reach, self.options.alpha), self.options.alpha
         tried: list[tuple[float, Tensor | None, float]] = [
             (int8_error(weights, rows, low, high), None, 0.0)
         ]
         for alpha in ALPHAS:
-            s = _math.smoothing(low, high, reach, alpha)
+            s = int8_math.smoothing(low, high, reach, alpha)
             error = int8_error([w * s for w in weights], rows / s, low / s, high / s)
             tried.append((error, s, alpha))
         _, factors, alpha = min(tried, key=lambda t: t[0])
@@ -109,12 +115,12 @@ def int8_error(weights: Sequence[Tensor], rows: Tensor, low: Tensor, high: Tenso
         rows: (rows, in) sampled inputs.
         low, high: (in,) extremes of the inputs over all calibration data.
     """
-    scale, zero_point = _math.activation_parameters(float(low.min()), float(high.max()))
+    scale, zero_point = int8_math.activation_parameters(float(low.min()), float(high.max()))
     codes = torch.clamp(torch.round(rows / scale) + zero_point, 0, 255)
     quantized = (codes - zero_point) * scale
     total = 0.0
     for w in weights:
-        w_codes, w_scale = _math.quantize_weight(w, 0, overflow="half")
+        w_codes, w_scale = int8_math.quantize_weight(w, 0, overflow="half")
         other = quantized @ (w_codes.float() * w_scale[:, None]).T
         total += float((rows @ w.T - other).double().square().sum())
     return total

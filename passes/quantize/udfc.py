@@ -7,14 +7,14 @@ from typing import Annotated
 from pydantic import Field
 
 from graphwright.ir.errors import ModelError
+from graphwright.ir.layers.products import PRODUCTS
+from graphwright.ir.layers.selectors import select
 from graphwright.ir.program import Program
-from graphwright.ir.select import select
-from graphwright.ir.weights import PRODUCTS
 from graphwright.passes.base import Context, Pass, Result
-from graphwright.passes.prune._compress import Plan, compress, metrics
-from graphwright.passes.prune._repair_options import RepairOptions
-from graphwright.passes.prune._round import quantizable, quantized
-from graphwright.passes.prune._udfc import Repair
+from graphwright.passes.prune._udfc.closed_form import Repair
+from graphwright.passes.prune._udfc.options import RepairOptions
+from graphwright.passes.prune._udfc.round import quantizable, quantized
+from graphwright.passes.prune._udfc.walk import Plan, compress, metrics
 
 
 class UdfcOptions(RepairOptions):

@@ -11,20 +11,26 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize_codebook
+from graphwright.ir.calibration.hessian import Hessian, hessian, inverse_factor
+from graphwright.ir.calibration.site import Site, Solved, Task
+from graphwright.ir.calibration.walk import sweep
 from graphwright.ir.edit import Editor
-from graphwright.ir.hessian import Hessian, hessian, inverse_factor
-from graphwright.ir.layerwise import sweep
+from graphwright.ir.layers.products import as_matrix, from_matrix, geometry, weight_node
+from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
-from graphwright.ir.select import Layer, select
-from graphwright.ir.site import Site, Solved, Task
-from graphwright.ir.weights import as_matrix, from_matrix, geometry, weight_node
+from graphwright.ir.stored.codebook import Vectors, rebuild_vectors
+from graphwright.ir.stored.insert import Make
+from graphwright.ir.stored.refusals import refusals
 from graphwright.passes.base import Action, Context, Options, Pass, Result
-from graphwright.passes.quantize._codebook import Vectors, rebuild_vectors
-from graphwright.passes.quantize._coding import KINDS, insert, kept, layer_errors, output_error
-from graphwright.passes.quantize._insert import Make
-from graphwright.passes.quantize._refusals import refusals
-from graphwright.passes.quantize._vptq import Settings, Size, quantize
+from graphwright.passes.quantize._low_bit.coding import (
+    KINDS,
+    insert,
+    kept,
+    layer_errors,
+    output_error,
+)
+from graphwright.passes.quantize._math.vptq import Settings, Size, quantize
 
 LEAST_ROWS = 16
 """Rows of calibration data below which H says too little: errors are then not spread."""
@@ -189,7 +195,7 @@ class Vptq(Pass):
 
 @dataclass(frozen=True)
 class Lookups:
-    """VPTQ of one layer after the other, see `ir.layerwise`."""
+    """VPTQ of one layer after the other, see `ir.calibration.walk`."""
 
     options: VptqOptions
 

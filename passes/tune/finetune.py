@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import fx
 
 from graphwright.ir.errors import ModelError
+from graphwright.ir.layers.selectors import Layer, layers, select
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
-from graphwright.ir.select import Layer, layers, select
 from graphwright.ir.tune import History, TuneOptions, tune
 from graphwright.passes.base import Action, Context, Options, Pass, Result
 

@@ -11,15 +11,11 @@ correction); `bit allocation` gives 8 bits to some layers, a fifth more bits tha
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import _paths  # noqa: F401  puts tests/ on the path
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from models import digits
 
 import graphwright as gw

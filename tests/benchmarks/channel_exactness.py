@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import _paths  # noqa: F401  puts tests/ on the path
 
 Row = dict[str, Any]
 BOUND = 1e-5

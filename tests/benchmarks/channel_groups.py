@@ -21,12 +21,11 @@ import argparse
 import copy
 import json
 import multiprocessing
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import _paths  # noqa: F401  puts tests/ on the path
 
 Row = dict[str, Any]
 
@@ -147,7 +146,7 @@ def ours(architecture: Any, _: list[str]) -> Row:
 
 def last_layers(program: Any) -> list[str]:
     """Modules whose results reach an output without another layer between, norms passed."""
-    from graphwright.ir.select import layers
+    from graphwright.ir.layers.selectors import layers
 
     found = {layer.node: layer for layer in layers(program)}
     norms = {node for node, layer in found.items() if layer.kind.endswith("_norm")}

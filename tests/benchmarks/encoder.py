@@ -19,17 +19,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _paths  # noqa: F401  puts tests/ on the path
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "docs" / "demo"), str(ROOT / "tests")]
 
-import numpy as np  # noqa: E402
-import onnxruntime  # noqa: E402
-import torch  # noqa: E402
-from benchmarks.cpu_sessions import caller, session, silent  # noqa: E402
+import numpy as np
+import onnxruntime
+import torch
+from benchmarks.cpu_sessions import caller, session, silent
 
-from graphwright.latency import alternate  # noqa: E402
+from graphwright.job.latency import alternate
 
 THREADS = int(os.environ["OMP_NUM_THREADS"])
 SHAPES = [(batch, length) for batch in (1, 8) for length in (16, 64, 128, 256)]

@@ -85,8 +85,8 @@ def one_layer(width: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def ours(w: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     """The rounded weight by this project."""
-    from graphwright.ir.hessian import inverse_factor
-    from graphwright.passes.quantize._gptq import Settings, round_matrix
+    from graphwright.ir.calibration.hessian import inverse_factor
+    from graphwright.passes.quantize._math.gptq import Settings, round_matrix
 
     settings = Settings(4, BLOCK, static=True)
     rounded = round_matrix(w, h, lambda m: inverse_factor(m)[0], settings)

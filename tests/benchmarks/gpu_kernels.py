@@ -50,7 +50,7 @@ def use_checkout() -> None:
 if importlib.util.find_spec("graphwright") is None:
     use_checkout()
 
-from graphwright.ir.ops import OPS  # noqa: E402
+from graphwright.ir.ops import OPS
 
 Arguments = tuple[Any, ...]
 CALLS, REPLAYS, ROTATE_BYTES = 20, 7, 200 << 20
@@ -344,8 +344,8 @@ class Block(torch.nn.Module):
 def whole_model() -> list[dict[str, Any]]:
     """Two decoder layers in bfloat16, traced and fused by us, against eager and torch.compile."""
     from graphwright.backends.triton.fuse import count_ops, fuse
-    from graphwright.ir.device import set_device
-    from graphwright.ir.trace import trace
+    from graphwright.ir.graph.device import set_device
+    from graphwright.ir.trace.capture import trace
 
     model = torch.nn.Sequential(Block(), Block()).bfloat16().eval()
     example = torch.randn(2, 4, 2048, dtype=torch.bfloat16)

@@ -15,16 +15,13 @@ A row whose name has an arrow starts from the row before the arrow. "3e-2" is th
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
+import _paths  # noqa: F401  puts tests/ on the path
 from models import encoder, gpt
 
 from graphwright.ir.context import Context

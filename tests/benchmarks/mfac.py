@@ -13,15 +13,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+import _paths  # noqa: F401  puts tests/ on the path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from graphwright.ir.context import Context
-from graphwright.ir.fisher import Fisher, Window
+from graphwright.ir.tune.fisher import Fisher, Window
 from graphwright.passes.prune import Mfac
 
 GRADIENTS = 32
@@ -102,7 +100,7 @@ def perplexities() -> None:
 
 def zeroed(program, share: float):  # type: ignore[no-untyped-def]
     """The same share of zeros by magnitude, over all of the same layers."""
-    from graphwright.ir.select import select
+    from graphwright.ir.layers.selectors import select
 
     names = [layer.weight for layer in select(program, LINEAR, {"linear"})]
     sizes = torch.cat([program.state[n].detach().abs().flatten() for n in names])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from graphwright.ir.ops.table import levels, unpack
-from graphwright.passes.quantize import _table
+from graphwright.ir.stored import table as table_math
 
 SHAPES = ((384, 384), (1536, 384), (37, 75), (1000, 333))
 
@@ -36,7 +36,7 @@ def main() -> None:
             theirs, state = functional.quantize_4bit(
                 w, blocksize=64, quant_type=table, compress_statistics=True
             )
-            ours = _table.quantize(w, table, 64, double=True)
+            ours = table_math.quantize(w, table, 64, double=True)
             assert ours.double is not None
             count = w.numel()
             codes = [unpack(c, table, count) for c in (ours.codes, theirs.flatten())]
@@ -55,8 +55,8 @@ def main() -> None:
 
 def _nearer(w: Tensor, table: str, ours: Tensor, theirs: Tensor, second: Tensor) -> Tensor:
     """Whether our code of every scale is at least as near as theirs."""
-    _, scale = _table.quantize_blocks(w, table, 64)
-    each = second.double().repeat_interleave(_table.SCALE_BLOCK)[: len(scale)]
+    _, scale = table_math.quantize_blocks(w, table, 64)
+    each = second.double().repeat_interleave(table_math.SCALE_BLOCK)[: len(scale)]
     target = (scale - scale.mean()).double() / each
     level = levels("dynamic").double()
     ours_off, theirs_off = ((level[c.long()] - target).abs() for c in (ours, theirs))

@@ -4,6 +4,7 @@
     python tests/benchmarks/otov2_digits.py resnet --seeds 1    some of it
 
 Nets in three styles, 8x8 images of scikit-learn's digits, 500 of them held out. Every net starts
+import _paths  # noqa: F401  puts tests/ on the path
 from random weights and is trained by SGD with momentum and a cosine schedule. 70% of the
 zero-invariant groups go, and every group of channels keeps a multiple of four. FLOPs are
 multiply-accumulates of convolutions and linear layers, as in the paper's tables; accuracy is the
@@ -23,21 +24,17 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from models import digits
 
 import graphwright as gw
 from graphwright.ir.context import Context
-from graphwright.ir.cost import cost
+from graphwright.ir.graph.cost import cost
 from graphwright.passes.prune import Otov2, Zig
 from graphwright.passes.tune import Finetune
 

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import _paths  # noqa: F401  puts tests/ on the path
 
 
 def main() -> int:

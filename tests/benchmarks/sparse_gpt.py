@@ -11,16 +11,12 @@ it is named with. M-FAC takes its mask and its step from 64 gradients at once (`
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import _paths  # noqa: F401  puts tests/ on the path
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from models import gpt
 
 from graphwright.ir.context import Context

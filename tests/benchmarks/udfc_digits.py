@@ -12,13 +12,10 @@ default.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from statistics import fmean
 
+import _paths  # noqa: F401  puts tests/ on the path
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from models import digits
 
 from graphwright.ir.context import Context

@@ -15,9 +15,9 @@ from conformance.zoo import Architecture
 from torch import Tensor
 
 import graphwright as gw
-from graphwright.ir.archive import load_program
-from graphwright.ir.dims import is_free
 from graphwright.ir.errors import GraphwrightError
+from graphwright.ir.files.archive import load_program
+from graphwright.ir.trace.dims import is_free
 
 TOLERANCE = 1e-4
 """Largest ||a - b|| / ||a|| of any output, in float32 at every size."""

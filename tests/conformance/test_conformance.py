@@ -6,13 +6,9 @@ All of them go through `make conformance`, which writes docs/conformance.md.
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from conformance import zoo
 from conformance.judge import STAGES, Row, judge
 from conformance.table import render

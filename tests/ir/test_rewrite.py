@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import graphwright as gw
+from graphwright.ir.check.verify import measure
 from graphwright.ir.edit import Editor
 from graphwright.ir.rewrite import (
     Match,
@@ -16,7 +17,6 @@ from graphwright.ir.rewrite import (
     op,
     value,
 )
-from graphwright.ir.verify import measure
 
 aten = torch.ops.aten
 

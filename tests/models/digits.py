@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import graphwright as gw
-from graphwright.ir.data import Batches, load_data
+from graphwright.ir.data.batches import Batches, load_data
 
 CACHE = Path(__file__).parents[2] / "out" / "models"
 TEST_IMAGES = 500

@@ -7,18 +7,14 @@ docstrings of Python's standard library. Nothing is downloaded.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
+import prepare
 import torch
 from torch import Tensor, nn
 
 import graphwright as gw
 from graphwright.ir.signature import DimRange
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "docs" / "demo"))
-import prepare
 
 CALIBRATION, HELD_OUT = 128, 320
 """Sentences of each set; no sentence is in both."""

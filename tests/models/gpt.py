@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attentio
 from torch.optim.lr_scheduler import OneCycleLR
 
 from graphwright.ir.program import Program
-from graphwright.ir.trace import trace
+from graphwright.ir.trace.capture import trace
 
 CACHE = Path(__file__).parents[2] / "out" / "models" / "gpt.pt"
 VOCABULARY, CONTEXT, WIDTH, LAYERS, HEADS = 256, 128, 256, 4, 4

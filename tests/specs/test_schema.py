@@ -63,7 +63,7 @@ values = st.recursive(
 
 
 def accepts(model: type[Options], document: dict) -> bool:
-    """Whether every option by itself is right; rules between options are `core/rules.py`'s."""
+    """Whether every option by itself is right; rules between options are `core/job/rules.py`'s."""
     try:
         model.model_validate_json(json.dumps(document))
     except ValidationError as error:

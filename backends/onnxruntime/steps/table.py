@@ -25,8 +25,8 @@ from graphwright.backends.onnxruntime.steps.graph import (
     size,
 )
 from graphwright.ir.edit import Editor
+from graphwright.ir.layers.products import constant_value
 from graphwright.ir.ops.table import BITS, dequantize_table, levels, unpack
-from graphwright.ir.weights import constant_value
 
 aten = torch.ops.aten
 

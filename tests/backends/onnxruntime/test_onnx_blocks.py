@@ -14,8 +14,8 @@ import graphwright as gw
 from graphwright.backends.onnxruntime import rounded
 from graphwright.backends.onnxruntime.check import Differs
 from graphwright.backends.onnxruntime.steps.block_codes import kernel_block, stored_blocks
-from graphwright.ir.select import layers
-from graphwright.ir.weights import weight_value
+from graphwright.ir.layers.products import weight_value
+from graphwright.ir.layers.selectors import layers
 
 pytest.importorskip("onnxruntime")
 Rtn = gw.passes.quantize.Rtn

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphwright.backends.triton.fuse import count_ops, fuse
+from graphwright.ir.check.verify import measure
 from graphwright.ir.edit import Editor
 from graphwright.ir.ops.int8 import dequantize
 from graphwright.ir.program import Program
-from graphwright.ir.trace import trace
-from graphwright.ir.verify import measure
+from graphwright.ir.trace.capture import trace
 
 SIZE = 12
 

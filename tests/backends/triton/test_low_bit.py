@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 import graphwright as gw
 from graphwright.backends.triton.fuse import count_ops, fuse
+from graphwright.ir.check.verify import measure
 from graphwright.ir.edit import Editor
 from graphwright.ir.ops.int8 import dequantize
 from graphwright.ir.ops.low_rank import add_low_rank
 from graphwright.ir.ops.registry import SWITCH
 from graphwright.ir.program import Program
-from graphwright.ir.verify import measure
 
 REBUILD = ("dequantize_blocks", "dequantize_table", "dequantize_codebook", "add_low_rank")
 SIZE = 64

@@ -14,11 +14,11 @@ from graphwright.backends.base import find_backend
 from graphwright.backends.triton import lowering
 from graphwright.backends.triton.compiled import FusedModule, load
 from graphwright.ir.context import Context
-from graphwright.ir.device import set_device
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ArgumentError, LoweringError
+from graphwright.ir.graph.device import set_device
 from graphwright.ir.program import Program
-from graphwright.ir.trace import trace
+from graphwright.ir.trace.capture import trace
 
 aten = torch.ops.aten
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from models import channel_nets as nets
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import nets
 
 import graphwright as gw
 from graphwright.ir.channels import kept_positions
-from graphwright.ir.cost import cost
 from graphwright.ir.errors import ArgumentError
+from graphwright.ir.graph.cost import cost
 
 
 def traced(name: str) -> Any:

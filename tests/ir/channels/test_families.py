@@ -5,19 +5,14 @@ The two of diffusers (cross-attention and skips) are taken from the zoo.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from models import channel_families as families
+from models import channel_nets as nets
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import families
-import nets
 
 import graphwright as gw
 
@@ -92,7 +87,6 @@ def test_repvgg_before_and_after_fusing() -> None:
 @pytest.mark.parametrize("name", ["unet2d", "unet2d_condition"])
 @torch.no_grad()
 def test_unets_of_diffusers(name: str) -> None:
-    sys.path.insert(0, str(Path(__file__).parents[2]))
     from conformance import zoo
 
     architecture = zoo.load()[name]

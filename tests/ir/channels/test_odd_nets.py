@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from models import channel_nets as nets
+from models import odd_nets as odd
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import nets
-import odd_nets as odd
 
 import graphwright as gw
 

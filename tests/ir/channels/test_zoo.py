@@ -5,16 +5,11 @@ All of the zoo, group by group, goes through `python tests/benchmarks/channel_ex
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from benchmarks.channel_exactness import BOUND, judge
 from conformance import zoo
 

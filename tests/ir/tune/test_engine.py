@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from models import tune_net as lab
 from torch import nn
 
 import graphwright as gw
 from graphwright.ir.context import Context
-from graphwright.ir.data import Batches
+from graphwright.ir.data.batches import Batches
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.tune import Hook, Moment, TuneOptions, tune
 
@@ -38,9 +38,7 @@ def state(program: gw.Program) -> dict[str, torch.Tensor]:
          lambda p: torch.optim.AdamW(p, lr=0.01, betas=(0.8, 0.9), weight_decay=0.0)),
     ],
 )  # fmt: skip
-def test_equals_a_plain_loop_over_the_model(
-    lab: SimpleNamespace, program: gw.Program, data: Data, options, make
-) -> None:
+def test_equals_a_plain_loop_over_the_model(program: gw.Program, data: Data, options, make) -> None:
     """The reference is the `nn.Module` in training mode: batch norm included."""
     tuned = tune(program, data(8), plain(epochs=3, **options), Context())
     model = lab.fresh().train()
@@ -75,7 +73,7 @@ def test_nothing_of_the_caller_is_touched(program: gw.Program, data: Data) -> No
         assert not torch.equal(tuned.program.state[name], tensor), f"{name} has not moved"
 
 
-def test_the_result_is_in_inference_mode(lab: SimpleNamespace, data: Data) -> None:
+def test_the_result_is_in_inference_mode(data: Data) -> None:
     program = lab.traced(lab.fresh(dropout=0.5), 4, 1, 4, 4)
     for given in (program, program.train()):
         result = tune(given, data(8), TuneOptions(epochs=1), Context()).program
@@ -86,7 +84,7 @@ def test_the_result_is_in_inference_mode(lab: SimpleNamespace, data: Data) -> No
         assert norm.args[5] is False
 
 
-def test_dropout_is_drawn_while_training(lab: SimpleNamespace, data: Data) -> None:
+def test_dropout_is_drawn_while_training(data: Data) -> None:
     """One epoch at an unmeasurable learning rate: losses differ by the masks alone."""
     program = lab.traced(lab.fresh(dropout=0.5), 4, 1, 4, 4)
     runs = [
@@ -117,7 +115,7 @@ class NoNorm(nn.Module):
         return self.b(torch.tanh(self.a(x.flatten(1))))
 
 
-def test_accumulation_equals_a_larger_batch(lab: SimpleNamespace) -> None:
+def test_accumulation_equals_a_larger_batch() -> None:
     torch.manual_seed(0)
     program = lab.traced(NoNorm().eval(), 4, 1, 4, 4)
     x, labels = lab.images()
@@ -211,9 +209,7 @@ def test_the_last_step_is_kept_when_asked_for(program: gw.Program, data: Data) -
         assert torch.equal(tensor, seen[1][name])
 
 
-def test_the_evaluation_is_the_loss_on_held_out_samples(
-    lab: SimpleNamespace, program: gw.Program, data: Data
-) -> None:
+def test_the_evaluation_is_the_loss_on_held_out_samples(program: gw.Program, data: Data) -> None:
     class Samples(Hook):
         seen: list[torch.Tensor] = []  # noqa: RUF012
 
@@ -232,7 +228,7 @@ def test_the_evaluation_is_the_loss_on_held_out_samples(
     assert best == pytest.approx(loss, rel=1e-5)
 
 
-def test_a_student_follows_its_teacher(lab: SimpleNamespace, program: gw.Program) -> None:
+def test_a_student_follows_its_teacher(program: gw.Program) -> None:
     torch.manual_seed(5)
     teacher = lab.traced(lab.Net().eval(), 4, 1, 4, 4)
     x, _ = lab.images()
@@ -285,7 +281,7 @@ def test_a_loss_that_diverges_names_its_step(program: gw.Program, data: Data) ->
     )
 
 
-def test_what_cannot_be_trained(lab: SimpleNamespace, program: gw.Program, data: Data) -> None:
+def test_what_cannot_be_trained(program: gw.Program, data: Data) -> None:
     def refused(given: gw.Program, names: list[str] | None = None) -> str:
         with pytest.raises(ModelError) as caught:
             tune(given, data(8), TuneOptions(), Context(), names=names)

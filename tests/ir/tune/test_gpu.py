@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models import tune_net as lab
 
 from graphwright.ir.context import Context
 from graphwright.ir.tune import TuneOptions, tune
@@ -27,7 +28,7 @@ def test_equals_the_cpu(program, data) -> None:
         torch.testing.assert_close(there.program.state[name], tensor, rtol=1e-2, atol=1e-3)
 
 
-def test_bfloat16_and_dropout_and_resume(lab, tmp_path) -> None:
+def test_bfloat16_and_dropout_and_resume(tmp_path) -> None:
     program = lab.traced(lab.fresh(dropout=0.3), 4, 1, 4, 4)
     x, labels = lab.images()
     batches = lab.table(program.signature, x, labels, 8)

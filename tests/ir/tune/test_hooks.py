@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from models import tune_net as lab
 from torch import Tensor
 
 import graphwright as gw
 from graphwright.ir.context import Context
-from graphwright.ir.data import Batches
+from graphwright.ir.data.batches import Batches
 from graphwright.ir.tune import Hook, Moment, TuneOptions, tune
 
 Data = Callable[[int], Batches]
@@ -68,9 +68,7 @@ class Mask(Hook):
         return {**values, "fc.weight": values["fc.weight"] * self.mask}
 
 
-def test_on_parameters_replaces_what_the_forward_pass_uses(
-    lab: SimpleNamespace, program: gw.Program, data: Data
-) -> None:
+def test_on_parameters_replaces_what_the_forward_pass_uses(program: gw.Program, data: Data) -> None:
     """Against a loop over the model with the masked weight; masked entries get no gradient."""
     mask = torch.ones(3, 64)
     mask[:, ::2] = 0

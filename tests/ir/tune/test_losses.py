@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from models import tune_net as lab
 from torch import Tensor
 
 import graphwright as gw
 from graphwright.ir.context import Context
-from graphwright.ir.data import as_batches
+from graphwright.ir.data.batches import as_batches
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.tune import TuneOptions, tune
 from graphwright.ir.tune.losses import (
@@ -89,7 +89,7 @@ def test_shapes_that_do_not_fit() -> None:
             loss(random(2, 3), {"labels": torch.zeros(4, dtype=torch.long)})
 
 
-def test_a_loss_of_ones_own(lab: SimpleNamespace, program: gw.Program, tmp_path: Path) -> None:
+def test_a_loss_of_ones_own(program: gw.Program, tmp_path: Path) -> None:
     """Found beside the spec, given outputs and batch; the mean of the first logit falls."""
     (tmp_path / "own_losses.py").write_text(
         "def first(outputs, batch):\n    assert set(batch) == {'x'}\n"
@@ -113,7 +113,7 @@ def test_a_loss_of_ones_own(lab: SimpleNamespace, program: gw.Program, tmp_path:
         assert str(caught.value).startswith(said)
 
 
-def test_labels_are_asked_for_before_training(lab: SimpleNamespace, program: gw.Program) -> None:
+def test_labels_are_asked_for_before_training(program: gw.Program) -> None:
     x, _ = lab.images()
     for loss in ("cross_entropy", "mse", "next_token"):
         with pytest.raises(ArgumentError) as caught:

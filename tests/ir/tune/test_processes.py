@@ -5,15 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from models import tune_jobs
 
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.tune import processes
 
-JOB = Path(__file__).with_name("jobs.py")
+JOB = Path(tune_jobs.__file__)
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +28,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
 
 
 @pytest.fixture(scope="module")
-def single(jobs: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict:
+def single(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """The same job in this process, with the doubled batch."""
     folder = tmp_path_factory.mktemp("single")
-    jobs.together(folder, size=8)
+    tune_jobs.together(folder, size=8)
     return torch.load(folder / "0.pt", weights_only=False)
 
 

@@ -9,17 +9,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from models import tune_jobs
 
 import graphwright as gw
 from graphwright.ir.context import Context
-from graphwright.ir.data import Batches
+from graphwright.ir.data.batches import Batches
 from graphwright.ir.tune import Hook, TuneOptions, tune
 
-JOB = Path(__file__).with_name("jobs.py")
+JOB = Path(tune_jobs.__file__)
 Data = Callable[[int], Batches]
 
 
@@ -40,12 +40,12 @@ def saved_step(folder: Path) -> int:
 
 
 @pytest.mark.slow
-def test_killed_and_started_again(jobs: ModuleType, tmp_path: Path) -> None:
+def test_killed_and_started_again(tmp_path: Path) -> None:
     """Dropout, Adam's moments, a hook's state and the best evaluation survive SIGKILL."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     straight.mkdir(), killed.mkdir()
     process = start(killed)
-    jobs.resume(straight)
+    tune_jobs.resume(straight)
     deadline = time.monotonic() + 120
     while saved_step(killed) < 10:
         assert process.poll() is None, "it ended before it could be killed"
@@ -54,7 +54,7 @@ def test_killed_and_started_again(jobs: ModuleType, tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert 10 <= saved_step(killed) < 40
-    jobs.resume(killed)
+    tune_jobs.resume(killed)
     assert result(killed) == result(straight)
 
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import graphwright as gw
+from graphwright.ir.check.verify import measure
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ContractError
-from graphwright.ir.verify import measure
 
 aten = torch.ops.aten
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import graphwright as gw
+from graphwright.ir.check.verify import measure
 from graphwright.ir.context import Context
-from graphwright.ir.verify import measure
 from graphwright.passes.cleanup.merge_linear import MergeLinear
 
 aten = torch.ops.aten

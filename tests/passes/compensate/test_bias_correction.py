@@ -7,8 +7,8 @@ from torch import Tensor, nn
 import graphwright as gw
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError
+from graphwright.ir.layers.selectors import layers
 from graphwright.ir.program import Program
-from graphwright.ir.select import layers
 
 
 class Net(nn.Module):

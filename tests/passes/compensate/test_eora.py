@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 import graphwright as gw
+from graphwright.ir.calibration.hessian import hessian
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError, ModelError
-from graphwright.ir.hessian import hessian
+from graphwright.ir.layers.products import weight_value
+from graphwright.ir.layers.selectors import layers
 from graphwright.ir.program import Program
-from graphwright.ir.select import layers
-from graphwright.ir.weights import weight_value
-from graphwright.passes.compensate._low_rank import eigenspace, split
+from graphwright.passes.compensate._math.low_rank import eigenspace, split
 
 
 def correlated(rows: int, columns: int, seed: int = 0) -> Tensor:

@@ -6,9 +6,9 @@ from torch import nn
 
 import graphwright as gw
 from graphwright.ir.context import Context
+from graphwright.ir.layers.products import weight_value
+from graphwright.ir.layers.selectors import layers
 from graphwright.ir.program import Program
-from graphwright.ir.select import layers
-from graphwright.ir.weights import weight_value
 
 
 def original(tied: bool = False) -> Program:

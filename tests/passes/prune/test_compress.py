@@ -1,22 +1,17 @@
 """prune.compress: the same function from fewer bytes, in the program and in both artifacts."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from models.masked_nets import images, mixed
 
 import graphwright as gw
 from graphwright.ir.context import Context
-from graphwright.ir.cost import cost
+from graphwright.ir.graph.cost import cost
 from graphwright.ir.ops.expand_2_4 import compress_2_4, expand_2_4
 from graphwright.ir.ops.linear_2_4 import linear_2_4
 from graphwright.passes.prune.compress import Compress
 from graphwright.passes.prune.magnitude import Magnitude
 from graphwright.passes.quantize.int8 import Int8
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from models.masked_nets import images, mixed
 
 
 def halved(**options):

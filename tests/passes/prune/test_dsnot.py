@@ -1,10 +1,8 @@
 """prune.dsnot as a pass: every base, existing masks, and what it refuses."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from models.masked_nets import images, mixed
 
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError
@@ -12,9 +10,6 @@ from graphwright.passes.prune.dsnot import Dsnot
 from graphwright.passes.prune.magnitude import Magnitude
 from graphwright.passes.prune.sparsegpt import Sparsegpt
 from graphwright.passes.prune.wanda import Wanda
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from models.masked_nets import images, mixed
 
 LAYERS = ("conv", "fc1", "fc2")
 

@@ -13,8 +13,8 @@ import graphwright as gw
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.tune import Hook, Moment, TuneOptions, tune
-from graphwright.passes.prune._smallest import below_sampled, count_of, smallest
-from graphwright.passes.prune._soft_shrinkage import SoftShrinkage
+from graphwright.passes.prune._masks.soft_shrinkage import SoftShrinkage
+from graphwright.passes.prune._math.smallest import below_sampled, count_of, smallest
 from graphwright.passes.prune.issp import Issp
 
 # ---- the set

@@ -1,18 +1,13 @@
 """prune.magnitude: exact shares, scopes, patterns, and what is left alone."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from models.masked_nets import mixed, tied
 
 import graphwright as gw
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.passes.prune.magnitude import Magnitude
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from models.masked_nets import mixed, tied
 
 LAYERS = ("conv", "grouped", "fc1", "fc2")
 

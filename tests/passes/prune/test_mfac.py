@@ -11,10 +11,11 @@ from torch import Tensor, nn
 import graphwright as gw
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError, ModelError
-from graphwright.ir.fisher import Fisher
-from graphwright.passes.prune import Mfac, _gradients
-from graphwright.passes.prune._gradients import Draws
-from graphwright.passes.prune._obs import Structure, Vector, kept_after, surgery
+from graphwright.ir.tune.fisher import Fisher
+from graphwright.passes.prune import Mfac
+from graphwright.passes.prune._math.obs import Structure, Vector, kept_after, surgery
+from graphwright.passes.prune._units import gradients
+from graphwright.passes.prune._units.gradients import Draws
 
 
 class Net(nn.Module):
@@ -169,7 +170,7 @@ def test_full_matrix_from_a_mapped_file_is_the_same(
     trained: gw.Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_memory = ran(trained, steps=2, block_size=None, sparsity=0.6).program
-    monkeypatch.setattr(_gradients, "MEMORY", 0)
+    monkeypatch.setattr(gradients, "MEMORY", 0)
     mapped = ran(trained, steps=2, block_size=None, sparsity=0.6).program
     assert torch.equal(in_memory.state["fc1.weight"], mapped.state["fc1.weight"])
     assert loss(mapped) < loss(zeroed(trained, 0.6))

@@ -12,14 +12,20 @@ from torch import Tensor, nn
 
 import graphwright as gw
 from graphwright.ir.context import Context
-from graphwright.ir.data import Batches, Rows
+from graphwright.ir.data.batches import Batches, Rows
 from graphwright.ir.errors import ArgumentError, ModelError
-from graphwright.ir.select import select
+from graphwright.ir.layers.selectors import select
 from graphwright.ir.tune import Hook, TuneOptions, tune
-from graphwright.passes.prune._nm_decay import NmSchedule, densify, geometric, mask_value, stepwise
-from graphwright.passes.prune._nm_mask import nm_mask
-from graphwright.passes.prune._nm_rows import nm_rows
-from graphwright.passes.prune._nm_training import NmTraining, masked
+from graphwright.passes.prune._masks.nm_decay import (
+    NmSchedule,
+    densify,
+    geometric,
+    mask_value,
+    stepwise,
+)
+from graphwright.passes.prune._masks.nm_mask import nm_mask
+from graphwright.passes.prune._masks.nm_rows import nm_rows
+from graphwright.passes.prune._masks.nm_training import NmTraining, masked
 from graphwright.passes.prune.nm import Nm
 
 # ---- masks

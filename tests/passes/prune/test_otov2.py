@@ -189,7 +189,7 @@ def test_the_last_step_counts_whatever_was_better_before() -> None:
     x, labels = images(320, 0)
 
     def source() -> Any:
-        from graphwright.ir.data import Batches, Rows
+        from graphwright.ir.data.batches import Batches, Rows
 
         return Batches(
             "test", program().signature, lambda: [{"x": x, "labels": labels}], "labels",

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from models import otov2_job
 
-JOB = Path(__file__).with_name("otov2_job.py")
+JOB = Path(otov2_job.__file__)
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +28,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
 def single(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """The same job in this process, with the doubled batch."""
     folder = tmp_path_factory.mktemp("single")
-    module_spec = importlib.util.spec_from_file_location("otov2_job", JOB)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    job = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(job)
-    job.together(folder, 16)
+    otov2_job.together(folder, 16)
     return torch.load(folder / "0.pt", weights_only=False)
 
 

@@ -1,22 +1,17 @@
 """prune.sparsegpt as a pass: true sequence, convolutions, patterns, and its refusals."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from models.masked_nets import error, images, mixed
 
+from graphwright.ir.calibration.hessian import inverse_factor
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ModelError
-from graphwright.ir.hessian import inverse_factor
-from graphwright.passes.prune._patterns import Pattern
-from graphwright.passes.prune._sparsegpt import prune_matrix
+from graphwright.passes.prune._masks.patterns import Pattern
+from graphwright.passes.prune._math.sparsegpt import prune_matrix
 from graphwright.passes.prune.magnitude import Magnitude
 from graphwright.passes.prune.sparsegpt import Sparsegpt
 from graphwright.passes.prune.wanda import Wanda
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from models.masked_nets import error, images, mixed
 
 
 def test_a_layer_is_pruned_on_what_pruned_layers_give():

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from models.udfc_pair import Pair, channels, ran, traced
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from udfc_pair import Pair, channels, ran, traced
 
 import graphwright as gw
 from graphwright.ir.channels import channel_groups
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.passes.prune import Udfc
-from graphwright.passes.prune._chains import Chain, find_chain
-from graphwright.passes.prune._udfc import Channels, candidates, diagonal, nonneg, ridge
+from graphwright.passes.prune._udfc.chains import Chain, find_chain
+from graphwright.passes.prune._udfc.closed_form import Channels, candidates, diagonal, nonneg, ridge
 
 
 def settled(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -1,19 +1,14 @@
 """prune.wanda: rows by |w| ||x||, on the activations that pruned layers give."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from models.masked_nets import error, images, mixed, tied, tokens
 
 import graphwright as gw
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError
 from graphwright.passes.prune.magnitude import Magnitude
 from graphwright.passes.prune.wanda import Wanda
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from models.masked_nets import error, images, mixed, tied, tokens
 
 
 def chain(dims=(16, 12, 8)):

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 import graphwright as gw
 from graphwright.ir.channels import channel_groups
 from graphwright.ir.context import Context
-from graphwright.ir.cost import cost
 from graphwright.ir.errors import ArgumentError, ContractError, ModelError
-from graphwright.ir.select import layers
-from graphwright.passes.prune import Zig, _group_fisher, _scores
+from graphwright.ir.graph.cost import cost
+from graphwright.ir.layers.selectors import layers
+from graphwright.passes.prune import Zig
+from graphwright.passes.prune._units import group_fisher, scores
 
 
 class Small(nn.Module):
@@ -142,7 +143,7 @@ def test_fisher_scores_are_those_of_the_dense_inverse() -> None:
     buffer = torch.stack(rows)
     parameters = dict(program.parameters())
     assert list(parameters) == [name for name, _ in model.named_parameters()]
-    found = _group_fisher.unit_costs(groups, parameters, buffer, 1e-2)
+    found = group_fisher.unit_costs(groups, parameters, buffer, 1e-2)
     np.testing.assert_allclose(found[0], expected, rtol=1e-7)
 
 
@@ -193,7 +194,7 @@ def test_a_unit_with_a_value_in_two_of_its_slices_counts_it_once() -> None:
     group = next(g for g in channel_groups(program) if g.prunable)
     parameters = dict(program.parameters())
     w = torch.cat([p.detach().flatten() for p in parameters.values()]).double()
-    costs = _group_fisher.unit_costs([group], parameters, torch.zeros(2, len(w)), 0.5)
+    costs = group_fisher.unit_costs([group], parameters, torch.zeros(2, len(w)), 0.5)
     for unit in range(4):
         same = program.state["same.weight"].detach().double()
         squares = float(same[unit].square().sum() + same[:, unit].square().sum())
@@ -206,11 +207,11 @@ def test_a_unit_with_a_value_in_two_of_its_slices_counts_it_once() -> None:
 
 def test_hesso_is_the_mean_of_five_normalised_criteria() -> None:
     draw = np.random.default_rng(0)
-    sums = _scores.Sums(draw.random(6), draw.random(6), draw.normal(size=6), np.full(6, 9.0))
+    sums = scores.Sums(draw.random(6), draw.random(6), draw.normal(size=6), np.full(6, 9.0))
     x, d = np.sqrt(sums.xx), np.sqrt(sums.dd)
     parts = [x, x / 9.000001, 1 - sums.xd / (x * d), abs(sums.xd), sums.xd**2 / 2]
     expected = sum(0.2 * p / np.sqrt((p**2).sum()) for p in parts)
-    np.testing.assert_allclose(_scores.scores("hesso", sums, np.arange(6)), expected, rtol=1e-6)
+    np.testing.assert_allclose(scores.scores("hesso", sums, np.arange(6)), expected, rtol=1e-6)
 
 
 def test_every_group_is_accounted_for() -> None:

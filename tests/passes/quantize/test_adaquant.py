@@ -1,38 +1,32 @@
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from models.heavy_tailed import heavy_tailed, layer, samples
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from heavy_tailed import heavy_tailed, layer, samples
 
 import graphwright as gw
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError, ModelError
+from graphwright.ir.layers.products import product, weight_value
+from graphwright.ir.layers.selectors import layers
 from graphwright.ir.program import Program
-from graphwright.ir.select import layers
-from graphwright.ir.weights import product, weight_value
-from graphwright.passes.quantize import _adaquant
+from graphwright.passes.quantize._math import adaquant
 
 
-def settings(**changes: object) -> _adaquant.Settings:
+def settings(**changes: object) -> adaquant.Settings:
     values: dict[str, object] = {
         "bits": 4, "activation_bits": None, "block": 24, "symmetric": False, "iterations": 200,
         "batch": 50, "rate": 1e-4, "bias_rate": 1e-3, "range_rate": 1e-3, "input_rate": 1e-2,
     }  # fmt: skip
-    return _adaquant.Settings(**{**values, **changes})  # type: ignore[arg-type]
+    return adaquant.Settings(**{**values, **changes})  # type: ignore[arg-type]
 
 
 def test_a_rounded_value_is_within_half_a_step_and_zero_stays_zero() -> None:
     x = torch.cat([torch.linspace(-2, 5, 99), torch.zeros(1)])
     for bits in (2, 4, 8):
-        scale, zero = _adaquant.parameters(x.min(), x.max() - x.min(), bits, False)
-        value = _adaquant.fake(x, scale, zero, bits)
+        scale, zero = adaquant.parameters(x.min(), x.max() - x.min(), bits, False)
+        value = adaquant.fake(x, scale, zero, bits)
         assert float((value - x).abs().max()) <= float(scale) * 0.5001 + float(scale) * 0.5
         inside = (x >= (0 - zero) * scale) & (x <= (2**bits - 1 - zero) * scale)
         assert float((value - x)[inside].abs().max()) <= float(scale) * 0.5001
@@ -43,7 +37,7 @@ def test_a_rounded_value_is_within_half_a_step_and_zero_stays_zero() -> None:
 def test_gradients_reach_weight_bias_and_ranges() -> None:
     g, weight, bias = layer()
     x = heavy_tailed(20)
-    student = _adaquant.Student(g, weight, bias, samples(x), settings(activation_bits=4))
+    student = adaquant.Student(g, weight, bias, samples(x), settings(activation_bits=4))
     student(x).square().sum().backward()
     for name, parameter in student.named_parameters():
         assert parameter.grad is not None, name
@@ -56,7 +50,7 @@ def test_learning_lowers_the_error_on_data_it_has_not_seen(inputs: int | None) -
     seen, other = heavy_tailed(400), heavy_tailed(400, seed=1)
 
     def held_out(iterations: int) -> float:
-        found = _adaquant.learn(
+        found = adaquant.learn(
             g, weight, bias, samples(seen), settings(activation_bits=inputs, iterations=iterations),
             False, 0,
         )  # fmt: skip
@@ -74,7 +68,7 @@ def test_learning_lowers_the_error_on_data_it_has_not_seen(inputs: int | None) -
 
 def test_without_steps_it_is_rounding_to_nearest() -> None:
     g, weight, bias = layer()
-    found = _adaquant.learn(
+    found = adaquant.learn(
         g, weight, bias, samples(heavy_tailed(50)), settings(iterations=0), False, 0
     )
     low, high = weight.double().amin(1).clamp(max=0), weight.double().amax(1).clamp(min=0)
@@ -89,10 +83,10 @@ def test_without_steps_it_is_rounding_to_nearest() -> None:
 
 def test_what_is_not_better_is_not_kept() -> None:
     g, weight, bias = layer()
-    found = _adaquant.learn(
+    found = adaquant.learn(
         g, weight, bias, samples(heavy_tailed(50)), settings(rate=10.0), False, 0
     )
-    plain = _adaquant.learn(
+    plain = adaquant.learn(
         g, weight, bias, samples(heavy_tailed(50)), settings(iterations=0), False, 0
     )
     assert torch.equal(found.codes, plain.codes)

@@ -11,16 +11,19 @@ from torch import Tensor, fx, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
 import graphwright as gw
-from graphwright.ir import layerwise, spill
+from graphwright.ir.calibration import spill
+from graphwright.ir.calibration import walk as layerwise
+from graphwright.ir.calibration.site import Solved, Task
+from graphwright.ir.calibration.walk import constant_nodes
+from graphwright.ir.check.verify import measure
 from graphwright.ir.context import Context
-from graphwright.ir.layerwise import constant_nodes
-from graphwright.ir.select import layers
-from graphwright.ir.site import Solved, Task
-from graphwright.ir.verify import measure
-from graphwright.ir.weights import weight_node
-from graphwright.passes.quantize import _awq, _grid, awq
-from graphwright.passes.quantize._folding import Group, find_groups
-from graphwright.passes.quantize._region import Region, feeds_scores, region_of
+from graphwright.ir.layers.products import weight_node
+from graphwright.ir.layers.selectors import layers
+from graphwright.ir.stored import grid
+from graphwright.passes.quantize import awq
+from graphwright.passes.quantize._activations.folding import Group, find_groups
+from graphwright.passes.quantize._activations.region import Region, feeds_scores, region_of
+from graphwright.passes.quantize._math import awq as awq_math
 from graphwright.passes.quantize.awq import Awq, Choice, apply_factors, spread_batches
 
 HEADS, WIDTH = 4, 32
@@ -297,8 +300,8 @@ def test_factors_follow_the_formula() -> None:
     mean = torch.tensor([0.0, 0.01, 1.0, 9.0])
     s = [max(m**0.5, 1e-4) for m in mean.tolist()]
     norm = (max(s) * min(s)) ** 0.5
-    torch.testing.assert_close(_awq.factors(mean, 0.5), torch.tensor([v / norm for v in s]))
-    assert torch.equal(_awq.factors(mean, 0.0), torch.ones(4))
+    torch.testing.assert_close(awq_math.factors(mean, 0.5), torch.tensor([v / norm for v in s]))
+    assert torch.equal(awq_math.factors(mean, 0.0), torch.ones(4))
 
 
 def test_limits_are_the_best_of_all_by_the_sum_over_tokens() -> None:
@@ -306,10 +309,10 @@ def test_limits_are_the_best_of_all_by_the_sum_over_tokens() -> None:
     w = torch.randn(5, 24, generator=generator) ** 3
     x = torch.randn(70, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
     batches = [x[None, :20], x[None, 20:20], x[None, 20:]]
-    mean, counts = _awq.mean_size(batches)
+    mean, counts = awq_math.mean_size(batches)
     torch.testing.assert_close(mean, x.abs().mean(0))
     assert counts == [20, 0, 50]
-    limit, gain = _awq.limits(w, _awq.moments(batches, 8), 3, symmetric=False)
+    limit, gain = awq_math.limits(w, awq_math.moments(batches, 8), 3, symmetric=False)
     assert float(gain) > 0
     for row in range(5):
         for group in range(3):
@@ -318,8 +321,8 @@ def test_limits_are_the_best_of_all_by_the_sum_over_tokens() -> None:
             for step in range(10):
                 reach = float(part.abs().max()) * (1 - step / 20)
                 clamped = part.clamp(-reach, reach)
-                scale, zero = _grid.fit(clamped, 3)
-                q = _grid.decode(_grid.encode(clamped, scale, zero, 3), scale, zero)
+                scale, zero = grid.fit(clamped, 3)
+                q = grid.decode(grid.encode(clamped, scale, zero, 3), scale, zero)
                 best = min(best, (float((seen @ (q - part)).square().sum()), reach))
             assert float(limit[row, group]) == pytest.approx(best[1], rel=1e-6)
 

@@ -13,11 +13,11 @@ import graphwright as gw
 from graphwright.ir.context import Context
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ArgumentError
+from graphwright.ir.layers.products import weight_value
+from graphwright.ir.layers.selectors import layers
 from graphwright.ir.program import Program
-from graphwright.ir.select import layers
-from graphwright.ir.weights import weight_value
-from graphwright.passes.quantize._allocate import allocate
-from graphwright.passes.quantize._transplant import transplant
+from graphwright.passes.quantize._low_bit.transplant import transplant
+from graphwright.passes.quantize._math.allocate import allocate
 
 
 def test_the_allocation_is_the_best_of_all() -> None:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 import graphwright as gw
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ModelError
+from graphwright.ir.layers.selectors import layers
 from graphwright.ir.program import Program
-from graphwright.ir.select import layers
 
 
 class Net(nn.Module):
@@ -99,7 +99,7 @@ def test_on_the_float_program_next_to_nothing_changes(folded: Program) -> None:
 
 def test_the_norm_that_is_put_back_changes_nothing_until_it_sees_data(folded: Program) -> None:
     from graphwright.ir.edit import Editor
-    from graphwright.ir.select import select
+    from graphwright.ir.layers.selectors import select
     from graphwright.passes.quantize.bn_tuning import _fold, _Norms
 
     chosen = select(folded, ["conv*"])

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from models import encoder, gpt
 
 import graphwright as gw
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from models import encoder, gpt
 
 Awq, Gptq, Rtn = (getattr(gw.passes.quantize, name) for name in ("Awq", "Gptq", "Rtn"))
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import graphwright as gw
+from graphwright.ir.check.verify import measure
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError, ModelError
+from graphwright.ir.layers.products import weight_value
+from graphwright.ir.layers.selectors import layers
 from graphwright.ir.ops import OPS
-from graphwright.ir.select import layers
-from graphwright.ir.verify import measure
-from graphwright.ir.weights import weight_value
 from graphwright.passes.quantize.fp8 import Fp8
 
 GRID = sorted({m * 2.0**-9 for m in range(8)}

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 import graphwright as gw
+from graphwright.ir.check.verify import measure
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError, ModelError
-from graphwright.ir.select import layers
-from graphwright.ir.verify import measure
-from graphwright.ir.weights import weight_value
-from graphwright.passes.quantize import _grid
-from graphwright.passes.quantize._gptq import Settings, round_matrix
+from graphwright.ir.layers.products import weight_value
+from graphwright.ir.layers.selectors import layers
+from graphwright.ir.stored import grid
+from graphwright.passes.quantize._math.gptq import Settings, round_matrix
 from graphwright.passes.quantize.gptq import Gptq
 
 
@@ -100,8 +100,8 @@ def test_tables_are_rounded_to_nearest_or_left_alone() -> None:
     program, batches = prepared()
     table = weight_of(program, "table")
     rounded = weight_of(Gptq(block=32)(program, calibration=batches), "table")
-    scale, zero = (v[:, None] for v in _grid.fit(table, 4))
-    value = _grid.decode(_grid.encode(table, scale, zero, 4), scale, zero)
+    scale, zero = (v[:, None] for v in grid.fit(table, 4))
+    value = grid.decode(grid.encode(table, scale, zero, 4), scale, zero)
     torch.testing.assert_close(rounded, value)
     result = Gptq(embeddings=False).execute(program, Context(calibration=batches))
     reasons = {a.layer: a.reason for a in result.actions}

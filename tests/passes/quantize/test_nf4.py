@@ -11,11 +11,11 @@ from scipy.stats import norm
 from torch import Tensor, nn
 
 import graphwright as gw
+from graphwright.ir.check.verify import measure
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ModelError
 from graphwright.ir.ops.table import dequantize_table, levels, pack, unpack
-from graphwright.ir.verify import measure
-from graphwright.passes.quantize import _table
+from graphwright.ir.stored import table as table_math
 
 Nf4 = gw.passes.quantize.Nf4
 
@@ -88,7 +88,7 @@ def test_dynamic_levels_have_a_decade_per_exponent() -> None:
 def test_codes_are_the_nearest_levels(table: str) -> None:
     x = random(2000) * 25
     x = torch.cat([x.clamp(-1, 1), levels(table), torch.zeros(1)])
-    codes = _table.nearest_codes(x, table)
+    codes = table_math.nearest_codes(x, table)
     level = levels(table).double()
     distance = (x.double()[:, None] - level).abs()
     chosen = distance.gather(1, codes.long()[:, None])[:, 0]
@@ -98,7 +98,7 @@ def test_codes_are_the_nearest_levels(table: str) -> None:
 
 
 def test_the_first_of_two_codes_is_in_the_high_half() -> None:
-    stored = _table.quantize(torch.tensor([1.0, -1.0, 0.0]), "nf4", 16, double=False)
+    stored = table_math.quantize(torch.tensor([1.0, -1.0, 0.0]), "nf4", 16, double=False)
     # 1 is the code 15, -1 the code 0, and 0 the code 7; the byte is filled up with 0
     assert stored.codes.tolist() == [0xF0, 0x70]
     assert stored.value().tolist() == [1.0, -1.0, 0.0]
@@ -115,7 +115,7 @@ def test_pack_and_unpack_are_inverse(codes: list[int], table: str) -> None:
 
 def test_blocks_run_over_the_ends_of_rows() -> None:
     w = random(5, 75)
-    stored = _table.quantize(w, "nf4", 64, double=False)
+    stored = table_math.quantize(w, "nf4", 64, double=False)
     flat, level = w.flatten().double(), levels("nf4").double()
     expected = torch.empty_like(flat)
     for start in range(0, 375, 64):
@@ -129,8 +129,8 @@ def test_blocks_run_over_the_ends_of_rows() -> None:
 
 def test_double_quantization_is_its_formula() -> None:
     w = random(300, 300)
-    plain = _table.quantize(w, "nf4", 64, double=False)
-    double = _table.quantize(w, "nf4", 64, double=True)
+    plain = table_math.quantize(w, "nf4", 64, double=False)
+    double = table_math.quantize(w, "nf4", 64, double=True)
     assert torch.equal(plain.codes, double.codes)
     assert plain.scale is not None
     scale = plain.scale.double()
@@ -151,9 +151,9 @@ def test_zeros_stay_zeros() -> None:
     w = random(4, 64)
     w[1] = 0
     for double in (False, True):
-        value = _table.quantize(w, "nf4", 64, double=double).value()
+        value = table_math.quantize(w, "nf4", 64, double=double).value()
         assert bool((value[1] == 0).all())
-    assert bool((_table.quantize(torch.zeros(9), "fp4", 16, double=True).value() == 0).all())
+    assert bool((table_math.quantize(torch.zeros(9), "fp4", 16, double=True).value() == 0).all())
 
 
 # ---- the pass
@@ -178,9 +178,9 @@ def test_every_layer_is_stored_in_four_bits(program: gw.Program, kind: str) -> N
 
 def test_a_layer_computes_with_the_values_of_its_codes(program: gw.Program) -> None:
     after = Nf4(targets=["up", "mix"], double_quantization=False)(program)
-    up = _table.quantize(program.state["up.weight"], "nf4", 64, double=False).value()
+    up = table_math.quantize(program.state["up.weight"], "nf4", 64, double=False).value()
     # a matmul's weight is stored (in, out), and its blocks run along what it sums over
-    mix = _table.quantize(program.state["mix"].t(), "nf4", 64, double=False).value().t()
+    mix = table_math.quantize(program.state["mix"].t(), "nf4", 64, double=False).value().t()
     plain = program.replace(state={**program.state, "up.weight": up, "mix": mix})
     ids = program.examples[0]
     for ours, expected in zip(after(ids), plain(ids), strict=True):

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 import graphwright as gw
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ModelError
+from graphwright.ir.layers.products import weight_node, weight_value
+from graphwright.ir.layers.selectors import layers
 from graphwright.ir.program import Program
-from graphwright.ir.select import layers
-from graphwright.ir.weights import weight_node, weight_value
-from graphwright.passes.quantize._encoders import nearest
-from graphwright.passes.quantize._pv import PvHook, Settings, Weight
-from graphwright.passes.quantize._representation import Representation
+from graphwright.ir.stored.encoders import nearest
+from graphwright.ir.stored.representation import Representation
+from graphwright.passes.quantize._math.pv import PvHook, Settings, Weight
 
 
 class Net(nn.Module):

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from models import encoder
 from torch import nn
 
 import graphwright as gw
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ModelError
-from graphwright.ir.weights import weight_value
-from graphwright.passes.quantize._blocks import round_to_nearest
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from models import encoder
+from graphwright.ir.layers.products import weight_value
+from graphwright.ir.stored.blocks import round_to_nearest
 
 Rtn = gw.passes.quantize.Rtn
 ours = torch.ops.graphwright

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 import graphwright as gw
+from graphwright.ir.check.verify import measure
 from graphwright.ir.context import Context
-from graphwright.ir.verify import measure
 
 Int8, Smoothquant = gw.passes.quantize.Int8, gw.passes.quantize.Smoothquant
 

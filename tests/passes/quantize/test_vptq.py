@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import graphwright as gw
+from graphwright.ir.check.verify import measure
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.ops.codebook import dequantize_codebook
-from graphwright.ir.verify import measure
 
 Vptq = gw.passes.quantize.Vptq
 Batches = list[tuple[Tensor, ...]]

@@ -1,0 +1,1 @@
+"""Commands of the toolbox, one file each."""

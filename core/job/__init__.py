@@ -1,0 +1,1 @@
+"""The main job: from a model file and a spec to an artifact."""

@@ -1,0 +1,158 @@
+"""From what a model file held to a Program, with the inputs that the spec declares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from graphwright.ir.errors import ModelError
+
+if TYPE_CHECKING:
+    from graphwright.ir.files import LoadedModel
+    from graphwright.ir.program import Program
+    from graphwright.specs.sections import InputSection, ModelSection
+
+DEFAULT_SIZES = {0: 2}
+"""Example size of a dynamic axis that the spec gives no `example` for; others get 8."""
+
+
+def build_program(loaded: LoadedModel, section: ModelSection, seed: int) -> Program:
+    """Traces the loaded model, or takes the program the file already holds.
+
+    Args:
+        loaded: what `load_model` returned.
+        section: the spec's `model` section.
+        seed: of the example inputs.
+
+    Raises:
+        ModelError: it cannot be traced, or needs inputs that the spec does not declare.
+    """
+    if loaded.program is not None:
+        return loaded.program
+    if loaded.module is None:
+        raise ModelError(f"{loaded.source} holds no model that can be traced")
+    from graphwright.ir.trace.capture import trace
+
+    inputs = section.inputs
+    if not inputs:
+        return _from_own_inputs(loaded, seed)
+    dynamic = {
+        name: {axis: dim for axis, dim in enumerate(spec.shape) if isinstance(dim, str)}
+        for name, spec in inputs.items()
+    }
+    ranges = {name: spec.range for name, spec in inputs.items() if spec.range is not None}
+    examples = example_inputs(inputs, seed)
+    return trace(loaded.module, examples, dynamic=dynamic, ranges=ranges)
+
+
+def _from_own_inputs(loaded: LoadedModel, seed: int) -> Program:
+    """A model file that carries example inputs (or whose kind tells them) needs no section."""
+    from graphwright.ir.trace.capture import trace
+
+    assert loaded.module is not None
+    if loaded.inputs is None:
+        raise ModelError(
+            "the file does not say what inputs the model takes",
+            where=str(loaded.source),
+            fix="Declare them in the spec: model: {inputs: {x: {dtype: float32, shape: "
+            "[batch, 3, 32, 32]}}}.",
+        )
+    section = {name: _as_section(spec) for name, spec in loaded.inputs.items()}
+    dynamic = {
+        name: {axis: dim for axis, dim in enumerate(spec.shape) if isinstance(dim, str)}
+        for name, spec in section.items()
+    }
+    ranges = {name: spec.range for name, spec in section.items() if spec.range is not None}
+    return trace(loaded.module, example_inputs(section, seed), dynamic=dynamic, ranges=ranges)
+
+
+def _as_section(spec: Any) -> InputSection:
+    from graphwright.specs.sections import InputSection
+
+    return spec if isinstance(spec, InputSection) else InputSection(**spec)
+
+
+def example_inputs(inputs: Mapping[str, InputSection], seed: int) -> dict[str, Any]:
+    """Seeded example tensors: within `range`, of the `example` sizes, masks right-padded."""
+    import torch
+
+    from graphwright.ir.data.batches import synthetic_inputs
+    from graphwright.ir.signature import Signature, TensorSpec
+
+    sizes = example_sizes(inputs)
+    specs = tuple(
+        TensorSpec(name, spec.dtype, spec.shape, spec.range) for name, spec in inputs.items()
+    )
+    generator = torch.Generator().manual_seed(seed)
+    return dict(synthetic_inputs(Signature(specs, (), None), sizes, generator))
+
+
+def example_sizes(inputs: Mapping[str, InputSection]) -> dict[str, int]:
+    """Size of every dynamic dimension in the example inputs.
+
+    Raises:
+        ModelError: two inputs give one dimension two sizes, or a dynamic one the size 1.
+    """
+    sizes: dict[str, int] = {}
+    for name, spec in inputs.items():
+        for axis, dim in enumerate(spec.shape):
+            if not isinstance(dim, str):
+                continue
+            if spec.example is None:
+                sizes.setdefault(dim, DEFAULT_SIZES.get(axis, 8))
+                continue
+            size = spec.example[axis]
+            if size < 2:
+                raise ModelError(
+                    f"dimension {dim!r} has the example size {size}, which tracing would fix",
+                    where=f"model.inputs.{name}",
+                    fix="Give an example size of 2 or more.",
+                )
+            if sizes.setdefault(dim, size) != size:
+                raise ModelError(
+                    f"dimension {dim!r} has the example sizes {sizes[dim]} and {size}",
+                    where=f"model.inputs.{name}",
+                )
+    return sizes
+
+
+def other_size_inputs(program: Program, seed: int) -> tuple[Any, ...] | None:
+    """Inputs at another size of every dynamic dimension, so that a fixed size shows.
+
+    None where there is no dynamic dimension, or the program runs at no neighbouring size (a
+    dimension may have to be a multiple of something).
+    """
+    import torch
+
+    from graphwright.ir.data.batches import example_sizes, synthetic_inputs
+
+    sizes = example_sizes(program.signature, program.examples)
+    if not sizes:
+        return None
+    generator = torch.Generator().manual_seed(seed + 1)
+    for change in (1, -1, 2, 8):
+        moved = {name: size + change for name, size in sizes.items()}
+        if any(not _allowed(program, name, size) for name, size in moved.items()):
+            continue
+        inputs = synthetic_inputs(program.signature, moved, generator)
+        flat = program.bind(**inputs)
+        if _runs(program, flat):
+            return flat
+    return None
+
+
+def _allowed(program: Program, name: str, size: int) -> bool:
+    bounds = program.signature.dims[name]
+    return size >= bounds.min and (bounds.max is None or size <= bounds.max)
+
+
+def _runs(program: Program, inputs: tuple[Any, ...]) -> bool:
+    import torch
+
+    try:
+        with torch.no_grad():
+            program.run_flat(inputs)
+    except (RuntimeError, IndexError, ValueError):
+        # The size does not fit the model itself; that is for the user to know, not an error.
+        return False
+    return True

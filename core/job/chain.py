@@ -1,0 +1,184 @@
+"""The chain of passes: each one run, timed, checked against its contract, and kept for a resume."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graphwright.ir.errors import ContractError
+from graphwright.job.checkpoint import Checkpoints, chain_key
+from graphwright.job.environment import environment
+
+if TYPE_CHECKING:
+    from graphwright.ir.check.verify import Checker
+    from graphwright.ir.context import Context
+    from graphwright.ir.data.batches import Batches
+    from graphwright.ir.program import Program
+    from graphwright.job.run import Run
+    from graphwright.specs.sections import CalibrationSection
+
+CHECK_BATCHES = 2
+"""Calibration batches that every pass is checked on, beside the example inputs."""
+
+
+def run_chain(
+    run: Run, original: Program, calibration: Batches | None, training: Batches | None = None
+) -> tuple[Program, list[dict[str, Any]], Checker]:
+    """Runs the spec's passes; goes on after the last one that an earlier run has finished.
+
+    Returns:
+        The program after all passes, one report row per pass, and the checker that compared
+        every program with the one before it.
+
+    Raises:
+        ContractError: a pass broke its contract; a reproducer is left beside the output folder.
+    """
+    from graphwright.ir.check.verify import Checker
+    from graphwright.ir.graph.digest import digest
+
+    keys = _keys(run, digest(original)) if run.spec.passes else []
+    records: list[dict[str, Any]] = []
+    program, begin, uncompressed = original, 0, original
+    checkpoints = Checkpoints(run.place.work / "checkpoints")
+    checker = Checker(original, _check_batches(run, original, calibration))
+    if not run.settings.resume:
+        run.place.drop_pass_work()
+    found = checkpoints.load(keys) if run.settings.resume else None
+    if found is not None:
+        index, program, records, kept = found
+        begin, uncompressed = index + 1, original if kept is None else kept
+        checker.resume(program)
+        run.progress.note(f"resumed after pass {index} ({run.spec.passes[index].id})")
+    data = {"calibration": calibration, "training": training, "teacher": original}
+    unsaved = 0.0
+    for index in range(begin, len(run.spec.passes)):
+        context = _context(run, index).replace(key=keys[index], uncompressed=uncompressed, **data)
+        program, uncompressed, record = _one_pass(run, index, program, checker, context)
+        records.append(record)
+        unsaved += record["seconds"]
+        if unsaved >= run.settings.checkpoint_seconds and run.place.is_main:
+            kept = None if uncompressed is original else uncompressed
+            checkpoints.save(index, keys[index], program, records, kept)
+            unsaved = 0.0
+            run.place.drop_pass_work()  # what a pass had saved on its way is of no more use
+        run.check_time(f"pass {index} ({record['id']})")
+    return program, records, checker
+
+
+def _keys(run: Run, base: str) -> list[str]:
+    keys, key = [], base
+    for index, call in enumerate(run.spec.passes):
+        key = chain_key(
+            key, id=call.id, options=call.options, index=index, seed=run.spec.seed,
+            environment=environment(), calibration=_data_digest(run, run.spec.calibration),
+            training=_data_digest(run, run.spec.training),
+        )  # fmt: skip
+        keys.append(key)
+    return keys
+
+
+def _data_digest(run: Run, section: CalibrationSection | None) -> str:
+    """Data is an input like any other: a changed file makes another run."""
+    if section is None:
+        return ""
+    file = Path(run.spec.folder) / section.data
+    if file.is_file():
+        from graphwright.job.checkpoint import file_sha256
+
+        return chain_key(file_sha256(file), **section.model_dump(mode="json"))
+    return chain_key("", **section.model_dump(mode="json"))
+
+
+def _check_batches(run: Run, program: Program, calibration: Batches | None) -> list[Any]:
+    """Inputs that passes are checked on: real ones where there are any, another size too."""
+    if calibration is not None:
+        found = []
+        for batch in calibration:
+            found.append(batch)
+            if len(found) == CHECK_BATCHES:
+                break
+        return found
+    from graphwright.job.build import other_size_inputs
+
+    other = other_size_inputs(program, run.spec.seed)
+    if other is None and program.signature.dims:
+        run.warn("passes were checked at the example sizes only")
+    return [] if other is None else [other]
+
+
+def _context(run: Run, index: int) -> Context:
+    """Surroundings of a pass; the data is still to be added."""
+    import torch
+
+    from graphwright.ir.context import Context
+
+    return Context(
+        seed=run.spec.seed,
+        device=torch.device(run.settings.device),
+        jobs=run.settings.jobs,
+        work=run.place.pass_work(index),
+        progress=run.progress.update,
+        scope=(index, run.spec.passes[index].id),
+        folder=Path(run.spec.folder),
+        checkpoint_seconds=run.settings.checkpoint_seconds,
+    )
+
+
+def _one_pass(
+    run: Run, index: int, program: Program, checker: Checker, context: Context
+) -> tuple[Program, Program, dict[str, Any]]:
+    """The program behind the pass, the uncompressed one (`uncompressed.follow`), and the record."""
+    from graphwright.job.uncompressed import follow
+    from graphwright.passes.base import find_pass
+
+    call = run.spec.passes[index]
+    step = find_pass(call.id)(**call.options)
+    run.note_peak()
+    begin = time.monotonic()
+    with run.progress.stage(call.id):
+        result = step.execute(program, context)
+        peak = run.note_peak()
+        seconds = time.monotonic() - begin
+        try:
+            error = checker.accept(result.program, step.promise())
+        except ContractError as failure:
+            raise _with_reproducer(run, failure, program, index) from failure
+    record = {
+        "id": call.id,
+        "options": step.resolved_options(),
+        "contract": step.contract,
+        "seconds": seconds,
+        "peak_rss_bytes": peak,
+        "error": error.as_dict(),
+        "actions": [[a.layer, a.what, a.reason] for a in result.actions],
+        "metrics": dict(result.metrics),
+    }
+    assert context.uncompressed is not None
+    return result.program, follow(context.uncompressed, step, program, result), record
+
+
+def _with_reproducer(
+    run: Run, failure: ContractError, program: Program, index: int
+) -> ContractError:
+    """The same failure, with the program before the pass and a spec of that pass on disk."""
+    from graphwright.specs.emit import to_yaml
+
+    call = run.spec.passes[index]
+    folder = run.place.out.with_name(f"{run.place.out.name}.reproducer")
+    folder.mkdir(parents=True, exist_ok=True)
+    program.save(folder / "before.pt2")
+    document: dict[str, Any] = {"version": 1, "seed": run.spec.seed}
+    for name, given in (("calibration", run.spec.calibration), ("training", run.spec.training)):
+        if given is not None:
+            section = given.model_dump(mode="json", exclude_none=True)
+            data = Path(run.spec.folder) / section["data"]
+            document[name] = {**section, "data": str(data.absolute())} if data.exists() else section
+    document["passes"] = [{call.id: call.options} if call.options else call.id]
+    (folder / "spec.yaml").write_text(to_yaml(document))
+    return ContractError(
+        failure.message,
+        where=f"passes[{index}] (line {call.line})",
+        fix=f"Reproduce it: optimize {folder}/before.pt2 --spec {folder}/spec.yaml",
+        details=failure.details,
+    )

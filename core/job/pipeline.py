@@ -1,0 +1,285 @@
+"""The main job: load -> trace -> [pass -> verify]* -> lower -> measure -> report.
+
+`run` reads as the list of steps. Everything is written below a work folder beside the output
+folder, and renamed into place at the end: a killed run leaves nothing half-written.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graphwright.ir.errors import RequirementError
+from graphwright.job.chain import run_chain
+from graphwright.job.environment import deterministic, environment
+from graphwright.job.memory import reset_peak
+from graphwright.job.place import Place
+from graphwright.job.rules import check_rules
+from graphwright.job.run import Run, Settings
+
+if TYPE_CHECKING:
+    from graphwright.backends.base import Compiled
+    from graphwright.ir.check.fidelity import Fidelity
+    from graphwright.ir.data.batches import Batches
+    from graphwright.ir.files import LoadedModel
+    from graphwright.ir.program import Program
+    from graphwright.specs.spec import Spec
+
+__all__ = ["Outcome", "Settings", "run"]
+
+
+@dataclass
+class Outcome:
+    """What a run produced.
+
+    Attributes:
+        folder: the output folder.
+        report: contents of `report.json`.
+        program: the program after all passes.
+        compiled: the lowered program per backend.
+    """
+
+    folder: Path
+    report: dict[str, Any]
+    program: Program
+    compiled: dict[str, Compiled] = field(default_factory=dict)
+
+
+def run(source: str | Path, spec: Spec, settings: Settings) -> Outcome:
+    """Compiles `source` by `spec` and writes artifacts, report and lock file under `settings.out`.
+
+    Raises:
+        GraphwrightError: with the exit status that says which stage failed.
+    """
+    started = time.monotonic()
+    check_rules(spec)
+    place = Place(Path(settings.out))
+    with place.locked(), deterministic():
+        from graphwright.job.progress import Progress
+
+        quiet = settings.quiet or not place.is_main
+        progress = Progress(quiet=quiet)
+        with progress:
+            job = _Job(Run(spec, settings, place, progress, started))
+            outcome = job.compile(source)
+    if not quiet:
+        from graphwright.report.build import print_summary
+
+        print_summary(outcome.report, outcome.folder)
+    return outcome
+
+
+class _Job:
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.spec = run.spec
+        self.progress = run.progress
+
+    def compile(self, source: str | Path) -> Outcome:
+        reset_peak()
+        loaded = self._load(source)
+        original = self._trace(loaded)
+        calibration = self._data(self.spec.calibration, original, loaded)
+        training = self._data(self.spec.training, original, loaded)
+        held_out = self._data(self.spec.evaluate, original, loaded)
+        program, records, checker = run_chain(self.run, original, calibration, training)
+        if not self.run.place.is_main:
+            return Outcome(self.run.place.out, {}, program)
+        compiled = self._lower(program)
+        staging = self.run.place.fresh_staging()
+        artifacts = self._save(program, compiled, staging)
+        evaluation = self._evaluate(original, program, compiled, held_out)
+        latency = self._latency(original, loaded, compiled)
+        report = self._report(
+            loaded, original, program, records, checker.total(), compiled, artifacts,
+            evaluation, latency,
+        )  # fmt: skip
+        self._write(report, program, staging, loaded)
+        self._require(report)
+        self.run.place.publish()
+        return Outcome(self.run.place.out, report, program, compiled)
+
+    # ---- stages
+
+    def _load(self, source: str | Path) -> LoadedModel:
+        from graphwright.ir.files import load_model
+
+        with self.progress.stage("load"):
+            loaded = load_model(
+                source,
+                section=self.spec.model,
+                allow_pickle=self.run.settings.allow_pickle,
+            )
+        for text in loaded.warnings:
+            self.run.warn(text)
+        return loaded
+
+    def _trace(self, loaded: LoadedModel) -> Program:
+        import warnings
+
+        from graphwright.ir.trace.capture import TraceWarning
+        from graphwright.job.build import build_program
+
+        with self.progress.stage("trace"), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", TraceWarning)
+            program = build_program(loaded, self.spec.model, self.spec.seed)
+        for warning in caught:
+            if issubclass(warning.category, TraceWarning):
+                self.run.warn(str(warning.message))
+        return program
+
+    def _data(self, section: Any, program: Program, loaded: LoadedModel) -> Batches | None:
+        if section is None:
+            return None
+        from graphwright.ir.data.batches import example_sizes, load_data
+
+        return load_data(
+            section.model_dump(exclude_none=True),
+            program.signature,
+            self.spec.seed,
+            root=self.spec.folder,
+            sizes=example_sizes(program.signature, program.examples),
+            tokenizer=loaded.tokenizer,
+        )
+
+    def _lower(self, program: Program) -> dict[str, Compiled]:
+        from graphwright.backends.base import find_backend
+        from graphwright.ir.context import Context
+
+        compiled: dict[str, Compiled] = {}
+        for call in self.spec.lower:
+            context = Context(
+                seed=self.spec.seed,
+                progress=self.progress.update,
+                work=self.run.place.work / "lower",
+                scope=("lower", call.id),
+            )
+            with self.progress.stage(call.id):
+                compiled[call.id] = find_backend(call.id)(**call.options).lower(program, context)
+            self.run.note_peak()
+            self.run.check_time(f"lowering to {call.id}")
+        return compiled
+
+    def _save(
+        self, program: Program, compiled: dict[str, Compiled], staging: Path
+    ) -> list[dict[str, Any]]:
+        rows = []
+        for lowered in compiled.values():
+            artifact = lowered.save(staging)
+            path = str(artifact.path.relative_to(staging))
+            row = {"backend": artifact.backend, "path": path, "file_bytes": artifact.file_bytes}
+            rows.append(row)
+        if not compiled:
+            program.save(staging / "program.pt2")
+            size = (staging / "program.pt2").stat().st_size
+            rows.append({"backend": "program", "path": "program.pt2", "file_bytes": size})
+        return rows
+
+    def _evaluate(
+        self,
+        original: Program,
+        program: Program,
+        compiled: dict[str, Compiled],
+        data: Batches | None,
+    ) -> dict[str, Any] | None:
+        if data is None or self.spec.evaluate is None:
+            return None
+        from graphwright.job.evaluate import evaluate
+
+        result = next(iter(compiled.values()), program)
+        with self.progress.stage("evaluate"):
+            return evaluate(
+                original,
+                result,
+                data,
+                self.spec.evaluate.metric,
+                root=self.spec.folder,
+                progress=self.progress.update,
+            ).to_json()
+
+    def _latency(
+        self, original: Program, loaded: LoadedModel, compiled: dict[str, Compiled]
+    ) -> list[dict[str, Any]]:
+        from torch import nn
+
+        from graphwright.job.latency import measure_latency
+
+        device = self.run.settings.device
+        examples = [tensor.to(device) for tensor in original.examples]
+        if loaded.module is None:
+            before: Any = original
+        else:
+            loaded.module.to(device)
+            before = loaded.runner(original.signature)
+        for lowered in compiled.values():
+            if isinstance(lowered, nn.Module):
+                lowered.to(device)
+        with self.progress.stage("latency"):
+            return measure_latency(before, compiled, examples, device=device)
+
+    def _report(
+        self,
+        loaded: LoadedModel,
+        original: Program,
+        program: Program,
+        records: list[dict[str, Any]],
+        fidelity: Fidelity,
+        compiled: dict[str, Compiled],
+        artifacts: list[dict[str, Any]],
+        evaluation: dict[str, Any] | None,
+        latency: list[dict[str, Any]],
+    ) -> dict[str, Any]:
+        from graphwright.job.require import check_bounds
+        from graphwright.report.build import build_report
+
+        self.run.note_peak()
+        seconds = self.run.seconds()
+        bounds = check_bounds(
+            self.spec.require,
+            drop=None if evaluation is None else evaluation["drop"],
+            latency=latency,
+            artifacts=artifacts,
+            peak_rss_bytes=self.run.peak,
+            seconds=seconds,
+        )
+        return build_report(
+            source=loaded, original=original, program=program, passes=records,
+            artifacts=artifacts, fidelity=fidelity, evaluation=evaluation, latency=latency,
+            notes={name: lowered.notes for name, lowered in compiled.items()},
+            require=[bound.to_json() for bound in bounds], warnings=self.run.warnings,
+            seconds=seconds, peak_rss_bytes=self.run.peak, environment=environment(),
+        )  # fmt: skip
+
+    def _write(
+        self, report: dict[str, Any], program: Program, staging: Path, loaded: LoadedModel
+    ) -> None:
+        from graphwright.report.build import write_report
+        from graphwright.specs.spec import write_lock
+
+        write_report(report, program, staging)
+        lock = {"environment": environment(), "model": {"sha256": loaded.sha256}}
+        write_lock(self.spec, lock, staging / "spec.lock.yaml", home=self.run.place.out)
+
+    def _require(self, report: dict[str, Any]) -> None:
+        missed = [row for row in report["require"] if not row["met"]]
+        if missed:
+            kept = self.run.place.staging
+            raise RequirementError(
+                "; ".join(_missed(row) for row in missed),
+                fix=f"The result stays in {kept}; {self.run.place.out} was not written.",
+            )
+
+
+def _missed(row: dict[str, Any]) -> str:
+    from graphwright.job.require import Bound
+
+    return f"require.{Bound(row['name'], row['bound'], row['measured'], row['what'])}"
+
+
+def read_report(folder: str | Path) -> dict[str, Any]:
+    """The report of a finished run."""
+    found: dict[str, Any] = json.loads((Path(folder) / "report.json").read_text())
+    return found

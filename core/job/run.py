@@ -1,0 +1,88 @@
+"""One run: what was asked for, where it writes, and what is noted on the way."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from graphwright.ir.errors import RequirementError
+from graphwright.job.memory import peak_rss_bytes, reset_peak
+from graphwright.job.place import Place
+
+if TYPE_CHECKING:
+    from graphwright.job.progress import Progress
+    from graphwright.specs.spec import Spec
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run, as opposed to what to do.
+
+    Attributes:
+        out: folder for the results; replaced as a whole when it holds an earlier result.
+        allow_pickle: open model files that can run code.
+        device: `cpu` or `cuda`.
+        jobs: parallel workers, or `ray`.
+        resume: go on after the last finished pass of a killed run.
+        quiet: no progress, no summary.
+        checkpoint_seconds: work worth saving; quicker passes are repeated on resume.
+    """
+
+    out: str | Path = "out"
+    allow_pickle: bool = False
+    device: str = "cpu"
+    jobs: int | str = 1
+    resume: bool = True
+    quiet: bool = False
+    checkpoint_seconds: float = 2.0
+
+
+@dataclass
+class Run:
+    """What all stages of a run share.
+
+    Attributes:
+        spec: what to do. settings: how. place: where. progress: shown to the user.
+        started: `time.monotonic()` at the start.
+        peak: largest resident memory seen so far, in bytes.
+        warnings: one line each, for the report.
+    """
+
+    spec: Spec
+    settings: Settings
+    place: Place
+    progress: Progress
+    started: float
+    peak: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+    def warn(self, text: str) -> None:
+        """Notes something the user should know, in the report and on the console."""
+        self.warnings.append(text)
+        self.progress.note(f"warning: {text}")
+
+    def note_peak(self) -> int:
+        """Peak resident memory since the last call, in bytes."""
+        peak = peak_rss_bytes()
+        self.peak = max(self.peak, peak)
+        reset_peak()
+        return peak
+
+    def seconds(self) -> float:
+        """Time since the start."""
+        return time.monotonic() - self.started
+
+    def check_time(self, where: str) -> None:
+        """Ends the run when it has taken longer than `require.max_minutes`.
+
+        Raises:
+            RequirementError: it has.
+        """
+        bound = self.spec.require.max_minutes
+        minutes = self.seconds() / 60
+        if bound is not None and minutes > bound:
+            raise RequirementError(
+                f"require.max_minutes: {minutes:.3g} minutes after {where}, bound {bound:g}"
+            )

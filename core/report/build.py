@@ -1,0 +1,242 @@
+"""The report of a run: `report.json`, `report.html`, and the summary on the console."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graphwright.report.model import Report
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from graphwright.ir.check.fidelity import Fidelity
+    from graphwright.ir.files import LoadedModel
+    from graphwright.ir.program import Program
+
+_PACKAGES = (
+    "torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "triton", "transformers",
+    "diffusers", "numpy", "networkx",
+)  # fmt: skip
+
+
+def build_report(
+    *,
+    source: LoadedModel,
+    original: Program,
+    program: Program,
+    passes: list[dict[str, Any]],
+    artifacts: list[dict[str, Any]],
+    fidelity: Fidelity,
+    evaluation: dict[str, Any] | None,
+    latency: list[dict[str, Any]],
+    notes: dict[str, Any],
+    require: list[dict[str, Any]],
+    warnings: list[str],
+    seconds: float,
+    peak_rss_bytes: int,
+    environment: dict[str, Any],
+) -> dict[str, Any]:
+    """Contents of `report.json`: see `graphwright.report.model.Report`.
+
+    Counts parameters, bytes and multiply-accumulates of both programs, and measures the error at
+    every layer they share on the example inputs. Fidelity is that of the program after all passes.
+    """
+    from graphwright.ir.graph.cost import cost
+
+    before, after = cost(original), cost(program)
+    content = {
+        "version": environment["graphwright"],
+        "model": {
+            "source": str(source.source),
+            "sha256": source.sha256,
+            "parameters": before.parameters,
+            "weight_bytes": before.weight_bytes,
+            "macs": before.macs,
+            "macs_formula": before.formula,
+            "sizes": before.sizes,
+        },
+        "passes": passes,
+        "result": {
+            "parameters": after.parameters,
+            "weight_bytes": after.weight_bytes,
+            "macs": after.macs,
+            "macs_formula": after.formula,
+            "artifacts": artifacts,
+        },
+        "fidelity": fidelity.as_dict(),
+        "evaluation": evaluation,
+        "latency": latency,
+        "layers": _layers(original, program, before, after),
+        "notes": notes,
+        "require": require,
+        "warnings": [*warnings, *before.notes],
+        "seconds": seconds,
+        "peak_rss_bytes": peak_rss_bytes,
+        "versions": _versions(),
+        "machine": {**machine(), "threads": environment["threads"]},
+    }
+    return dict(Report.model_validate(_finite(content)).model_dump(mode="json"))
+
+
+def _layers(original: Program, program: Program, before: Any, after: Any) -> list[dict[str, Any]]:
+    from graphwright.ir.check.layer_errors import layer_errors
+
+    errors = {e.node: e.error for e in layer_errors(original, program, counted=before)}
+    left = {layer.node: layer for layer in after.layers}
+    rows = []
+    for layer in before.layers:
+        error, now = errors.get(layer.node), left.get(layer.node)
+        rows.append(
+            {
+                "name": layer.name,
+                "kind": layer.kind,
+                "node": layer.node,
+                "macs": layer.macs,
+                "parameters": layer.parameters,
+                "weight_bytes": layer.weight_bytes,
+                "weight_bytes_after": None if now is None else now.weight_bytes,
+                "relative": None if error is None else error.relative,
+            }
+        )
+    return rows
+
+
+def write_report(report: dict[str, Any], program: Program, folder: str | Path) -> None:
+    """Writes `report.json` and `report.html` into `folder`, each by renaming a finished file."""
+    from graphwright.report.page import render_page
+
+    folder = Path(folder)
+    text = json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False)
+    _write_atomically(folder / "report.json", text + "\n")
+    _write_atomically(folder / "report.html", render_page(report, program))
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    import torch
+
+    facts: dict[str, Any] = {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "os": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    }
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue  # an extra that is not installed
+    return found
+
+
+def _finite(value: Any) -> Any:
+    """The same content with floats that JSON cannot hold made None, and plain keys."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+# --- console -----------------------------------------------------------------------------------
+
+
+def print_summary(
+    report: dict[str, Any], folder: str | Path, console: Console | None = None
+) -> None:
+    """A run's figures on the console, and where the result lies."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from graphwright.report.charts import error_text, size_text, time_text
+
+    console = console or Console()
+    if report["passes"]:
+        chain = Table(box=None, pad_edge=False, header_style="dim")
+        for title, side in [("pass", "left"), ("contract", "left"), ("changed", "right"),
+                            ("time", "right"), ("error", "right")]:  # fmt: skip
+            chain.add_column(title, justify=side)  # type: ignore[arg-type]
+        for row in report["passes"]:
+            chain.add_row(
+                row["id"], row["contract"], str(changed_layers(row)), time_text(row["seconds"]),
+                error_text(row["error"]),
+            )  # fmt: skip
+        console.print(chain)
+        console.print()
+    for name, text in summary_lines(report):
+        console.print(f"{name:<11}{text}", markup=False, highlight=False, soft_wrap=True)
+    for artifact in report["result"]["artifacts"]:
+        text = f"{Path(folder) / artifact['path']} ({size_text(artifact['file_bytes'])})"
+        console.print(f"{'artifact':<11}{text}", markup=False, highlight=False, soft_wrap=True)
+    place = Path(folder) / "report.html"
+    console.print(f"{'report':<11}{place}", markup=False, highlight=False, soft_wrap=True)
+
+
+def summary_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """(what, figure) of a run: weights, fidelity, evaluation, latency, warnings."""
+    from graphwright.report.charts import count_text, error_text, figure_text, size_text
+
+    before, after = report["model"], report["result"]
+    weights = f"{size_text(before['weight_bytes'])} -> {size_text(after['weight_bytes'])}"
+    parameters = f"{count_text(before['parameters'])} -> {count_text(after['parameters'])}"
+    lines = [
+        ("weights", f"{weights}, parameters {parameters}"),
+        ("fidelity", error_text(report["fidelity"])),
+    ]
+    if report["evaluation"]:
+        row = report["evaluation"]
+        shown = ["exact" if row[k] is None else figure_text(row[k]) for k in ("before", "after")]
+        lines.append((row["metric"].rpartition(":")[2][:10], f"{shown[0]} -> {shown[1]}"))
+    for row in report["latency"]:
+        text = (
+            f"{row['before_ms']:.2f} ms -> {row['after_ms']:.2f} ms, {row['speedup']:.2f}x "
+            f"({row['backend']}, {row['device']}, {row['threads']} threads)"
+        )
+        lines.append(("latency", text))
+    lines += [("warning", text) for text in report["warnings"]]
+    for row in report["require"]:
+        measured = "not measured" if row["measured"] is None else f"{row['measured']:.4g}"
+        state = "met" if row["met"] else "MISSED"
+        lines.append(("require", f"{row['name']} {row['bound']:g}: {measured}, {state}"))
+    return lines
+
+
+def changed_layers(row: dict[str, Any]) -> int:
+    """Layers that a pass did something to; one it left alone has a reason."""
+    return sum(1 for _, _, reason in row["actions"] if not reason)

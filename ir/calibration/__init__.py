@@ -1,0 +1,1 @@
+"""Calibration: observers of activations, and the walk that solves layers one by one."""

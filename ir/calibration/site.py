@@ -1,0 +1,119 @@
+"""What a walk over a program's layers hands to a method, and gets back from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, fx
+
+from graphwright.ir.layers.products import Geometry, rows
+from graphwright.ir.layers.selectors import Layer
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What a method found for one layer.
+
+    Attributes:
+        weight: its value from here on, of the layer's own shape; None: as it was.
+        bias: likewise; a layer without one must be given none.
+        grid: scale, zero point, lowest and highest code that the layer's input is rounded to from
+            here on; None: it is not.
+        state: tensors that the pass builds the new program from (codes, scales, masks).
+        info: figures for the report.
+    """
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    grid: tuple[float, int, int, int] | None = None
+    state: dict[str, Tensor] = field(default_factory=dict)
+    info: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One layer to solve; plain data, so that it travels to a worker.
+
+    Attributes:
+        name: of the layer.
+        geometry: how its rows are made.
+        weight: its value before.
+        bias: likewise; None where it has none.
+        stats: what the method gathered from its input.
+        seed: of its own random stream.
+    """
+
+    name: str
+    geometry: Geometry
+    weight: Tensor
+    bias: Tensor | None
+    stats: Any
+    seed: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """One activation, and the layers that read it the same way (the q, k and v of attention).
+
+    Attributes:
+        layers: to be solved.
+        geometry: of the first; all make the same rows.
+        node: the activation.
+        seed: of its own random stream.
+        padding: what is none in every batch, (batch, length) booleans; None where nothing tells.
+    """
+
+    layers: tuple[Layer, ...]
+    geometry: Geometry
+    node: fx.Node
+    seed: int
+    padding: Sequence[Tensor | None]
+    _values: Callable[[fx.Node], Iterator[Any]]
+    _originals: Callable[[], Iterator[Tensor]]
+
+    def inputs(self) -> Iterator[Tensor]:
+        """The activation in every batch, as the layers solved so far give it."""
+        return self._values(self.node)
+
+    def values(self, node: fx.Node) -> Iterator[Any]:
+        """Another value in every batch, that is computed before the layers and read behind."""
+        return self._values(node)
+
+    def original_inputs(self) -> Iterator[Tensor]:
+        """The activation in every batch, as the program gives it that was passed in."""
+        return self._originals()
+
+    def rows(self) -> Iterator[Tensor]:
+        """(groups, n, depth) in every batch; padding tokens are left out."""
+        return self._rows(self.inputs())
+
+    def original_rows(self) -> Iterator[Tensor]:
+        """The same rows of `original_inputs`."""
+        return self._rows(self._originals())
+
+    def _rows(self, values: Iterator[Tensor]) -> Iterator[Tensor]:
+        for x, real in zip(values, self.padding, strict=True):
+            kept = x if real is None else _without_padding(self.geometry, x, real)
+            yield rows(self.geometry, kept)
+
+
+def _without_padding(geometry: Geometry, x: Tensor, real: Tensor) -> Tensor:
+    if geometry.is_convolution:
+        return x
+    if x.dim() >= 3 and x.shape[:2] == real.shape:
+        return x[real]
+    if x.dim() == 2 and x.shape[0] == real.numel():
+        return x[real.flatten()]
+    return x
+
+
+class Method(Protocol):
+    """How layers are solved."""
+
+    def gather(self, site: Site) -> Any:
+        """What `solve` needs of an activation; called once per activation."""
+
+    def solve(self, task: Task) -> Solved:
+        """The new weight of one layer. Runs wherever `Workers` puts it."""

@@ -1,0 +1,361 @@
+"""One walk over a program in which its layers are changed one after the other.
+
+All calibration batches advance together, node by node. When the input of a layer is known, the
+method sees it, finds the layer's new weight, and the walk goes on with that: every layer is
+calibrated on what the compressed layers before it really give ("true sequential"), every node
+runs once per batch, and what is alive is one cut through the graph, which is moved to
+memory-mapped files above a budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+import graphwright.ir.ops  # noqa: F401  registers graphwright::fake_quantize and the weight ops
+from graphwright.ir.calibration.observe import bound_batches
+from graphwright.ir.calibration.site import Method, Site, Solved, Task
+from graphwright.ir.calibration.spill import Spill
+from graphwright.ir.calibration.store import LayerStore
+from graphwright.ir.calibration.workers import Workers
+from graphwright.ir.context import Batch, Context
+from graphwright.ir.errors import ArgumentError, ModelError
+from graphwright.ir.layers.products import (
+    BIAS_ARGUMENT,
+    INPUT_ARGUMENT,
+    constant_value,
+    geometry,
+    input_node,
+    weight_key,
+    weight_node,
+)
+from graphwright.ir.layers.selectors import WEIGHT_ARGUMENT, Layer
+from graphwright.ir.program import Program
+
+DEFAULT_BUDGET = 2 << 30
+"""Bytes of activations that stay in memory."""
+
+MASK_INPUTS = ("attention_mask", "mask", "padding_mask")
+"""Names of inputs (batch, sequence) that are 0 where a token is padding."""
+
+
+def sweep(
+    program: Program,
+    layers: Sequence[Layer],
+    batches: Iterable[Batch],
+    method: Method,
+    context: Context,
+    *,
+    follow: Literal["solved", "program"] = "solved",
+    both: bool = False,
+    budget: int = DEFAULT_BUDGET,
+) -> dict[str, Solved]:
+    """Solves layers in the order of the graph, and returns what was found by node name.
+
+    A tied weight is solved where it is first read. In a run with a work folder every finished
+    layer is kept there, so that a killed run does none of them twice; the walk ends at the last
+    layer that is missing, and does not begin when none is.
+
+    Args:
+        program: left as it is.
+        layers: of kinds in `ir.layers.products.PRODUCTS`.
+        batches: calibration data.
+        method: gathers and solves.
+        context: jobs, seed, work folder, progress.
+        follow: `solved`: inputs as the solved layers give them. `program`: as the unchanged
+            program gives them; all layers are then independent, and as many as there are jobs are
+            solved at a time.
+        both: also keep the activations of the unchanged program (`Site.original_inputs`).
+        budget: bytes of activations that stay in memory.
+
+    Returns:
+        `Solved` by name of the layer's node, without the weights: keep in `state` what you need.
+
+    Raises:
+        ArgumentError: there is no batch.
+        ModelError: an activation is NaN or infinite; names the layer and the batch. An empty one
+            (an expert that no token went to) is for the method to deal with.
+    """
+    return _Sweep(program, layers, batches, method, context, follow, both, budget).run()
+
+
+@dataclass
+class _Stream:
+    """Values of one version of the program, for every batch."""
+
+    values: dict[fx.Node, list[Any]] = field(default_factory=dict)
+
+
+class _Sweep:
+    def __init__(
+        self,
+        program: Program,
+        layers: Sequence[Layer],
+        batches: Iterable[Batch],
+        method: Method,
+        context: Context,
+        follow: str,
+        both: bool,
+        budget: int,
+    ) -> None:
+        self.program, self.method, self.context = program, method, context
+        self.follows_solved = follow == "solved"
+        self.spill = Spill(budget)
+        self.inputs = [tuple(t.to(context.device) for t in b)
+                       for b in bound_batches(program, batches)]  # fmt: skip
+        if not self.inputs:
+            raise ArgumentError("the calibration data is empty", fix="Give at least one batch.")
+        self.solved_stream = _Stream()
+        self.original = _Stream() if both and self.follows_solved else None
+        self.workers = Workers(context.jobs)
+        self.store = LayerStore.of(context, program, method)
+        self.padding = self._padding()
+        self.sites = self._sites(layers)
+        self.leader = {layer.node: site for site in self.sites for layer in site.layers}
+        self.geometries = {layer.node: geometry(program, layer) for layer in layers}
+        self.kinds = {layer.node: layer for layer in layers}
+        self.found: dict[str, Solved] = {}
+        self.now: dict[fx.Node, Solved] = {}
+        self.pending: list[tuple[Layer, Task]] = []
+        self.done: set[int] = set()
+        self.missing = {id(site) for site in self.sites if not self._is_known(site)}
+        self.constant = constant_nodes(program.graph)
+        self.last_use = _last_uses(program.graph, self.constant)
+
+    # ---- the walk
+
+    def run(self) -> dict[str, Solved]:
+        with torch.no_grad():
+            for node in self.program.graph.nodes:
+                if node.op == "output" or not self.missing:
+                    break  # nothing reads what the last layers give
+                self._step(node)
+                for dead in self.last_use.get(node, ()):
+                    for stream in self._streams():
+                        stream.values.pop(dead, None)
+            self._flush()
+        for site in self.sites:
+            if id(site) not in self.done:
+                self._solve(site)  # known: taken from the store
+        return self.found
+
+    def _streams(self) -> list[_Stream]:
+        return (
+            [self.solved_stream] if self.original is None else [self.solved_stream, self.original]
+        )
+
+    def _step(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            place = [spec.name for spec in self.program.signature.inputs].index(str(node.target))
+            for stream in self._streams():
+                stream.values[node] = [batch[place] for batch in self.inputs]
+            return
+        if node in self.constant:
+            return
+        site = self.leader.get(node)
+        if site is not None and id(site) not in self.done:
+            self.done.add(id(site))
+            self.missing.discard(id(site))
+            self._solve(site)
+            if not self.missing:
+                return
+        constants = self._constants_of(node)
+        for stream in self._streams():
+            changed = None
+            if stream is self.solved_stream and self.follows_solved:
+                changed = self.now.pop(node, None)
+            stream.values[node] = [
+                self._call(stream, node, index, constants, changed)
+                for index in range(len(self.inputs))
+            ]
+
+    def _constants_of(self, node: fx.Node) -> dict[fx.Node, Any]:
+        """Values of a call's constant operands: made for this call, and gone after it."""
+        replaced = self.now.get(node) if self.follows_solved and self.original is None else None
+        skip = None
+        if replaced is not None and replaced.weight is not None:
+            skip = weight_node(self.kinds[node])  # rebuilding the old weight would be for nothing
+        return {
+            operand: constant_operand(self.program, operand, self.context.device)
+            for operand in node.all_input_nodes
+            if operand in self.constant and operand is not skip
+        }
+
+    def _call(
+        self,
+        stream: _Stream,
+        node: fx.Node,
+        index: int,
+        constants: dict[fx.Node, Any],
+        changed: Solved | None,
+    ) -> Any:
+        def value(operand: fx.Node) -> Any:
+            if operand in self.constant:
+                return constants.get(operand)
+            return stream.values[operand][index]
+
+        def concrete(leaf: Any) -> Any:
+            if isinstance(leaf, fx.Node):
+                return value(leaf)
+            return self.context.device if isinstance(leaf, torch.device) else leaf
+
+        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), concrete)
+        if changed is not None:
+            args = _with(self.kinds[node].kind, list(args), changed)
+        return self.spill.put(node.target(*args, **kwargs))  # type: ignore[operator]
+
+    # ---- solving
+
+    def _is_known(self, site: Site) -> bool:
+        return all(self.store.load(layer.name) is not None for layer in site.layers)
+
+    def _solve(self, site: Site) -> None:
+        missing = []
+        for layer in site.layers:
+            kept = self.store.load(layer.name)
+            if kept is None:
+                missing.append(layer)
+            else:
+                self._accept(layer, kept)
+        if not missing:
+            return
+        for index, x in enumerate(site.inputs()):
+            if not bool(torch.isfinite(x).all()):
+                raise ModelError(
+                    f"calibration batch {index} gives NaN or infinity in front of "
+                    f"{missing[0].name!r}",
+                    fix="Check the calibration data, and the model on it.",
+                )
+        stats = self.method.gather(replace(site, layers=tuple(missing)))
+        for layer in missing:
+            self.pending.append((layer, self._task(layer, stats)))
+        if self.follows_solved or len(self.pending) >= self.workers.width:
+            self._flush()
+
+    def _task(self, layer: Layer, stats: Any) -> Task:
+        # A generator of its own: the layer's numbers do not depend on which others are selected.
+        seed = self.context.generator("layer", layer.name).initial_seed()
+        place = BIAS_ARGUMENT.get(layer.kind)
+        args = layer.node.args
+        bias = args[place] if place is not None and len(args) > place else None
+        return Task(
+            layer.name,
+            self.geometries[layer.node],
+            constant_value(self.program, weight_node(layer)).to(self.context.device),
+            constant_value(self.program, bias).to(self.context.device)
+            if isinstance(bias, fx.Node) and bias in self.constant
+            else None,
+            stats,
+            seed,
+        )
+
+    def _flush(self) -> None:
+        pending, self.pending = self.pending, []
+        width = self.workers.width if pending else 1
+        for start in range(0, len(pending), width):  # so that what is finished is soon kept
+            part = pending[start : start + width]
+            results = self.workers.map(self.method.solve, [task for _, task in part])
+            for (layer, _), solved in zip(part, results, strict=True):
+                self.store.save(layer.name, solved)
+                self._accept(layer, solved)
+
+    def _accept(self, layer: Layer, solved: Solved) -> None:
+        self.context.progress(layer.name, len(self.found) + 1, len(self.kinds))
+        kept = replace(solved, weight=None)
+        for other in self.kinds.values():
+            if weight_key(other) == weight_key(layer):
+                self.found[other.node.name] = kept
+                if self.follows_solved:
+                    self.now[other.node] = solved
+
+    # ---- preparation
+
+    def _sites(self, layers: Sequence[Layer]) -> list[Site]:
+        grouped: dict[tuple[Any, ...], list[Layer]] = {}
+        tied: set[str] = set()
+        order = {node: index for index, node in enumerate(self.program.graph.nodes)}
+        for layer in sorted(layers, key=lambda each: order[each.node]):
+            if weight_key(layer) in tied:
+                continue
+            tied.add(weight_key(layer))
+            shape = geometry(self.program, layer)
+            grouped.setdefault((input_node(layer), *shape.rows_key()), []).append(layer)
+        return [self._site(key[0], members) for key, members in grouped.items()]
+
+    def _site(self, node: fx.Node, members: list[Layer]) -> Site:
+        def originals() -> Iterator[Tensor]:
+            stream = self.original if self.follows_solved else self.solved_stream
+            if stream is None:
+                raise ArgumentError("the original activations are kept with both=True only")
+            yield from stream.values[node]
+
+        return Site(
+            tuple(members),
+            geometry(self.program, members[0]),
+            node,
+            self.context.generator("site", node.name).initial_seed(),
+            self.padding,
+            lambda other: iter(self.solved_stream.values[other]),
+            originals,
+        )
+
+    def _padding(self) -> list[Tensor | None]:
+        for place, spec in enumerate(self.program.signature.inputs):
+            if spec.name in MASK_INPUTS and len(spec.shape) == 2:
+                return [batch[place] != 0 for batch in self.inputs]
+        return [None] * len(self.inputs)
+
+
+def _with(kind: str, args: list[Any], changed: Solved) -> tuple[Any, ...]:
+    """A layer's arguments with what was solved in their places."""
+    if changed.weight is not None:
+        args[WEIGHT_ARGUMENT.get(kind, 1)] = changed.weight
+    if changed.bias is not None:
+        place = BIAS_ARGUMENT[kind]
+        args += [None] * (place + 1 - len(args))
+        args[place] = changed.bias
+    if changed.grid is not None:
+        place = INPUT_ARGUMENT.get(kind, 0)
+        args[place] = torch.ops.graphwright.fake_quantize(args[place], *changed.grid)
+    return tuple(args)
+
+
+def constant_operand(program: Program, node: fx.Node, device: torch.device) -> Any:
+    """The value of a constant operand: a tensor on the device, a size, or a tuple."""
+    if isinstance(node.meta.get("val"), Tensor):
+        return constant_value(program, node).to(device)
+    args, kwargs = fx.map_arg(
+        (node.args, node.kwargs), lambda n: constant_operand(program, n, device)
+    )
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that depend on no input and draw no random numbers."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if node.op == "get_attr" or (
+            node.op == "call_function"
+            and not is_random
+            and all(operand in found for operand in node.all_input_nodes)
+        ):
+            found.add(node)
+    return found
+
+
+def _last_uses(graph: fx.Graph, constant: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """For every node, the values that nothing behind it reads."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        for operand in node.all_input_nodes:
+            if operand not in constant:
+                last[operand] = node
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for value, user in last.items():
+        found.setdefault(user, []).append(value)
+    return found

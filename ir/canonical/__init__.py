@@ -1,0 +1,1 @@
+"""One canonical graph form for passes, made right after tracing."""

@@ -1,0 +1,1 @@
+"""Rules of the channel algebra, one file per kind of operator."""

@@ -1,0 +1,1 @@
+"""Comparison of two programs: errors, contracts, and the node where they part."""

@@ -1,0 +1,1 @@
+"""Batches of data: read, checked, drawn at random."""

@@ -1,0 +1,195 @@
+"""Writing a program's weights back as a checkpoint, quantized linear layers in codes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from graphwright.ir.edit import gw_meta
+from graphwright.ir.errors import ModelError
+from graphwright.ir.files.coded_layouts import (
+    Coded,
+    write_awq,
+    write_compressed_tensors,
+    write_gptq,
+)
+from graphwright.ir.layers.products import constant_value
+from graphwright.ir.ops.blocks import unpack_codes
+from graphwright.ir.program import Program
+
+aten = torch.ops.aten
+ours = torch.ops.graphwright
+
+Format = Literal["gptq", "awq", "compressed-tensors"]
+
+WRITERS: dict[str, Callable[[Coded], dict[str, Tensor]]] = {
+    "gptq": write_gptq,
+    "awq": write_awq,
+    "compressed-tensors": write_compressed_tensors,
+}
+
+
+def export_checkpoint(
+    program: Program, folder: str | Path, format: Format = "gptq", *, like: str | Path | None = None
+) -> list[str]:
+    """Writes `model.safetensors` and `config.json`, as GPTQ, AWQ or compressed-tensors tools do.
+
+    Linear layers in `graphwright::dequantize_blocks` are written in codes; weights that are
+    rebuilt in another way, such as embedding tables, as the floats they stand for; all else as it
+    is. Tensors have the names of the model that the program was traced from.
+
+    Args:
+        program: left as it is.
+        folder: made when it is not there.
+        format: of the codes.
+        like: folder of the model, whose other entries of `config.json` are taken over.
+
+    Returns:
+        Notes: what was written as floats though it is quantized.
+
+    Raises:
+        ModelError: no layer is quantized so, layers differ in bits or block, the format cannot
+            hold them, or a pass has put in tensors that the model's own code would not use.
+    """
+    from safetensors.torch import save_file
+
+    if format not in WRITERS:
+        raise ModelError(f"no checkpoint format {format!r}", fix=f"One of {', '.join(WRITERS)}.")
+    layers = _coded_layers(program)
+    if not layers:
+        raise ModelError("the program has no linear layer in codes to write")
+    grids = {(coded.bits, coded.block) for coded in layers.values()}
+    if len(grids) > 1:
+        raise ModelError(
+            "layers differ in bits or block, and a checkpoint has one of each",
+            details=tuple(sorted(f"{bits} bits, block {block}" for bits, block in grids)),
+        )
+    tensors: dict[str, Tensor] = {}
+    for owner, coded in layers.items():
+        try:
+            parts = WRITERS[format](coded)
+        except ModelError as error:
+            raise ModelError(error.message, where=owner, fix=error.fix) from None
+        tensors |= {f"{owner}.{part}": tensor for part, tensor in parts.items()}
+    plain, notes = _other_tensors(program, set(layers))
+    tensors |= plain
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({n: t.detach().contiguous().cpu() for n, t in tensors.items()},
+              folder / "model.safetensors", {"format": "pt"})  # fmt: skip
+    config = _config_of(like)
+    config["quantization_config"] = _quantization_config(format, next(iter(layers.values())))
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return notes
+
+
+def _coded_layers(program: Program) -> dict[str, Coded]:
+    """Weights in blocks that linear layers alone read, by module name."""
+    found: dict[str, Coded] = {}
+    for node in program.graph.find_nodes(op="call_function", target=ours.dequantize_blocks.default):
+        users = list(node.users)
+        if all(u.target is aten.linear.default and u.args[1] is node for u in users):
+            found[_owner(node)] = _coded(program, node, users)
+    return found
+
+
+def _owner(node: fx.Node) -> str:
+    codes = node.args[0]
+    assert isinstance(codes, fx.Node)
+    return str(codes.target).removesuffix("_codes").removesuffix(".weight")
+
+
+def _coded(program: Program, node: fx.Node, users: list[fx.Node]) -> Coded:
+    codes, scale, zero, bits, block, columns = node.args
+    assert isinstance(bits, int)
+    assert isinstance(block, int)
+    stored = [None if n is None else constant_value(program, n) for n in (codes, scale, zero)]  # type: ignore[arg-type]
+    packed, scales, zeros = stored
+    assert packed is not None
+    assert scales is not None
+    q = unpack_codes(packed, block, bits).flatten(1)[:, :columns]
+    middle = None if zeros is None else unpack_codes(zeros, scales.shape[1], bits)
+    orders = [_order(program, user) for user in users]
+    return Coded(q.contiguous(), scales, middle, orders[0], bits, block)
+
+
+def _order(program: Program, linear: fx.Node) -> Tensor | None:
+    """The stored order that a layer's inputs are brought in; None where there is none."""
+    x = linear.args[0]
+    if not isinstance(x, fx.Node) or x.target is not aten.index_select.default:
+        return None
+    index = x.args[2]
+    if not isinstance(index, fx.Node) or not str(index.target).endswith("weight_order"):
+        return None
+    return program.state[str(index.target)]
+
+
+def _other_tensors(program: Program, coded: set[str]) -> tuple[dict[str, Tensor], list[str]]:
+    """All that is no linear layer in codes, under its own name."""
+    tensors: dict[str, Tensor] = {}
+    notes: list[str] = []
+    rebuilt: set[str] = set()
+    for node in program.graph.nodes:
+        is_op = getattr(node.target, "namespace", "") == "graphwright"
+        if node.op == "call_function" and is_op and not _reads_input(node):
+            parts = [n for n in node.all_input_nodes if n.op == "get_attr"]
+            rebuilt |= {str(part.target) for part in parts}
+            owner = str(parts[0].target).rpartition("_")[0]
+            if owner.removesuffix(".weight") not in coded:
+                tensors[owner] = _as_stored(program, node)
+                notes.append(f"{owner} is written as floats")
+    for node in program.graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        if name in rebuilt or name.endswith("weight_order"):
+            continue
+        if gw_meta(node).get("by"):
+            raise ModelError(
+                f"the model's own code has no use for {name!r}, which {gw_meta(node)['by']} put in",
+                fix="Use insert_scales: false, or save the program itself.",
+            )
+        tensors[name] = program.state[name]
+    return tensors, notes
+
+
+def _as_stored(program: Program, node: fx.Node) -> Tensor:
+    """A rebuilt weight in the shape that the layer reads."""
+    value = constant_value(program, node)
+    for user in node.users:
+        if user.target in (aten.reshape.default, aten.transpose.int):
+            return constant_value(program, user)
+    return value
+
+
+def _reads_input(node: fx.Node) -> bool:
+    return any(n.op != "get_attr" for n in node.all_input_nodes)
+
+
+def _config_of(like: str | Path | None) -> dict[str, Any]:
+    if like is None:
+        return {}
+    found = json.loads((Path(like) / "config.json").read_text(encoding="utf-8"))
+    return dict(found)
+
+
+def _quantization_config(format: str, sample: Coded) -> dict[str, Any]:
+    bits, is_symmetric = sample.bits, sample.zero is None
+    block = -1 if sample.block >= sample.q.shape[1] else sample.block
+    if format == "awq":
+        return {"quant_method": "awq", "bits": bits, "group_size": block, "zero_point": True,
+                "version": "gemm"}  # fmt: skip
+    if format == "gptq":
+        return {"quant_method": "gptq", "bits": bits, "group_size": block, "sym": is_symmetric,
+                "desc_act": sample.order is not None, "checkpoint_format": "gptq"}  # fmt: skip
+    weights = {"num_bits": bits, "type": "int", "symmetric": is_symmetric, "dynamic": False,
+               "strategy": "channel" if block < 1 else "group",
+               "group_size": None if block < 1 else block,
+               "actorder": "group" if sample.order is not None else None}  # fmt: skip
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized",
+            "quantization_status": "compressed", "config_groups": {"group_0": group},
+            "ignore": []}  # fmt: skip

@@ -1,0 +1,241 @@
+"""`load_model`: one entry for every kind of model file, safe unless the user says otherwise."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from graphwright.ir.errors import ModelError
+from graphwright.ir.files.checkpoint import module_in, read_checkpoint, weights_in
+from graphwright.ir.files.coded import config_beside, fill_coded, is_coded
+from graphwright.ir.files.detect import Kind, detect
+from graphwright.ir.files.export_file import quiet, read_export
+from graphwright.ir.files.export_inputs import declared_inputs
+from graphwright.ir.files.factory import build_module
+from graphwright.ir.files.safetensor_files import read_safetensors, read_shards, shards_of
+from graphwright.ir.files.weights import fill, not_finite
+from graphwright.ir.program import Program
+from graphwright.ir.signature import Signature
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What a model file held.
+
+    Attributes:
+        source: file or folder it came from.
+        kind: what the file is, in words.
+        sha256: hex digest of the file; of names and digests of the files, for several.
+        file_bytes: size of the file or files.
+        module: the model as a module in eval mode; None when the file holds a program of ours.
+        program: the program, when the file was written by `Program.save`.
+        exported: the ExportedProgram of another's `.pt2` file, whose `module` is its module.
+        inputs: what the file says about its inputs, by name: dtype, shape, example, range.
+        tokenizer: folder of a text model's tokenizer.
+        warnings: what the user should know, one line each.
+    """
+
+    source: Path
+    kind: str
+    sha256: str
+    file_bytes: int
+    module: nn.Module | None = None
+    program: Program | None = None
+    exported: ExportedProgram | None = None
+    inputs: dict[str, dict[str, Any]] | None = None
+    tokenizer: Path | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def runner(self, signature: Signature) -> Callable[..., Any]:
+        """The original model as a function of the program's inputs, in signature order."""
+        module, names = self.module, [spec.name for spec in signature.inputs]
+        if module is None:
+            raise ModelError("the file holds a program, not a module", where=str(self.source))
+        if not _takes_names(module, names):
+            return module
+
+        def run(*inputs: torch.Tensor) -> Any:
+            return module(**dict(zip(names, inputs, strict=True)), **signature.constants)
+
+        return run
+
+
+def load_model(
+    source: str | Path,
+    *,
+    section: Any = None,
+    allow_pickle: bool = False,
+    device: str = "cpu",
+) -> LoadedModel:
+    """Opens a model file or folder, told by its content.
+
+    Args:
+        source: `.pt2` (torch's or ours), TorchScript, torch.save file, safetensors or an index of
+            its shards, or a folder of transformers or diffusers.
+        section: the spec's `model` section, or a mapping with its keys: `factory` and `kwargs` for
+            files that hold weights only.
+        allow_pickle: open files that can run code. The user's word that their maker is trusted.
+        device: where the model goes.
+
+    Raises:
+        ModelError: cannot be opened, is not what it should be, or could run code.
+    """
+    path = Path(source)
+    kind = detect(path)
+    factory, kwargs = _entry(section, "factory"), _entry(section, "kwargs") or {}
+    files = _files(path, kind)
+    weights_only = kind in (Kind.SAFETENSORS, Kind.SAFETENSORS_INDEX)
+    if kind in (Kind.EXPORT, Kind.EXPORT_OLD):
+        parts = _load_export(path, kind, allow_pickle, device)
+    elif kind is Kind.TORCHSCRIPT:
+        from graphwright.ir.files.torchscript import read_torchscript
+
+        parts = {"module": read_torchscript(path, allow_pickle=allow_pickle)}
+    elif kind in (Kind.HUGGING_FACE, Kind.DIFFUSERS):
+        parts = _load_folder(path, kind)
+    elif weights_only:
+        tensors = read_safetensors(path) if kind is Kind.SAFETENSORS else read_shards(path)
+        parts = _fill(tensors, factory, kwargs, path)
+    else:
+        parts = _load_checkpoint(path, kind, factory, kwargs, allow_pickle)
+    if parts.get("module") is not None and "exported" not in parts:
+        parts["module"] = parts["module"].to(device).eval()
+    notes = parts.pop("warnings", [])
+    sha256, size = _identity(files)
+    return LoadedModel(
+        source=path, kind=kind.value, sha256=sha256, file_bytes=size, **parts,
+        warnings=[*notes, *not_finite(_tensors(parts))],
+    )  # fmt: skip
+
+
+def _load_export(path: Path, kind: Kind, allow_pickle: bool, device: str) -> dict[str, Any]:
+    from graphwright.ir.files.archive import RECORD, program_from
+
+    try:
+        if kind is Kind.EXPORT_OLD:
+            raise ModelError(
+                "this export archive was written by torch 2.7 or before, as pickles",
+                where=str(path),
+                fix="Save it again with torch 2.8 or later, or, if you trust its maker, use "
+                "--allow-pickle.",
+            )
+        exported, extras = read_export(path)
+    except ModelError:
+        if not allow_pickle:
+            raise
+        exported, extras = _load_trusted(path), {}
+    if device != "cpu" or any(t.device.type != "cpu" for t in exported.state_dict.values()):
+        from torch.export.passes import move_to_device_pass
+
+        exported = move_to_device_pass(exported, device)
+    if RECORD in extras:
+        return {"program": program_from(exported, extras, str(path))}
+    module = _module_of(exported)
+    return {"exported": exported, "module": module, "inputs": declared_inputs(exported)}
+
+
+def _load_trusted(path: Path) -> ExportedProgram:
+    """Torch's own loader, which may run code: only where the user allowed it."""
+    try:
+        with path.open("rb") as file, quiet("torch._export.serde.serialize", "torch.export"):
+            return torch.export.load(file)
+    except Exception as error:  # the loader raises anything
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(
+            "torch cannot open this export archive", where=str(path), details=(text[0][:300],)
+        ) from error
+
+
+def _module_of(exported: ExportedProgram) -> nn.Module:
+    """A module that takes and returns what the exported one did. A fresh GraphModule, for torch's
+    own form has no eval mode; without guards, for they are strings that would be executed."""
+    module = exported.module(check_guards=False)
+    return torch.fx.GraphModule(module, module.graph).eval()
+
+
+def _load_folder(path: Path, kind: Kind) -> dict[str, Any]:
+    from graphwright.ir.files.hugging_face import input_hints, read_folder
+
+    module = read_folder(path, kind)
+    return {"module": module, "inputs": input_hints(module), "tokenizer": path}
+
+
+def _load_checkpoint(
+    path: Path, kind: Kind, factory: str | None, kwargs: Mapping[str, Any], allow_pickle: bool
+) -> dict[str, Any]:
+    value = read_checkpoint(path, kind, allow_pickle=allow_pickle)
+    module = module_in(value)
+    if module is not None:
+        notes = (
+            [] if factory is None else ["the file holds a whole module: the factory is not used"]
+        )
+        return {"module": module.eval(), "warnings": notes}
+    tensors, notes = weights_in(value, str(path))
+    parts = _fill(tensors, factory, kwargs, path)
+    return {**parts, "warnings": [*notes, *parts["warnings"]]}
+
+
+def _fill(
+    tensors: Mapping[str, torch.Tensor], factory: str | None, kwargs: Mapping[str, Any], path: Path
+) -> dict[str, Any]:
+    if factory is None:
+        raise ModelError(
+            f"this file holds {len(tensors)} tensors by name, and not the model they belong to",
+            where=str(path),
+            fix="Name what builds it in the spec: model: {factory: package.module:function}.",
+        )
+    module = build_module(factory, kwargs)
+    if is_coded(tensors):
+        notes = fill_coded(module, tensors, config_beside(path), str(path))
+    else:
+        notes = fill(module, tensors, str(path))
+    return {"warnings": notes, "module": module.eval()}
+
+
+def _entry(section: Any, key: str) -> Any:
+    return section.get(key) if isinstance(section, Mapping) else getattr(section, key, None)
+
+
+def _takes_names(module: nn.Module, names: list[str]) -> bool:
+    import inspect
+
+    parameters = inspect.signature(module.forward).parameters
+    return all(name in parameters for name in names)
+
+
+def _tensors(parts: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    if parts.get("program") is not None:
+        return dict(parts["program"].state)
+    if "exported" in parts:
+        return dict(parts["exported"].state_dict)
+    module: nn.Module = parts["module"]
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _files(path: Path, kind: Kind) -> list[Path]:
+    if kind is Kind.SAFETENSORS_INDEX:
+        return [path, *shards_of(path)]
+    if kind in (Kind.HUGGING_FACE, Kind.DIFFUSERS):
+        from graphwright.ir.files.hugging_face import weight_files
+
+        return [path / "config.json", *weight_files(path, kind)]
+    return [path]
+
+
+def _identity(files: list[Path]) -> tuple[str, int]:
+    digests = []
+    for path in files:
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    size = sum(path.stat().st_size for path in files)
+    if len(files) == 1:
+        return digests[0], size
+    lines = "".join(f"{d}  {p.name}\n" for d, p in zip(digests, files, strict=True))
+    return hashlib.sha256(lines.encode()).hexdigest(), size

@@ -1,0 +1,1 @@
+"""The graph under a program: nodes, constants, shapes, sizes, aliasing, cost."""

@@ -1,0 +1,1 @@
+"""Layers of a program: their kinds, selectors, products, biases."""

@@ -1,0 +1,1 @@
+"""Forms that a weight is stored in: read, made, and put into a graph."""

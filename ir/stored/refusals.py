@@ -1,0 +1,55 @@
+"""Why a layer's weight stays as it is, for passes that put codes in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from graphwright.ir.layers.products import is_coded, weight_node, weight_value
+from graphwright.ir.layers.selectors import Layer
+from graphwright.ir.program import Program
+
+NO_MATRIX = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+"""Layers with a weight that are no product of rows and a matrix: reported, left alone."""
+
+
+def refusals(program: Program, chosen: Sequence[Layer], *, embeddings: bool) -> dict[fx.Node, str]:
+    """The reason by call, for every chosen layer whose weight cannot become codes."""
+    nodes = {layer.node for layer in chosen}
+    found: dict[fx.Node, str] = {}
+    for layer in chosen:
+        if reason := _refusal(program, layer, nodes, embeddings=embeddings):
+            found[layer.node] = reason
+    # Layers that share a weight stay or go together.
+    kept = {weight_node(layer): layer.name for layer in chosen if layer.node in found}
+    for layer in chosen:
+        other = kept.get(weight_node(layer))
+        if layer.node not in found and other is not None:
+            found[layer.node] = f"shares the weight of {other}, which is left alone"
+    return found
+
+
+def _refusal(program: Program, layer: Layer, nodes: set[fx.Node], *, embeddings: bool) -> str:
+    weight = weight_node(layer)
+    value = weight.meta["val"]
+    if layer.kind in NO_MATRIX:
+        return f"{layer.kind} is no product of rows and a matrix"
+    if layer.kind == "embedding" and not embeddings:
+        return "embeddings: false"
+    if value.dim() < 2 or (layer.kind in ("matmul", "addmm") and value.dim() != 2):
+        return f"its weight has {value.dim()} dimensions"
+    if not value.is_floating_point():
+        return f"its weight is {str(value.dtype).removeprefix('torch.')}"
+    if value.numel() == 0:
+        return "its weight is empty"
+    if layer.kind == "addmm" and (len(layer.node.args) > 3 or layer.node.kwargs):
+        return "addmm with factors alpha or beta"
+    if is_coded(weight):
+        return "its weight is quantized already"
+    if strangers := [user.name for user in weight.users if user not in nodes]:
+        return f"its weight is also read by {strangers[0]!r}, which is not selected"
+    if not bool(torch.isfinite(weight_value(program, layer)).all()):
+        return "its weight holds NaN or infinity"
+    return ""

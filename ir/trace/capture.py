@@ -1,0 +1,176 @@
+"""From an `nn.Module` to a Program."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from graphwright.ir.canonical.normalize import canonicalize
+from graphwright.ir.program import Program
+from graphwright.ir.signature import DimRange
+from graphwright.ir.trace.assemble import assemble
+from graphwright.ir.trace.attention_dropout import note_attention_dropout
+from graphwright.ir.trace.calling import FlatModel
+from graphwright.ir.trace.check import batch_axes, check_against_model
+from graphwright.ir.trace.dims import (
+    Dynamic,
+    dim_names,
+    example_sizes,
+    normalize,
+    shapes_for_export,
+    specialized,
+    traceable_examples,
+    without,
+)
+from graphwright.ir.trace.errors import explain
+from graphwright.ir.trace.prepare import quiet, traceable
+
+__all__ = ["Dynamic", "TraceWarning", "trace"]
+
+
+class TraceWarning(UserWarning):
+    """Tracing gave something up: a free dimension, an output that is no tensor."""
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: Sequence[Any] | Mapping[str, Any],
+    dynamic: Dynamic | Literal["batch"] | None = None,
+    *,
+    dims: Mapping[str, DimRange] | None = None,
+    ranges: Mapping[str, tuple[float, float]] | None = None,
+    check: bool = True,
+) -> Program:
+    """Traces a model in inference mode with `torch.export`.
+
+    The model is left as it was. What had to be given up on the way is warned about, and listed in
+    `program.facts["trace"]["notes"]`.
+
+    Args:
+        model: the trained model.
+        example_inputs: positional arguments, or arguments by name. Tensors become inputs; other
+            values are baked in.
+        dynamic: for each input, which axes are free and under what name; the same name in two
+            inputs is the same size. A dimension that the model fixes becomes static. "batch"
+            frees the first axis of all inputs if the model runs at another size of it.
+        dims: ranges of free dimensions; [1, unbounded) where absent.
+        ranges: half-open range of sensible values per input.
+        check: run the model and the program on the examples and at other sizes of the free
+            dimensions; a dimension at which they differ becomes static.
+
+    Raises:
+        ModelError: the model cannot be traced; names the line of the model's own code.
+        ArgumentError: `dynamic` names an input, an axis or a size that is not there.
+    """
+    flat = FlatModel(model, example_inputs)
+    notes: list[str] = []
+    with traceable(model):
+        asked = batch_axes(flat) if dynamic == "batch" else dynamic
+        wanted: Dynamic = normalize(flat.inputs, asked or {})
+        program, wanted = _capture(flat, wanted, dict(dims or {}), dict(ranges or {}), notes)
+        if check:
+            verdict = check_against_model(program, flat, wanted)
+            notes += verdict.notes
+            if verdict.fixed:
+                wanted = without(wanted, verdict.fixed)
+                program, wanted = _capture(
+                    flat, wanted, dict(dims or {}), dict(ranges or {}), notes
+                )
+            elif verdict.ranges:
+                found = {**program.signature.dims, **verdict.ranges}
+                program = program.replace(signature=replace(program.signature, dims=found))
+    for name, kind in flat.record.dropped.items():
+        notes.append(f"output {name!r} is a {kind}, which holds no tensors; it is left out")
+    for note in notes:
+        warnings.warn(note, TraceWarning, stacklevel=2)
+    return program.replace(facts={**program.facts, "trace": {"notes": notes}}) if notes else program
+
+
+def _capture(
+    flat: FlatModel,
+    dynamic: Dynamic,
+    dims: Mapping[str, DimRange],
+    ranges: Mapping[str, tuple[float, float]],
+    notes: list[str],
+) -> tuple[Program, Dynamic]:
+    """A canonical program, and the dimensions that stayed free."""
+    exported, dynamic = _export_as_free_as_possible(flat, dynamic, notes)
+    fixed = specialized(exported, flat.inputs, dynamic)
+    if fixed:
+        sizes = {d: n for d, n in example_sizes(flat.inputs, dynamic).items() if d in fixed}
+        if any(size < 2 for size in sizes.values()):
+            # It was traced at 2, and the model holds on to that: trace at the example's own size.
+            exported, dynamic = _export_as_free_as_possible(
+                flat, without(dynamic, set(fixed)), notes
+            )
+        else:
+            dynamic = without(dynamic, set(fixed))
+        for dim, size in sizes.items():
+            place = f"{fixed[dim]}: " if fixed[dim] else ""
+            notes.append(_note(dim, size, f"{place}the model computes with it as a number"))
+    program = assemble(
+        exported, flat.model, flat.inputs, flat.record.structure,
+        dynamic=dynamic, dims=dims, ranges=ranges, constants=flat.constants,
+    )  # fmt: skip
+    note_attention_dropout(program.graph, flat)
+    return canonicalize(program), dynamic
+
+
+def _note(dim: str, size: int, why: str) -> str:
+    return f"dimension {dim!r} is fixed at {size}: {why}"
+
+
+def _export_as_free_as_possible(
+    flat: FlatModel, dynamic: Dynamic, notes: list[str]
+) -> tuple[torch.export.ExportedProgram, Dynamic]:
+    """Exports; when a free dimension is in the way, gives up as few of them as needed.
+
+    Raises:
+        ModelError: the model cannot be traced at fixed sizes either.
+    """
+    try:
+        return _export(flat, dynamic), dynamic
+    except Exception as error:
+        _run_eagerly(flat)
+        first = explain(error)
+    names = dim_names(dynamic)
+    if not names:
+        raise first
+    try:
+        static = _export(flat, {})
+    except Exception as error:
+        raise explain(error) from error
+    given_up = set(names)
+    chosen, kept = static, without(dynamic, given_up)
+    for name in reversed(names) if len(names) > 1 else ():
+        try:
+            trial = without(dynamic, {name})
+            chosen, kept, given_up = _export(flat, trial), trial, {name}
+            break
+        except Exception:
+            continue
+    sizes = example_sizes(flat.inputs, dynamic)
+    where = f"{first.where}: " if first.where else ""
+    notes += [_note(dim, sizes[dim], f"{where}{first.message}") for dim in names if dim in given_up]
+    return chosen, kept
+
+
+def _run_eagerly(flat: FlatModel) -> None:
+    """Tells a model that does not run on the example inputs from one that cannot be traced."""
+    try:
+        flat(*flat.inputs.values())
+    except Exception as error:
+        raise explain(error, "the model does not run on the example inputs") from error
+
+
+def _export(flat: FlatModel, dynamic: Dynamic) -> torch.export.ExportedProgram:
+    examples = traceable_examples(flat.inputs, dynamic)
+    with quiet():
+        return torch.export.export(
+            flat, tuple(examples.values()), dynamic_shapes=shapes_for_export(examples, dynamic)
+        )

@@ -1,0 +1,175 @@
+"""What the low-rank compensations share: originals, factors, and their place in the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from graphwright.ir.edit import Editor
+from graphwright.ir.errors import ModelError
+from graphwright.ir.layers.products import PRODUCTS, as_matrix, geometry, weight_key, weight_value
+from graphwright.ir.layers.selectors import Layer, layers
+from graphwright.ir.program import Program
+from graphwright.ir.stored.insert import Make, Place, replace_weight
+from graphwright.passes.base import Action
+
+ours = torch.ops.graphwright
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A correction b @ a of a matrix (out, columns).
+
+    Attributes:
+        b: (out, rank) float32.
+        a: (rank, columns) float32.
+    """
+
+    b: Tensor
+    a: Tensor
+
+
+def split(delta: Tensor, basis: Tensor | None, inverse: Tensor | None, rank: int) -> Factors:
+    """The best rank-`rank` factors of a difference of weights, measured in a basis.
+
+    With Q' = Q L^(1/2) for H = Q L Q^T, b a minimizes ||X (delta - b a)^T|| (P02, equations 4-7:
+    the truncated SVD of delta Q', brought back); without a basis it minimizes ||delta - b a||.
+
+    Args:
+        delta: (out, columns), original minus compressed.
+        basis: Q' (columns, n); None for the identity.
+        inverse: its pseudo-inverse (n, columns).
+        rank: at most min(out, columns) is used.
+
+    Returns:
+        Factors whose singular values are shared evenly by both.
+    """
+    wide = delta.double() if basis is None else delta.double() @ basis
+    u, s, v = torch.linalg.svd(wide, full_matrices=False)
+    rank = min(rank, len(s))
+    root = s[:rank].sqrt()
+    a = root[:, None] * v[:rank]
+    if inverse is not None:
+        a = a @ inverse
+    return Factors((u[:, :rank] * root).float(), a.float())
+
+
+def eigenspace(h: Tensor) -> tuple[Tensor, Tensor]:
+    """Q L^(1/2) and L^(-1/2) Q^T of H = Q L Q^T, both float64.
+
+    Eigenvalues below float32's resolution of the largest are raised to it: directions that the
+    data does not reach then count next to nothing, and dividing by their roots stays harmless.
+    """
+    values, vectors = torch.linalg.eigh(h.double())
+    least = float(values[-1].clamp(min=1e-30)) * torch.finfo(torch.float32).eps
+    root = values.clamp(min=least).sqrt()
+    return vectors * root, vectors.t() / root[:, None]
+
+
+def differences(
+    program: Program, original: Program | None, chosen: list[Layer]
+) -> tuple[dict[str, Tensor], list[Action]]:
+    """Original weights, as matrices, of the layers that were changed; reasons of the others.
+
+    Args:
+        program: the compressed program.
+        original: the one before compression, with layers of the same names.
+        chosen: layers of `program`.
+
+    Raises:
+        ModelError: no layer differs from the original.
+    """
+    known = {} if original is None else {layer.name: layer for layer in layers(original, PRODUCTS)}
+    found: dict[str, Tensor] = {}
+    actions = []
+    for layer in chosen:
+        why = _mismatch(program, original, layer, known.get(layer.name))
+        if why:
+            actions.append(Action(layer.name, "left alone", why))
+            continue
+        assert original is not None
+        before = weight_value(original, known[layer.name])
+        if torch.equal(before.float(), weight_value(program, layer).float()):
+            actions.append(Action(layer.name, "left alone", "its weight is the original's"))
+            continue
+        found[layer.name] = as_matrix(geometry(program, layer), before)[0]
+    if not found:
+        reasons = tuple(sorted({f"{a.layer}: {a.reason}" for a in actions}))
+        raise ModelError(
+            "no selected layer can be compensated",
+            fix="Put the pass behind one that compresses weights; from Python, give the "
+            "program before compression as `teacher`.",
+            details=reasons[:5],
+        )
+    return found, actions
+
+
+def _mismatch(
+    program: Program, original: Program | None, layer: Layer, before: Layer | None
+) -> str:
+    if original is None or before is None:
+        return "the original model has no layer of this name"
+    try:
+        now, then = geometry(program, layer), geometry(original, before)
+    except ModelError as error:
+        return error.message
+    if now.groups > 1:
+        return "a grouped convolution has no low-rank product beside it"
+    return "" if now == then else f"its weight was {then.shape} and is {now.shape}"
+
+
+def insert(program: Program, by: str, chosen: list[Layer], found: Mapping[str, Factors]) -> Program:
+    """The program with `weight + b @ a` in the place of the weight of every layer in `found`."""
+    editor = Editor(program, by=by)
+    for layer in first_uses(chosen):
+        if layer.name in found:
+            replace_weight(editor, layer, _added(found[layer.name]))
+    return editor.finish()
+
+
+def first_uses(chosen: Iterable[Layer]) -> list[Layer]:
+    """One layer per weight: tied ones change with it."""
+    return list({weight_key(layer): layer for layer in reversed(list(chosen))}.values())[::-1]
+
+
+def _added(factors: Factors) -> Make:
+    def make(place: Place) -> fx.Node:
+        dtype = place.old.meta["val"].dtype
+        return place.call(
+            ours.add_low_rank.default,
+            place.old_matrix(),
+            place.store("low_rank_b", factors.b.to(dtype)),
+            place.store("low_rank_a", factors.a.to(dtype)),
+        )
+
+    return make
+
+
+def relative_error(delta: Tensor, weight: Tensor, h: Tensor | None) -> float:
+    """||X delta^T|| / ||X weight^T|| from H; of the weights themselves without one."""
+    if h is None:
+        return float(delta.double().norm() / weight.double().norm().clamp_min(1e-30))
+
+    def size(w: Tensor) -> float:
+        wide = w.double()
+        return float(((wide @ h.double()) * wide).sum().clamp_min(0))
+
+    return float((size(delta) / max(size(weight), 1e-30)) ** 0.5)
+
+
+def action(name: str, rank: int, before: float, after: float) -> Action:
+    """What was done to a layer."""
+    return Action(name, f"rank {rank}, relative error {before:.2e} -> {after:.2e}")
+
+
+def metrics(before: list[float], after: list[float]) -> dict[str, float]:
+    """Means over the compensated layers."""
+    count = max(1, len(before))
+    return {
+        "layers": float(len(before)),
+        "layer_error_before": sum(before) / count,
+        "layer_error_after": sum(after) / count,
+    }

@@ -1,0 +1,1 @@
+"""Masks of single weights: their patterns, layers, training."""

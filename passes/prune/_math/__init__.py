@@ -1,0 +1,1 @@
+"""Arithmetic of the prune passes: functions of tensors."""

@@ -1,0 +1,1 @@
+"""Sparse optimizers of OTOv2 and their loop."""

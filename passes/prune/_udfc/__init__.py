@@ -1,0 +1,1 @@
+"""Closed-form repair of UDFC and its baselines."""

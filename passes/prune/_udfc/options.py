@@ -1,0 +1,50 @@
+"""Options that prune.udfc and quantize.udfc share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from graphwright.ir.options import Options, Selector
+from graphwright.passes.prune._udfc.closed_form import Repair
+
+UNREAD = {"merge": ("offsets", "shrinkage"), "features": ("offsets",)}
+"""Options that a repair does not read."""
+
+
+class RepairOptions(Options):
+    """How the readers of damaged channels are repaired."""
+
+    repair: Literal[Repair, "merge"] = "auto"
+    """How lost channels are made up for: `ridge`, any mixture of the kept ones, from the filters;
+    `nonneg`, mixtures without negative coefficients; `features`, any mixture, fitted to activations
+    on Gaussian inputs; `diagonal`, kept channels are only scaled (rounded weights); `auto`, all of
+    these; `none`. Of every kind several strengths are tried, and what has the least error on other
+    Gaussian inputs is taken, which may be to change nothing. Beside these `merge`, Neuron Merging,
+    the method before this one: a lost channel goes into one kept channel, untried; for pruning
+    only."""
+
+    offsets: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the channels' offsets (biases, batch norm) beside that of their filters."""
+
+    shrinkage: Annotated[float, Field(gt=0)] | None = None
+    """How strongly mixtures are held to "change nothing", in units of the filters' mean square (of
+    `features`, the activations'); absent, 0.01 to 100 are tried."""
+
+    search_scale: bool = False
+    """Try smaller scales of weight codes for least squared error; else the largest weight of every
+    channel is on the grid."""
+
+    targets: Selector = ("*",)
+    """Layers to compress: selector patterns over names and kinds."""
+
+    max_error: Annotated[float, Field(gt=0)] | None = None
+    """Largest relative error of the outputs that is accepted; none when absent."""
+
+    @model_validator(mode="after")
+    def _options_of_the_repair(self) -> Self:
+        for name in UNREAD.get(self.repair, ()):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no part in repair {self.repair}")
+        return self

@@ -1,0 +1,1 @@
+"""Units of channel groups: scores, selection, gradients."""

@@ -1,0 +1,1 @@
+"""Parts shared by passes that put codes in the place of weights."""

@@ -1,0 +1,112 @@
+"""What passes share that cut weights into blocks: their options, and rounding to nearest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor, fx
+
+from graphwright.ir.calibration.site import Solved
+from graphwright.ir.calibration.workers import Workers
+from graphwright.ir.layers.products import weight_node, weight_value
+from graphwright.ir.layers.selectors import Layer
+from graphwright.ir.options import Options, Selector
+from graphwright.ir.program import Program
+from graphwright.ir.stored.blocks import Blocks, block_for, round_to_nearest
+from graphwright.ir.stored.insert import matrix_of
+
+
+class BlockOptions(Options):
+    """Options of every pass that rounds weights in blocks."""
+
+    bits: Annotated[int, Field(ge=2, le=8)] = 4
+    """Bits of a code."""
+
+    block: Annotated[int, Field(ge=-1)] = 128
+    """Weights of a row that share a scale; 0 or -1 for one scale per row. 128 is what papers use;
+    32 is more exact, and what ONNX Runtime's CPU kernels are fastest with: they take powers of two
+    from 16 on. Rows of less than half a block get a smaller one."""
+
+    symmetric: bool = False
+    """Grids around zero, without stored zero points: a little faster, and less accurate."""
+
+    targets: Selector = ("*",)
+    """Layers to quantize: selector patterns over names and kinds."""
+
+    embeddings: bool = True
+    """Round embedding tables too: to nearest, in blocks of each row."""
+
+    max_error: Annotated[float, Field(gt=0)] | None = None
+    """Largest relative error of the outputs, ||a-b|| / ||a||; no bound when absent."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One matrix to round; plain data, so that it travels to a worker."""
+
+    matrix: Tensor
+    bits: int
+    block: int
+    symmetric: bool
+    search: bool
+
+    def run(self) -> tuple[Blocks, float]:
+        """The rounded matrix and its relative error."""
+        made = round_to_nearest(
+            self.matrix, self.bits, self.block, symmetric=self.symmetric, search=self.search
+        )
+        size = float(self.matrix.double().norm())
+        off = float((made.value().double() - self.matrix.double()).norm())
+        return made, off / size if size > 0 else off
+
+
+def round_layers(
+    program: Program,
+    layers: Sequence[Layer],
+    options: BlockOptions,
+    jobs: int | str,
+    *,
+    search: bool = False,
+) -> dict[fx.Node, tuple[Blocks, float]]:
+    """Every weight rounded to nearest, and its relative error, by the node of the weight.
+
+    Args:
+        program: that the layers were found in.
+        layers: each weight is rounded once, whoever shares it.
+        options: of the grid.
+        jobs: as for `Workers`; as many weights are at hand at a time.
+        search: as for `round_to_nearest`.
+    """
+    first: dict[fx.Node, Layer] = {}
+    for layer in layers:
+        first.setdefault(weight_node(layer), layer)
+    weights, workers = list(first), Workers(jobs)
+    found: dict[fx.Node, tuple[Blocks, float]] = {}
+    for start in range(0, len(weights), workers.width):
+        part = weights[start : start + workers.width]
+        tasks = []
+        for weight in part:
+            matrix = matrix_of(first[weight].kind, weight_value(program, first[weight]))
+            block = block_for(matrix.shape[1], options.block)
+            tasks.append(_Job(matrix, options.bits, block, options.symmetric, search))
+        found.update(zip(part, workers.map(_Job.run, tasks), strict=True))
+    return found
+
+
+def solved(blocks: Blocks, weight: Tensor | None = None, **info: float) -> Solved:
+    """Codes as what a method of `ir.calibration.walk` hands back; `blocks_of` reads them."""
+    state = {"codes": blocks.codes, "scale": blocks.scale}
+    if blocks.zero_point is not None:
+        state["zero_point"] = blocks.zero_point
+    sizes = {name: float(getattr(blocks, name)) for name in ("bits", "block", "columns")}
+    return Solved(weight=weight, state=state, info={**sizes, **info})
+
+
+def blocks_of(found: Solved) -> Blocks:
+    """The codes that `solved` kept."""
+    state, info = found.state, found.info
+    bits, block, columns = (int(info[name]) for name in ("bits", "block", "columns"))
+    return Blocks(state["codes"], state["scale"], state.get("zero_point"), bits, block, columns)

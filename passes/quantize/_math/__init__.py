@@ -1,0 +1,1 @@
+"""Arithmetic of the quantize passes: functions of tensors."""

@@ -1,0 +1,183 @@
+"""Metrics against formulas written out, and what each of them needs."""
+
+import math
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+
+from graphwright.ir.data.batches import Batches, load_data
+from graphwright.ir.errors import ArgumentError
+from graphwright.ir.signature import DimRange, Signature, TensorSpec
+from graphwright.job.evaluate import evaluate
+
+DIMS = {"batch": DimRange(), "seq": DimRange()}
+PLAIN = Signature((TensorSpec("x", "float32", ("batch", 4)),), (), {}, DIMS)
+TOKENS = Signature(
+    (
+        TensorSpec("input_ids", "int64", ("batch", "seq")),
+        TensorSpec("attention_mask", "int64", ("batch", "seq")),
+    ),
+    (),
+    {},
+    DIMS,
+)
+GENERATOR = torch.Generator().manual_seed(0)
+WEIGHT = torch.randn(4, 5, generator=GENERATOR)
+NOISE = torch.randn(4, 5, generator=GENERATOR) * 0.3
+
+
+def plain_data(labels=True, rows=11, batch=4):
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(rows, 4, generator=g), torch.randint(0, 5, (rows,), generator=g)
+
+    def read():
+        for start in range(0, rows, batch):
+            piece = {"x": x[start : start + batch]}
+            yield piece | ({"labels": y[start : start + batch]} if labels else {})
+
+    return Batches("made up", PLAIN, read, "labels" if labels else None), x, y
+
+
+def before(x):
+    return {"logits": x @ WEIGHT}
+
+
+def after(x):
+    return {"logits": x @ (WEIGHT + NOISE)}
+
+
+def test_cosine_is_the_mean_over_samples():
+    data, x, _ = plain_data(labels=False)
+    a, b = (x @ WEIGHT).double().numpy(), (x @ (WEIGHT + NOISE)).double().numpy()
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    expected = ((a * b).sum(1) / norms).mean()
+    found = evaluate(before, after, data, "cosine")
+    assert found.after == pytest.approx(expected, rel=1e-6)  # float32 products of four terms
+    assert found.before == 1.0
+    assert found.drop == pytest.approx(1 - expected, rel=1e-5)
+    assert found.samples == 11
+    assert found.what == "logits, one vector per sample"
+
+
+def test_cosine_of_hidden_states_averages_kept_tokens():
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    ids = torch.ones(2, 3, dtype=torch.int64)
+    data = Batches("m", TOKENS, lambda: [{"input_ids": ids, "attention_mask": mask}])
+    hidden = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
+    padded = hidden.clone()
+    padded[0, 2] = math.nan  # what stands at a padded place does not matter
+    same = evaluate(lambda **_: {"h": hidden}, lambda **_: {"h": padded}, data, "cosine")
+    assert same.after == pytest.approx(1.0, abs=1e-12)
+    assert "averaged over the tokens" in same.what
+    other = hidden.clone()
+    other[0, 0] *= -1
+    pooled = [np.stack([h[0, :2].mean(0), h[1].mean(0)]) for h in (hidden.numpy(), other.numpy())]
+    norms = np.linalg.norm(pooled[0], axis=1) * np.linalg.norm(pooled[1], axis=1)
+    expected = ((pooled[0] * pooled[1]).sum(1) / norms).mean()
+    found = evaluate(lambda **_: {"h": hidden}, lambda **_: {"h": other}, data, "cosine")
+    assert found.after == pytest.approx(expected, rel=1e-5)
+
+
+def test_cosine_of_zero_vectors():
+    data, *_ = plain_data(labels=False, rows=4)
+    zero = torch.zeros(4, 3)
+    assert evaluate(lambda x: zero, lambda x: zero, data, "cosine").after == 1.0
+    assert evaluate(lambda x: zero, lambda x: zero + 1, data, "cosine").after == 0.0
+
+
+def test_accuracy():
+    data, x, y = plain_data()
+    found = evaluate(before, after, data, "accuracy")
+    expected = [float((m(x)["logits"].argmax(1) == y).float().mean()) for m in (before, after)]
+    assert [found.before, found.after] == pytest.approx(expected)
+    assert found.drop == pytest.approx(expected[0] - expected[1])
+
+
+def test_accuracy_ignores_labels_of_minus_100():
+    y = torch.tensor([0, -100, 1])
+    data = Batches("m", PLAIN, lambda: [{"x": torch.zeros(3, 4), "labels": y}], "labels")
+    logits = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    assert evaluate(lambda x: logits, lambda x: logits, data, "accuracy").after == 0.5
+
+
+def test_perplexity_of_uniform_logits_is_the_vocabulary():
+    ids = torch.randint(0, 7, (2, 5), generator=GENERATOR)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    data = Batches("m", TOKENS, lambda: [{"input_ids": ids, "attention_mask": mask}])
+    found = evaluate(
+        lambda **_: torch.zeros(2, 5, 7), lambda **_: torch.zeros(2, 5, 7), data, "perplexity"
+    )
+    assert found.before == pytest.approx(7.0)
+    assert not found.higher_is_better
+
+
+def test_perplexity_predicts_the_next_token():
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    data = Batches("m", TOKENS, lambda: [{"input_ids": ids, "attention_mask": ids * 0 + 1}])
+    logits = torch.randn(1, 5, 7, generator=GENERATOR)
+    log_p = np.log(
+        np.exp(logits.double().numpy()) / np.exp(logits.double().numpy()).sum(-1)[..., None]
+    )
+    nll = -np.mean([log_p[0, t, ids[0, t + 1]] for t in range(4)])
+    sharp = torch.zeros(1, 5, 7).scatter_(2, ids.roll(-1, 1)[..., None], 50.0)
+    found = evaluate(lambda **_: logits, lambda **_: sharp, data, "perplexity")
+    assert found.before == pytest.approx(math.exp(nll), rel=1e-9)
+    assert found.after == pytest.approx(1.0)
+    assert found.drop == pytest.approx(1.0 - math.exp(nll))  # it got better: a negative loss
+
+
+def test_snr_has_no_drop():
+    data, x, _ = plain_data(labels=False)
+    found = evaluate(before, after, data, "snr_db")
+    a, b = (x @ WEIGHT).double(), (x @ (WEIGHT + NOISE)).double()
+    expected = 10 * math.log10(float(a.square().sum() / (a - b).square().sum()))
+    assert found.after == pytest.approx(expected, rel=1e-5)
+    assert found.to_json()["before"] is None
+    assert found.to_json()["drop"] is None
+
+
+METRICS = """
+    def error(outputs, batch):
+        return float((outputs["logits"].argmax(1) != batch["labels"]).float().mean())
+    error.higher_is_better = False
+    def fails(outputs, batch):
+        raise KeyError("nothing there")
+    number = 3
+"""
+
+
+def test_own_metric_with_its_direction(tmp_path):
+    (tmp_path / "own_metrics.py").write_text(textwrap.dedent(METRICS))
+    data, x, y = plain_data()
+    found = evaluate(before, after, data, "own_metrics:error", root=tmp_path)
+    wrong = [float((m(x)["logits"].argmax(1) != y).float().mean()) for m in (before, after)]
+    assert [found.before, found.after] == pytest.approx(wrong)
+    assert found.drop == pytest.approx(wrong[1] - wrong[0], abs=1e-6)  # float32 means
+    with pytest.raises(ArgumentError, match="own_metrics:fails: KeyError: 'nothing there'"):
+        evaluate(before, after, data, "own_metrics:fails", root=tmp_path)
+    with pytest.raises(ArgumentError, match="is no function"):
+        evaluate(before, after, data, "own_metrics:number", root=tmp_path)
+    with pytest.raises(ArgumentError, match="cannot import"):
+        evaluate(before, after, data, "no_such_metrics:x", root=tmp_path)
+
+
+def test_metrics_say_what_they_lack():
+    data, *_ = plain_data(labels=False)
+    with pytest.raises(ArgumentError, match="accuracy needs labels"):
+        evaluate(before, after, data, "accuracy")
+    with pytest.raises(ArgumentError, match="perplexity needs labels"):
+        evaluate(before, after, data, "perplexity")
+    with pytest.raises(ArgumentError, match="no floating-point output"):
+        evaluate(lambda x: x.long(), lambda x: x.long(), data, "cosine")
+    labelled, *_ = plain_data()
+    with pytest.raises(ArgumentError, match="do not fit"):
+        evaluate(lambda x: x[None], lambda x: x[None], labelled, "accuracy")
+
+
+def test_progress_is_told():
+    seen = []
+    data = load_data({"data": "synthetic", "samples": 9, "batch_size": 4}, PLAIN, 0)
+    evaluate(lambda x: x, lambda x: x, data, "cosine", progress=lambda *a: seen.append(a))
+    assert seen == [("cosine", 0, 3), ("cosine", 1, 3), ("cosine", 2, 3)]

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import graphwright as gw
+from graphwright.ir.check.verify import Checker, Promise, check_contract, first_difference
+from graphwright.ir.context import Context
+from graphwright.ir.edit import Editor
+from graphwright.ir.errors import ArgumentError, ContractError
+
+aten = torch.ops.aten
+
+
+class Deep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(6)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+@pytest.fixture(scope="module")
+def program() -> gw.Program:
+    torch.manual_seed(0)
+    return gw.trace(Deep(), (torch.randn(4, 8),), dynamic={"x": {0: "n"}})
+
+
+def scaled(program: gw.Program, name: str, factor: float) -> gw.Program:
+    editor = Editor(program, by="test.scale")
+    editor.set_state(name, program.state[name] * factor)
+    return editor.finish()
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_the_first_differing_node_is_the_layer_that_was_changed(
+    program: gw.Program, index: int
+) -> None:
+    broken = scaled(program, f"layers.{index}.weight", 1.5)
+    found = first_difference(program, broken, 1e-5)
+    assert found is not None
+    assert found.scope == f"layers.{index}"
+    assert found.op == "aten.linear.default"
+
+
+def test_a_new_node_is_named_with_the_pass_that_made_it(program: gw.Program) -> None:
+    editor = Editor(program, by="test.wrong")
+    tanh = [n for n in editor.graph.nodes if n.target is aten.tanh.default][3]
+    editor.replace(tanh, editor.call(aten.sin.default, tanh.args[0], before=tanh))
+    found = first_difference(program, editor.finish(), 1e-5)
+    assert found is not None
+    assert (found.op, found.by) == ("aten.sin.default", "test.wrong")
+
+
+def test_an_exact_pass_that_is_not_exact_is_refused(program: gw.Program) -> None:
+    with pytest.raises(ContractError) as caught:
+        check_contract(program, scaled(program, "layers.2.bias", 2.0), Promise("a.b", "exact"))
+    text = str(caught.value)
+    assert caught.value.exit_code == 4
+    assert text.startswith("a.b broke its contract (exact): relative error ")
+    assert "first node that differs: linear_2 (aten.linear.default) in layers.2" in text
+
+
+def test_a_lossy_pass_is_bounded_only_by_its_own_bound(program: gw.Program) -> None:
+    changed = scaled(program, "layers.2.bias", 2.0)
+    error = check_contract(program, changed, Promise("a.b", "lossy"))
+    assert error.relative > 1e-3
+    with pytest.raises(ContractError, match="allowed 1e-06"):
+        check_contract(program, changed, Promise("a.b", "lossy", max_error=1e-6))
+
+
+def test_nan_breaks_every_contract(program: gw.Program) -> None:
+    with pytest.raises(ContractError, match="NaN or infinity"):
+        check_contract(program, scaled(program, "layers.5.bias", float("nan")),
+                       Promise("a.b", "lossy"))  # fmt: skip
+
+
+def test_a_chain_is_measured_step_by_step_and_as_a_whole(program: gw.Program) -> None:
+    checker = Checker(program, [(torch.randn(7, 8),)])
+    once = scaled(program, "layers.5.bias", 1.01)
+    twice = scaled(once, "layers.5.bias", 1.01)
+    first = checker.accept(once, Promise("a.b", "lossy"))
+    second = checker.accept(twice, Promise("a.b", "lossy"))
+    assert checker.total().relative > max(first.relative, second.relative)
+
+
+class _Clip(gw.Pass):
+    """Clamps the first tanh; used below as somebody's own pass."""
+
+    contract = "lossy"
+    needs = "calibration"
+
+    def run(self, program: gw.Program, context: Context) -> gw.Result:
+        return gw.Result(program)
+
+
+def test_a_pass_says_when_it_lacks_calibration_data(program: gw.Program) -> None:
+    clip = gw.register("test.clip")(_Clip)
+    with pytest.raises(ArgumentError, match=r"test\.clip needs calibration data"):
+        clip()(program)
+
+
+def test_options_are_refused_with_a_reason() -> None:
+    with pytest.raises(ArgumentError, match=r"cast\.dtype: to: .*'float8'"):
+        gw.passes.cast.Dtype(to="float8")
+    with pytest.raises(ArgumentError, match="sparsity"):
+        gw.passes.cast.Dtype(sparsity=0.5)
+
+
+def test_a_taken_id_cannot_be_registered_again() -> None:
+    class Other(gw.Pass):
+        pass
+
+    with pytest.raises(ArgumentError, match="already taken"):
+        gw.register("cast.dtype")(Other)
+    with pytest.raises(ArgumentError, match="not of the form"):
+        gw.register("nodot")(Other)
+
+
+def test_generators_are_independent_and_repeatable() -> None:
+    def draw(context: Context, *path: Any) -> int:
+        return int(torch.randint(0, 2**31, (1,), generator=context.generator(*path)))
+
+    context = Context(seed=1, scope=(0, "a.b"))
+    state = torch.get_rng_state()
+    assert draw(context, "x") == draw(context, "x")
+    assert len({draw(context, "x"), draw(context, "y"), draw(context.within(1), "x")}) == 3
+    assert torch.equal(torch.get_rng_state(), state)
