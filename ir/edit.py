@@ -7,47 +7,16 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 
 from graphwright.ir.graph.fake import fake_call
+from graphwright.ir.graph.nodes import copy_graph, fake_mode_of, gw_meta, set_gw_meta
 from graphwright.ir.program import Program
 
 aten = torch.ops.aten
 
 KEPT_META = ("nn_module_stack",)
 """Metadata a replacement inherits from the node it stands for."""
-
-
-def gw_meta(node: fx.Node) -> dict[str, Any]:
-    """Our own JSON-able record on a node; a copy, empty when there is none."""
-    return dict(node.meta.get("custom", {}).get("gw", {}))
-
-
-def set_gw_meta(node: fx.Node, **entries: Any) -> None:
-    """Adds entries to our record on a node (a value of None removes the entry)."""
-    record = {**gw_meta(node), **entries}
-    record = {key: value for key, value in record.items() if value is not None}
-    node.meta["custom"] = {**node.meta.get("custom", {}), "gw": record}
-
-
-def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
-    """The fake mode that all of a program's recorded values belong to."""
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, FakeTensor):
-            return value.fake_mode
-    return FakeTensorMode(allow_non_fake_inputs=True)
-
-
-def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """A copy with the same node names and order; metadata copied one level deep."""
-    new = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        mapping[node] = new.node_copy(node, lambda n: mapping[n])
-        mapping[node].name = node.name
-        mapping[node].meta = dict(node.meta)
-    return new
 
 
 class Editor:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphwright.ir.edit import Editor, gw_meta, set_gw_meta
+from graphwright.ir.edit import Editor
+from graphwright.ir.graph.nodes import gw_meta, op_name, set_gw_meta
 from graphwright.ir.program import Program
 
 aten = torch.ops.aten
@@ -61,8 +62,6 @@ def set_mode(program: Program, *, training: bool) -> Program:
             for kind, p, *readers in gw_meta(node).get("dropout") or ():
                 _insert_dropout(editor, node, kind, p, readers[0] if readers else None)
     if not training:
-        from graphwright.ir.canonical.normalize import take_out_dropout
-
         take_out_dropout(editor)
     return editor.finish()
 
@@ -115,3 +114,19 @@ def _insert_dropout(
     for user in users:
         user.replace_input_with(node, new)
     set_gw_meta(node, dropout=None)
+
+
+def take_out_dropout(editor: Editor) -> None:
+    """Removes dropout; the node it followed remembers kind, probability and who read the result."""
+    for node in list(editor.graph.nodes):
+        if node.op != "call_function" or node.target not in DROPOUTS.values():
+            continue
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
+        entry: list[Any] = [op_name(node), p]
+        if len(source.users) > 1:
+            entry.append([user.name for user in node.users])
+        if node.users:
+            set_gw_meta(source, dropout=[*(gw_meta(source).get("dropout") or ()), entry])
+        editor.replace(node, source)

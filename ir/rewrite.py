@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from graphwright.ir.edit import Editor
+from graphwright.ir.graph.nodes import full_arguments
 
 
 @dataclass(frozen=True)
@@ -294,22 +295,6 @@ def _match_all(
         return
     for new_captures, new_inner in _match(patterns[0], found[0], captures, inner):
         yield from _match_all(patterns[1:], found[1:], new_captures, new_inner)
-
-
-def full_arguments(node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
-    """Positional arguments with defaults filled in, and all keyword arguments by name."""
-    target: Any = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return list(node.args), dict(node.kwargs)
-    args, kwargs = list(node.args), dict(node.kwargs)
-    for position, argument in enumerate(target._schema.arguments):
-        if position < len(node.args):
-            continue
-        if argument.name not in kwargs and argument.has_default_value():
-            kwargs[argument.name] = argument.default_value
-        if not argument.kwarg_only and len(args) == position and argument.name in kwargs:
-            args.append(kwargs[argument.name])
-    return args, kwargs
 
 
 def _defaults_only(node: fx.Node, positional: int, named: set[str]) -> bool:

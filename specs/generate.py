@@ -138,7 +138,7 @@ def schema_text(schema: Mapping[str, Any]) -> str:
 def current_schema() -> dict[str, Any]:
     """The schema of the passes and backends that come with the package."""
     from graphwright.backends.base import all_backends
-    from graphwright.ir.layers.selectors import KINDS
+    from graphwright.ir.layers.kinds import KINDS
     from graphwright.passes.base import find_pass, pass_ids
 
     passes = {name: find_pass(name) for name in pass_ids()}

@@ -18,7 +18,7 @@ from graphwright.backends.onnxruntime.emitter import (
     onnx_dtype,
     sizes_of,
 )
-from graphwright.ir.edit import gw_meta
+from graphwright.ir.graph.nodes import gw_meta
 from graphwright.ir.ops import OPS
 from graphwright.ir.program import Program
 

@@ -10,9 +10,10 @@ from torch import fx
 
 from graphwright.backends.triton.values import is_size, near, same_kind
 from graphwright.ir.edit import Editor
+from graphwright.ir.graph.nodes import full_arguments
 from graphwright.ir.ops.activation import bias_act
 from graphwright.ir.ops.gated import gated_act
-from graphwright.ir.rewrite import Match, Op, Rewrite, full_arguments, one_of, op, value
+from graphwright.ir.rewrite import Match, Op, Rewrite, one_of, op, value
 
 aten = torch.ops.aten
 

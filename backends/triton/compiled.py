@@ -11,8 +11,8 @@ from torch import fx, nn
 
 from graphwright.backends.base import Artifact, Compiled
 from graphwright.backends.triton.fuse import count_ops, largest_leftovers
-from graphwright.ir.edit import copy_graph
 from graphwright.ir.graph.device import set_device
+from graphwright.ir.graph.nodes import copy_graph
 from graphwright.ir.program import Program
 from graphwright.ir.signature import rebuild
 

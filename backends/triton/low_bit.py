@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from graphwright.backends.triton.activations import activation_name, is_activation
 from graphwright.backends.triton.values import same_kind
 from graphwright.ir.edit import Editor
+from graphwright.ir.graph.nodes import full_arguments
 from graphwright.ir.ops.blocks import dequantize_blocks
 from graphwright.ir.ops.blocks_linear import blocks_linear
 from graphwright.ir.ops.codebook_linear import codebook_linear
@@ -25,7 +26,7 @@ from graphwright.ir.ops.embedding import blocks_embedding, table_embedding
 from graphwright.ir.ops.low_rank import add_low_rank
 from graphwright.ir.ops.table import dequantize_table
 from graphwright.ir.ops.table_linear import table_linear
-from graphwright.ir.rewrite import Match, Rewrite, full_arguments, op, value
+from graphwright.ir.rewrite import Match, Rewrite, op, value
 from graphwright.ir.stored.read import PRODUCTS, Form, form_of, is_call, plain, product_of
 
 aten = torch.ops.aten

@@ -8,10 +8,11 @@ from torch import fx
 from graphwright.backends.triton.activations import activation_name, is_activation
 from graphwright.backends.triton.values import same_shape, unnamed
 from graphwright.ir.edit import Editor
+from graphwright.ir.graph.nodes import full_arguments
 from graphwright.ir.ops.int8 import dequantize
 from graphwright.ir.ops.int8_linear import int8_linear
 from graphwright.ir.ops.mask import scale_mask
-from graphwright.ir.rewrite import Match, Rewrite, const, full_arguments, one_of, op, value
+from graphwright.ir.rewrite import Match, Rewrite, const, one_of, op, value
 
 aten = torch.ops.aten
 

@@ -34,7 +34,7 @@ def follow(uncompressed: Program, step: Pass, before: Program, result: Result) -
 
 
 def _has_codes(program: Program) -> bool:
-    from graphwright.ir.layers.products import rebuilds
+    from graphwright.ir.stored.read import rebuilds
 
     return any(rebuilds(node) for node in program.graph.nodes if node.op == "call_function")
 
@@ -49,7 +49,8 @@ def _has_other_weights(before: Program, after: Program) -> bool:
     """Whether the weight of a layer of the same name has another value (norms, factors folded)."""
     import torch
 
-    from graphwright.ir.layers.products import PRODUCTS, weight_value
+    from graphwright.ir.layers.kinds import PRODUCTS
+    from graphwright.ir.layers.products import weight_value
     from graphwright.ir.layers.selectors import layers
 
     old = {layer.name: layer for layer in layers(before, PRODUCTS)}

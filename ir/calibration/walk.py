@@ -24,16 +24,10 @@ from graphwright.ir.calibration.store import LayerStore
 from graphwright.ir.calibration.workers import Workers
 from graphwright.ir.context import Batch, Context
 from graphwright.ir.errors import ArgumentError, ModelError
-from graphwright.ir.layers.products import (
-    BIAS_ARGUMENT,
-    INPUT_ARGUMENT,
-    constant_value,
-    geometry,
-    input_node,
-    weight_key,
-    weight_node,
-)
-from graphwright.ir.layers.selectors import WEIGHT_ARGUMENT, Layer
+from graphwright.ir.graph.constants import constant_nodes, constant_operand, constant_value
+from graphwright.ir.layers.kinds import BIAS_ARGUMENT, INPUT_ARGUMENT, WEIGHT_ARGUMENT
+from graphwright.ir.layers.products import geometry, input_node, weight_key, weight_node
+from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.program import Program
 
 DEFAULT_BUDGET = 2 << 30
@@ -313,39 +307,15 @@ class _Sweep:
 def _with(kind: str, args: list[Any], changed: Solved) -> tuple[Any, ...]:
     """A layer's arguments with what was solved in their places."""
     if changed.weight is not None:
-        args[WEIGHT_ARGUMENT.get(kind, 1)] = changed.weight
+        args[WEIGHT_ARGUMENT[kind]] = changed.weight
     if changed.bias is not None:
         place = BIAS_ARGUMENT[kind]
         args += [None] * (place + 1 - len(args))
         args[place] = changed.bias
     if changed.grid is not None:
-        place = INPUT_ARGUMENT.get(kind, 0)
+        place = INPUT_ARGUMENT[kind]
         args[place] = torch.ops.graphwright.fake_quantize(args[place], *changed.grid)
     return tuple(args)
-
-
-def constant_operand(program: Program, node: fx.Node, device: torch.device) -> Any:
-    """The value of a constant operand: a tensor on the device, a size, or a tuple."""
-    if isinstance(node.meta.get("val"), Tensor):
-        return constant_value(program, node).to(device)
-    args, kwargs = fx.map_arg(
-        (node.args, node.kwargs), lambda n: constant_operand(program, n, device)
-    )
-    return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that depend on no input and draw no random numbers."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        if node.op == "get_attr" or (
-            node.op == "call_function"
-            and not is_random
-            and all(operand in found for operand in node.all_input_nodes)
-        ):
-            found.add(node)
-    return found
 
 
 def _last_uses(graph: fx.Graph, constant: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from graphwright.ir.edit import Editor
+from graphwright.ir.graph.aliasing import writes
 from graphwright.ir.graph.fake import fake_call
 
 aten = torch.ops.aten
@@ -29,18 +30,6 @@ RESHAPES = {
 
 class _UnknownEffectError(Exception):
     """A write whose effect on the viewed tensor we cannot express."""
-
-
-def writes(node: fx.Node) -> list[int]:
-    """Positions of the arguments that a call writes to."""
-    target: Any = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
-        return []
-    return [
-        i
-        for i, a in enumerate(target._schema.arguments)
-        if a.alias_info is not None and a.alias_info.is_write
-    ]
 
 
 def make_functional(editor: Editor) -> list[str]:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphwright.ir.canonical.functional import writes
 from graphwright.ir.canonical.recompose import RECOMPOSED
 from graphwright.ir.canonical.scalars import known_number
 from graphwright.ir.edit import Editor
+from graphwright.ir.graph.aliasing import writes
 
 aten = torch.ops.aten
 

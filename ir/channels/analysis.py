@@ -10,7 +10,6 @@ from functools import cached_property
 import numpy as np
 from torch import fx
 
-from graphwright.ir.canonical.normalize import op_name
 from graphwright.ir.channels.classes import Ids
 from graphwright.ir.channels.groups import ChannelGroup, build_groups
 from graphwright.ir.channels.rules import (  # noqa: F401  rules register themselves
@@ -25,10 +24,10 @@ from graphwright.ir.channels.values import Factor, Result, Value
 from graphwright.ir.channels.walk import Norm, Unit, Walk
 from graphwright.ir.channels.weights import is_weight
 from graphwright.ir.graph.cost import cost
+from graphwright.ir.graph.nodes import op_name
+from graphwright.ir.layers.kinds import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from graphwright.ir.program import Program
 
-CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
-TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 PRODUCTS = {"matmul": 0, "mm": 0, "bmm": 0, "mv": 0, "addmm": 1, "baddbmm": 1, "linear": 0}
 
 
@@ -114,7 +113,9 @@ class Analysis:
         summed: list[Factor] = []
         if name in CONVOLUTIONS and operands[1] is not None:
             summed = [f for f in operands[1].factors if 1 in f.dims]
-        elif name in TRANSPOSED and operands[0] is not None and operands[1] is not None:
+        elif (
+            name in TRANSPOSED_CONVOLUTIONS and operands[0] is not None and operands[1] is not None
+        ):
             weight = [f for f in operands[1].factors if 1 in f.dims]
             yield Term(macs, self._resolved([*operands[0].factors, *weight]))
             return

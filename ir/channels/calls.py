@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import fx
 
-from graphwright.ir.canonical.normalize import op_name
 from graphwright.ir.channels.values import Value
+from graphwright.ir.graph.nodes import arguments, op_name
 
 if TYPE_CHECKING:
     from graphwright.ir.channels.walk import Walk
@@ -55,18 +54,3 @@ class Call:
 
 class UnknownCallError(Exception):
     """A call of a form that no rule covers."""
-
-
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """All arguments of a call by the names of its schema, defaults filled in."""
-    target: Any = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return {str(i): a for i, a in enumerate(node.args)} | dict(node.kwargs)
-    out: dict[str, Any] = {}
-    for position, argument in enumerate(target._schema.arguments):
-        if position < len(node.args):
-            out[argument.name] = node.args[position]
-        else:
-            default = argument.default_value if argument.has_default_value() else None
-            out[argument.name] = node.kwargs.get(argument.name, default)
-    return out

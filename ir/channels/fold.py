@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from graphwright.ir.canonical.normalize import op_name
 from graphwright.ir.channels.walk import RULES
 from graphwright.ir.edit import Editor
-from graphwright.ir.graph.aliasing import unstable_nodes
+from graphwright.ir.graph.constants import constant_nodes, constant_value, is_static
+from graphwright.ir.graph.nodes import op_name
 from graphwright.ir.program import Program
 
 NORMALISING = {
@@ -44,21 +44,13 @@ def fold(program: Program) -> Program:
 
 
 def _constant_nodes(program: Program) -> set[fx.Node]:
-    unstable, constant = unstable_nodes(program.graph), set()
-    for node in program.graph.nodes:
+    def admits(node: fx.Node) -> bool:
         if node.op == "get_attr":
-            if str(node.target) in program.state:
-                constant.add(node)
-        elif node.op == "call_function" and node not in unstable and _is_static(node):
-            fit = op_name(node) not in RANDOM and getattr(node.target, "namespace", "") == "aten"
-            if fit and all(operand in constant for operand in node.all_input_nodes):
-                constant.add(node)
-    return constant
+            return str(node.target) in program.state
+        fits = op_name(node) not in RANDOM and getattr(node.target, "namespace", "") == "aten"
+        return fits and is_static(node)
 
-
-def _is_static(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and all(isinstance(s, int) for s in value.shape)
+    return constant_nodes(program.graph, admits)
 
 
 def _is_edge(node: fx.Node, constant: set[fx.Node]) -> bool:
@@ -87,8 +79,7 @@ def _worth_folding(chain: list[fx.Node], program: Program) -> bool:
 
 def _fold(editor: Editor, node: fx.Node, chain: list[fx.Node]) -> None:
     trained = [n for n in chain if n.op == "get_attr" and _is_parameter(editor, n)]
-    with torch.no_grad():
-        result = _evaluate(node, editor, {}).contiguous().clone()
+    result = constant_value(editor, node).contiguous().clone()
     if trained and result.is_floating_point():
         result = torch.nn.Parameter(result)
     name = editor.add_state(f"folded.{node.name}_value", result)
@@ -97,12 +88,3 @@ def _fold(editor: Editor, node: fx.Node, chain: list[fx.Node]) -> None:
 
 def _is_parameter(editor: Editor, node: fx.Node) -> bool:
     return isinstance(editor.state[str(node.target)], torch.nn.Parameter)
-
-
-def _evaluate(node: fx.Node, editor: Editor, known: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
-    if node.op == "get_attr":
-        return editor.state[str(node.target)]
-    if node not in known:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _evaluate(n, editor, known))
-        known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    return known[node]

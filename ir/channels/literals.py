@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import fx
 
-from graphwright.ir.canonical.normalize import op_name
 from graphwright.ir.channels.extents import Extents
 from graphwright.ir.channels.values import Value
 from graphwright.ir.channels.walk import Walk, arguments
-from graphwright.ir.edit import KEPT_META, Editor, set_gw_meta
+from graphwright.ir.edit import KEPT_META, Editor
 from graphwright.ir.errors import ModelError
+from graphwright.ir.graph.nodes import op_name, set_gw_meta
 
 aten = torch.ops.aten
 END = 2**62

@@ -12,14 +12,14 @@ import sympy
 import torch
 from torch import fx
 
-from graphwright.ir.canonical.functional import writes
-from graphwright.ir.canonical.normalize import op_name
-from graphwright.ir.channels.calls import Call, UnknownCallError, arguments
+from graphwright.ir.channels.calls import Call, UnknownCallError
 from graphwright.ir.channels.classes import Classes, Ids
 from graphwright.ir.channels.values import Factor, Result, Value, factor
 from graphwright.ir.channels.weights import is_zeroed, only_added
 from graphwright.ir.data.batches import example_sizes
-from graphwright.ir.graph.cost import dimension_names, named_symbol
+from graphwright.ir.graph.aliasing import writes
+from graphwright.ir.graph.nodes import arguments, op_name
+from graphwright.ir.graph.sizes import dimension_names, named_symbol
 from graphwright.ir.program import Program
 
 Unit = Literal["head", "channel"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from graphwright.ir.canonical.normalize import op_name
+from graphwright.ir.graph.nodes import op_name
 from graphwright.ir.program import Program
 
 MOVES = {"slice", "select", "expand", "unsqueeze", "squeeze", "to", "reshape", "permute",

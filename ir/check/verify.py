@@ -11,8 +11,8 @@ from torch import fx
 
 from graphwright.ir.check.fidelity import Fidelity, compare, merge
 from graphwright.ir.context import Batch
-from graphwright.ir.edit import gw_meta
 from graphwright.ir.errors import ContractError
+from graphwright.ir.graph.nodes import gw_meta
 from graphwright.ir.program import Program
 
 EPSILON = {"float16": 2**-10, "bfloat16": 2**-7}

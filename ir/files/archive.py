@@ -24,10 +24,10 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from graphwright.ir.edit import gw_meta
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.files.export_file import read_export
 from graphwright.ir.files.exported import from_exported_program, to_exported_program
+from graphwright.ir.graph.nodes import gw_meta
 from graphwright.ir.program import Program, Provenance
 from graphwright.ir.signature import Signature
 

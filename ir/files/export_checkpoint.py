@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from graphwright.ir.edit import gw_meta
 from graphwright.ir.errors import ModelError
 from graphwright.ir.files.coded_layouts import (
     Coded,
@@ -18,7 +17,8 @@ from graphwright.ir.files.coded_layouts import (
     write_compressed_tensors,
     write_gptq,
 )
-from graphwright.ir.layers.products import constant_value
+from graphwright.ir.graph.constants import constant_value
+from graphwright.ir.graph.nodes import gw_meta
 from graphwright.ir.ops.blocks import unpack_codes
 from graphwright.ir.program import Program
 

@@ -25,8 +25,8 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
-from graphwright.ir.edit import fake_mode_of
 from graphwright.ir.errors import ModelError
+from graphwright.ir.graph.nodes import fake_mode_of
 from graphwright.ir.program import Program
 
 KEPT = ("val", "nn_module_stack", "custom")

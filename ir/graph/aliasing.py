@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphwright.ir.canonical.normalize import VIEWS, op_name
+from graphwright.ir.graph.nodes import VIEWS, op_name
 
 
 def written_operands(node: fx.Node) -> Iterator[fx.Node]:
@@ -44,3 +44,15 @@ def unstable_nodes(graph: fx.Graph) -> set[fx.Node]:
 
 def _writes(node: fx.Node) -> bool:
     return any(True for _ in written_operands(node))
+
+
+def writes(node: fx.Node) -> list[int]:
+    """Positions of the arguments that a call writes to."""
+    target: Any = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+        return []
+    return [
+        i
+        for i, a in enumerate(target._schema.arguments)
+        if a.alias_info is not None and a.alias_info.is_write
+    ]

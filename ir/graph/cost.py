@@ -5,19 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, fx
 
-from graphwright.ir.canonical.normalize import op_name
 from graphwright.ir.data.batches import example_sizes
+from graphwright.ir.graph.nodes import op_name
+from graphwright.ir.graph.sizes import Size, dimension_names, expression_of, named_symbol, shape_of
 from graphwright.ir.program import Program
-
-Size = Any
-"""A Python int, or a sympy expression over the program's dimension names."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,7 @@ def node_macs(node: fx.Node) -> Size:
     count = _COUNTERS.get(op_name(node))
     if count is None or not hasattr(node.target, "_schema"):
         return sympy.Integer(0)
-    return count(_values(node), _shape(node.meta.get("val")))
+    return count(_values(node), shape_of(node.meta.get("val")))
 
 
 def _own_op_macs(node: fx.Node) -> Size:
@@ -137,7 +134,7 @@ def _own_op_macs(node: fx.Node) -> Size:
 
     op = OPS.get(op_name(node))
     hook: Callable[..., Any] | None = getattr(op, "macs", None)
-    return sympy.Integer(0) if hook is None else _expression(hook(*_values(node)))
+    return sympy.Integer(0) if hook is None else expression_of(hook(*_values(node)))
 
 
 def _values(node: fx.Node) -> list[Any]:
@@ -148,43 +145,33 @@ def _values(node: fx.Node) -> list[Any]:
     return [fx.map_arg(v, lambda n: n.meta.get("val")) for v in full]
 
 
-def _shape(value: Any) -> tuple[Size, ...]:
-    if not isinstance(value, Tensor):
-        return ()
-    return tuple(_expression(size) for size in value.shape)
-
-
-def _expression(size: Any) -> Size:
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.sympify(size)
-
-
 def _product(sizes: Sequence[Size]) -> Size:
     return sympy.Mul(*sizes)
 
 
 def _linear(args: list[Any], out: tuple[Size, ...]) -> Size:
-    return _product(out) * _shape(args[0])[-1]
+    return _product(out) * shape_of(args[0])[-1]
 
 
 def _product_of(left: int) -> Callable[[list[Any], tuple[Size, ...]], Size]:
     """A matrix product whose left operand is argument `left`: (..., n, k) by (..., k, m)."""
 
     def count(args: list[Any], out: tuple[Size, ...]) -> Size:
-        return _product(out) * _shape(args[left])[-1]
+        return _product(out) * shape_of(args[left])[-1]
 
     return count
 
 
 def _addbmm(args: list[Any], out: tuple[Size, ...]) -> Size:
-    return _product(_shape(args[1])) * out[-1]
+    return _product(shape_of(args[1])) * out[-1]
 
 
 def _convolution(args: list[Any], out: tuple[Size, ...]) -> Size:
-    return _product(out) * _product(_shape(args[1])[1:])
+    return _product(out) * _product(shape_of(args[1])[1:])
 
 
 def _transposed(args: list[Any], out: tuple[Size, ...]) -> Size:
-    return _product(_shape(args[0])) * _product(_shape(args[1])[1:])
+    return _product(shape_of(args[0])) * _product(shape_of(args[1])[1:])
 
 
 def _either_convolution(args: list[Any], out: tuple[Size, ...]) -> Size:
@@ -192,14 +179,14 @@ def _either_convolution(args: list[Any], out: tuple[Size, ...]) -> Size:
 
 
 def _attention(args: list[Any], out: tuple[Size, ...]) -> Size:
-    query, key, value = (_shape(a) for a in args[:3])
+    query, key, value = (shape_of(a) for a in args[:3])
     scores = _product(query[:-1]) * key[-2]
     return scores * query[-1] + scores * value[-1]
 
 
 def _einsum(args: list[Any], out: tuple[Size, ...]) -> Size:
     """Operands are contracted from left to right, as torch does without a path."""
-    equation, operands = args[0].replace(" ", ""), [_shape(a) for a in args[1]]
+    equation, operands = args[0].replace(" ", ""), [shape_of(a) for a in args[1]]
     inputs, _, result = equation.partition("->")
     if "->" not in equation:
         letters = inputs.replace(",", "").replace(".", "")
@@ -229,20 +216,20 @@ def _ellipsis_axes(count: int) -> list[str]:
 
 
 def _bilinear(args: list[Any], out: tuple[Size, ...]) -> Size:
-    return _product(out) * _shape(args[0])[-1] * (_shape(args[1])[-1] + 1)
+    return _product(out) * shape_of(args[0])[-1] * (shape_of(args[1])[-1] + 1)
 
 
 def _recurrent(args: list[Any], out: tuple[Size, ...]) -> Size:
     """Every weight matrix of every layer and direction is applied once to each time step."""
     packed = isinstance(args[2], Tensor)  # (data, batch_sizes, hx, params, ...)
     weights = args[3] if packed else args[2]
-    steps = _product(_shape(args[0])[:-1])
-    return steps * sum(_product(_shape(w)) for w in weights if w.dim() == 2)
+    steps = _product(shape_of(args[0])[:-1])
+    return steps * sum(_product(shape_of(w)) for w in weights if w.dim() == 2)
 
 
 def _recurrent_cell(args: list[Any], out: tuple[Size, ...]) -> Size:
-    rows = _product(_shape(args[0])[:-1])
-    return rows * (_product(_shape(args[2])) + _product(_shape(args[3])))
+    rows = _product(shape_of(args[0])[:-1])
+    return rows * (_product(shape_of(args[2])) + _product(shape_of(args[3])))
 
 
 _COUNTERS: dict[str, Callable[[list[Any], tuple[Size, ...]], Size]] = {
@@ -259,23 +246,6 @@ _COUNTERS: dict[str, Callable[[list[Any], tuple[Size, ...]], Size]] = {
     **dict.fromkeys(["lstm", "gru", "rnn_tanh", "rnn_relu"], _recurrent),
     **dict.fromkeys(["lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"], _recurrent_cell),
 }
-
-
-def dimension_names(program: Program) -> dict[sympy.Symbol, sympy.Symbol]:
-    """Torch's own size symbols to the names in the signature."""
-    names = {}
-    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
-    for spec, node in zip(program.signature.inputs, placeholders, strict=True):
-        for dim, size in zip(spec.shape, _shape(node.meta["val"]), strict=True):
-            if isinstance(dim, str) and isinstance(size, sympy.Symbol):
-                names[size] = named_symbol(dim)
-    return names
-
-
-@lru_cache(maxsize=256)
-def named_symbol(name: str) -> sympy.Symbol:
-    """The sympy symbol of a dimension name."""
-    return sympy.Symbol(name, integer=True, positive=True)
 
 
 def _rename(expression: Size, names: dict[sympy.Symbol, sympy.Symbol]) -> Size:

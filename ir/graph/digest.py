@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.utils.weak import WeakIdKeyDictionary
 
-from graphwright.ir.edit import gw_meta
+from graphwright.ir.graph.nodes import gw_meta
 from graphwright.ir.program import Program
 
 _TENSOR_DIGESTS: Any = WeakIdKeyDictionary()

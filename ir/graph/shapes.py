@@ -8,9 +8,9 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from graphwright.ir.edit import fake_mode_of, gw_meta
 from graphwright.ir.errors import ModelError
 from graphwright.ir.graph.fake_calls import FakeCalls
+from graphwright.ir.graph.nodes import fake_mode_of, gw_meta
 from graphwright.ir.program import Program
 
 

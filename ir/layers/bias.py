@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, fx
 
 from graphwright.ir.edit import Editor
-from graphwright.ir.layers.products import BIAS_ARGUMENT, bias_node, constant_value
+from graphwright.ir.graph.constants import constant_value
+from graphwright.ir.layers.kinds import BIAS_ARGUMENT
+from graphwright.ir.layers.products import bias_node
 from graphwright.ir.layers.selectors import Layer
 
 ours = torch.ops.graphwright

@@ -13,21 +13,11 @@ import torch
 from torch import Tensor, fx
 
 from graphwright.ir.errors import ModelError
-from graphwright.ir.layers.selectors import WEIGHT_ARGUMENT, Layer
+from graphwright.ir.graph.constants import constant_value
+from graphwright.ir.graph.nodes import full_arguments
+from graphwright.ir.layers.kinds import BIAS_ARGUMENT, INPUT_ARGUMENT, TURNED, WEIGHT_ARGUMENT
+from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.program import Program
-from graphwright.ir.rewrite import full_arguments
-
-PRODUCTS = ("linear", "matmul", "addmm", "conv1d", "conv2d", "conv3d")
-"""Kinds of layers that are products of rows and a matrix."""
-
-INPUT_ARGUMENT = {"addmm": 1, "embedding": 1}
-"""Position of the activation in the call; 0 for the rest."""
-
-CODED = "graphwright::dequantize"
-"""How the names of our ops begin that rebuild a weight from codes."""
-
-BIAS_ARGUMENT = {"linear": 2, "conv1d": 2, "conv2d": 2, "conv3d": 2, "addmm": 0}
-"""Position of the bias in the call; the other kinds have none."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +46,7 @@ class Geometry:
     @property
     def out(self) -> int:
         """Output channels."""
-        return self.shape[1] if self.kind in ("matmul", "addmm") else self.shape[0]
+        return self.shape[1] if self.kind in TURNED else self.shape[0]
 
     @property
     def depth(self) -> int:
@@ -77,7 +67,7 @@ def geometry(program: Program, layer: Layer) -> Geometry:
         ModelError: its weight is no matrix (a matmul with more dimensions).
     """
     args, _ = full_arguments(layer.node)
-    weight = args[WEIGHT_ARGUMENT.get(layer.kind, 1)]
+    weight = args[WEIGHT_ARGUMENT[layer.kind]]
     shape = tuple(int(size) for size in weight.meta["val"].shape)
     if not layer.kind.startswith("conv"):
         if len(shape) != 2:
@@ -108,14 +98,14 @@ def _padding(
 
 def as_matrix(geometry: Geometry, weight: Tensor) -> Tensor:
     """(groups, out / groups, depth): the matrix of each group. A view where strides allow."""
-    if geometry.kind in ("matmul", "addmm"):
+    if geometry.kind in TURNED:
         return weight.t().unsqueeze(0)
     return weight.reshape(geometry.groups, geometry.out // geometry.groups, -1)
 
 
 def from_matrix(geometry: Geometry, matrix: Tensor) -> Tensor:
     """The weight of that matrix, contiguous; undoes `as_matrix`."""
-    if geometry.kind in ("matmul", "addmm"):
+    if geometry.kind in TURNED:
         return matrix[0].t().contiguous()
     return matrix.reshape(geometry.shape).contiguous()
 
@@ -158,14 +148,14 @@ def product(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None) 
 
 def input_node(layer: Layer) -> fx.Node:
     """The activation that a layer reads."""
-    node = layer.node.args[INPUT_ARGUMENT.get(layer.kind, 0)]
+    node = layer.node.args[INPUT_ARGUMENT[layer.kind]]
     assert isinstance(node, fx.Node)
     return node
 
 
 def weight_node(layer: Layer) -> fx.Node:
     """The node of a layer's weight: stored, or rebuilt in the graph."""
-    node = layer.node.args[WEIGHT_ARGUMENT.get(layer.kind, 1)]
+    node = layer.node.args[WEIGHT_ARGUMENT[layer.kind]]
     assert isinstance(node, fx.Node)
     return node
 
@@ -190,46 +180,8 @@ def weight_value(program: Program, layer: Layer) -> Tensor:
     return constant_value(program, weight_node(layer))
 
 
-def constant_value(program: Program, node: fx.Node) -> Tensor:
-    """The value of a node that depends on no input."""
-    with torch.no_grad():
-        value: Tensor = _evaluate(program, node, {})
-    return value.detach()
-
-
-def _evaluate(program: Program, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
-    if node.op == "get_attr":
-        return program.state[str(node.target)]
-    if node.op == "placeholder":
-        raise ModelError(f"{node.name!r} is an input, not a constant")
-    if node not in known:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _evaluate(program, n, known))
-        known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    return known[node]
-
-
 def _product(sizes: tuple[int, ...]) -> int:
     total = 1
     for size in sizes:
         total *= size
     return total
-
-
-def is_coded(weight: fx.Node) -> bool:
-    """Whether a weight is rebuilt from codes."""
-    stack, seen = [weight], set()
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if rebuilds(node):
-            return True
-        stack.extend(node.all_input_nodes)
-    return False
-
-
-def rebuilds(node: fx.Node) -> bool:
-    """Whether a node is one of our ops that make a weight of codes."""
-    name = getattr(node.target, "name", None)
-    return callable(name) and name().startswith(CODED)

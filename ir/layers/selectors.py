@@ -17,33 +17,11 @@ import torch
 from torch import fx
 
 from graphwright.ir.errors import ModelError
+from graphwright.ir.graph.constants import weight_source
+from graphwright.ir.layers.kinds import KINDS, WEIGHT_ARGUMENT
 from graphwright.ir.program import Program
 
 aten = torch.ops.aten
-
-KINDS: dict[object, str] = {
-    aten.linear.default: "linear",
-    aten.conv1d.default: "conv1d",
-    aten.conv1d.padding: "conv1d",
-    aten.conv2d.default: "conv2d",
-    aten.conv2d.padding: "conv2d",
-    aten.conv3d.default: "conv3d",
-    aten.conv3d.padding: "conv3d",
-    aten.conv_transpose1d.default: "conv_transpose1d",
-    aten.conv_transpose2d.input: "conv_transpose2d",
-    aten.conv_transpose3d.input: "conv_transpose3d",
-    aten.embedding.default: "embedding",
-    aten.matmul.default: "matmul",
-    aten.addmm.default: "addmm",
-    aten.layer_norm.default: "layer_norm",
-    aten.rms_norm.default: "rms_norm",
-    aten.batch_norm.default: "batch_norm",
-    aten.group_norm.default: "group_norm",
-}
-"""Ops with a weight, by the kind that selectors call them."""
-
-WEIGHT_ARGUMENT = {"embedding": 0, "layer_norm": 2, "rms_norm": 2, "addmm": 2}
-"""Position of the weight in the call; 1 for the rest."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +51,7 @@ def layers(program: Program, kinds: Collection[str] | None = None) -> list[Layer
         kind = KINDS.get(node.target) if node.op == "call_function" else None
         if kind is None or (kinds is not None and kind not in kinds):
             continue
-        position = WEIGHT_ARGUMENT.get(kind, 1)
+        position = WEIGHT_ARGUMENT[kind]
         weight = node.args[position] if len(node.args) > position else None
         source = weight_source(weight)
         if source is None:
@@ -84,32 +62,6 @@ def layers(program: Program, kinds: Collection[str] | None = None) -> list[Layer
         direct = state if source is weight else ""
         found.append(Layer(names[0], kind, node, direct, names))
     return found
-
-
-def weight_source(node: object) -> fx.Node | None:
-    """The first stored tensor that a weight operand is computed from without any input."""
-    seen: list[object] = [node]
-    while seen:
-        current = seen.pop(0)
-        if not isinstance(current, fx.Node) or current.op == "placeholder":
-            continue
-        if current.op == "get_attr":
-            return current
-        if not _depends_on_input(current):
-            seen.extend(current.all_input_nodes)
-    return None
-
-
-def _depends_on_input(node: fx.Node) -> bool:
-    stack, seen = [node], set()
-    while stack:
-        current = stack.pop()
-        if current.op == "placeholder":
-            return True
-        if current not in seen:
-            seen.add(current)
-            stack.extend(current.all_input_nodes)
-    return False
 
 
 def _owners(node: fx.Node, state: str, aliases: tuple[str, ...]) -> tuple[str, ...]:

@@ -13,14 +13,12 @@ import torch
 from torch import Tensor, fx
 
 from graphwright.ir.edit import Editor
-from graphwright.ir.layers.selectors import WEIGHT_ARGUMENT, Layer
+from graphwright.ir.layers.kinds import TURNED, WEIGHT_ARGUMENT
+from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.stored.blocks import Blocks
 
 aten = torch.ops.aten
 ours = torch.ops.graphwright
-
-TRANSPOSED = ("matmul", "addmm")
-"""Kinds whose weight is stored (in, out)."""
 
 Make = Callable[["Place"], fx.Node]
 """Makes the nodes that rebuild a matrix (out, columns), and returns the last."""
@@ -71,7 +69,7 @@ class Place:
         rebuilt = _rebuilt_matrix(self.old)
         if rebuilt is not None:
             return rebuilt
-        if self.kind in TRANSPOSED:
+        if self.kind in TURNED:
             return self.call(aten.transpose.int, self.old, 0, 1)
         if self.old.meta["val"].dim() == 2:
             return self.old
@@ -81,7 +79,7 @@ class Place:
 
 def matrix_of(kind: str, weight: Tensor) -> Tensor:
     """A weight as the matrix (out, columns) that `replace_weight` takes; a view where it can be."""
-    return weight.t() if kind in TRANSPOSED else weight.reshape(weight.shape[0], -1)
+    return weight.t() if kind in TURNED else weight.reshape(weight.shape[0], -1)
 
 
 def replace_weight(editor: Editor, layer: Layer, make: Make) -> fx.Node:
@@ -96,13 +94,13 @@ def replace_weight(editor: Editor, layer: Layer, make: Make) -> fx.Node:
         make: makes the nodes that rebuild the matrix.
     """
     node = next(n for n in editor.graph.nodes if n.name == layer.node.name)
-    old = node.args[WEIGHT_ARGUMENT.get(layer.kind, 1)]
+    old = node.args[WEIGHT_ARGUMENT[layer.kind]]
     assert isinstance(old, fx.Node)
     shape = [int(size) for size in old.meta["val"].shape]
     readers = list(old.users)
     place = Place(editor, _behind(editor, old), node, old, layer.kind, owner_of(layer, old))
     new = make(place)
-    if layer.kind in TRANSPOSED:
+    if layer.kind in TURNED:
         new = place.call(aten.transpose.int, new, 0, 1)
     elif len(shape) != 2:
         new = place.call(aten.reshape.default, new, shape)

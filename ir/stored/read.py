@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphwright.ir.graph.nodes import full_arguments
 from graphwright.ir.ops.blocks import dequantize_blocks
 from graphwright.ir.ops.codebook import dequantize_codebook
 from graphwright.ir.ops.low_rank import add_low_rank
 from graphwright.ir.ops.table import dequantize_table
-from graphwright.ir.rewrite import full_arguments
 
 aten = torch.ops.aten
 
@@ -129,3 +129,27 @@ def product_of(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
         bias, x, turned = None, *args[:2]
     weight = _turned(turned)
     return None if weight is None else (x, weight, bias)
+
+
+CODED = "graphwright::dequantize"
+"""How the names of our ops begin that rebuild a weight from codes."""
+
+
+def is_coded(weight: fx.Node) -> bool:
+    """Whether a weight is rebuilt from codes."""
+    stack, seen = [weight], set()
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if rebuilds(node):
+            return True
+        stack.extend(node.all_input_nodes)
+    return False
+
+
+def rebuilds(node: fx.Node) -> bool:
+    """Whether a node is one of our ops that make a weight of codes."""
+    name = getattr(node.target, "name", None)
+    return callable(name) and name().startswith(CODED)

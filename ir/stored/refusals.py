@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from graphwright.ir.layers.products import is_coded, weight_node, weight_value
+from graphwright.ir.layers.kinds import TRANSPOSED_CONVOLUTIONS, TURNED
+from graphwright.ir.layers.products import weight_node, weight_value
 from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.program import Program
-
-NO_MATRIX = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-"""Layers with a weight that are no product of rows and a matrix: reported, left alone."""
+from graphwright.ir.stored.read import is_coded
 
 
 def refusals(program: Program, chosen: Sequence[Layer], *, embeddings: bool) -> dict[fx.Node, str]:
@@ -34,11 +33,11 @@ def refusals(program: Program, chosen: Sequence[Layer], *, embeddings: bool) -> 
 def _refusal(program: Program, layer: Layer, nodes: set[fx.Node], *, embeddings: bool) -> str:
     weight = weight_node(layer)
     value = weight.meta["val"]
-    if layer.kind in NO_MATRIX:
+    if layer.kind in TRANSPOSED_CONVOLUTIONS:
         return f"{layer.kind} is no product of rows and a matrix"
     if layer.kind == "embedding" and not embeddings:
         return "embeddings: false"
-    if value.dim() < 2 or (layer.kind in ("matmul", "addmm") and value.dim() != 2):
+    if value.dim() < 2 or (layer.kind in TURNED and value.dim() != 2):
         return f"its weight has {value.dim()} dimensions"
     if not value.is_floating_point():
         return f"its weight is {str(value.dtype).removeprefix('torch.')}"

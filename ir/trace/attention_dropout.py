@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from graphwright.ir.edit import set_gw_meta
+from graphwright.ir.graph.nodes import set_gw_meta
 from graphwright.ir.mode import ATTENTION
 from graphwright.ir.trace.calling import FlatModel
 from graphwright.ir.trace.prepare import same_attributes

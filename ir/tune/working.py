@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from graphwright.ir.edit import copy_graph
 from graphwright.ir.errors import ModelError
 from graphwright.ir.graph.device import set_device
+from graphwright.ir.graph.nodes import copy_graph
 from graphwright.ir.mode import NORMS
 from graphwright.ir.program import Program
 from graphwright.ir.tune.hooks import Hooks, Moment

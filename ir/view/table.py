@@ -12,8 +12,9 @@ import networkx as nx
 import torch
 from torch import fx
 
-from graphwright.ir.canonical.normalize import VIEWS, op_name
-from graphwright.ir.graph.cost import Cost, cost, dimension_names
+from graphwright.ir.graph.cost import Cost, cost
+from graphwright.ir.graph.nodes import VIEWS, op_name
+from graphwright.ir.graph.sizes import dimension_names
 from graphwright.ir.program import Program
 
 MAX_BLOCKS = 26

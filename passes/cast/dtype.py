@@ -8,8 +8,8 @@ import torch
 from pydantic import Field
 from torch import fx, nn
 
-from graphwright.ir.canonical.normalize import op_name
 from graphwright.ir.edit import Editor
+from graphwright.ir.graph.nodes import op_name
 from graphwright.ir.layers.selectors import select
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import fx
 
-from graphwright.ir.canonical import normalize as canonical
 from graphwright.ir.edit import Editor
-from graphwright.ir.graph.aliasing import unstable_nodes
+from graphwright.ir.graph.constants import constant_nodes, constant_value, is_static
+from graphwright.ir.graph.nodes import op_name
 from graphwright.ir.program import Program
 from graphwright.passes.base import Action, Context, Options, Pass, Result
 from graphwright.passes.cleanup.eliminate_common_subexpressions import is_repeatable
@@ -56,43 +56,30 @@ class FoldConstants(Pass):
         chain = _chain(node, constant)
         stored = [n for n in chain if n.op == "get_attr"]
         calls = [n for n in chain if n.op == "call_function"]
-        if stored and all(canonical.op_name(n) in PLAIN_MOVES for n in calls):
+        if stored and all(op_name(n) in PLAIN_MOVES for n in calls):
             return None
         value = node.meta["val"]
         freed = sum(_bytes(n.meta["val"]) for n in stored if set(n.users) <= set(calls))
         growth = (_bytes(value) - freed) / 1e6
         if growth > self.options.max_growth_mb:
             return Action(node.name, "kept", f"folding would add {growth:.1f} MB")
-        with torch.no_grad():
-            result = _evaluate(node, editor, {})
+        result = constant_value(editor, node)
         name = editor.add_state(f"folded.{node.name}", result.contiguous().clone())
         editor.replace(node, editor.get(name))
         return Action(node.name, f"folded {len(calls)} calls")
 
 
 def _constant_nodes(editor: Editor, parameters: bool) -> set[fx.Node]:
-    constant: set[fx.Node] = set()
-    unstable = unstable_nodes(editor.graph)
-    for node in editor.graph.nodes:
-        if node in unstable:
-            continue
+    def admits(node: fx.Node) -> bool:
         if node.op == "get_attr":
-            trained = isinstance(editor.tensor(node), torch.nn.Parameter)
-            if parameters or not trained:
-                constant.add(node)
-        elif node.op == "call_function" and is_repeatable(node) and not _is_ours(node):
-            static = _is_static(node.meta.get("val"))
-            if static and all(operand in constant for operand in node.all_input_nodes):
-                constant.add(node)
-    return constant
+            return parameters or not isinstance(editor.tensor(node), torch.nn.Parameter)
+        return is_repeatable(node) and not _is_ours(node) and is_static(node)
+
+    return constant_nodes(editor.graph, admits)
 
 
 def _is_ours(node: fx.Node) -> bool:
     return getattr(node.target, "namespace", "") == "graphwright"
-
-
-def _is_static(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and all(isinstance(s, int) for s in value.shape)
 
 
 def _is_edge(node: fx.Node, constant: set[fx.Node]) -> bool:
@@ -112,12 +99,3 @@ def _chain(node: fx.Node, constant: set[fx.Node]) -> set[fx.Node]:
 
 def _bytes(value: torch.Tensor) -> int:
     return int(value.numel()) * value.element_size()
-
-
-def _evaluate(node: fx.Node, editor: Editor, known: dict[fx.Node, Any]) -> Any:
-    if node.op == "get_attr":
-        return editor.state[str(node.target)]
-    if node not in known:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _evaluate(n, editor, known))
-        known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    return known[node]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from graphwright.ir.edit import Editor
+from graphwright.ir.graph.nodes import full_arguments
 from graphwright.ir.program import Program
-from graphwright.ir.rewrite import full_arguments
 from graphwright.passes.base import Action, Context, Pass, Result
 from graphwright.passes.cleanup._math.affine import CONVOLUTIONS, LINEAR, like
 

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphwright.ir.canonical.normalize import op_name
 from graphwright.ir.edit import Editor
 from graphwright.ir.graph.aliasing import unstable_nodes
+from graphwright.ir.graph.nodes import full_arguments, op_name
 from graphwright.ir.mode import DROPOUTS
 from graphwright.ir.program import Program
-from graphwright.ir.rewrite import full_arguments
 from graphwright.passes.base import Action, Context, Pass, Result
 
 aten = torch.ops.aten

@@ -13,7 +13,8 @@ from graphwright.ir.calibration.walk import sweep
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
 from graphwright.ir.layers.bias import can_set_bias, set_bias
-from graphwright.ir.layers.products import BIAS_ARGUMENT, PRODUCTS, as_matrix, geometry
+from graphwright.ir.layers.kinds import BIAS_ARGUMENT, PRODUCTS
+from graphwright.ir.layers.products import as_matrix, geometry
 from graphwright.ir.layers.selectors import Layer, layers, select
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program

@@ -10,7 +10,8 @@ from torch import Tensor
 from graphwright.ir.calibration.hessian import hessian
 from graphwright.ir.calibration.site import Site, Solved, Task
 from graphwright.ir.calibration.walk import sweep
-from graphwright.ir.layers.products import PRODUCTS, as_matrix, from_matrix
+from graphwright.ir.layers.kinds import PRODUCTS
+from graphwright.ir.layers.products import as_matrix, from_matrix
 from graphwright.ir.layers.selectors import select
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program

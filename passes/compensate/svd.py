@@ -6,7 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from graphwright.ir.layers.products import PRODUCTS, as_matrix, geometry, weight_value
+from graphwright.ir.layers.kinds import PRODUCTS
+from graphwright.ir.layers.products import as_matrix, geometry, weight_value
 from graphwright.ir.layers.selectors import select
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program

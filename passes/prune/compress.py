@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphwright.ir.edit import Editor
-from graphwright.ir.layers.products import PRODUCTS, Geometry, as_matrix, geometry
+from graphwright.ir.layers.kinds import PRODUCTS, TURNED
+from graphwright.ir.layers.products import Geometry, as_matrix, geometry
 from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
@@ -63,7 +64,7 @@ def _reason(program: Program, layer: Layer) -> str:
     weight = program.state[layer.weight]
     if not weight.is_floating_point() or weight.numel() == 0:
         return f"its weight is {weight.dtype}" if weight.numel() else "its weight is empty"
-    if weight.dim() < 2 or (layer.kind in ("matmul", "addmm") and weight.dim() != 2):
+    if weight.dim() < 2 or (layer.kind in TURNED and weight.dim() != 2):
         return f"its weight has {weight.dim()} dimensions"
     w = _rows(geometry(program, layer), weight)
     if w.shape[1] % 4:
@@ -93,7 +94,7 @@ def _store(editor: Editor, name: str, shape: Geometry) -> int:
     # At the head of the graph: every layer of a tied weight reads this one node.
     place = next(n for n in editor.graph.nodes if n.op not in ("placeholder", "get_attr"))
     rebuilt = editor.call(expand_2_4, first, second, before=place, like=next(iter(nodes[0].users)))
-    if shape.kind in ("matmul", "addmm"):
+    if shape.kind in TURNED:
         rebuilt = editor.call(aten.transpose.int, rebuilt, 0, 1, before=place, like=rebuilt)
     elif shape.is_convolution:
         size = list(shape.shape)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from graphwright.ir.layers.products import PRODUCTS
+from graphwright.ir.layers.kinds import PRODUCTS
 from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.program import Program
 from graphwright.passes.base import Action, Context, Pass, Result

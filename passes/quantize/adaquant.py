@@ -16,18 +16,14 @@ from graphwright.ir.calibration.walk import sweep
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
 from graphwright.ir.layers.bias import can_set_bias, set_bias
-from graphwright.ir.layers.products import (
-    INPUT_ARGUMENT,
-    PRODUCTS,
-    from_matrix,
-    weight_key,
-)
+from graphwright.ir.layers.kinds import INPUT_ARGUMENT, PRODUCTS, TRANSPOSED_CONVOLUTIONS
+from graphwright.ir.layers.products import from_matrix, weight_key
 from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
 from graphwright.ir.stored.blocks import Blocks, block_for, pack
 from graphwright.ir.stored.insert import Make, Place, rebuild_blocks, replace_weight
-from graphwright.ir.stored.refusals import NO_MATRIX, refusals
+from graphwright.ir.stored.refusals import refusals
 from graphwright.passes.base import Action, Context, Options, Pass, Result
 from graphwright.passes.quantize._math import adaquant
 
@@ -137,7 +133,7 @@ class Adaquant(Pass):
     def run(self, program: Program, context: Context) -> Result:
         options: AdaquantOptions = self.options
         assert context.calibration is not None  # `execute` refuses to run without
-        chosen = select(program, options.targets, {*PRODUCTS, *NO_MATRIX})
+        chosen = select(program, options.targets, {*PRODUCTS, *TRANSPOSED_CONVOLUTIONS})
         refused = refusals(program, chosen, embeddings=False)
         kept = [layer for layer in chosen if layer.node not in refused]
         if not kept:
@@ -255,7 +251,7 @@ def _insert(editor: Editor, layer: Layer, solved: Solved, *, is_first: bool) -> 
     if "grid" in state:
         scale, zero, low, high = state["grid"].tolist()
         node = next(n for n in editor.graph.nodes if n.name == layer.node.name)
-        place = INPUT_ARGUMENT.get(layer.kind, 0)
+        place = INPUT_ARGUMENT[layer.kind]
         args = list(node.args)
         args[place] = editor.call(
             ours.fake_quantize.default, args[place], scale, int(zero), int(low), int(high),

@@ -13,16 +13,18 @@ from torch import Tensor, fx
 
 import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize_blocks
 from graphwright.ir.calibration.site import Site, Solved, Task
-from graphwright.ir.calibration.walk import constant_nodes, sweep
+from graphwright.ir.calibration.walk import sweep
 from graphwright.ir.edit import Editor
-from graphwright.ir.layers.products import PRODUCTS, as_matrix, constant_value, weight_node
+from graphwright.ir.graph.constants import constant_nodes, constant_value
+from graphwright.ir.layers.kinds import INPUT_AXIS, MATRICES, PRODUCTS
+from graphwright.ir.layers.products import as_matrix, weight_node
 from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.layers.selectors import layers as find_layers
 from graphwright.ir.program import Program
 from graphwright.ir.stored.blocks import block_for, round_to_nearest
 from graphwright.ir.stored.insert import Make, rebuild_blocks
 from graphwright.passes.base import Action, Context, Pass, Result
-from graphwright.passes.quantize._activations.folding import INNER_AXIS, Group, divide, find_groups
+from graphwright.passes.quantize._activations.folding import Group, divide, find_groups
 from graphwright.passes.quantize._activations.region import Region, feeds_scores, region_of
 from graphwright.passes.quantize._low_bit.coding import choose, insert
 from graphwright.passes.quantize._low_bit.rounding import (
@@ -205,7 +207,7 @@ class Scaling:
         return Trial(
             region.module(self.program, nodes, self.device),
             tuple(constant_value(self.program, node).to(self.device) for node in nodes),
-            tuple(INNER_AXIS[layer.kind] for layer in group.layers),
+            tuple(INPUT_AXIS[layer.kind] for layer in group.layers),
             mean,
             sum(rows),
             [[batches[index] for batches in values] for index in kept],
@@ -315,7 +317,7 @@ def _described(layer: Layer, scaling: tuple[Choice, str] | None) -> tuple[str, s
 def _why_plain(layer: Layer) -> str:
     if layer.kind == "embedding":
         return "an embedding table"
-    if layer.kind not in INNER_AXIS:
+    if layer.kind not in MATRICES:
         return f"no factors for {layer.kind}"
     return "its weight is shared, or computed in the graph"
 

@@ -18,7 +18,8 @@ from graphwright.ir.data.batches import as_batches
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.graph.cost import cost
-from graphwright.ir.layers.products import PRODUCTS, weight_key, weight_node
+from graphwright.ir.layers.kinds import PRODUCTS
+from graphwright.ir.layers.products import weight_key, weight_node
 from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program

@@ -12,14 +12,10 @@ from torch import Tensor, fx
 from graphwright.ir.calibration.observe import bound_batches
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
+from graphwright.ir.graph.constants import constant_value
 from graphwright.ir.layers.bias import can_set_bias, set_bias
-from graphwright.ir.layers.products import (
-    PRODUCTS,
-    bias_node,
-    constant_value,
-    geometry,
-    weight_node,
-)
+from graphwright.ir.layers.kinds import PRODUCTS, TURNED
+from graphwright.ir.layers.products import bias_node, geometry, weight_node
 from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
@@ -207,7 +203,7 @@ def _fold(editor: Editor, layer: Layer, factor: Tensor, shift: Tensor) -> None:
     old = editor.state[str(stored.target)]
     if old.dim() == 0:
         old = old.expand(len(factor))
-    if layer.kind in ("matmul", "addmm") and stored is weight_node(layer):
+    if layer.kind in TURNED and stored is weight_node(layer):
         scaled = old.double() * factor
     else:
         scaled = old.double() * factor.reshape(-1, *[1] * (old.dim() - 1))

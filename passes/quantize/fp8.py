@@ -13,13 +13,14 @@ import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize_float
 from graphwright.ir.calibration.observe import MinMax, observe
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ArgumentError, ModelError
-from graphwright.ir.layers.products import PRODUCTS, input_node, weight_node, weight_value
+from graphwright.ir.layers.kinds import CODABLE
+from graphwright.ir.layers.products import input_node, weight_node, weight_value
 from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.ops.float8 import LARGEST, bytes_of
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
 from graphwright.ir.stored.insert import Make, Place, matrix_of, replace_weight
-from graphwright.ir.stored.refusals import NO_MATRIX, refusals
+from graphwright.ir.stored.refusals import refusals
 from graphwright.passes.base import Action, Context, Need, Options, Pass, Result
 
 ours = torch.ops.graphwright
@@ -72,7 +73,7 @@ class Fp8(Pass):
                 f"{self.id} with static activations needs calibration data",
                 fix="Give the spec a `calibration` section, or use activations: dynamic.",
             )
-        chosen = select(program, options.targets, {*PRODUCTS, *NO_MATRIX, "embedding"})
+        chosen = select(program, options.targets, CODABLE)
         refused = refusals(program, chosen, embeddings=options.embeddings)
         layers = [layer for layer in chosen if layer.node not in refused]
         if not layers:

@@ -15,7 +15,8 @@ from graphwright.ir.calibration.hessian import Hessian, hessian, inverse_factor
 from graphwright.ir.calibration.site import Site, Solved, Task
 from graphwright.ir.calibration.walk import sweep
 from graphwright.ir.edit import Editor
-from graphwright.ir.layers.products import PRODUCTS, as_matrix, from_matrix, weight_node
+from graphwright.ir.layers.kinds import PRODUCTS
+from graphwright.ir.layers.products import as_matrix, from_matrix, weight_node
 from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.layers.selectors import layers as find_layers
 from graphwright.ir.program import Program

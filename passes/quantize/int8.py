@@ -16,14 +16,21 @@ from graphwright.ir.calibration.observe import RangeObserver, bound_batches, obs
 from graphwright.ir.context import Batch
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ArgumentError, ModelError
-from graphwright.ir.layers.selectors import WEIGHT_ARGUMENT, Layer, select
+from graphwright.ir.layers.kinds import (
+    INPUT_ARGUMENT,
+    MATRICES,
+    OUTPUT_AXIS,
+    TRANSPOSED_CONVOLUTIONS,
+    TURNED,
+    WEIGHT_ARGUMENT,
+)
+from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
 from graphwright.ir.stored.insert import part_of
 from graphwright.passes.base import Action, Context, Need, Options, Pass, Result
 from graphwright.passes.quantize._activations.sites import (
     CONVOLUTIONS,
-    INPUT_ARGUMENT,
     Sites,
     find_sites,
 )
@@ -31,10 +38,10 @@ from graphwright.passes.quantize._math import int8 as int8_math
 
 ops = torch.ops.graphwright
 
-CHANNEL_AXIS = {"linear": 0, "conv1d": 0, "conv2d": 0, "embedding": 0, "matmul": 1, "addmm": 1}
-"""Axis of the weight that the output channels (or table rows) are on."""
+KERNELS = (*MATRICES, "conv1d", "conv2d", "embedding")
+"""Layers that runtimes compute on integers, and tables."""
 
-NO_KERNEL = ("conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+NO_KERNEL = ("conv3d", *TRANSPOSED_CONVOLUTIONS)
 """Layers with a weight that no runtime has an integer kernel for: reported, left in float."""
 
 MEASURED_BATCHES = 2
@@ -116,7 +123,7 @@ class Int8(Pass):
                 f"{self.id} with static activations needs calibration data",
                 fix="Give the spec a `calibration` section, or use activations: dynamic.",
             )
-        chosen = select(program, options.targets, {*CHANNEL_AXIS, *NO_KERNEL})
+        chosen = select(program, options.targets, {*KERNELS, *NO_KERNEL})
         refused = {layer.node: why for layer in chosen if (why := refusal(layer, program, options))}
         layers = [layer for layer in chosen if layer.node not in refused]
         if not layers:
@@ -176,7 +183,7 @@ def refusal(layer: Layer, program: Program, options: Int8Options) -> str:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}, not float32"
     if layer.kind == "embedding":
         return "" if options.embeddings else "embeddings: false"
-    if layer.kind in ("matmul", "addmm") and weight.dim() != 2:
+    if layer.kind in TURNED and weight.dim() != 2:
         return f"its weight has {weight.dim()} dimensions, not 2"
     if layer.kind == "addmm" and (len(layer.node.args) > 3 or layer.node.kwargs):
         return "addmm with factors alpha or beta"
@@ -197,10 +204,10 @@ def quantize_weights(
     kinds: dict[tuple[str, int], set[str]] = {}
     layers = list(layers)
     for layer in layers:
-        kinds.setdefault((layer.weight, CHANNEL_AXIS[layer.kind]), set()).add(layer.kind)
+        kinds.setdefault((layer.weight, OUTPUT_AXIS[layer.kind]), set()).add(layer.kind)
     found: dict[tuple[str, int], Quantized] = {}
     for layer in layers:
-        axis = CHANNEL_AXIS[layer.kind]
+        axis = OUTPUT_AXIS[layer.kind]
         if (layer.weight, axis) in found:
             continue
         bias = conv_bias(program, layer)
@@ -237,7 +244,7 @@ def conv_bias(program: Program, layer: Layer) -> Tensor | None:
 
 def input_node(layer: Layer) -> fx.Node:
     """The activation that a layer reads."""
-    node = layer.node.args[INPUT_ARGUMENT.get(layer.kind, 0)]
+    node = layer.node.args[INPUT_ARGUMENT[layer.kind]]
     assert isinstance(node, fx.Node)
     return node
 
@@ -262,10 +269,10 @@ def layer_errors(
             if layer is not None:
                 args, kwargs = self.fetch_args_kwargs_from_env(n)
                 changed = list(args)
-                quantized = weights[layer.weight, CHANNEL_AXIS[layer.kind]]
-                changed[WEIGHT_ARGUMENT.get(layer.kind, 1)] = quantized.value()
+                quantized = weights[layer.weight, OUTPUT_AXIS[layer.kind]]
+                changed[WEIGHT_ARGUMENT[layer.kind]] = quantized.value()
                 if layer.kind != "embedding":
-                    place = INPUT_ARGUMENT.get(layer.kind, 0)
+                    place = INPUT_ARGUMENT[layer.kind]
                     changed[place] = fake_quantized(args[place], ranges.get(input_node(layer)))
                 other = n.target(*changed, **kwargs)  # type: ignore[operator]
                 error, size = totals[n.name]
@@ -320,7 +327,7 @@ class _Inserter:
 
     def run(self, layers: list[Layer], weights: dict[tuple[str, int], Quantized]) -> Program:
         for layer in layers:
-            self._weight(layer, weights[layer.weight, CHANNEL_AXIS[layer.kind]])
+            self._weight(layer, weights[layer.weight, OUTPUT_AXIS[layer.kind]])
         for x, readers in self.sites.inputs.items():
             node = self.twin[x]
             quantized = self._quantizer(node, x)
@@ -346,7 +353,7 @@ class _Inserter:
 
     def _weight(self, layer: Layer, quantized: Quantized) -> None:
         node = self.twin[layer.node]
-        position = WEIGHT_ARGUMENT.get(layer.kind, 1)
+        position = WEIGHT_ARGUMENT[layer.kind]
         key = (layer.weight, quantized.axis)
         if key not in self.rebuilt:
             self.rebuilt[key] = self._dequantize(

@@ -9,12 +9,13 @@ from torch import Tensor, fx
 
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
-from graphwright.ir.layers.products import PRODUCTS, weight_node, weight_value
+from graphwright.ir.layers.kinds import CODABLE
+from graphwright.ir.layers.products import weight_node, weight_value
 from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
 from graphwright.ir.stored.insert import matrix_of, replace_weight
-from graphwright.ir.stored.refusals import NO_MATRIX, refusals
+from graphwright.ir.stored.refusals import refusals
 from graphwright.ir.stored.table import Table, quantize, rebuild_table
 from graphwright.passes.base import Action, Context, Options, Pass, Result
 
@@ -72,7 +73,7 @@ class Nf4(Pass):
 
     def run(self, program: Program, context: Context) -> Result:
         options: Nf4Options = self.options
-        chosen = select(program, options.targets, {*PRODUCTS, *NO_MATRIX, "embedding"})
+        chosen = select(program, options.targets, CODABLE)
         refused = refusals(program, chosen, embeddings=options.embeddings)
         if len(refused) == len(chosen):
             reasons = sorted({f"{layer.name}: {refused[layer.node]}" for layer in chosen})

@@ -11,11 +11,12 @@ from torch import fx
 
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
-from graphwright.ir.layers.products import is_coded, weight_node
+from graphwright.ir.layers.products import weight_node
 from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
 from graphwright.ir.stored.insert import owner_of
+from graphwright.ir.stored.read import is_coded
 from graphwright.ir.stored.representation import Representation
 from graphwright.ir.tune import TuneOptions, tune
 from graphwright.passes.base import Action, Context, Options, Pass, Result

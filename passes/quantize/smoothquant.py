@@ -11,11 +11,11 @@ from torch import Tensor, fx
 
 from graphwright.ir.calibration.observe import Channels, Rows, Several, observe
 from graphwright.ir.edit import Editor
+from graphwright.ir.layers.kinds import MATRICES
 from graphwright.ir.layers.selectors import select
 from graphwright.ir.program import Program
 from graphwright.passes.base import Action, Context, Options, Pass, Result
 from graphwright.passes.quantize._activations.folding import (
-    INNER_AXIS,
     Group,
     columns,
     divide,
@@ -62,7 +62,7 @@ class Smoothquant(Pass):
     Options = SmoothquantOptions
 
     def run(self, program: Program, context: Context) -> Result:
-        layers = select(program, self.options.targets, INNER_AXIS)
+        layers = select(program, self.options.targets, MATRICES)
         groups = find_groups(program, layers)
         channels = {group.x.name: Channels() for group in groups}
         rows = {group.x.name: Rows(ROWS, ROWS_PER_BATCH) for group in groups}

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from graphwright.ir.errors import ModelError
-from graphwright.ir.layers.products import PRODUCTS
+from graphwright.ir.layers.kinds import PRODUCTS
 from graphwright.ir.layers.selectors import select
 from graphwright.ir.program import Program
 from graphwright.passes.base import Context, Pass, Result

@@ -15,6 +15,7 @@ from graphwright.ir.calibration.hessian import Hessian, hessian, inverse_factor
 from graphwright.ir.calibration.site import Site, Solved, Task
 from graphwright.ir.calibration.walk import sweep
 from graphwright.ir.edit import Editor
+from graphwright.ir.layers.kinds import CODABLE
 from graphwright.ir.layers.products import as_matrix, from_matrix, geometry, weight_node
 from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.options import Selector
@@ -24,7 +25,6 @@ from graphwright.ir.stored.insert import Make
 from graphwright.ir.stored.refusals import refusals
 from graphwright.passes.base import Action, Context, Options, Pass, Result
 from graphwright.passes.quantize._low_bit.coding import (
-    KINDS,
     insert,
     kept,
     layer_errors,
@@ -152,7 +152,7 @@ class Vptq(Pass):
 
     def run(self, program: Program, context: Context) -> Result:
         options: VptqOptions = self.options
-        chosen = select(program, options.targets, KINDS)
+        chosen = select(program, options.targets, CODABLE)
         products = [layer for layer in chosen if layer.kind != "embedding"]
         refused = {layer.node: "an embedding table has no product to calibrate on"
                    for layer in chosen if layer.kind == "embedding"}  # fmt: skip

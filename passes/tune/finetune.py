@@ -7,9 +7,9 @@ from fnmatch import fnmatchcase
 from typing import Annotated
 
 from pydantic import Field
-from torch import fx
 
 from graphwright.ir.errors import ModelError
+from graphwright.ir.graph.constants import depends_on_input
 from graphwright.ir.layers.selectors import Layer, layers, select
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
@@ -67,7 +67,7 @@ def _parameters(program: Program, layer: Layer) -> tuple[str, ...]:
     """Trainable parameters that a layer reads, also through nodes that rebuild its weight."""
     trainable = program.trainable()
     found: dict[str, None] = {}
-    stack, seen = [n for n in layer.node.all_input_nodes if _is_constant(n)], set()
+    stack, seen = [n for n in layer.node.all_input_nodes if not depends_on_input(n)], set()
     while stack:
         node = stack.pop()
         if node in seen:
@@ -77,19 +77,6 @@ def _parameters(program: Program, layer: Layer) -> tuple[str, ...]:
             found[str(node.target)] = None
         stack.extend(node.all_input_nodes)
     return tuple(found)
-
-
-def _is_constant(node: fx.Node) -> bool:
-    """Whether a value comes from stored tensors alone."""
-    stack, seen = [node], set()
-    while stack:
-        current = stack.pop()
-        if current.op == "placeholder":
-            return False
-        if current not in seen:
-            seen.add(current)
-            stack.extend(current.all_input_nodes)
-    return True
 
 
 def _select_layers(program: Program, targets: Sequence[str], loose: list[str]) -> set[Layer]:

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 import graphwright as gw
-from graphwright.ir.edit import Editor, gw_meta, set_gw_meta
+from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
+from graphwright.ir.graph.nodes import gw_meta, set_gw_meta
 
 aten = torch.ops.aten
 

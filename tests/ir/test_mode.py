@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphwright as gw
-from graphwright.ir.canonical.normalize import op_name
+from graphwright.ir.graph.nodes import op_name
 
 
 class Net(nn.Module):

@@ -34,7 +34,8 @@ from graphwright.backends.onnxruntime.steps.graph import (
     onnx_call,
     size,
 )
-from graphwright.ir.edit import Editor, set_gw_meta
+from graphwright.ir.edit import Editor
+from graphwright.ir.graph.nodes import set_gw_meta
 from graphwright.ir.ops.blocks import dequantize_blocks, pack_codes, unpack_codes
 
 aten = torch.ops.aten

@@ -13,14 +13,10 @@ from torch import fx
 
 from graphwright.backends.onnxruntime.steps.graph import is_call
 from graphwright.ir.edit import Editor
+from graphwright.ir.layers.kinds import KINDS, TABLE
 
 aten = torch.ops.aten
 ours = torch.ops.graphwright
-
-CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
-
-WEIGHT_PLACE: dict[Any, int] = {aten.addmm.default: 2}
-INPUT_PLACE: dict[Any, int] = {aten.addmm.default: 1}
 
 
 def split_low_rank(editor: Editor) -> int:
@@ -58,20 +54,21 @@ def _uses(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
 
 def _beside(editor: Editor, use: tuple[fx.Node, fx.Node]) -> bool:
     layer, weight = use
-    place = WEIGHT_PLACE.get(layer.target, 1)
+    kind = TABLE.get(KINDS.get(layer.target, ""))
+    if kind is None or not kind.is_product:
+        return False
+    place = kind.weight
     if layer.kwargs or len(layer.args) <= place or layer.args[place] is not weight:
         return False
     corrected = weight if is_call(weight, ours.add_low_rank.default) else weight.args[0]
     assert isinstance(corrected, fx.Node)
     base, b, a = corrected.args
-    x = layer.args[INPUT_PLACE.get(layer.target, 0)]
-    if layer.target in CONVOLUTIONS:
+    x = layer.args[kind.input]
+    if kind.spatial:
         extra = _convolution(editor, layer, weight, x, b, a)
-    elif layer.target in (aten.linear.default, aten.matmul.default, aten.addmm.default):
+    else:
         small = editor.call(aten.linear.default, x, a, before=layer)
         extra = editor.call(aten.linear.default, small, b, before=layer)
-    else:
-        return False
     if extra is None:
         return False
     plain: Any = base

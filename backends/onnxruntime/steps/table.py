@@ -25,7 +25,7 @@ from graphwright.backends.onnxruntime.steps.graph import (
     size,
 )
 from graphwright.ir.edit import Editor
-from graphwright.ir.layers.products import constant_value
+from graphwright.ir.graph.constants import constant_value
 from graphwright.ir.ops.table import BITS, dequantize_table, levels, unpack
 
 aten = torch.ops.aten

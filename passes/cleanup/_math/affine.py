@@ -8,17 +8,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphwright.ir.edit import Editor
-from graphwright.ir.rewrite import full_arguments
+from graphwright.ir.graph.nodes import full_arguments
+from graphwright.ir.layers import kinds
+from graphwright.ir.layers.kinds import operators
 
 aten = torch.ops.aten
 
-CONVOLUTIONS = {
-    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
-    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
-}  # fmt: skip
-TRANSPOSED = {
-    aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
-}  # fmt: skip
+CONVOLUTIONS = operators(kinds.CONVOLUTIONS)
+TRANSPOSED = operators(kinds.TRANSPOSED_CONVOLUTIONS)
 LINEAR = aten.linear.default
 
 

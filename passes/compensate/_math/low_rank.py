@@ -10,7 +10,8 @@ from torch import Tensor, fx
 
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
-from graphwright.ir.layers.products import PRODUCTS, as_matrix, geometry, weight_key, weight_value
+from graphwright.ir.layers.kinds import PRODUCTS
+from graphwright.ir.layers.products import as_matrix, geometry, weight_key, weight_value
 from graphwright.ir.layers.selectors import Layer, layers
 from graphwright.ir.program import Program
 from graphwright.ir.stored.insert import Make, Place, replace_weight

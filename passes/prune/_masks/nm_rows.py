@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from graphwright.ir.graph.nodes import full_arguments
+from graphwright.ir.layers.kinds import CONVOLUTIONS, INPUT_AXIS, TRANSPOSED_CONVOLUTIONS
 from graphwright.ir.layers.selectors import Layer
-from graphwright.ir.rewrite import full_arguments
 from graphwright.passes.prune._masks.nm_mask import nm_mask
-from graphwright.passes.prune._masks.trainable import CONVOLUTIONS, TRANSPOSED
 
 GROUPS_ARGUMENT = 6
 """Position of `groups` in the calls of convolutions, transposed ones too."""
@@ -44,7 +44,7 @@ def nm_rows(layer: Layer, weight: Tensor, along: str) -> NmRows:
     group across the groups of a grouped convolution.
     """
     shape = weight.shape
-    inputs = 0 if layer.kind in ("matmul", "addmm", *TRANSPOSED) else 1
+    inputs = INPUT_AXIS[layer.kind]
     last = inputs if along == "input" else 1 - inputs
     order = (1 - last, *range(2, len(shape)), last)
     if layer.kind in CONVOLUTIONS and along == "input":
@@ -54,6 +54,6 @@ def nm_rows(layer: Layer, weight: Tensor, along: str) -> NmRows:
 
 
 def _groups(layer: Layer) -> int:
-    if layer.kind not in (*CONVOLUTIONS, *TRANSPOSED):
+    if layer.kind not in (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS):
         return 1
     return int(full_arguments(layer.node)[0][GROUPS_ARGUMENT])

@@ -7,16 +7,14 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, fx
 
 from graphwright.ir.context import Context
+from graphwright.ir.layers.kinds import MATRICES, PRODUCTS, TRANSPOSED_CONVOLUTIONS
 from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.options import Options
 from graphwright.ir.program import Program
 from graphwright.passes.base import Action
 from graphwright.passes.prune._masks.layers import with_weights
 
-CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
-TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-MATRICES = ("linear", "matmul", "addmm")
-KINDS = (*MATRICES, *CONVOLUTIONS, *TRANSPOSED)
+KINDS = (*PRODUCTS, *TRANSPOSED_CONVOLUTIONS)
 """Layers whose weight is a matrix or a kernel; tables and norms are never pruned."""
 
 LEFT = "left alone"

@@ -20,14 +20,11 @@ from graphwright.ir.channels.analysis import Analysis
 from graphwright.ir.channels.extents import Extents
 from graphwright.ir.channels.values import Value
 from graphwright.ir.channels.weights import is_weight, only_added
+from graphwright.ir.layers.kinds import INPUT_AXIS, TURNED
 from graphwright.ir.layers.selectors import Layer, layers
 
 Tensors = Mapping[str, Tensor]
 Key = tuple[str, int]
-READ_DIM = {"linear": 1, "conv1d": 1, "conv2d": 1, "conv3d": 1,
-            "conv_transpose1d": 0, "conv_transpose2d": 0, "conv_transpose3d": 0,
-            "matmul": -2, "addmm": -2}  # fmt: skip
-"""Dimension of a weight that is summed over with the layer's input."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +204,7 @@ def read_only(analysis: Analysis) -> set[Key]:
     """
     uses: dict[str, list[int | None]] = {}
     calls = set()
-    for layer in layers(analysis.program, READ_DIM):
+    for layer in layers(analysis.program, INPUT_AXIS):
         owner = analysis.owners.get(layer.weight)
         if owner is not None:
             calls.add(layer.node.name)
@@ -233,4 +230,5 @@ def _read_dim(analysis: Analysis, layer: Layer) -> int | None:
     channels = value.at(len(value.shape) - 1 - spatial)
     if channels is not None and not channels.zero:
         return None
-    return READ_DIM[layer.kind] % weight.dim()
+    # The matrix of a batched product stands in its last two dimensions.
+    return weight.dim() - 2 if layer.kind in TURNED else INPUT_AXIS[layer.kind]

@@ -13,16 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from graphwright.ir.canonical.normalize import op_name
 from graphwright.ir.channels import ChannelGroup
 from graphwright.ir.channels.classes import Ids
-from graphwright.ir.layers.products import PRODUCTS, geometry
+from graphwright.ir.graph.nodes import full_arguments, op_name
+from graphwright.ir.layers.kinds import OUTPUT_AXIS, PRODUCTS
+from graphwright.ir.layers.products import geometry
 from graphwright.ir.layers.selectors import Layer, layers
 from graphwright.ir.program import Program
-from graphwright.ir.rewrite import full_arguments
-
-OUTPUT_AXIS = {"matmul": 1, "addmm": 1}
-"""Axis of a weight that the output channels are on; 0 for the rest."""
 
 ELEMENTWISE = {
     "relu", "relu6", "hardtanh", "leaky_relu", "gelu", "silu", "hardswish", "elu", "sigmoid",
@@ -108,7 +105,7 @@ def find_chain(program: Program, group: ChannelGroup, stored: Collection[str]) -
         return group.reason
     members = {(m.parameter, m.dim) for m in group.members}
     every = [layer for layer in layers(program, PRODUCTS) if layer.weight]
-    makes = [layer for layer in every if (layer.weight, OUTPUT_AXIS.get(layer.kind, 0)) in members]
+    makes = [layer for layer in every if (layer.weight, OUTPUT_AXIS[layer.kind]) in members]
     depthwise = [layer for layer in makes if _is_depthwise(program, layer)]
     producers = [layer for layer in makes if layer not in depthwise]
     if len(producers) != 1:
@@ -136,7 +133,7 @@ def _followed(
     program: Program, group: ChannelGroup, producer: Layer, every: dict[fx.Node, Layer]
 ) -> Chain | str:
     """Walks from the producer to its readers."""
-    made = group.analysis.stored[producer.weight, OUTPUT_AXIS.get(producer.kind, 0)]
+    made = group.analysis.stored[producer.weight, OUTPUT_AXIS[producer.kind]]
     paths: set[tuple[fx.Node, ...]] = set()
     readers: list[Reader] = []
     for path, end in _paths(producer.node):
@@ -189,7 +186,7 @@ def _reader(program: Program, group: ChannelGroup, layer: Layer, made: Ids) -> R
         return Reader(layer, torch.empty(0, dtype=torch.int64))
     if geometry(program, layer).groups > 1:
         return f"{layer.name} is a grouped convolution: it cannot mix channels"
-    axis = 1 - OUTPUT_AXIS.get(layer.kind, 0)
+    axis = 1 - OUTPUT_AXIS[layer.kind]
     classes = torch.from_numpy(group.analysis.stored[layer.weight, axis])
     rows = [(classes == int(c)).nonzero()[:, 0] for c in made]
     if len({len(row) for row in rows}) != 1 or not len(rows[0]):

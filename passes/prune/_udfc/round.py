@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from graphwright.ir.errors import ModelError
-from graphwright.ir.layers.products import PRODUCTS
+from graphwright.ir.layers.kinds import OUTPUT_AXIS, PRODUCTS, TURNED
 from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.program import Program
 from graphwright.passes.base import Action
 from graphwright.passes.prune._grid import grid_codes
-from graphwright.passes.prune._udfc.chains import OUTPUT_AXIS
 from graphwright.passes.prune._udfc.walk import Compressed, repair_text, with_codes
 
 
@@ -26,7 +25,7 @@ def quantizable(program: Program, layers: Sequence[Layer]) -> tuple[set[str], li
     nodes = {layer.node for layer in layers}
     axes: dict[str, set[int]] = {}
     for layer in layers:
-        axes.setdefault(layer.weight, set()).add(OUTPUT_AXIS.get(layer.kind, 0))
+        axes.setdefault(layer.weight, set()).add(OUTPUT_AXIS[layer.kind])
     names, actions = set(), []
     for layer in layers:
         reason = _reason(program, layer, nodes)
@@ -47,7 +46,7 @@ def _reason(program: Program, layer: Layer, chosen: Collection[object]) -> str:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}, not float32"
     if weight.numel() == 0:
         return "its weight is empty"
-    if layer.kind in ("matmul", "addmm") and weight.dim() != 2:
+    if layer.kind in TURNED and weight.dim() != 2:
         return f"its weight has {weight.dim()} dimensions, not 2"
     if not bool(torch.isfinite(weight).all()):
         raise ModelError(f"the weight of {layer.name!r} holds NaN or infinity")
@@ -75,7 +74,7 @@ def quantized(
     codes: dict[str, tuple[Tensor, Tensor]] = {}
     for layer in layers:
         if layer.weight not in codes:
-            axis = OUTPUT_AXIS.get(layer.kind, 0)
+            axis = OUTPUT_AXIS[layer.kind]
             rows = program.state[layer.weight].detach().movedim(axis, 0)
             values, scale = grid_codes(rows.flatten(1), bits, search)
             shaped = values.reshape(rows.shape).movedim(0, axis).contiguous()

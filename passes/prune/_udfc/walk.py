@@ -15,17 +15,16 @@ import torch
 from torch import Tensor
 
 import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize
-from graphwright.ir.canonical.normalize import op_name
 from graphwright.ir.channels import ChannelGroup, channel_groups, cut
 from graphwright.ir.context import Context
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
-from graphwright.ir.layers.products import BIAS_ARGUMENT
-from graphwright.ir.layers.selectors import WEIGHT_ARGUMENT, Layer, layers
+from graphwright.ir.graph.nodes import full_arguments, op_name
+from graphwright.ir.layers.kinds import BIAS_ARGUMENT, OUTPUT_AXIS, WEIGHT_ARGUMENT
+from graphwright.ir.layers.selectors import Layer, layers
 from graphwright.ir.program import Program
-from graphwright.ir.rewrite import full_arguments
 from graphwright.passes.prune._grid import rounded
-from graphwright.passes.prune._udfc.chains import OUTPUT_AXIS, Chain, Reader, find_chain
+from graphwright.passes.prune._udfc.chains import Chain, Reader, find_chain
 from graphwright.passes.prune._udfc.closed_form import (
     Channels,
     Choice,
@@ -87,7 +86,7 @@ class Compressed:
 
     def reason(self, layer: Layer) -> str:
         """Why the output channels of a layer are left as they are."""
-        axis = OUTPUT_AXIS.get(layer.kind, 0)
+        axis = OUTPUT_AXIS[layer.kind]
         for group, reason in self.groups.items():
             if any(m.parameter == layer.weight and m.dim == axis for m in group.members):
                 return reason
@@ -207,7 +206,7 @@ def _candidates(
 
 def _rows(weight: Tensor, layer: Layer) -> Tensor:
     """(out, k) float64."""
-    axis = OUTPUT_AXIS.get(layer.kind, 0)
+    axis = OUTPUT_AXIS[layer.kind]
     return weight.detach().double().movedim(axis, 0).flatten(1)
 
 
@@ -242,7 +241,7 @@ def _columns(state: Mapping[str, Tensor], reader: Reader) -> Tensor:
     weight = state[reader.layer.weight].detach().double()
     if reader.is_depthwise:
         return weight.flatten(1)
-    axis = 1 - OUTPUT_AXIS.get(reader.layer.kind, 0)
+    axis = 1 - OUTPUT_AXIS[reader.layer.kind]
     return weight.movedim(axis, 0)[reader.columns].flatten(1)
 
 
@@ -265,7 +264,7 @@ def _repair(state: dict[str, Tensor], reader: Reader, mixture: Tensor, kept: Ten
         new = mixed.reshape(old.shape)
     else:
         mixed[kept] = mixture @ columns
-        axis = 1 - OUTPUT_AXIS.get(reader.layer.kind, 0)
+        axis = 1 - OUTPUT_AXIS[reader.layer.kind]
         new = old.detach().double().movedim(axis, 0).clone()
         new[reader.columns] = mixed.reshape(*reader.columns.shape, *new.shape[1:])
         new = new.movedim(0, axis)
@@ -325,8 +324,8 @@ def with_codes(
             place = next(n for n in editor.graph.nodes if n.op not in ("placeholder", "get_attr"))
             rebuilt[layer.weight] = editor.call(
                 torch.ops.graphwright.dequantize.default, first, second, None,
-                OUTPUT_AXIS.get(layer.kind, 0), before=place, like=node,
+                OUTPUT_AXIS[layer.kind], before=place, like=node,
             )  # fmt: skip
-        old = node.args[WEIGHT_ARGUMENT.get(layer.kind, 1)]
+        old = node.args[WEIGHT_ARGUMENT[layer.kind]]
         node.replace_input_with(old, rebuilt[layer.weight])
     return editor.finish()

@@ -10,12 +10,10 @@ from graphwright.ir.channels import ChannelGroup
 from graphwright.ir.channels.analysis import Analysis
 from graphwright.ir.channels.values import Value
 from graphwright.ir.errors import ContractError
+from graphwright.ir.layers.kinds import NORMS, TABLE
 from graphwright.ir.layers.selectors import layers, select
 from graphwright.ir.program import Program
 from graphwright.passes.base import Action
-
-NORMS = ("layer_norm", "rms_norm", "batch_norm", "group_norm")
-"""Kinds of layers whose output channels are those of what they read."""
 
 
 def eligible_groups(
@@ -52,7 +50,7 @@ def _outside(program: Program, analysis: Analysis, targets: tuple[str, ...]) -> 
             continue
         value = analysis.values.get(layer.node.name)
         if isinstance(value, Value):
-            spatial = int(layer.kind[-2]) if layer.kind.startswith("conv") else 0
+            spatial = TABLE[layer.kind].spatial
             channels = value.at(len(value.shape) - spatial - 1)
             if channels is not None:
                 classes = np.unique(analysis.class_of[channels.ids]).tolist()

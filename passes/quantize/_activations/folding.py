@@ -15,15 +15,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphwright.ir.edit import Editor
+from graphwright.ir.graph.nodes import full_arguments
+from graphwright.ir.layers.kinds import INPUT_AXIS, MATRICES, WEIGHT_ARGUMENT
 from graphwright.ir.layers.products import input_node
-from graphwright.ir.layers.selectors import WEIGHT_ARGUMENT, Layer
+from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.program import Program
-from graphwright.ir.rewrite import full_arguments
 
 aten = torch.ops.aten
 
-INNER_AXIS = {"linear": 1, "matmul": 0, "addmm": 0}
-"""Axis of the weight that input channels are on, of the kinds that can be scaled."""
 
 NORMS = {aten.layer_norm.default: (2, 3), aten.rms_norm.default: (2,)}
 """Norms whose affine parameters can take the factors, and the places of these."""
@@ -59,7 +58,7 @@ def find_groups(
     """Selected layers by the activation they read; each weight must be its layer's own."""
     found: dict[fx.Node, list[Layer]] = {}
     for layer in layers:
-        if layer.kind not in INNER_AXIS or not layer.weight:
+        if layer.kind not in MATRICES or not layer.weight:
             continue
         weight = program.state[layer.weight]
         readers = program.graph.find_nodes(op="get_attr", target=layer.weight)
@@ -73,7 +72,7 @@ def find_groups(
 def columns(program: Program, layer: Layer) -> Tensor:
     """The layer's weight as (out, in)."""
     weight = program.state[layer.weight].detach()
-    return weight if INNER_AXIS[layer.kind] == 1 else weight.T
+    return weight if INPUT_AXIS[layer.kind] == 1 else weight.T
 
 
 def divide(
@@ -110,8 +109,8 @@ def divide(
         for node in nodes:
             node.replace_input_with(x, new)
     for layer in group.layers:
-        wide = factors if INNER_AXIS[layer.kind] == 1 else factors[:, None]
-        weight = twin[layer.node].args[WEIGHT_ARGUMENT.get(layer.kind, 1)]
+        wide = factors if INPUT_AXIS[layer.kind] == 1 else factors[:, None]
+        weight = twin[layer.node].args[WEIGHT_ARGUMENT[layer.kind]]
         assert isinstance(weight, fx.Node)
         _change(editor, (str(weight.target), _times(wide)))
     for change in changes or ():

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, fx
 
 import graphwright.ir.ops  # noqa: F401  a region that was unpickled may call our ops
-from graphwright.ir.calibration.walk import constant_operand
-from graphwright.ir.layers.products import INPUT_ARGUMENT, PRODUCTS
-from graphwright.ir.layers.selectors import KINDS
+from graphwright.ir.graph.constants import constant_operand
+from graphwright.ir.layers.kinds import INPUT_ARGUMENT, KINDS, PRODUCTS
 from graphwright.ir.program import Program
 
 aten = torch.ops.aten
@@ -136,7 +135,7 @@ def _to_next_layer(end: fx.Node) -> list[fx.Node]:
         path.append(user)
         kind = KINDS.get(user.target)
         if kind in PRODUCTS:
-            reads = user.args[INPUT_ARGUMENT.get(kind, 0)] is node
+            reads = user.args[INPUT_ARGUMENT[kind]] is node
             is_last = sum(a is node for a in user.all_input_nodes) == 1
             return path if reads and is_last else []
         if user.target not in MOVES:

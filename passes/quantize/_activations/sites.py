@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-aten = torch.ops.aten
+from graphwright.ir.layers.kinds import INPUT_ARGUMENT
 
-INPUT_ARGUMENT = {"addmm": 1}
-"""Position of the activation in the call; 0 for the rest."""
+aten = torch.ops.aten
 
 CONVOLUTIONS = ("conv1d", "conv2d")
 
@@ -61,7 +60,7 @@ def find_sites(graph: fx.Graph, layers: dict[fx.Node, str], *, outputs: bool) ->
     for node in graph.nodes:
         kind = layers.get(node)
         if kind is not None and kind != "embedding":
-            x = node.args[INPUT_ARGUMENT.get(kind, 0)]
+            x = node.args[INPUT_ARGUMENT[kind]]
             _read(sites, x, node.name, quantized)
         is_bridge = outputs and _is_bridge(node, quantized)
         if is_bridge:

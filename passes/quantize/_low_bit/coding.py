@@ -8,15 +8,13 @@ from torch import Tensor, fx
 
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
-from graphwright.ir.layers.products import PRODUCTS, weight_node
+from graphwright.ir.layers.kinds import CODABLE
+from graphwright.ir.layers.products import weight_node
 from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.program import Program
 from graphwright.ir.stored.insert import Make, replace_weight
-from graphwright.ir.stored.refusals import NO_MATRIX, refusals
+from graphwright.ir.stored.refusals import refusals
 from graphwright.passes.base import Action
-
-KINDS = frozenset({*PRODUCTS, *NO_MATRIX, "embedding"})
-"""Layers with a weight: quantized, or reported with the reason why not."""
 
 Find = Callable[[Layer], tuple[Make, Action]]
 """What makes the nodes of a layer's weight, and what to report of it."""
@@ -30,7 +28,7 @@ def choose(
     Raises:
         ModelError: there is none, or a pattern matches nothing.
     """
-    chosen = select(program, targets, KINDS)
+    chosen = select(program, targets, CODABLE)
     return kept(by, chosen, refusals(program, chosen, embeddings=embeddings))
 
 

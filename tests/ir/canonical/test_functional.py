@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import graphwright as gw
-from graphwright.ir.canonical.functional import writes
-from graphwright.ir.canonical.normalize import op_name
+from graphwright.ir.graph.aliasing import writes
+from graphwright.ir.graph.nodes import op_name
 
 Body = Callable[[Tensor], Tensor]
 

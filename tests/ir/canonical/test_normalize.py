@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphwright as gw
-from graphwright.ir.canonical.normalize import canonicalize, op_name
+from graphwright.ir.canonical.normalize import canonicalize
+from graphwright.ir.graph.nodes import op_name
 
 aten = torch.ops.aten
 

@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import nn
 
-from graphwright.ir.edit import Editor, gw_meta
+from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.files.archive import load_program, save_program
 from graphwright.ir.files.exported import from_exported_program, to_exported_program
 from graphwright.ir.graph.digest import digest
+from graphwright.ir.graph.nodes import gw_meta
 from graphwright.ir.program import Program, Provenance
 from graphwright.ir.signature import DimRange
 from graphwright.ir.trace.capture import trace

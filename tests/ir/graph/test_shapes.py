@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import disable_fake_tensor_cache
 
 import graphwright as gw
-from graphwright.ir.edit import fake_mode_of
 from graphwright.ir.graph import fake_calls
 from graphwright.ir.graph.fake import fake_call
+from graphwright.ir.graph.nodes import fake_mode_of
 from graphwright.ir.graph.shapes import propagate_shapes
 
 aten = torch.ops.aten

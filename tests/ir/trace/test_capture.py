@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphwright as gw
-from graphwright.ir.canonical.normalize import op_name
 from graphwright.ir.errors import ArgumentError, ModelError
+from graphwright.ir.graph.nodes import op_name
 from graphwright.ir.trace.capture import TraceWarning
 
 

@@ -14,9 +14,9 @@ import graphwright as gw
 from graphwright.ir.calibration import spill
 from graphwright.ir.calibration import walk as layerwise
 from graphwright.ir.calibration.site import Solved, Task
-from graphwright.ir.calibration.walk import constant_nodes
 from graphwright.ir.check.verify import measure
 from graphwright.ir.context import Context
+from graphwright.ir.graph.constants import constant_nodes
 from graphwright.ir.layers.products import weight_node
 from graphwright.ir.layers.selectors import layers
 from graphwright.ir.stored import grid

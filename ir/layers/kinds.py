@@ -1,0 +1,112 @@
+"""The table of layer kinds: their operators, where their operands stand, and the axes of a weight.
+
+Every other module reads these facts from here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Facts about one kind of layer.
+
+    Attributes:
+        name: as selectors call it, `kind:conv2d`.
+        operators: overloads that compute it.
+        input, weight, bias: positions in the call; None for a kind without a bias.
+        out_axis: axis of the weight that the output channels (or the rows of a table) are on.
+        in_axis: axis of the weight that is summed over with the input; None where nothing is.
+        spatial: dimensions of a convolution's windows.
+        is_product: a product of rows and one matrix (`ir/layers/products.py`).
+        is_norm: a normalization.
+    """
+
+    name: str
+    operators: tuple[Any, ...]
+    input: int = 0
+    weight: int = 1
+    bias: int | None = None
+    out_axis: int = 0
+    in_axis: int | None = None
+    spatial: int = 0
+    is_product: bool = False
+    is_norm: bool = False
+
+
+def _convolution(rank: int) -> Kind:
+    packet = getattr(aten, f"conv{rank}d")
+    return Kind(
+        f"conv{rank}d", (packet.default, packet.padding), bias=2, in_axis=1, spatial=rank,
+        is_product=True,
+    )  # fmt: skip
+
+
+def _transposed(rank: int) -> Kind:
+    packet = getattr(aten, f"conv_transpose{rank}d")
+    operator = packet.default if rank == 1 else packet.input
+    name = f"conv_transpose{rank}d"
+    return Kind(name, (operator,), bias=2, out_axis=1, in_axis=0, spatial=rank)
+
+
+TABLE: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind("linear", (aten.linear.default,), bias=2, in_axis=1, is_product=True),
+        *(_convolution(rank) for rank in (1, 2, 3)),
+        *(_transposed(rank) for rank in (1, 2, 3)),
+        Kind("embedding", (aten.embedding.default,), input=1, weight=0),
+        Kind("matmul", (aten.matmul.default,), out_axis=1, in_axis=0, is_product=True),
+        Kind("addmm", (aten.addmm.default,), input=1, weight=2, bias=0, out_axis=1, in_axis=0,
+             is_product=True),
+        Kind("layer_norm", (aten.layer_norm.default,), weight=2, bias=3, is_norm=True),
+        Kind("rms_norm", (aten.rms_norm.default,), weight=2, is_norm=True),
+        Kind("batch_norm", (aten.batch_norm.default,), bias=2, is_norm=True),
+        Kind("group_norm", (aten.group_norm.default,), weight=2, bias=3, is_norm=True),
+    )
+}  # fmt: skip
+"""Every kind by its name."""
+
+KINDS: dict[object, str] = {op: kind.name for kind in TABLE.values() for op in kind.operators}
+"""Name of the kind by operator."""
+
+PRODUCTS = tuple(kind.name for kind in TABLE.values() if kind.is_product)
+"""Layers that are products of rows and a matrix."""
+
+MATRICES = tuple(name for name in PRODUCTS if not TABLE[name].spatial)
+"""Products whose weight is a matrix."""
+
+CONVOLUTIONS = tuple(name for name in PRODUCTS if TABLE[name].spatial)
+TRANSPOSED_CONVOLUTIONS = tuple(
+    kind.name for kind in TABLE.values() if kind.spatial and not kind.is_product
+)
+"""Layers with a weight that are no product of rows and a matrix."""
+
+TURNED = tuple(name for name in MATRICES if TABLE[name].out_axis == 1)
+"""Matrices that are stored (in, out)."""
+
+CODABLE = (*PRODUCTS, *TRANSPOSED_CONVOLUTIONS, "embedding")
+"""Layers whose weight a pass replaces by codes, or reports with the reason why not."""
+
+NORMS = tuple(kind.name for kind in TABLE.values() if kind.is_norm)
+
+WEIGHT_ARGUMENT = {kind.name: kind.weight for kind in TABLE.values()}
+INPUT_ARGUMENT = {kind.name: kind.input for kind in TABLE.values()}
+BIAS_ARGUMENT = {
+    kind.name: kind.bias for kind in TABLE.values() if kind.is_product and kind.bias is not None
+}
+"""Position of a product's bias; a matmul has none."""
+
+OUTPUT_AXIS = {kind.name: kind.out_axis for kind in TABLE.values()}
+INPUT_AXIS = {kind.name: kind.in_axis for kind in TABLE.values() if kind.in_axis is not None}
+
+
+def operators(names: tuple[str, ...]) -> frozenset[Any]:
+    """The operators of several kinds."""
+    return frozenset(op for name in names for op in TABLE[name].operators)
