@@ -18,6 +18,7 @@ from graphwright.backends.onnxruntime.emitter import (
     onnx_dtype,
     sizes_of,
 )
+from graphwright.backends.onnxruntime.pads import guard_pads
 from graphwright.ir.graph.nodes import gw_meta
 from graphwright.ir.ops import OPS
 from graphwright.ir.program import Program
@@ -164,7 +165,8 @@ def _is_shared(e: Emitter, node: fx.Node, value: ir.Value) -> bool:
 
 
 def finish(model: ir.Model, program: Program) -> None:
-    """Puts our metadata into a model and takes doc strings and node metadata out."""
+    """Guards its pads, puts our metadata into it, takes doc strings and node metadata out."""
+    guard_pads(model)
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         node.doc_string = None
         node.metadata_props.clear()

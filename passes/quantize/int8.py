@@ -17,6 +17,7 @@ from graphwright.ir.context import Batch
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.layers.kinds import (
+    CONVOLUTIONS,
     INPUT_ARGUMENT,
     MATRICES,
     OUTPUT_AXIS,
@@ -29,19 +30,15 @@ from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
 from graphwright.ir.stored.insert import part_of
 from graphwright.passes.base import Action, Context, Need, Options, Pass, Result
-from graphwright.passes.quantize._activations.sites import (
-    CONVOLUTIONS,
-    Sites,
-    find_sites,
-)
+from graphwright.passes.quantize._activations.sites import Sites, find_sites
 from graphwright.passes.quantize._math import int8 as int8_math
 
 ops = torch.ops.graphwright
 
-KERNELS = (*MATRICES, "conv1d", "conv2d", "embedding")
+KERNELS = (*MATRICES, *CONVOLUTIONS, "embedding")
 """Layers that runtimes compute on integers, and tables."""
 
-NO_KERNEL = ("conv3d", *TRANSPOSED_CONVOLUTIONS)
+NO_KERNEL = TRANSPOSED_CONVOLUTIONS
 """Layers with a weight that no runtime has an integer kernel for: reported, left in float."""
 
 MEASURED_BATCHES = 2

@@ -252,14 +252,16 @@ def pad(
     if node.target is aten.constant_pad_nd.default:
         mode, value = "constant", 0 if mode == "constant" else mode
     modes = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
-    axes = [a.meta["val"].dim() - 1 - i for i in range(len(widths) // 2)]
-    begins, ends = [_number(w) for w in widths[0::2]], [_number(w) for w in widths[1::2]]
+    # For every axis, the first ones too: see pads.py. Torch counts from the last axis.
+    rest = [0] * (a.meta["val"].dim() - len(widths) // 2)
+    begins = [*rest, *(_number(w) for w in reversed(widths[0::2]))]
+    ends = [*rest, *(_number(w) for w in reversed(widths[1::2]))]
     dtype = node.meta["val"].dtype
     fill = e.tensor(value or 0, dtype) if mode == "constant" else None
     work = e.values[a]
     if dtype == torch.bool:
         work, fill = e.cast(work, dtype, torch.int32), e.constant(int(value or 0), torch.int32)
-    out = e.op("Pad", work, e.shape([*begins, *ends]), fill, e.ints(*axes), mode=modes[mode])
+    out = e.op("Pad", work, e.shape([*begins, *ends]), fill, mode=modes[mode])
     return e.cast(out, torch.int32, dtype) if dtype == torch.bool else out
 
 

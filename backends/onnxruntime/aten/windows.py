@@ -49,8 +49,8 @@ def im2col(
         raise Untranslatable(node, "im2col without a batch axis")
     value = e.values[a]
     if any(padding):
-        pads = e.ints(*padding, *padding)
-        value = e.op("Pad", value, pads, None, e.ints(2, 3), mode="constant")
+        pads = e.ints(0, 0, *padding, 0, 0, *padding)
+        value = e.op("Pad", value, pads, mode="constant")
     counts = [
         (fake.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
         for i in range(2)

@@ -53,7 +53,7 @@ class Codes:
 
 
 def lower_int8(editor: Editor) -> int:
-    """Replaces every quantized layer; returns how many."""
+    """Replaces every quantized layer and every other quantizer; returns how many."""
     activations: dict[fx.Node, tuple[fx.Node, ...]] = {}
     count = 0
     for node in list(editor.graph.nodes):
@@ -199,7 +199,7 @@ def _quantize_dequantize(editor: Editor, x: fx.Node) -> int:
         editor, "DequantizeLinear", [codes, scale, zero_point], shape, before=x, domain=""
     )
     editor.replace(x, value)
-    return 0
+    return 1
 
 
 def _embedding(editor: Editor, node: fx.Node) -> int:

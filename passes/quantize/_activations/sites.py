@@ -8,16 +8,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from graphwright.ir.layers.kinds import INPUT_ARGUMENT
+from graphwright.ir.layers.kinds import CONVOLUTIONS, INPUT_ARGUMENT
 
 aten = torch.ops.aten
 
-CONVOLUTIONS = ("conv1d", "conv2d")
-
 PASS_THROUGH = frozenset(
-    {aten.max_pool1d.default, aten.max_pool2d.default, aten.reshape.default, aten.view.default,
-     aten.flatten.using_ints, aten.transpose.int, aten.permute.default, aten.squeeze.dim,
-     aten.unsqueeze.default, aten.slice.Tensor, aten.contiguous.default}
+    {aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default,
+     aten.reshape.default, aten.view.default, aten.flatten.using_ints, aten.transpose.int,
+     aten.permute.default, aten.squeeze.dim, aten.unsqueeze.default, aten.slice.Tensor,
+     aten.contiguous.default}
 )  # fmt: skip
 """Ops that only move values or pick the largest: they run on codes, with the same parameters."""
 
