@@ -58,6 +58,14 @@ class ModelSection(Options):
     kwargs: dict[str, Any] = Field(default={})
     """Keyword arguments of the factory."""
 
+    key: Text | None = None
+    """Where in a training checkpoint the weights are, as `model_ema` or `state.model`; found by
+    itself where only one group of tensors fits the factory's module."""
+
+    strip_prefix: Text | None = None
+    """What to take off the front of the tensors' names; those without it are left aside. `module.`,
+    `_orig_mod.` and `model.` are found by themselves."""
+
 
 class CalibrationSection(Options):
     """Inputs that passes may look at while they change the program."""

@@ -15,6 +15,7 @@ from onnxscript.rewriter.rules.common import _gemm_to_matmul_add
 
 from graphwright.backends.onnxruntime.emitter import Untranslatable
 from graphwright.backends.onnxruntime.translate import finish
+from graphwright.ir.causes import innermost
 from graphwright.ir.errors import LoweringError, ModelError
 from graphwright.ir.files.exported import to_exported_program
 from graphwright.ir.ops import OPS
@@ -48,7 +49,7 @@ def export_with_torch(program: Program, opset: int, why: Untranslatable) -> ir.M
             f"{why.node.target} has no ONNX form ({why.why})",
             where=f"node {why.node.name!r}",
             fix="Rewrite that operation in the model, or use another backend.",
-            details=(f"the standard exporter: {_first_line(error)}",),
+            details=(f"the standard exporter: {innermost(error.__cause__ or error)}",),
         ) from error
     assert made is not None
     model = made.model
@@ -56,11 +57,6 @@ def export_with_torch(program: Program, opset: int, why: Untranslatable) -> ir.M
     _name_dims(model, program)
     finish(model, program)
     return model
-
-
-def _first_line(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
 
 
 def _name_dims(model: ir.Model, program: Program) -> None:

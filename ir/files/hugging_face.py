@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,11 @@ from torch import nn
 from graphwright.ir.errors import ModelError
 from graphwright.ir.files.checkpoint import read_checkpoint
 from graphwright.ir.files.detect import Kind, detect, read_json
+from graphwright.ir.files.dtypes import STORED, DtypeChoice
+from graphwright.ir.files.pretrained import build_pretrained
 from graphwright.ir.files.safetensor_files import read_safetensors, shards_of
+from graphwright.ir.files.target import WRAPPERS, stripped
+from graphwright.ir.files.weights import fill
 
 _CODE_KEYS = ("attn_implementation", "experts_implementation", "_attn_implementation_internal")
 
@@ -44,42 +47,81 @@ def weight_files(folder: Path, kind: Kind) -> list[Path]:
     )
 
 
-def read_folder(folder: Path, kind: Kind) -> nn.Module:
-    """The model of a folder, in eval mode, weights in the dtype they are stored in.
+def read_folder(
+    folder: Path,
+    kind: Kind,
+    choice: DtypeChoice = STORED,
+    *,
+    strip_prefix: str | None = None,
+) -> tuple[nn.Module, list[str]]:
+    """The model of a folder, in eval mode, and warnings.
+
+    Args:
+        folder: with config.json and the weights.
+        kind: of transformers or of diffusers.
+        choice: of the dtype that the weights are loaded in; else the stored one.
+        strip_prefix: what to take off the names of tensors.
 
     Raises:
         ModelError: the library is not installed, the architecture needs the folder's own code, or
-            the weights are missing, damaged or would run code.
+            tensors are missing, of another shape, damaged or would run code.
     """
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise ModelError("config.json holds no object", where=str(folder))
     _refuse_code(config, folder)
-    for file in weight_files(folder, kind):
-        if file.suffix == ".bin":
-            # Reads the opcodes, then with weights_only; refuses what would run code.
-            read_checkpoint(file, detect(file), allow_pickle=False)
+    weights = _weights(folder, kind)
     find = _transformers_class if kind is Kind.HUGGING_FACE else _diffusers_class
     cls = find(config, folder)
     if kind is Kind.HUGGING_FACE and isinstance(config.get("quantization_config"), dict):
-        return _read_coded(cls, config["quantization_config"], folder)
-    with _quiet_libraries():
-        try:
-            key = "dtype" if kind is Kind.HUGGING_FACE else "torch_dtype"
-            dtype: Any = "auto" if kind is Kind.HUGGING_FACE else _stored_dtype(folder, kind)
-            model = cls.from_pretrained(str(folder), local_files_only=True, **{key: dtype})
-        except Exception as error:  # the libraries raise anything
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            raise ModelError(
-                f"{cls.__name__} cannot be built from this folder",
-                where=str(folder),
-                details=((lines or [type(error).__name__])[0][:300],),
-            ) from error
-    assert isinstance(model, nn.Module)
-    return model.eval()
+        return _read_coded(cls, config["quantization_config"], folder, choice)
+    stored = _stored_dtype(config, weights)
+    dtype, notes = choice.decide({stored})
+    key = "dtype" if kind is Kind.HUGGING_FACE else "torch_dtype"
+    arguments = {key: dtype or stored}
+    inner, more = _wrapped(weights, strip_prefix, folder)
+    if inner is None:
+        model, warnings = build_pretrained(cls, folder, **arguments)
+    elif kind is Kind.HUGGING_FACE:
+        model, warnings = build_pretrained(cls, folder, inner, **arguments)
+    else:
+        model = cls.from_config(cls.load_config(str(folder))).to(dtype or stored).eval()
+        given = {n: t.to(dtype or stored) if t.is_floating_point() else t for n, t in inner.items()}
+        warnings = fill(model, given, str(folder))
+    return model, [*notes, *more, *warnings]
 
 
-def _read_coded(cls: Any, quantization: dict[str, Any], folder: Path) -> nn.Module:
+def _weights(folder: Path, kind: Kind) -> dict[str, torch.Tensor]:
+    """The folder's tensors by name. Pickled ones are refused where they would run code."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in weight_files(folder, kind):
+        if file.suffix == ".safetensors":
+            tensors.update(read_safetensors(file))
+        elif file.suffix == ".bin":
+            value = read_checkpoint(file, detect(file), allow_pickle=False)
+            tensors.update(_tensors(value, file))
+    return tensors
+
+
+def _tensors(value: Any, file: Path) -> dict[str, torch.Tensor]:
+    if not isinstance(value, dict):
+        raise ModelError("the file holds no tensors by name", where=str(file))
+    return {str(name): t for name, t in value.items() if isinstance(t, torch.Tensor)}
+
+
+def _wrapped(
+    weights: dict[str, torch.Tensor], asked: str | None, folder: Path
+) -> tuple[dict[str, torch.Tensor] | None, list[str]]:
+    """The weights without the prefix that a wrapper left; None where they are as they should be."""
+    prefix = asked or next(
+        (p for p in WRAPPERS if weights and all(name.startswith(p) for name in weights)), None
+    )
+    return (None, []) if prefix is None else stripped(weights, prefix, str(folder))
+
+
+def _read_coded(
+    cls: Any, quantization: dict[str, Any], folder: Path, choice: DtypeChoice
+) -> tuple[nn.Module, list[str]]:
     """A model whose linear layers are stored in codes, which stay codes."""
     from graphwright.ir.files.coded import put_codes, scheme_of, split, with_placeholders
 
@@ -90,25 +132,15 @@ def _read_coded(cls: Any, quantization: dict[str, Any], folder: Path) -> nn.Modu
         raise ModelError("quantized weights are read from safetensors only", where=where)
     tensors = {name: t for file in files for name, t in read_safetensors(file).items()}
     plain, coded = split(tensors, scheme, where)
-    with _quiet_libraries():
-        try:
-            config = cls.config_class.from_pretrained(where, local_files_only=True)
-            del config.quantization_config
-            dtype = getattr(config, "dtype", None) or torch.float32
-            model = cls.from_pretrained(
-                None, config=config, dtype=dtype,
-                state_dict=with_placeholders(nn.Module(), plain, coded, dtype),
-            )  # fmt: skip
-        except Exception as error:  # the library raises anything
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            raise ModelError(
-                f"{cls.__name__} cannot be built from this folder",
-                where=where,
-                details=((lines or [type(error).__name__])[0][:300],),
-            ) from error
+    config = cls.config_class.from_pretrained(where, local_files_only=True)
+    del config.quantization_config
+    stored = getattr(config, "dtype", None) or torch.float32
+    dtype, notes = choice.decide({stored})
+    dtype = dtype or stored
+    state = with_placeholders(nn.Module(), plain, coded, dtype)
+    model, more = build_pretrained(cls, folder, state, config=config, dtype=dtype)
     put_codes(model, coded, where)
-    assert isinstance(model, nn.Module)
-    return model.eval()
+    return model.eval(), [*notes, *more]
 
 
 def input_hints(module: nn.Module) -> dict[str, dict[str, Any]] | None:
@@ -192,22 +224,9 @@ def _import(name: str, folder: Path) -> Any:
         ) from error
 
 
-def _stored_dtype(folder: Path, kind: Kind) -> torch.dtype:
-    """dtype of the first float tensor: diffusers has no `auto`."""
-    files = [f for f in weight_files(folder, kind) if f.suffix == ".safetensors"]
-    tensors = read_safetensors(files[0]).values() if files else ()
-    return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
-
-
-class _quiet_libraries:  # noqa: N801  (reads as a statement)
-    """Holds back the libraries' progress bars and advice while they load."""
-
-    def __enter__(self) -> None:
-        self._loggers = [logging.getLogger(n) for n in ("transformers", "diffusers")]
-        self._levels = [logger.level for logger in self._loggers]
-        for logger in self._loggers:
-            logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        for logger, level in zip(self._loggers, self._levels, strict=True):
-            logger.setLevel(level)
+def _stored_dtype(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> torch.dtype:
+    """dtype that config.json names, or else that of the first float tensor."""
+    named = getattr(torch, str(config.get("dtype", config.get("torch_dtype"))), None)
+    if isinstance(named, torch.dtype):
+        return named
+    return next((t.dtype for t in weights.values() if t.is_floating_point()), torch.float32)

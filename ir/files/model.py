@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,24 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from graphwright.ir.causes import innermost
 from graphwright.ir.errors import ModelError
-from graphwright.ir.files.checkpoint import module_in, read_checkpoint, weights_in
+from graphwright.ir.files.checkpoint import read_checkpoint
 from graphwright.ir.files.coded import config_beside, fill_coded, is_coded
 from graphwright.ir.files.detect import Kind, detect
+from graphwright.ir.files.dtypes import DtypeChoice, convert, float_dtypes
 from graphwright.ir.files.export_file import quiet, read_export
 from graphwright.ir.files.export_inputs import declared_inputs
 from graphwright.ir.files.factory import build_module
+from graphwright.ir.files.nested import module_in, weights_in
 from graphwright.ir.files.safetensor_files import read_safetensors, read_shards, shards_of
+from graphwright.ir.files.target import Target
 from graphwright.ir.files.weights import fill, not_finite
 from graphwright.ir.program import Program
 from graphwright.ir.signature import Signature
+
+_CHECKPOINTS = (Kind.CHECKPOINT, Kind.CHECKPOINT_OLD, Kind.PICKLE)
+_WITH_GRAPH = (Kind.EXPORT, Kind.EXPORT_OLD, Kind.TORCHSCRIPT)
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,8 @@ class LoadedModel:
         exported: the ExportedProgram of another's `.pt2` file, whose `module` is its module.
         inputs: what the file says about its inputs, by name: dtype, shape, example, range.
         tokenizer: folder of a text model's tokenizer.
+        cast: dtype that the traced program is converted to, where the file holds a graph whose
+            dtypes are fixed; None for none.
         warnings: what the user should know, one line each.
     """
 
@@ -51,6 +60,7 @@ class LoadedModel:
     exported: ExportedProgram | None = None
     inputs: dict[str, dict[str, Any]] | None = None
     tokenizer: Path | None = None
+    cast: str | None = None
     warnings: list[str] = field(default_factory=list)
 
     def runner(self, signature: Signature) -> Callable[..., Any]:
@@ -73,6 +83,7 @@ def load_model(
     section: Any = None,
     allow_pickle: bool = False,
     device: str = "cpu",
+    refusal: Callable[[str], str] | None = None,
 ) -> LoadedModel:
     """Opens a model file or folder, told by its content.
 
@@ -80,18 +91,20 @@ def load_model(
         source: `.pt2` (torch's or ours), TorchScript, torch.save file, safetensors or an index of
             its shards, or a folder of transformers or diffusers.
         section: the spec's `model` section, or a mapping with its keys: `factory` and `kwargs` for
-            files that hold weights only.
+            files that hold weights only, `key` and `strip_prefix` for where in them, `dtype`.
         allow_pickle: open files that can run code. The user's word that their maker is trusted.
         device: where the model goes.
+        refusal: why the chosen backends cannot run a dtype, empty where they can; a model stored
+            in one they cannot run is converted to float32, and a warning says so.
 
     Raises:
         ModelError: cannot be opened, is not what it should be, or could run code.
     """
     path = Path(source)
     kind = detect(path)
-    factory, kwargs = _entry(section, "factory"), _entry(section, "kwargs") or {}
+    wanted = _Wanted.of(section, refusal)
+    wanted.check(path, kind)
     files = _files(path, kind)
-    weights_only = kind in (Kind.SAFETENSORS, Kind.SAFETENSORS_INDEX)
     if kind in (Kind.EXPORT, Kind.EXPORT_OLD):
         parts = _load_export(path, kind, allow_pickle, device)
     elif kind is Kind.TORCHSCRIPT:
@@ -99,20 +112,83 @@ def load_model(
 
         parts = {"module": read_torchscript(path, allow_pickle=allow_pickle)}
     elif kind in (Kind.HUGGING_FACE, Kind.DIFFUSERS):
-        parts = _load_folder(path, kind)
-    elif weights_only:
+        parts = _load_folder(path, kind, wanted)
+    elif kind in (Kind.SAFETENSORS, Kind.SAFETENSORS_INDEX):
         tensors = read_safetensors(path) if kind is Kind.SAFETENSORS else read_shards(path)
-        parts = _fill(tensors, factory, kwargs, path)
+        parts = _fill(tensors, wanted, path)
     else:
-        parts = _load_checkpoint(path, kind, factory, kwargs, allow_pickle)
+        parts = _load_checkpoint(path, kind, wanted, allow_pickle)
+    notes = [*parts.pop("warnings", []), *_convert(parts, kind, wanted.choice, path)]
     if parts.get("module") is not None and "exported" not in parts:
         parts["module"] = parts["module"].to(device).eval()
-    notes = parts.pop("warnings", [])
     sha256, size = _identity(files)
     return LoadedModel(
         source=path, kind=kind.value, sha256=sha256, file_bytes=size, **parts,
         warnings=[*notes, *not_finite(_tensors(parts))],
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a spec's `model` section says of the file."""
+
+    factory: str | None
+    kwargs: Mapping[str, Any]
+    key: str | None
+    strip_prefix: str | None
+    choice: DtypeChoice
+
+    @classmethod
+    def of(cls, section: Any, refusal: Callable[[str], str] | None) -> _Wanted:
+        def entry(key: str) -> Any:
+            is_mapping = isinstance(section, Mapping)
+            return section.get(key) if is_mapping else getattr(section, key, None)
+
+        choice = DtypeChoice(entry("dtype"))
+        return cls(
+            entry("factory"), entry("kwargs") or {}, entry("key"), entry("strip_prefix"),
+            choice if refusal is None else replace(choice, refusal=refusal),
+        )  # fmt: skip
+
+    def check(self, path: Path, kind: Kind) -> None:
+        """Refuses options that have no meaning for a kind of file.
+
+        Raises:
+            ModelError: `key` or `strip_prefix` is given for a file without such.
+        """
+        if self.key is not None and kind not in _CHECKPOINTS:
+            raise ModelError(
+                f"model.key names a part of a training checkpoint, and this is {kind.value}",
+                where=str(path),
+                fix="Take it out of the spec.",
+            )
+        if self.strip_prefix is not None and kind in _WITH_GRAPH:
+            raise ModelError(
+                f"model.strip_prefix is for files of weights, and this is {kind.value}",
+                where=str(path),
+                fix="Take it out of the spec.",
+            )
+
+
+def _convert(parts: dict[str, Any], kind: Kind, choice: DtypeChoice, path: Path) -> list[str]:
+    """Brings the model into the chosen dtype: a module now, a fixed graph once it is traced."""
+    if kind in (Kind.HUGGING_FACE, Kind.DIFFUSERS):
+        # Built in the dtype asked for already; what the library keeps wider stays so where it runs.
+        choice = replace(choice, asked=None)
+    dtype, notes = choice.decide(float_dtypes(_tensors(parts).values()))
+    if dtype is None:
+        return notes
+    if kind not in _WITH_GRAPH:
+        convert(parts["module"], dtype)
+    elif dtype is torch.float32:
+        parts["cast"] = "float32"
+    else:
+        raise ModelError(
+            f"the dtypes of {kind.value} are fixed, and model.dtype asks for {choice.asked}",
+            where=str(path),
+            fix=f"Leave it out, and begin the passes with cast.dtype: {{to: {choice.asked}}}.",
+        )
+    return notes
 
 
 def _load_export(path: Path, kind: Kind, allow_pickle: bool, device: str) -> dict[str, Any]:
@@ -147,9 +223,8 @@ def _load_trusted(path: Path) -> ExportedProgram:
         with path.open("rb") as file, quiet("torch._export.serde.serialize", "torch.export"):
             return torch.export.load(file)
     except Exception as error:  # the loader raises anything
-        text = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
-            "torch cannot open this export archive", where=str(path), details=(text[0][:300],)
+            "torch cannot open this export archive", where=str(path), details=(innermost(error),)
         ) from error
 
 
@@ -160,47 +235,41 @@ def _module_of(exported: ExportedProgram) -> nn.Module:
     return torch.fx.GraphModule(module, module.graph).eval()
 
 
-def _load_folder(path: Path, kind: Kind) -> dict[str, Any]:
+def _load_folder(path: Path, kind: Kind, wanted: _Wanted) -> dict[str, Any]:
     from graphwright.ir.files.hugging_face import input_hints, read_folder
 
-    module = read_folder(path, kind)
-    return {"module": module, "inputs": input_hints(module), "tokenizer": path}
+    module, notes = read_folder(path, kind, wanted.choice, strip_prefix=wanted.strip_prefix)
+    return {"module": module, "inputs": input_hints(module), "tokenizer": path, "warnings": notes}
 
 
-def _load_checkpoint(
-    path: Path, kind: Kind, factory: str | None, kwargs: Mapping[str, Any], allow_pickle: bool
-) -> dict[str, Any]:
+def _load_checkpoint(path: Path, kind: Kind, wanted: _Wanted, allow_pickle: bool) -> dict[str, Any]:
     value = read_checkpoint(path, kind, allow_pickle=allow_pickle)
-    module = module_in(value)
+    module, notes = module_in(value, str(path), wanted.key)
     if module is not None:
-        notes = (
-            [] if factory is None else ["the file holds a whole module: the factory is not used"]
-        )
+        if wanted.factory is not None:
+            notes.append("the file holds a whole module: the factory is not used")
         return {"module": module.eval(), "warnings": notes}
-    tensors, notes = weights_in(value, str(path))
-    parts = _fill(tensors, factory, kwargs, path)
-    return {**parts, "warnings": [*notes, *parts["warnings"]]}
+    return _fill(value, wanted, path)
 
 
-def _fill(
-    tensors: Mapping[str, torch.Tensor], factory: str | None, kwargs: Mapping[str, Any], path: Path
-) -> dict[str, Any]:
-    if factory is None:
+def _fill(value: Any, wanted: _Wanted, path: Path) -> dict[str, Any]:
+    """The factory's module with the tensors by name, or with those of a checkpoint."""
+    if wanted.factory is None:
+        tensors, _ = weights_in(value, str(path), key=wanted.key)
         raise ModelError(
             f"this file holds {len(tensors)} tensors by name, and not the model they belong to",
             where=str(path),
             fix="Name what builds it in the spec: model: {factory: package.module:function}.",
         )
-    module = build_module(factory, kwargs)
+    module = build_module(wanted.factory, wanted.kwargs)
+    tensors, notes = weights_in(
+        value, str(path), target=Target.of(module), key=wanted.key, strip_prefix=wanted.strip_prefix
+    )
     if is_coded(tensors):
-        notes = fill_coded(module, tensors, config_beside(path), str(path))
+        notes += fill_coded(module, tensors, config_beside(path), str(path))
     else:
-        notes = fill(module, tensors, str(path))
+        notes += fill(module, tensors, str(path), strip_prefix=wanted.strip_prefix)
     return {"warnings": notes, "module": module.eval()}
-
-
-def _entry(section: Any, key: str) -> Any:
-    return section.get(key) if isinstance(section, Mapping) else getattr(section, key, None)
 
 
 def _takes_names(module: nn.Module, names: list[str]) -> bool:

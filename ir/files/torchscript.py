@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphwright.ir.causes import innermost
 from graphwright.ir.errors import ModelError
 from graphwright.ir.files.pickles import listed
 from graphwright.ir.files.zips import Archive
@@ -116,11 +117,10 @@ def read_torchscript(path: Path, *, allow_pickle: bool) -> ScriptedModule:
             warnings.simplefilter("ignore", DeprecationWarning)
             scripted = torch.jit.load(str(path), map_location="cpu")
     except RuntimeError as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
         raise ModelError(
             "torch cannot read this TorchScript archive",
             where=str(path),
-            details=(lines[0][:300],),
+            details=(innermost(error),),
         ) from error
     scripted.eval()
     return ScriptedModule(scripted).eval()

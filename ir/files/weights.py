@@ -9,26 +9,39 @@ from torch import nn
 
 from graphwright.ir.errors import ModelError
 from graphwright.ir.files.pickles import listed
-
-PREFIXES = ("module.", "_orig_mod.", "model.")
-"""What DataParallel, torch.compile and Lightning put in front of every name."""
+from graphwright.ir.files.target import Target, prefix_that_fits, without_prefix
 
 
-def fill(module: nn.Module, weights: Mapping[str, torch.Tensor], where: str) -> list[str]:
+def fill(
+    module: nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    where: str,
+    *,
+    strip_prefix: str | None = None,
+) -> list[str]:
     """Gives the module the tensors of a file, in place of its own; returns warnings.
 
     The file's tensors themselves become the parameters, so mapped files stay mapped. A tensor of
-    a narrower float type is widened to the module's; any other difference is an error.
+    a narrower float type is widened to the module's; any other difference is an error. Tensors
+    that the module does not have are left aside with a warning.
+
+    Args:
+        module: in its own dtype.
+        weights: tensors by name.
+        where: the file.
+        strip_prefix: what to take off the names; known prefixes are found without it.
 
     Raises:
-        ModelError: names, shapes or dtypes do not fit; names the first few.
+        ModelError: a tensor is missing, or shapes or dtypes do not fit; names the first few.
     """
-    wanted = module.state_dict()
-    weights, notes = _without_prefix(weights, wanted)
-    groups = _tied(module)
-    weights = _complete_ties(dict(weights), groups)
-    _check_names(weights, wanted, where)
+    target = Target.of(module)
+    wanted, groups = target.state, target.ties
+    weights, notes = without_prefix(weights, target, strip_prefix, where)
+    _check_names(weights, target, where)
+    weights = target.completed(weights)
     _check_shapes(weights, wanted, where)
+    notes += unexpected_note([name for name in weights if name not in wanted])
+    weights = {name: weights[name] for name in wanted}
     converted, more = _converted(weights, wanted, where)
     differing = [names for names in groups if len(names) > 1 and not _all_equal(converted, names)]
     trainable = {name: p.requires_grad for name, p in module.named_parameters()}
@@ -64,38 +77,6 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(low) and torch.isfinite(high))
 
 
-def _without_prefix(
-    weights: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]
-) -> tuple[Mapping[str, torch.Tensor], list[str]]:
-    """Takes off a prefix that all names share and the module does not know."""
-    removed = ""
-    while weights and not any(name in wanted for name in weights):
-        prefix = next((p for p in PREFIXES if all(n.startswith(p) for n in weights)), None)
-        if prefix is None:
-            break
-        weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
-        removed += prefix
-    return weights, [f"the prefix {removed!r} was taken off all names"] if removed else []
-
-
-def _tied(module: nn.Module) -> list[list[str]]:
-    groups: dict[int, list[str]] = {}
-    for name, tensor in module.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(tensor), []).append(name)
-    return [names for names in groups.values() if len(names) > 1]
-
-
-def _complete_ties(
-    weights: dict[str, torch.Tensor], groups: Iterable[list[str]]
-) -> dict[str, torch.Tensor]:
-    """safetensors keeps a tied tensor once: the other names get it back."""
-    for names in groups:
-        present = [name for name in names if name in weights]
-        if present:
-            weights.update({n: weights[present[0]] for n in names if n not in weights})
-    return weights
-
-
 def _retie(module: nn.Module, groups: Iterable[list[str]]) -> None:
     for names in groups:
         shared = module.get_parameter(names[0])
@@ -109,22 +90,30 @@ def _all_equal(weights: Mapping[str, torch.Tensor], names: list[str]) -> bool:
     return all(weights[n] is first or torch.equal(weights[n], first) for n in names[1:])
 
 
-def _check_names(
-    weights: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], where: str
-) -> None:
-    missing = [name for name in wanted if name not in weights]
-    unexpected = [name for name in weights if name not in wanted]
-    if not missing and not unexpected:
+def unexpected_note(names: Iterable[str]) -> list[str]:
+    """A warning that names tensors which the model does not have; empty when there are none."""
+    names = list(names)
+    if not names:
+        return []
+    which = ", ".join(listed(names, 4))
+    return [f"left aside, for the model has no such tensors ({len(names)} of the file): {which}"]
+
+
+def _check_names(weights: Mapping[str, torch.Tensor], target: Target, where: str) -> None:
+    missing = target.missing(weights)
+    if not missing:
         return
-    parts = []
-    if missing:
-        parts.append(f"{len(missing)} of its {len(wanted)} tensors are missing in the file")
+    unexpected = [name for name in weights if name not in target.state]
+    what = f"{len(missing)} of its {len(target.state)} tensors are missing in the file"
     if unexpected:
-        parts.append(f"{len(unexpected)} tensors of the file are unknown to it")
+        what += f", and {len(unexpected)} tensors of the file are unknown to it"
+    prefix = prefix_that_fits(weights, target)
     raise ModelError(
-        f"the weights do not belong to the factory's module: {', and '.join(parts)}",
+        f"the weights do not belong to the factory's module: {what}",
         where=where,
-        fix="Check `factory` and `kwargs` in the spec's model section.",
+        fix=f"All are there with the prefix {prefix!r}: say model: {{strip_prefix: {prefix}}}."
+        if prefix
+        else "Check `factory` and `kwargs` in the spec's model section.",
         details=(
             *(f"missing: {name}" for name in listed(missing, 5)),
             *(f"unexpected: {name}" for name in listed(unexpected, 5)),

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from graphwright.ir.causes import innermost
 from graphwright.ir.errors import ModelError
 from graphwright.ir.graph.fake_calls import FakeCalls
 from graphwright.ir.graph.nodes import fake_mode_of, gw_meta
@@ -60,7 +61,7 @@ def _evaluate(node: fx.Node, values: dict[fx.Node, Any], call: FakeCalls) -> Any
         ]
         maker = gw_meta(node).get("by", "tracing")
         raise ModelError(
-            f"shapes do not fit: {str(error).splitlines()[0]}",
+            f"shapes do not fit: {innermost(error)}",
             where=f"node {node.name} ({node.target}), made by {maker}",
             details=tuple(operands),
         ) from error

@@ -8,6 +8,7 @@ import traceback
 
 import torch
 
+from graphwright.ir.causes import innermost
 from graphwright.ir.errors import ModelError
 
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
@@ -82,13 +83,15 @@ def explain(error: BaseException, what: str = "") -> ModelError:
         return error
     place, code = user_line(error)
     message = str(error).strip() or type(error).__name__
-    first = re.split(r"\n|(?<=\.)\s", message)[0][:300]
+    first = re.split(r"(?<=\.)\s", innermost(error))[0]
+    # A listing of TorchScript's code says nothing about what failed in it.
+    searched = first if "TorchScript interpreter" in message else message
     details = [f"> {code}"] if code else []
     if what:
         return ModelError(f"{what}: {first}", where=place, details=tuple(details))
     reason, fix = "", "Change that line to plain tensor operations."
     for pattern, meaning, remedy in REMEDIES:
-        if re.search(pattern, f"{type(error).__name__} {message}"):
+        if re.search(pattern, f"{type(error).__name__} {searched}"):
             reason, fix = meaning, remedy
             details.append(f"torch says: {first}")
             break
