@@ -5,12 +5,14 @@ PYTEST_ARGS ?= -n 2
 BIN := .venv/bin
 STAMP := .venv/installed
 DEMO := out/demo
+USERS := out/users
+USERS_NEED := tests/conformance/users/requirements
 
 # One thread per process: the tests run in two processes, and torch's threads would fight over the cores.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install demo test lint bench docs conformance clean
+.PHONY: help install demo test lint bench docs conformance conformance-users clean
 
 help:
 	@echo "make demo         compile a pretrained sentence encoder to int8 and compare it with the original"
@@ -19,6 +21,7 @@ help:
 	@echo "make bench        measure the compiled models against their peers (see docs/benchmarks.md)"
 	@echo "make docs         regenerate the pass catalogue, the spec reference and the JSON schema"
 	@echo "make conformance  regenerate docs/conformance.md"
+	@echo "make conformance-users  regenerate docs/conformance-users.md, in an environment of its own"
 	@echo "make install      make .venv with everything the other targets need"
 	@echo "make clean        remove build output and caches (not .venv)"
 
@@ -53,6 +56,15 @@ docs: $(STAMP)
 
 conformance: $(STAMP)
 	$(BIN)/python tests/conformance/run.py
+
+conformance-users: $(USERS)/installed
+	$(USERS)/bin/python tests/conformance/run_users.py --resume
+
+$(USERS)/installed: $(USERS_NEED).txt $(USERS_NEED)-no-deps.txt
+	$(PYTHON) -m venv $(USERS)
+	$(USERS)/bin/python -m pip install --progress-bar off -e . -r $(USERS_NEED).txt
+	$(USERS)/bin/python -m pip install --progress-bar off --no-deps -r $(USERS_NEED)-no-deps.txt
+	touch $@
 
 clean:
 	rm -rf build dist out docs/demo/data .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

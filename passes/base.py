@@ -7,10 +7,9 @@ import json
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Generic, Literal, cast, get_args, get_origin
+from typing import Any, ClassVar, Literal
 
 from pydantic import ValidationError
-from typing_extensions import TypeVar
 
 from graphwright.ir.check.verify import Promise
 from graphwright.ir.context import Batch, Context
@@ -20,8 +19,6 @@ from graphwright.ir.program import Program, Provenance
 
 Contract = Literal["exact", "identity_at_init", "lossy"]
 Need = Literal["nothing", "calibration", "gradients", "training"]
-
-OptionsT = TypeVar("OptionsT", bound=Options, default=Options)
 
 __all__ = ["Action", "Context", "Contract", "Need", "Options", "Pass", "Result", "all_passes",
            "find_pass", "register"]  # fmt: skip
@@ -54,15 +51,14 @@ class Result:
     uncompressed: Program | None = None
 
 
-class Pass(Generic[OptionsT]):
+class Pass:
     """A transformation of a program.
 
     A subclass in `passes/<family>/<method>.py` gets the id `<family>.<method>`; one of your own
-    gets its id from `@gw.register("family.method")`. An instance holds only frozen options, of
-    the type that the base names: `class Rtn(Pass[RtnOptions])`.
+    gets its id from `@gw.register("family.method")`. An instance holds only frozen options.
 
     Class attributes:
-        Options: the options it takes, a pydantic model; taken from the base.
+        Options: the options it takes, a pydantic model.
         contract: `exact` (same function up to rounding), `identity_at_init` (same function until
             trained) or `lossy` (changes it by a measured amount).
         needs: `nothing`, `calibration`, `gradients` or `training`.
@@ -94,19 +90,14 @@ class Pass(Generic[OptionsT]):
         package, _, method = cls.__module__.rpartition(".")
         if package.startswith("graphwright.passes."):
             cls.id = f"{package.rpartition('.')[2]}.{method}"
-        for base in getattr(cls, "__orig_bases__", ()):
-            given = get_args(base)
-            if get_origin(base) is Pass and isinstance(given[0], type):
-                cls.Options = given[0]
 
     def __init__(self, **options: Any) -> None:
         try:
-            made = self.Options.model_validate_json(json.dumps(options))
+            self.options: Any = self.Options.model_validate_json(json.dumps(options))
         except ValidationError as error:
             raise ArgumentError(_readable(self.id or type(self).__name__, error)) from None
         except TypeError as error:
             raise ArgumentError(f"{self.id}: an option is not plain data: {error}") from None
-        self.options = cast(OptionsT, made)
 
     def run(self, program: Program, context: Context) -> Result:
         """Transforms `program`; the arithmetic of the pass."""
@@ -152,9 +143,12 @@ class Pass(Generic[OptionsT]):
 
     def execute(self, program: Program, context: Context) -> Result:
         """Runs the pass and adds its provenance; no check of the contract."""
-        if self.needed != "nothing":
-            source = "training" if self.needed == "training" else "calibration"
-            context.require(source, f"{self.id} needs {source} data")
+        source = "training" if self.needed == "training" else "calibration"
+        if self.needed != "nothing" and getattr(context, source) is None:
+            raise ArgumentError(
+                f"{self.id} needs {source} data",
+                fix=f"Give the spec a `{source}` section, or pass {source}=batches.",
+            )
         result = self.run(program, context)
         record = Provenance(self.id, self.resolved_options(), context.seed, self.contract)
         changed = result.program.replace(provenance=(*program.provenance, record))

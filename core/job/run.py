@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from graphwright.ir.errors import RequirementError
 from graphwright.job.memory import peak_rss_bytes, reset_peak
-from graphwright.job.place import OutputPlace
+from graphwright.job.place import Place
 
 if TYPE_CHECKING:
     from graphwright.job.progress import Progress
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class JobSettings:
+class Settings:
     """How to run, as opposed to what to do.
 
     Attributes:
@@ -51,8 +51,8 @@ class Run:
     """
 
     spec: Spec
-    settings: JobSettings
-    place: OutputPlace
+    settings: Settings
+    place: Place
     progress: Progress
     started: float
     peak: int = 0

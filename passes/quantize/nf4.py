@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
+from pydantic import Field
 from torch import Tensor, fx
 
 from graphwright.ir.edit import Editor
@@ -11,15 +12,15 @@ from graphwright.ir.errors import ModelError
 from graphwright.ir.layers.kinds import CODABLE
 from graphwright.ir.layers.products import weight_node, weight_value
 from graphwright.ir.layers.selectors import Layer, select
-from graphwright.ir.options import Bounded, Targets
+from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
 from graphwright.ir.stored.insert import matrix_of, replace_weight
 from graphwright.ir.stored.refusals import refusals
 from graphwright.ir.stored.table import Table, quantize, rebuild_table
-from graphwright.passes.base import Action, Context, Pass, Result
+from graphwright.passes.base import Action, Context, Options, Pass, Result
 
 
-class Nf4Options(Bounded, Targets):
+class Nf4Options(Options):
     """Options of quantize.nf4."""
 
     kind: Literal["nf4", "fp4"] = "nf4"
@@ -34,6 +35,12 @@ class Nf4Options(Bounded, Targets):
     embeddings: bool = True
     """Store embedding tables in 4 bits too."""
 
+    targets: Selector = ("*",)
+    """Layers to quantize: selector patterns over names and kinds."""
+
+    max_error: Annotated[float, Field(gt=0)] | None = None
+    """Largest relative error of the outputs, ||a-b|| / ||a||; no bound when absent."""
+
 
 class Figures(NamedTuple):
     """Stored bits of a weight, its elements, and ||w - w'|| / ||w||."""
@@ -43,7 +50,7 @@ class Figures(NamedTuple):
     error: float
 
 
-class Nf4(Pass[Nf4Options]):
+class Nf4(Pass):
     """Stores weights as 4-bit codes of NormalFloat4 (or FP4) with one scale per block.
 
     Codes, the order of the blocks and the double quantization of their scales are those of
@@ -60,11 +67,12 @@ class Nf4(Pass[Nf4Options]):
     """
 
     contract = "lossy"
+    Options = Nf4Options
     after = ("cleanup.*", "quantize.smoothquant")
     lowers_to = ("onnxruntime", "triton")
 
     def run(self, program: Program, context: Context) -> Result:
-        options = self.options
+        options: Nf4Options = self.options
         chosen = select(program, options.targets, CODABLE)
         refused = refusals(program, chosen, embeddings=options.embeddings)
         if len(refused) == len(chosen):
@@ -91,7 +99,7 @@ class Nf4(Pass[Nf4Options]):
         return Result(editor.finish(), tuple(actions), _metrics(figures))
 
     def _quantize(self, editor: Editor, program: Program, layer: Layer) -> Figures:
-        options = self.options
+        options: Nf4Options = self.options
         value = weight_value(program, layer)
         matrix = matrix_of(layer.kind, value)
         stored = quantize(matrix, options.kind, options.block, double=options.double_quantization)

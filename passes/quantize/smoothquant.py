@@ -45,7 +45,7 @@ class SmoothquantOptions(Options):
     (as in post-norm transformers); else such groups are left alone."""
 
 
-class Smoothquant(Pass[SmoothquantOptions]):
+class Smoothquant(Pass):
     """Divides input channels by factors and multiplies the weight columns that read them.
 
     s_j = max|x_j|^alpha / max|w_j|^(1 - alpha), the same for all layers that read x. The factors
@@ -59,6 +59,7 @@ class Smoothquant(Pass[SmoothquantOptions]):
 
     contract = "exact"
     needs = "calibration"
+    Options = SmoothquantOptions
 
     def run(self, program: Program, context: Context) -> Result:
         layers = select(program, self.options.targets, MATRICES)
@@ -66,7 +67,8 @@ class Smoothquant(Pass[SmoothquantOptions]):
         channels = {group.x.name: Channels() for group in groups}
         rows = {group.x.name: Rows(ROWS, ROWS_PER_BATCH) for group in groups}
         watched = {name: Several(channels[name], rows[name]) for name in channels}
-        observe(program, watched, context.batches, context.progress)
+        assert context.calibration is not None
+        observe(program, watched, context.calibration, context.progress)
         editor = Editor(program, by=self.id)
         twin = dict(zip(program.graph.nodes, editor.graph.nodes, strict=True))
         actions = []

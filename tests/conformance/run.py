@@ -11,19 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-import resource
 import sys
-import time
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 TABLE = ROOT / "docs" / "conformance.md"
-GIB = 1 << 30
 
 
 def main() -> int:
@@ -70,61 +65,26 @@ def _imported() -> dict[str, Any]:
 
 def run(names: list[str], jobs: int, timeout: float, memory: float) -> list[dict[str, Any]]:
     """One row per name, in the order given; prints each as it comes in."""
-    context = multiprocessing.get_context("fork")
-    waiting, running = list(names), {}
+    from conformance.children import Limits, each_in_a_child
+
     rows: dict[str, dict[str, Any]] = {}
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            name = waiting.pop(0)
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_child, args=(name, theirs, memory))
-            process.start()
-            theirs.close()
-            running[name] = (process, ours, time.monotonic() + timeout)
-        for name, (process, ours, deadline) in list(running.items()):
-            row = _collect(name, process, ours, deadline, timeout)
-            if row is not None:
-                rows[name] = row
-                del running[name]
-                print(_line(row), flush=True)
-        time.sleep(0.05)
+    for row in each_in_a_child(names, _judge, Limits(timeout, memory, jobs), _lost):
+        rows[row["name"]] = row
+        print(_line(row), flush=True)
     return [rows[name] for name in names]
 
 
-def _child(name: str, out: Connection, memory: float) -> None:
+def _judge(name: str, send: Any) -> None:
     from conformance.judge import judge
     from conformance.zoo import ZOO
 
-    limit = int(memory * GIB)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
-        out.send(judge(ZOO[name]).as_json())
+        send(judge(ZOO[name]).as_json())
     except BaseException as error:
-        out.send(_failed(name, f"{type(error).__name__}: {error}"[:300]))
+        send(_lost(name, None, f"{type(error).__name__}: {error}"[:300]))
 
 
-def _collect(
-    name: str, process: Any, ours: Connection, deadline: float, timeout: float
-) -> dict[str, Any] | None:
-    """The row of a process that has ended, by itself or by force; None while it runs."""
-    if ours.poll():
-        try:
-            row: dict[str, Any] = ours.recv()
-        except EOFError:
-            process.join()
-            row = _failed(name, f"the process ended with status {process.exitcode}")
-    elif not process.is_alive():
-        row = _failed(name, f"the process ended with status {process.exitcode}")
-    elif time.monotonic() > deadline:
-        process.kill()
-        row = _failed(name, f"took longer than {timeout:.0f} s")
-    else:
-        return None
-    process.join()
-    return row
-
-
-def _failed(name: str, why: str) -> dict[str, Any]:
+def _lost(name: str, _: Any, why: str) -> dict[str, Any]:
     from conformance.judge import Row
     from conformance.zoo import ZOO
 

@@ -23,7 +23,7 @@ How = Literal["adam", "nelder_mead"]
 
 
 @dataclass(frozen=True)
-class AdaquantSettings:
+class Settings:
     """How a layer learns; rates and counts as in the paper's code.
 
     Attributes:
@@ -114,12 +114,7 @@ class Student(torch.nn.Module):
     """A layer with learned weight, bias, and ranges of weight and input."""
 
     def __init__(
-        self,
-        geometry: Geometry,
-        weight: Tensor,
-        bias: Tensor | None,
-        samples: Samples,
-        s: AdaquantSettings,
+        self, geometry: Geometry, weight: Tensor, bias: Tensor | None, samples: Samples, s: Settings
     ) -> None:
         super().__init__()
         self.geometry, self.settings = geometry, s
@@ -177,7 +172,7 @@ def learn(
     weight: Tensor,
     bias: Tensor | None,
     samples: Samples,
-    settings: AdaquantSettings,
+    settings: Settings,
     is_rectified: bool,
     seed: int,
 ) -> Learned:

@@ -1,0 +1,149 @@
+"""Takes the architectures that users bring through the compiler; writes docs/conformance-users.md.
+
+    make conformance-users                                 everything, in its own environment
+    python tests/conformance/run_users.py --only 'timm.*'  some of it, no page
+
+The packages are listed in tests/conformance/users/requirements.txt.
+
+Every architecture runs in a child process with bounds on time and memory, and appends one line of
+JSON to the file of results. `--resume` goes on where a run was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+PAGE = ROOT / "docs" / "conformance-users.md"
+RESULTS = ROOT / "out" / "conformance-users.jsonl"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0 when every cell is ok or not applicable, 1 when one fails, 2 for bad arguments."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    options = _options().parse_args(arguments)
+    users = _imported()
+    names = [n for n in users if not options.only or any(fnmatch(n, o) for o in options.only)]
+    if not names:
+        print(f"no architecture matches {options.only}", file=sys.stderr)
+        return 2
+    if options.list:
+        print("\n".join(names))
+        return 0
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    if not options.resume:
+        options.out.unlink(missing_ok=True)
+    done = {row["name"]: row for row in read(options.out)}
+    missing = [name for name in names if name not in done]
+    rows = run(missing, options)
+    rows = [{**done, **rows}[name] for name in names]
+    if not options.only:
+        from conformance.users.page import render
+
+        PAGE.write_text(render(rows))
+        print(f"wrote {PAGE.relative_to(ROOT)}")
+    failed = [row["name"] for row in rows if _failing(row)]
+    print(f"{len(rows) - len(failed)} of {len(rows)} architectures have no failing cell")
+    return 1 if failed else 0
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", metavar="GLOB", help="names; all when absent")
+    parser.add_argument("--list", action="store_true", help="print the names and stop")
+    parser.add_argument("--resume", action="store_true", help="keep the results that are there")
+    parser.add_argument("--seconds", type=float, default=600, help="of wall time, each")
+    parser.add_argument("--memory", type=float, default=24, help="GiB of address space, each")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="file of results")
+    return parser
+
+
+def _imported() -> dict[str, Any]:
+    """Returns the catalog; what is heavy is imported once, before the first fork."""
+    import onnxruntime  # noqa: F401
+    import torch
+    from conformance.users import catalog, columns  # noqa: F401
+
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    for package in ("timm", "torchvision", "transformers"):
+        if importlib.util.find_spec(package):
+            importlib.import_module(package)
+    torch.set_num_threads(1)
+    return catalog.load()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a file of results; empty where there is none."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def run(names: list[str], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Returns a row per name; prints each and appends it to `options.out` as it comes in."""
+    from conformance.children import Limits, each_in_a_child
+
+    rows: dict[str, dict[str, Any]] = {}
+    limits = Limits(options.seconds, options.memory, options.jobs)
+    for row in each_in_a_child(names, _examine, limits, complete):
+        rows[row["name"]] = row
+        with options.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(_line(row), flush=True)
+    return rows
+
+
+def _examine(name: str, send: Any) -> None:
+    from conformance.users.catalog import USERS
+    from conformance.users.columns import examine
+
+    try:
+        examine(USERS[name], send)
+    except ImportError as error:
+        send(complete(name, None, f"not installed: {error}", "n/a"))
+    except BaseException as error:
+        send(complete(name, None, f"cannot be built: {type(error).__name__}: {error}"[:300]))
+
+
+def complete(
+    name: str, row: dict[str, Any] | None, why: str, state: str = "fails"
+) -> dict[str, Any]:
+    """Returns the row with its empty cells filled: `why` in the first, unreached in the others."""
+    from conformance.users.catalog import USERS
+    from conformance.users.columns import COLUMNS, Row
+
+    row = row or Row(name, USERS[name].family).as_json()
+    empty = [column for column in COLUMNS if column not in row["cells"]]
+    for column in empty[:1]:
+        row["cells"][column] = {"state": state, "detail": why}
+    for column in empty[1:]:
+        row["cells"][column] = {"state": "n/a", "detail": f"not reached: {empty[0]}: {why}"}
+    return row
+
+
+def _failing(row: dict[str, Any]) -> dict[str, str]:
+    return {c: cell["detail"] for c, cell in row["cells"].items() if cell["state"] == "fails"}
+
+
+def _line(row: dict[str, Any]) -> str:
+    bad = {column: why.split("\n")[0][:160] for column, why in _failing(row).items()}
+    seconds, int8 = sum(row["seconds"].values()), row["cells"]["int8"]["detail"]
+    return f"{'FAIL' if bad else 'ok  '} {row['name']:36} {seconds:6.1f} s  {bad or int8}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
