@@ -10,7 +10,8 @@ import sympy
 import torch
 from onnx_ir import tensor_adapters
 from torch import fx
-from torch.utils._sympy import functions as sym
+
+from graphwright.backends.onnxruntime.numbers import NoFormError, number, truth, whole
 
 MICROSOFT = "com.microsoft"
 STATE_KEY = "graphwright.state"
@@ -51,6 +52,7 @@ class Emitter:
         values: FX node to its ONNX value (a list of values for an op with several results).
         opset: version of the standard operator set.
         dims: sympy symbol to the name of the dynamic dimension.
+        numbers: sympy symbol of a number that was read out of a tensor, to the float64 value.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Emitter:
         self._constants: dict[Any, ir.Value] = {}
         self._sizes: dict[Any, ir.Value] = {}
         self._places: dict[Any, tuple[ir.Value, int]] = {}
+        self.numbers: dict[Any, ir.Value] = {}
         self._names: dict[str, int] = {}
         self._node: fx.Node | None = None
 
@@ -213,7 +216,9 @@ class Emitter:
         if not isinstance(arg, fx.Node):
             assert dtype is not None
             if isinstance(arg, torch.SymInt):
-                return self.cast(self.size(arg), torch.int64, dtype)
+                return self.cast(self.op("Squeeze", self.size(arg)), torch.int64, dtype)
+            if isinstance(arg, torch.SymFloat | torch.SymBool):
+                return self._computed(arg, dtype)
             return self.constant(arg, dtype)
         fake = arg.meta.get("val")
         if isinstance(fake, torch.Tensor):
@@ -221,9 +226,24 @@ class Emitter:
         if isinstance(fake, torch.SymInt):
             scalar = self.op("Squeeze", self.size(fake))
             return self.cast(scalar, torch.int64, dtype)
+        if isinstance(fake, torch.SymFloat | torch.SymBool):
+            return self._computed(fake, dtype)
         if isinstance(fake, int | float | bool) and dtype is not None:
             return self.constant(fake, dtype)
         raise Untranslatable(arg, f"a {type(fake).__name__} is used as a tensor")
+
+    def _computed(
+        self, fake: torch.SymFloat | torch.SymBool, dtype: torch.dtype | None
+    ) -> ir.Value:
+        """A fraction or a condition computed from sizes, as a value without axes."""
+        assert self._node is not None
+        is_float = isinstance(fake, torch.SymFloat)
+        try:
+            value = (number if is_float else truth)(self, fake.node.expr)
+        except NoFormError as error:
+            raise Untranslatable(self._node, f"no ONNX form for the number {error}") from error
+        have = torch.float64 if is_float else torch.bool
+        return self.cast(self.op("Squeeze", value), have, dtype)
 
     def cast(self, value: ir.Value, have: torch.dtype, want: torch.dtype | None) -> ir.Value:
         """`value` in the wanted dtype."""
@@ -240,6 +260,15 @@ class Emitter:
             if not isinstance(size, int):
                 self._places.setdefault(size, (value, axis))
 
+    def place_number(self, node: fx.Node, value: ir.Value, dtype: torch.dtype) -> None:
+        """Remembers the number that a node reads out of a tensor with one element."""
+        fake = node.meta["val"]
+        flat = self.op("Reshape", value, self.ints(1))
+        if isinstance(fake, torch.SymInt):
+            self._sizes[fake.node.expr] = self.cast(flat, dtype, torch.int64)
+        elif isinstance(fake, torch.SymFloat):
+            self.numbers[fake.node.expr] = self.cast(flat, dtype, torch.float64)
+
     def size(self, size: Any) -> ir.Value:
         """A size as a 1-D int64 value with one element."""
         expr = expression(size)
@@ -255,24 +284,11 @@ class Emitter:
             return self.op("Shape", value, start=axis, end=axis + 1)  # type: ignore[no-any-return]
         if isinstance(expr, sympy.Integer):
             return self.ints(int(expr))
-        args = expr.args
-        if isinstance(expr, sympy.Add | sympy.Mul | sympy.Max | sympy.Min | sym.Max | sym.Min):
-            kind = type(expr).__name__
-            result = self.size_of(args[0])
-            for arg in args[1:]:
-                result = self.op(kind, result, self.size_of(arg))
-            return result
-        if isinstance(expr, sympy.Pow) and args[1].is_Integer and args[1] > 0:
-            return self.op("Pow", self.size_of(args[0]), self.ints(int(args[1])))  # type: ignore[no-any-return]
-        if isinstance(expr, sym.FloorDiv | sym.CleanDiv | sym.Mod | sym.PythonMod):
-            a, b = self.size_of(args[0]), self.size_of(args[1])
-            remainder = self.op("Mod", a, b)
-            if isinstance(expr, sym.Mod | sym.PythonMod):
-                return remainder  # type: ignore[no-any-return]
-            # ONNX integer division truncates; taking the remainder off first makes it floor.
-            return self.op("Div", self.op("Sub", a, remainder), b)  # type: ignore[no-any-return]
         assert self._node is not None
-        raise Untranslatable(self._node, f"no ONNX form for the size {expr}")
+        try:
+            return whole(self, expr)
+        except NoFormError as error:
+            raise Untranslatable(self._node, f"no ONNX form for the size {error}") from error
 
     def size_of(self, expr: Any) -> ir.Value:
         """As `size`, for a sympy expression."""

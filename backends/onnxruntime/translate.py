@@ -12,6 +12,7 @@ from torch import fx
 
 from graphwright.backends.onnxruntime import aten
 from graphwright.backends.onnxruntime.aten.contrib import by_face
+from graphwright.backends.onnxruntime.decompose import taken_apart, value_of_numbers
 from graphwright.backends.onnxruntime.emitter import (
     Emitter,
     Untranslatable,
@@ -39,20 +40,6 @@ def dimension_names(program: Program) -> dict[Any, str]:
 
 def _placeholders(program: Program) -> list[fx.Node]:
     return list(program.graph.find_nodes(op="placeholder"))
-
-
-def untranslatable(program: Program) -> list[str]:
-    """Names of the ops in the graph that only the standard exporter can translate."""
-    table = aten.load()
-    found = {
-        str(n.target)
-        for n in program.graph.nodes
-        if n.op == "call_function"
-        and isinstance(n.meta.get("val"), torch.Tensor | list | tuple)
-        and n.target not in table
-        and _own_op(n) is None
-    }
-    return sorted(found)
 
 
 def translate(program: Program, opset: int) -> ir.Model:
@@ -120,23 +107,60 @@ def _own_op(node: fx.Node) -> Any:
 
 def _translate_node(e: Emitter, table: dict[Any, Any], node: fx.Node) -> None:
     fake = node.meta.get("val")
+    e.begin(node)
+    if node.target in (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default):
+        source = node.args[0]
+        e.place_number(node, e.values[source], source.meta["val"].dtype)
+        return
     if not isinstance(fake, torch.Tensor | list | tuple):
         return  # A size: computed from its expression where it is used.
-    e.begin(node)
     own = _own_op(node)
-    if node.target in table:
-        try:
-            result = table[node.target](e, node, *node.args, **node.kwargs)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise Untranslatable(node, f"unusual arguments ({error!r})") from error
-    elif own is not None:
+    if own is not None:
         result = by_face(e, node, own.onnx)
     else:
-        raise Untranslatable(node, "no translation")
+        try:
+            result = _by_table(e, table, node)
+        except Untranslatable as why:
+            result = _by_parts(e, table, node, why)
     e.values[node] = result
     if isinstance(fake, torch.Tensor):
         e.typed(result, node)
         e.place(node, result)
+
+
+def _by_table(e: Emitter, table: dict[Any, Any], node: fx.Node) -> Any:
+    if node.target not in table:
+        constant = value_of_numbers(node)
+        if constant is not None:
+            return e.derived(node.name, constant)
+        raise Untranslatable(node, "no translation")
+    try:
+        return table[node.target](e, node, *node.args, **node.kwargs)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Untranslatable(node, f"unusual arguments ({error!r})") from error
+
+
+def _by_parts(e: Emitter, table: dict[Any, Any], node: fx.Node, why: Untranslatable) -> Any:
+    """A node in terms of the operators that torch takes it apart into.
+
+    Raises:
+        Untranslatable: `why`, where torch cannot; else the first part without a translation.
+    """
+    found = taken_apart(node, table.keys())
+    if found is None:
+        raise why
+    graph, given = found
+    for placeholder, arg in zip(graph.find_nodes(op="placeholder"), given, strict=True):
+        if arg in e.values:
+            e.values[placeholder] = e.values[arg]
+    for part in [node for node in graph.nodes if node.op == "call_function"]:
+        part._rename(f"{node.name}_{part.name}")
+        try:
+            _translate_node(e, table, part)
+        except Untranslatable as inner:
+            reason = f"it comes down to {inner.node.target}, {inner.why}"
+            raise Untranslatable(node, reason) from inner
+    return fx.map_arg(graph.output_node().args[0], lambda part: e.values[part])
 
 
 def _outputs(e: Emitter, program: Program) -> list[ir.Value]:

@@ -28,6 +28,7 @@ def load() -> dict[Any, Callable[..., Any]]:
         contrib,
         copies,
         factories,
+        formulas,
         index,
         layers,
         pointwise,
@@ -35,7 +36,10 @@ def load() -> dict[Any, Callable[..., Any]]:
         recurrent,
         reduce,
         resizing,
+        scans,
+        scatter,
         shape,
+        sorting,
         windows,
     )
 

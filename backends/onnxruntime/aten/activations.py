@@ -33,10 +33,16 @@ def silu(e: Emitter, node: fx.Node, a: Any) -> Any:
 @translates(aten.softplus.default)
 def softplus(e: Emitter, node: fx.Node, a: Any, beta: float = 1, threshold: float = 20) -> Any:
     dtype = node.meta["val"].dtype
-    if beta == 1:
-        return e.op("Softplus", e.values[a])
-    scaled = e.op("Mul", e.values[a], e.constant(beta, dtype))
-    return e.op("Div", e.op("Softplus", scaled), e.constant(beta, dtype))
+    scaled, value = e.values[a], e.values[a]
+    if beta != 1:
+        scaled = e.op("Mul", value, e.constant(beta, dtype))
+    soft = e.op("Softplus", scaled)
+    if beta != 1:
+        soft = e.op("Div", soft, e.constant(beta, dtype))
+    if threshold >= 20:  # from there on the two are one number in float32
+        return soft
+    far = e.op("Greater", scaled, e.constant(threshold, dtype))
+    return e.op("Where", far, value, soft)
 
 
 @translates(aten.mish.default)

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from graphwright.backends.onnxruntime.aten import translates
-from graphwright.backends.onnxruntime.emitter import Emitter, Untranslatable
+from graphwright.backends.onnxruntime.emitter import Emitter, Untranslatable, sizes_of
 
 aten = torch.ops.aten
 
@@ -45,3 +45,10 @@ def dropout(e: Emitter, node: fx.Node, a: Any, p: float, train: bool) -> Any:
     if train:
         raise Untranslatable(node, "dropout in training mode")
     return e.values[a]
+
+
+@translates(aten.copy.default)
+def copy(e: Emitter, node: fx.Node, a: Any, b: Any, *_: Any) -> Any:
+    want = sizes_of(node)
+    value = e.tensor(b, node.meta["val"].dtype)
+    return value if sizes_of(b) == want else e.op("Expand", value, e.shape(want))

@@ -62,7 +62,15 @@ def scalar_tensor(e: Emitter, node: fx.Node, value: Any, **_: Any) -> Any:
 def arange(e: Emitter, node: fx.Node, *args: Any, **_: Any) -> Any:
     dtype = node.meta["val"].dtype
     start, end, step = (0, args[0], 1) if len(args) == 1 else (*args, 1)[:3]
-    return e.op("Range", e.tensor(start, dtype), e.tensor(end, dtype), e.tensor(step, dtype))
+    if not dtype.is_floating_point:
+        return e.op("Range", e.tensor(start, dtype), e.tensor(end, dtype), e.tensor(step, dtype))
+    # Counted in whole numbers: how many there are must not hang on float32.
+    zero, one = e.constant(0, torch.int64), e.constant(1, torch.int64)
+    steps = e.op("Range", zero, e.op("Squeeze", e.size(node.meta["val"].shape[0])), one)
+    wide = e.cast(steps, torch.int64, torch.float64)
+    wide = e.op("Mul", wide, e.tensor(step, torch.float64))
+    wide = e.op("Add", wide, e.tensor(start, torch.float64))
+    return e.cast(wide, torch.float64, dtype)
 
 
 @translates(aten.eye.default, aten.eye.m)

@@ -58,7 +58,40 @@ def addmm(e: Emitter, node: fx.Node, c: Any, a: Any, b: Any, beta: Any = 1, alph
 
 @translates(aten.einsum.default)
 def einsum(e: Emitter, node: fx.Node, equation: str, tensors: list[Any], **_: Any) -> Any:
-    return e.op("Einsum", *[e.values[t] for t in tensors], equation=equation.replace(" ", ""))
+    dtype = node.meta["val"].dtype
+    values = [e.tensor(t, dtype) for t in tensors]
+    return e.op("Einsum", *values, equation=equation.replace(" ", ""))
+
+
+@translates(aten.addbmm.default)
+def addbmm(e: Emitter, node: fx.Node, c: Any, a: Any, b: Any, beta: Any = 1, alpha: Any = 1) -> Any:
+    dtype = node.meta["val"].dtype
+    total = e.op("ReduceSum", e.op("MatMul", e.values[a], e.values[b]), e.ints(0), keepdims=0)
+    if alpha != 1:
+        total = e.op("Mul", total, e.constant(alpha, dtype))
+    term = e.values[c] if beta == 1 else e.op("Mul", e.values[c], e.constant(beta, dtype))
+    return e.op("Add", term, total)
+
+
+@translates(aten.bilinear.default)
+def bilinear(e: Emitter, node: fx.Node, a: Any, b: Any, weight: Any, bias: Any = None) -> Any:
+    values = [e.values[t] for t in (a, weight, b)]
+    product = e.op("Einsum", *values, equation="...i,oij,...j->...o")
+    return product if bias is None else e.op("Add", product, e.values[bias])
+
+
+@translates(aten.cdist.default)
+def cdist(e: Emitter, node: fx.Node, a: Any, b: Any, p: float = 2, compute_mode: Any = None) -> Any:
+    kinds = {1: "ReduceL1", 2: "ReduceL2", float("inf"): "ReduceMax"}
+    if p not in kinds:
+        raise Untranslatable(node, f"distances of order {p}")
+    rows, columns = (
+        e.op("Unsqueeze", e.values[a], e.ints(-2)),
+        e.op("Unsqueeze", e.values[b], e.ints(-3)),
+    )
+    apart = e.op("Sub", rows, columns)
+    apart = e.op("Abs", apart) if kinds[p] == "ReduceMax" else apart
+    return e.op(kinds[p], apart, e.ints(-1), keepdims=0)
 
 
 @translates(aten.outer.default)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import onnx_ir as ir
@@ -10,9 +9,10 @@ import torch
 from torch import fx
 
 from graphwright.backends.onnxruntime.aten import translates
-from graphwright.backends.onnxruntime.emitter import Emitter, Untranslatable
+from graphwright.backends.onnxruntime.emitter import Emitter
 
 aten = torch.ops.aten
+prims = torch.ops.prims
 
 BINARY = {
     aten.add: "Add",
@@ -35,8 +35,11 @@ LOGICAL = {"And", "Or", "Xor"}
 UNARY = {
     aten.abs: "Abs",
     aten.acos: "Acos",
+    aten.acosh: "Acosh",
     aten.asin: "Asin",
+    aten.asinh: "Asinh",
     aten.atan: "Atan",
+    aten.atanh: "Atanh",
     aten.ceil: "Ceil",
     aten.cos: "Cos",
     aten.cosh: "Cosh",
@@ -47,7 +50,6 @@ UNARY = {
     aten.log: "Log",
     aten.neg: "Neg",
     aten.reciprocal: "Reciprocal",
-    aten.relu: "Relu",
     aten.round: "Round",
     aten.sigmoid: "Sigmoid",
     aten.sign: "Sign",
@@ -58,7 +60,7 @@ UNARY = {
     aten.tanh: "Tanh",
     aten.hardswish: "HardSwish",
 }
-FLOAT_RESULT = {"Abs", "Neg", "Relu", "Sign", "IsNaN"}
+FLOAT_RESULT = {"Abs", "Neg", "Sign", "IsNaN"}
 
 
 def operand_dtype(node: fx.Node, args: tuple[Any, ...]) -> torch.dtype:
@@ -114,9 +116,16 @@ def _scaled(e: Emitter, node: fx.Node, b: Any, alpha: Any, a: Any) -> Any:
     return e.op("Mul", e.tensor(b, dtype), e.constant(alpha, dtype))
 
 
-@translates(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar)
+@translates(
+    aten.add.Tensor,
+    aten.add.Scalar,
+    aten.sub.Tensor,
+    aten.sub.Scalar,
+    prims.add.default,
+    prims.sub.default,
+)
 def add(e: Emitter, node: fx.Node, a: Any, b: Any, alpha: Any = 1) -> Any:
-    kind = "Add" if node.target in (aten.add.Tensor, aten.add.Scalar) else "Sub"
+    kind = "Add" if node.target in (aten.add.Tensor, aten.add.Scalar, prims.add.default) else "Sub"
     if kind == "Add" and alpha == 1 and b == 0 and _keeps(node, a):
         return e.values[a]
     scaled = _scaled(e, node, b, alpha, a)
@@ -133,13 +142,6 @@ def _keeps(node: fx.Node, a: Any) -> bool:
     )
 
 
-@translates(aten.rsub.Scalar, aten.rsub.Tensor)
-def rsub(e: Emitter, node: fx.Node, a: Any, b: Any, alpha: Any = 1) -> Any:
-    if alpha != 1:
-        raise Untranslatable(node, "rsub with alpha")
-    return binary(e, node, "Sub", b, a)
-
-
 def _binary_entry(kind: str) -> Any:
     def translate(e: Emitter, node: fx.Node, a: Any, b: Any) -> Any:
         return binary(e, node, kind, a, b)
@@ -153,6 +155,8 @@ for _packet, _kind in BINARY.items():
     for _overload in _packet.overloads():
         if _overload in ("default", "Tensor", "Scalar", "Tensor_Tensor", "Tensor_Scalar"):
             translates(getattr(_packet, _overload))(_binary_entry(_kind))
+    if hasattr(prims, str(_packet).removeprefix("aten.")):
+        translates(getattr(prims, str(_packet).removeprefix("aten.")).default)(_binary_entry(_kind))
 translates(aten.min.other)(_binary_entry("Min"))
 translates(aten.max.other)(_binary_entry("Max"))
 
@@ -179,6 +183,7 @@ def _bitwise(kind: str) -> Any:
 
 
 for _name in ("And", "Or", "Xor"):
+    translates(getattr(prims, f"bitwise_{_name.lower()}").default)(_bitwise(_name))
     for _logical in (f"bitwise_{_name.lower()}", f"__{_name.lower()}__"):
         for _overload in ("Tensor", "Scalar"):
             translates(getattr(getattr(aten, _logical), _overload))(_bitwise(_name))
@@ -191,7 +196,7 @@ def logical_not(e: Emitter, node: fx.Node, a: Any) -> Any:
     return e.op("Not", e.tensor(a, torch.bool))
 
 
-@translates(aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor)
+@translates(aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor, prims.div.default)
 def div(e: Emitter, node: fx.Node, a: Any, b: Any) -> Any:
     dtype = operand_dtype(node, (a, b))
     dtype = dtype if dtype.is_floating_point else node.meta["val"].dtype
@@ -217,12 +222,32 @@ def div_mode(e: Emitter, node: fx.Node, a: Any, b: Any, rounding_mode: str | Non
 def floor_divide(e: Emitter, node: fx.Node, a: Any, b: Any) -> Any:
     dtype = node.meta["val"].dtype
     x, y = e.tensor(a, dtype), e.tensor(b, dtype)
-    if dtype.is_floating_point:
-        return e.op("Floor", e.op("Div", x, y))
-    return e.op("Div", e.op("Sub", x, e.op("Mod", x, y)), y)
+    if not dtype.is_floating_point:
+        return e.op("Div", e.op("Sub", x, e.op("Mod", x, y)), y)
+    # Through the remainder: 0.3 / 0.1 rounds up to 3, and 0.3 // 0.1 is 2.
+    plain = e.op("Div", x, y)
+    exact = e.op("Round", e.op("Div", e.op("Sub", x, modulo(e, x, y, dtype)), y))
+    return e.op("Where", e.op("Equal", y, e.constant(0.0, dtype)), plain, exact)
 
 
-@translates(aten.remainder.Scalar, aten.remainder.Tensor, aten.fmod.Scalar, aten.fmod.Tensor)
+def modulo(e: Emitter, x: ir.Value, y: ir.Value, dtype: torch.dtype) -> ir.Value:
+    """The remainder of floats with the divisor's sign."""
+    zero = e.constant(0.0, dtype)
+    rest = e.op("Mod", x, y, fmod=1)
+    other_sign = e.op("Xor", e.op("Less", rest, zero), e.op("Less", y, zero))
+    other_sign = e.op("And", other_sign, e.op("Not", e.op("Equal", rest, zero)))
+    return e.op("Where", other_sign, e.op("Add", rest, y), rest)  # type: ignore[no-any-return]
+
+
+@translates(
+    aten.remainder.Scalar,
+    aten.remainder.Tensor,
+    aten.remainder.Scalar_Tensor,
+    aten.fmod.Scalar,
+    aten.fmod.Tensor,
+    prims.remainder.default,
+    prims.fmod.default,
+)
 def remainder(e: Emitter, node: fx.Node, a: Any, b: Any) -> Any:
     dtype = node.meta["val"].dtype
     x, y = e.tensor(a, dtype), e.tensor(b, dtype)
@@ -230,7 +255,7 @@ def remainder(e: Emitter, node: fx.Node, a: Any, b: Any) -> Any:
         return e.op("Mod", x, y, fmod=1)
     if not dtype.is_floating_point:
         return e.op("Mod", x, y)
-    return e.op("Sub", x, e.op("Mul", e.op("Floor", e.op("Div", x, y)), y))
+    return modulo(e, x, y, dtype)
 
 
 def _unary_entry(kind: str) -> Any:
@@ -243,6 +268,17 @@ def _unary_entry(kind: str) -> Any:
 
 for _packet, _kind in UNARY.items():
     translates(_packet.default)(_unary_entry(_kind))
+    _name = str(_packet).removeprefix("aten.")
+    if hasattr(prims, _name):  # torch's own decompositions come down to these
+        translates(getattr(prims, _name).default)(_unary_entry(_kind))
+
+
+@translates(aten.relu.default)
+def relu(e: Emitter, node: fx.Node, a: Any) -> Any:
+    dtype = node.meta["val"].dtype
+    if dtype.is_floating_point:
+        return e.op("Relu", e.values[a])
+    return e.op("Max", e.values[a], e.constant(0, dtype))
 
 
 @translates(aten.rsqrt.default)
@@ -253,38 +289,6 @@ def rsqrt(e: Emitter, node: fx.Node, a: Any) -> Any:
 @translates(aten.square.default)
 def square(e: Emitter, node: fx.Node, a: Any) -> Any:
     return e.op("Mul", e.values[a], e.values[a])
-
-
-@translates(aten.exp2.default)
-def exp2(e: Emitter, node: fx.Node, a: Any) -> Any:
-    dtype = node.meta["val"].dtype
-    return e.op("Pow", e.constant(2, dtype), e.tensor(a, dtype))
-
-
-@translates(aten.expm1.default)
-def expm1(e: Emitter, node: fx.Node, a: Any) -> Any:
-    # exp(x) - 1 loses digits near zero; 2 sinh(x/2) exp(x/2) does not.
-    dtype = node.meta["val"].dtype
-    half = e.op("Mul", e.tensor(a, dtype), e.constant(0.5, dtype))
-    return e.op("Mul", e.op("Mul", e.op("Sinh", half), e.op("Exp", half)), e.constant(2.0, dtype))
-
-
-@translates(aten.log1p.default)
-def log1p(e: Emitter, node: fx.Node, a: Any) -> Any:
-    dtype = node.meta["val"].dtype
-    return e.op("Log", e.op("Add", e.tensor(a, dtype), e.constant(1.0, dtype)))
-
-
-@translates(aten.log2.default, aten.log10.default)
-def log_base(e: Emitter, node: fx.Node, a: Any) -> Any:
-    dtype = node.meta["val"].dtype
-    base = 2 if node.target is aten.log2.default else 10
-    return e.op("Mul", e.op("Log", e.tensor(a, dtype)), e.constant(1 / math.log(base), dtype))
-
-
-@translates(aten.isinf.default)
-def isinf(e: Emitter, node: fx.Node, a: Any) -> Any:
-    return e.op("IsInf", e.values[a])
 
 
 @translates(aten.lerp.Scalar, aten.lerp.Tensor)

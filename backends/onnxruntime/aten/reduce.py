@@ -1,7 +1,8 @@
-"""Reductions, softmax, sorting, cumulative sums."""
+"""Reductions, softmax, cumulative sums."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import onnx_ir as ir
@@ -54,6 +55,10 @@ translates(aten.mean.default)(_all_entry("ReduceMean"))
 translates(aten.prod.default)(_all_entry("ReduceProd"))
 translates(aten.max.default)(_all_entry("ReduceMax"))
 translates(aten.min.default)(_all_entry("ReduceMin"))
+for _name, _kind in (
+    ("sum", "ReduceSum"), ("prod", "ReduceProd"), ("amax", "ReduceMax"), ("amin", "ReduceMin")
+):  # fmt: skip
+    translates(getattr(torch.ops.prims, _name).default)(_entry(_kind))
 
 
 @translates(aten.any.default, aten.any.dim, aten.any.dims, aten.all.default, aten.all.dim)
@@ -64,6 +69,21 @@ def any_all(e: Emitter, node: fx.Node, a: Any, dim: Any = None, keepdim: bool = 
     return e.cast(value, torch.int32, torch.bool)
 
 
+BY_FLAG = (aten.var.dim, aten.std.dim, aten.var_mean.dim, aten.std_mean.dim)
+"""Variances whose third argument says whether one is taken off the count."""
+
+
+@translates(aten.var_mean.correction, aten.var_mean.dim, aten.std_mean.correction,
+            aten.std_mean.dim)  # fmt: skip
+def var_mean(
+    e: Emitter, node: fx.Node, a: Any, dim: Any = None, unbiased: Any = True,
+    keepdim: bool = False, correction: Any = None,
+) -> Any:  # fmt: skip
+    spread = var(e, node, a, dim, unbiased, keepdim, correction)
+    mean = reduced(e, "ReduceMean", e.values[a], dim, keepdim, a.meta["val"].dim())
+    return [spread, mean]
+
+
 @translates(aten.var.correction, aten.var.dim, aten.std.correction, aten.std.dim)
 def var(
     e: Emitter, node: fx.Node, a: Any, dim: Any = None, unbiased: Any = True,
@@ -72,7 +92,7 @@ def var(
     fake = a.meta["val"]
     rank = fake.dim()
     if correction is None:
-        correction = int(unbiased) if node.target in (aten.var.dim, aten.std.dim) else 1
+        correction = int(unbiased) if node.target in BY_FLAG else 1
     dims = [d % rank for d in ([dim] if isinstance(dim, int) else dim or range(rank))]
     centred = e.op("Sub", e.values[a], reduced(e, "ReduceMean", e.values[a], dims, True, rank))
     square = e.op("Mul", centred, centred)
@@ -92,16 +112,20 @@ def vector_norm(
     e: Emitter, node: fx.Node, a: Any, ord: Any = 2, dim: Any = None, keepdim: bool = False,
     **_: Any,
 ) -> Any:  # fmt: skip
-    kinds = {1: "ReduceL1", 2: "ReduceL2"}
-    if (2 if ord is None else ord) not in kinds:
+    kinds = {1: "ReduceL1", 2: "ReduceL2", math.inf: "ReduceMax", -math.inf: "ReduceMin"}
+    order = 2 if ord is None else ord
+    if order not in kinds:
         raise Untranslatable(node, f"norm of order {ord}")
     value = e.tensor(a, node.meta["val"].dtype)
-    return reduced(e, kinds[2 if ord is None else ord], value, dim, keepdim, a.meta["val"].dim())
+    if math.isinf(order):
+        value = e.op("Abs", value)
+    return reduced(e, kinds[order], value, dim, keepdim, a.meta["val"].dim())
 
 
-@translates(aten.softmax.int, aten._softmax.default, aten.log_softmax.int)
+@translates(aten.softmax.int, aten._softmax.default, aten.log_softmax.int,
+            aten._log_softmax.default)  # fmt: skip
 def softmax(e: Emitter, node: fx.Node, a: Any, dim: int, *_: Any, **__: Any) -> Any:
-    kind = "LogSoftmax" if node.target is aten.log_softmax.int else "Softmax"
+    kind = "LogSoftmax" if "log_softmax" in str(node.target) else "Softmax"
     return e.op(kind, e.tensor(a, node.meta["val"].dtype), axis=dim)
 
 
@@ -128,22 +152,3 @@ def max_dim(e: Emitter, node: fx.Node, a: Any, dim: int, keepdim: bool = False) 
     kind = "Max" if node.target is aten.max.dim else "Min"
     value = reduced(e, f"Reduce{kind}", e.values[a], dim, keepdim, a.meta["val"].dim())
     return [value, e.op(f"Arg{kind}", e.values[a], axis=dim, keepdims=int(keepdim))]
-
-
-@translates(aten.topk.default)
-def topk(
-    e: Emitter, node: fx.Node, a: Any, k: Any, dim: int = -1, largest: bool = True,
-    sorted: bool = True,
-) -> Any:  # fmt: skip
-    count = e.index(k)
-    return e.multi(
-        "TopK", 2, e.values[a], count, axis=dim, largest=int(largest), sorted=int(sorted)
-    )
-
-
-@translates(aten.sort.default, aten.sort.stable)
-def sort(e: Emitter, node: fx.Node, a: Any, *args: Any, **kwargs: Any) -> Any:
-    dim = kwargs.get("dim", args[-2] if len(args) > 1 else args[0] if args else -1)
-    descending = kwargs.get("descending", args[-1] if len(args) > 1 else False)
-    size = e.size(a.meta["val"].shape[dim])
-    return e.multi("TopK", 2, e.values[a], size, axis=int(dim), largest=int(bool(descending)))
