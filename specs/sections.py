@@ -118,6 +118,10 @@ class RequireSection(Options):
     max_minutes: Annotated[float | None, Field(gt=0, json_schema_extra=_unit("minutes"))] = None
     """Longest run, in minutes."""
 
+    integer_kernels: Literal["all"] | None = None
+    """`all`: every layer that was quantized to int8 has to be an integer kernel in every artifact,
+    as ONNX Runtime really runs it. A backend that does not tell misses the bound."""
+
 
 class LockSection(Options):
     """Facts of the run that wrote this file: versions, digests, thread count."""

@@ -5,11 +5,17 @@ layers later two runs of one model are as far apart as either is from the float 
 program is run on the codes that the runtime found: at every quantizer its own value has to lie
 within one code of the runtime's, and takes it over. What is left at the outputs is float32
 rounding, and is held to the bound of float32.
+
+The codes are those of the session that is handed over (`optimized.py`). A quantizer that it fused
+with the product behind it shows its input instead, which the program quantizes itself; one that is
+left without codes of its own only moved some, and the program rounds to the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 import onnx_ir as ir
@@ -17,9 +23,8 @@ import torch
 from torch import Tensor, fx
 
 from graphwright.backends.onnxruntime.check import Differs
-from graphwright.backends.onnxruntime.runtime import SessionSettings, open_session
-from graphwright.backends.onnxruntime.steps.int8 import TAPS
-from graphwright.backends.onnxruntime.translate import translate_with_values
+from graphwright.backends.onnxruntime.optimized import OptimizedGraph
+from graphwright.backends.onnxruntime.runtime import SessionSettings
 from graphwright.ir.program import Program
 
 ONE_CODE = 1.001
@@ -28,56 +33,89 @@ ONE_CODE = 1.001
 MOST_MOVED = 0.02
 """Largest share of codes that may differ by one."""
 
-Codes = tuple[Tensor, Tensor, Tensor]
+MOST_AXES = 5
+"""Tensors with more axes are taken to be in the order of the program."""
 
 
-class TappedModel:
-    """The translated program with its codes, scales and zero points as further outputs."""
+@dataclass(frozen=True)
+class Found:
+    """What the runtime shows of one quantizer.
 
-    def __init__(self, lowered: Program, opset: int, settings: SessionSettings) -> None:
-        self.taps: Mapping[str, list[str]] = lowered.facts.get(TAPS, {})
-        model, values = translate_with_values(lowered, opset)
-        by_name = {node.name: value for node, value in values.items()}
-        self.outputs = [str(value.name) for value in model.graph.outputs]
-        self.names: dict[str, list[str | Tensor]] = {
-            quantizer: [_tap(model, by_name, lowered, node) for node in nodes]
-            for quantizer, nodes in self.taps.items()
-        }
-        self.order = [str(value.name) for value in model.graph.outputs]
-        self.session = open_session(ir.to_proto(model).SerializeToString(), settings)
+    Attributes:
+        value: codes, or the float tensor that is quantized when `scale` is None.
+        scale, zero_point: of the codes.
+    """
+
+    value: Tensor
+    scale: Tensor | None = None
+    zero_point: Tensor | None = None
+
+
+Part = str | Tensor
+"""A value of the optimized graph by its name, or a stored tensor."""
+
+
+class Taps:
+    """Where the codes of every quantizer of a program are in an optimized graph.
+
+    Args:
+        quantizers: quantizer -> its codes, scale and zero point in the model as it was written.
+        state: tensors of the lowered program, for scales that are stored.
+        graph: what the session runs.
+    """
+
+    def __init__(
+        self,
+        quantizers: Mapping[str, Sequence[ir.Value]],
+        state: Mapping[str, Tensor],
+        graph: OptimizedGraph,
+    ) -> None:
+        self.graph = graph
+        self.parts: dict[str, list[Part]] = {}
+        for quantizer, values in quantizers.items():
+            parts = _codes(values, state, graph) or _input(values[0], graph)
+            if parts:
+                self.parts[quantizer] = parts
 
     def run(
-        self, program: Program, inputs: tuple[Tensor, ...]
-    ) -> tuple[tuple[Tensor, ...], dict[str, Codes]]:
-        """Flat outputs, and what every quantizer produced."""
-        feeds = {
-            spec.name: tensor.detach().cpu().contiguous().numpy()
-            for spec, tensor in zip(program.signature.inputs, inputs, strict=True)
-        }
-        wanted = {item.name for item in self.session.get_inputs()}
-        feeds = {name: array for name, array in feeds.items() if name in wanted}
-        arrays = self.session.run(self.order, feeds)
-        found = {n: torch.from_numpy(a) for n, a in zip(self.order, arrays, strict=True)}
-        codes = {
-            quantizer: tuple(part if isinstance(part, Tensor) else found[part] for part in parts)
-            for quantizer, parts in self.names.items()
-        }
-        return tuple(found[name] for name in self.outputs), codes  # type: ignore[return-value]
+        self, program: Program, settings: SessionSettings, inputs: tuple[Tensor, ...]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Found]]:
+        """Flat outputs, and what every quantizer that can be seen shows."""
+        names = [part for parts in self.parts.values() for part in parts if isinstance(part, str)]
+        found, outputs = self.graph.read(names, settings, program.signature, inputs)
+        shown = {}
+        for quantizer, parts in self.parts.items():
+            tensors = [found[part] if isinstance(part, str) else part for part in parts]
+            # A layer that was not fused with the quantizer behind it gives floats, no codes.
+            if len(tensors) == 1 or not tensors[0].is_floating_point():
+                shown[quantizer] = Found(*tensors)
+        return outputs, shown
 
 
-def _tap(model: ir.Model, values: Mapping[str, Any], lowered: Program, node: str) -> str | Tensor:
-    """Name of a further output for `node`; its tensor where it is stored."""
-    stored = next((n for n in lowered.graph.nodes if n.name == node and n.op == "get_attr"), None)
-    if stored is not None:
-        return lowered.state[str(stored.target)]
-    value = values[node]
-    if str(value.name) not in {str(v.name) for v in model.graph.outputs}:
-        model.graph.outputs.append(value)
-    return str(value.name)
+def _codes(
+    values: Sequence[ir.Value], state: Mapping[str, Tensor], graph: OptimizedGraph
+) -> list[Part]:
+    """Codes, scale and zero point; empty when one of them is not in the graph."""
+    parts: list[Part] = []
+    for value in values:
+        stored = state.get(str(value.name)) if value.producer() is None else None
+        part = graph.value(value) if stored is None else stored
+        if part is None:
+            return []
+        parts.append(part)
+    return parts
+
+
+def _input(codes: ir.Value, graph: OptimizedGraph) -> list[Part]:
+    """The float tensor that a product quantizes itself; empty where none does."""
+    for use in codes.uses():
+        if graph.kernel(use.node) == "DynamicQuantizeMatMul":
+            return [graph.nodes[str(use.node.name)].input[0]]
+    return []
 
 
 def run_on_codes(
-    program: Program, inputs: tuple[Tensor, ...], codes: Mapping[str, Codes]
+    program: Program, inputs: tuple[Tensor, ...], codes: Mapping[str, Found]
 ) -> tuple[Tensor, ...]:
     """Flat outputs of the program, every quantizer replaced by the runtime's codes.
 
@@ -89,21 +127,50 @@ def run_on_codes(
 
 
 class _Forced(fx.Interpreter):
-    def __init__(self, program: Program, codes: Mapping[str, Codes]) -> None:
+    def __init__(self, program: Program, codes: Mapping[str, Found]) -> None:
         super().__init__(program.module)
         self.codes = codes
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n.name not in self.codes:
+        found = self.codes.get(n.name)
+        if found is None or not isinstance(value, Tensor):
             return value
-        codes, scale, zero_point = self.codes[n.name]
-        theirs = (codes.to(torch.float32) - zero_point.to(torch.float32)) * scale
-        off = (theirs - value).abs() / scale.clamp(min=torch.finfo(torch.float32).tiny)
-        moved = float((off > 0.5).double().mean()) if off.numel() else 0.0
-        if not float(off.max() if off.numel() else 0.0) <= ONE_CODE or moved > MOST_MOVED:
-            raise Differs(
-                f"quantizer {n.name}: codes differ by up to {float(off.max()):.2f}, "
-                f"{100 * moved:.2g}% of them"
-            )
-        return theirs
+        if found.scale is None or found.zero_point is None:
+            return self._quantized(n, value, found.value)
+        codes = found.value.to(torch.float32) - found.zero_point.to(torch.float32)
+        return _accepted(n, value, codes * found.scale, found.scale)
+
+    def _quantized(self, n: fx.Node, value: Tensor, x: Tensor) -> Tensor:
+        """The runtime's own input, quantized as the program does."""
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        theirs = n.target(x.reshape(value.shape), *args[1:], **kwargs)  # type: ignore[operator]
+        return _accepted(n, value, theirs, (theirs.amax() - theirs.amin()) / 255)
+
+
+def _accepted(n: fx.Node, value: Tensor, theirs: Tensor, scale: Tensor) -> Tensor:
+    """The runtime's value in the program's order of axes, if it is the program's up to one code."""
+    step = scale.clamp(min=torch.finfo(torch.float32).tiny)
+    theirs, off = min(
+        ((turned, (turned - value).abs() / step) for turned in _orders(theirs, value)),
+        key=lambda pair: float(pair[1].mean()) if pair[1].numel() else 0.0,
+    )
+    moved = float((off > 0.5).double().mean()) if off.numel() else 0.0
+    if not float(off.max() if off.numel() else 0.0) <= ONE_CODE or moved > MOST_MOVED:
+        raise Differs(
+            f"quantizer {n.name}: codes differ by up to {float(off.max()):.2f}, "
+            f"{100 * moved:.2g}% of them"
+        )
+    return theirs
+
+
+def _orders(theirs: Tensor, value: Tensor) -> list[Tensor]:
+    """The tensor with its axes in every order that gives the shape wanted."""
+    if theirs.dim() != value.dim() or theirs.dim() > MOST_AXES:
+        return [theirs.reshape(value.shape)]
+    orders = permutations(range(theirs.dim()))
+    found = [theirs.permute(order) for order in orders if
+             tuple(theirs.shape[i] for i in order) == tuple(value.shape)]  # fmt: skip
+    if not found:
+        raise Differs(f"the runtime's codes are {tuple(theirs.shape)}, not {tuple(value.shape)}")
+    return found

@@ -2,77 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import onnx
-import onnx_ir as ir
-import onnxruntime
-import torch
-
 from graphwright.backends.base import Backend
-from graphwright.backends.onnxruntime.check import (
-    Case,
-    Differs,
-    check_cases,
-    compare_outputs,
-    tolerance_for,
-)
-from graphwright.backends.onnxruntime.compiled import DATA, FILE, OnnxCompiled, load
-from graphwright.backends.onnxruntime.diagnose import first_differing_node
-from graphwright.backends.onnxruntime.emitter import Untranslatable
-from graphwright.backends.onnxruntime.forced import TappedModel, run_on_codes
+from graphwright.backends.onnxruntime.compiled import FILE, OnnxCompiled, load
+from graphwright.backends.onnxruntime.job import Job
 from graphwright.backends.onnxruntime.options import OnnxRuntimeOptions
-from graphwright.backends.onnxruntime.rounded import check_products, set_level
-from graphwright.backends.onnxruntime.runtime import (
-    SessionSettings,
-    open_and_count,
-    run_session,
-)
-from graphwright.backends.onnxruntime.sparse import store_sparse
-from graphwright.backends.onnxruntime.steps.blocks import EXACT, FORMS_FACT, PRODUCTS_FACT
-from graphwright.backends.onnxruntime.steps.catalog import STEPS, Step
-from graphwright.backends.onnxruntime.steps.int8 import TAPS
-from graphwright.backends.onnxruntime.steps.leftovers import has_compressed_weights, leftovers
-from graphwright.backends.onnxruntime.translate import translate
+from graphwright.backends.onnxruntime.steps.blocks import FORMS_FACT
+from graphwright.backends.onnxruntime.steps.catalog import STEPS
+from graphwright.backends.onnxruntime.steps.leftovers import leftovers
 from graphwright.ir.context import Context
-from graphwright.ir.edit import Editor
-from graphwright.ir.errors import ArgumentError, LoweringError
+from graphwright.ir.errors import ArgumentError
 from graphwright.ir.program import Program
-
-MOST_GROWTH, SLACK = 1.3, 1 << 16
-"""Bytes of a model's weights, at most, for each byte of a program whose weights are compressed;
-and bytes for constants of its steps."""
-
-
-@dataclass
-class Attempt:
-    """A program after some steps, as a checked model.
-
-    Attributes:
-        program: what was translated.
-        applied: step name to how often it applied.
-        translator: `direct`, or `torch.onnx.export` and the op that called for it.
-        model: serialized model, or its path when the weights lie beside it.
-        session: the session that was checked.
-        kernels: op type to how many kernels of it the session runs.
-        errors: relative error by sizes.
-        sparse: how many weights are stored as their non-zeros, and the bytes that saves.
-        products: of weights in blocks: accuracy level, largest error of one product against what
-            that level computes, and error of the outputs for rounding activations.
-    """
-
-    program: Program
-    applied: dict[str, int]
-    translator: str = ""
-    model: bytes | Path = b""
-    session: onnxruntime.InferenceSession | None = None
-    kernels: dict[str, int] = field(default_factory=dict)
-    errors: list[dict[str, Any]] = field(default_factory=list)
-    sparse: dict[str, int] = field(default_factory=dict)
-    products: dict[str, Any] = field(default_factory=dict)
 
 
 class Lowering(Backend):
@@ -102,7 +45,7 @@ class Lowering(Backend):
         if unknown:
             known = ", ".join(step.name for step in STEPS)
             raise ArgumentError(f"skip: no step named {unknown[0]!r}", fix=f"There are {known}.")
-        job = _Job(program, options, TemporaryDirectory())
+        job = Job(program, options, TemporaryDirectory())
         steps = [step for step in STEPS if step.name not in options.skip]
         try:
             attempt, dropped = job.best(steps)
@@ -127,199 +70,25 @@ class Lowering(Backend):
         }
         if attempt.sparse:
             notes["sparse"] = attempt.sparse
+        if attempt.integer:
+            notes["integer_kernels"] = attempt.integer
+        notes["warnings"] = _warnings(notes)
         keep = job.folder if isinstance(attempt.model, Path) else None
         if keep is None:
             job.folder.cleanup()
         return OnnxCompiled(attempt.model, program.signature, attempt.session, notes, keep)
 
 
-class _Job:
-    """One lowering: the program, its expected outputs, and the folder for large weights."""
-
-    def __init__(
-        self, program: Program, options: OnnxRuntimeOptions, folder: TemporaryDirectory[str]
-    ) -> None:
-        self.program = program
-        self.options = options
-        self.folder = folder
-        self.settings = SessionSettings(options.provider, options.threads, EXACT)
-        self.settings.providers()
-        self.cases: list[Case] = check_cases(program)
-        self.bound = tolerance_for(program, options.tolerance)
-
-    def best(self, steps: list[Step]) -> tuple[Attempt, dict[str, str]]:
-        """The model with as many steps as work, and the reason for each that does not.
-
-        Raises:
-            LoweringError: the model is wrong without any step.
-        """
-        try:
-            return self.attempt(steps), {}
-        except Differs as error:
-            if not steps:
-                raise self.failure(error) from error
-        return self.one_by_one(steps)
-
-    def attempt(self, steps: list[Step]) -> Attempt:
-        """Applies the steps, translates, and checks.
-
-        Raises:
-            Differs: the model does not load, or computes something else.
-        """
-        made = Attempt(self.program, {})
-        with torch.no_grad():
-            for step in steps:
-                self._apply(step, made)
-            model = self._translate(made)
-            self._check_size(model)
-            self._check(model, made)
-            self._raise_level(model, made)
-        return made
-
-    def _apply(self, step: Step, made: Attempt) -> None:
-        editor = Editor(made.program, by=f"lower.{step.name}")
-        try:
-            count = step(editor, self.options)
-            program = editor.finish(propagate=False)
-        except Exception as error:
-            raise Differs(f"step {step.name} failed: {error!r}") from error
-        if count:
-            made.program = program
-            made.applied[step.name] = made.applied.get(step.name, 0) + count
-
-    def _translate(self, made: Attempt) -> ir.Model:
-        try:
-            model = translate(made.program, self.options.opset)
-        except Untranslatable as why:
-            from graphwright.backends.onnxruntime.stock import export_with_torch
-
-            made.translator = f"torch.onnx.export, for {why}"
-            return export_with_torch(made.program, self.options.opset, why)
-        made.translator = "direct"
-        return model
-
-    def _check(self, model: ir.Model, made: Attempt) -> None:
-        made.model = self._write(model, made)
-        first, *others = self.cases
-        try:
-            onnx.checker.check_model(
-                made.model if isinstance(made.model, bytes) else str(made.model)
-            )
-            made.session, outputs, made.kernels = open_and_count(
-                made.model, self.settings, self.program.signature, first.inputs
-            )
-        except Exception as error:
-            text = str(error).strip().splitlines() or [type(error).__name__]
-            raise Differs(f"ONNX Runtime refuses the model: {text[0]}") from error
-        tapped = self._tapped(made)
-        self._compare(first, outputs, made, tapped)
-        for case in others:
-            try:
-                outputs = run_session(made.session, self.program.signature, case.inputs)
-            except Exception as error:
-                text = str(error).strip().splitlines() or [type(error).__name__]
-                raise Differs(f"the model fails at {case.sizes}: {text[0]}") from error
-            self._compare(case, outputs, made, tapped)
-
-    def _raise_level(self, model: ir.Model, made: Attempt) -> None:
-        """Lets the products of weights in blocks round their activations, as the options ask."""
-        if not made.program.facts.get(PRODUCTS_FACT):
-            return
-        made.products = {"accuracy_level": EXACT}
-        if self.options.accuracy_level == EXACT:
-            return
-        if made.translator != "direct":
-            made.products["why"] = "checked by product only where the model is translated directly"
-            return
-        fast = replace(self.settings, accuracy_level=self.options.accuracy_level)
-        try:
-            errors = [
-                check_products(self.program, made.program, self.options.opset, fast, case.inputs)
-                for case in self.cases
-            ]
-        except Differs as error:
-            made.products["why"] = str(error)
-            return
-        set_level(model, self.options.accuracy_level)
-        made.model = self._write(model, made)
-        case = self.cases[0]
-        made.session, outputs, made.kernels = open_and_count(
-            made.model, fast, self.program.signature, case.inputs
+def _warnings(notes: dict[str, Any]) -> list[str]:
+    """What the user asked for and did not get, one line each."""
+    found = [f"step {name} was left out: {why}" for name, why in notes["dropped"].items()]
+    if notes["translator"] != "direct":
+        found.append(f"translated by {notes['translator']}")
+    integer = notes.get("integer_kernels", {})
+    if integer.get("float"):
+        names = ", ".join(f"{name} ({kernel})" for name, kernel in integer["float"].items())
+        found.append(
+            f"{len(integer['float'])} of {integer['quantized']} layers with int8 weights are "
+            f"computed in float: {names}"
         )
-        off = compare_outputs(self.program, case, outputs, float("inf"))
-        made.products = {
-            "accuracy_level": self.options.accuracy_level,
-            "largest_error": max(errors),
-            "outputs": off,
-        }
-
-    def _check_size(self, model: ir.Model) -> None:
-        """A compressed weight must not have come out as floats."""
-        stored = sum(tensor.nbytes for tensor in self.program.state.values())
-        written = _weight_bytes(model)
-        if has_compressed_weights(self.program) and written > MOST_GROWTH * stored + SLACK:
-            raise Differs(f"its weights take {written:,} bytes, the program's {stored:,}")
-
-    def _tapped(self, made: Attempt) -> TappedModel | None:
-        """For a quantized program that was translated directly: the model that shows its codes."""
-        if not made.program.facts.get(TAPS) or made.translator != "direct":
-            return None
-        return TappedModel(made.program, self.options.opset, self.settings)
-
-    def _compare(
-        self,
-        case: Case,
-        outputs: tuple[torch.Tensor, ...],
-        made: Attempt,
-        tapped: TappedModel | None,
-    ) -> None:
-        if tapped is not None:
-            shown, codes = tapped.run(self.program, case.inputs)
-            # The model that is written must be the one that was looked into.
-            same = Case(case.inputs, shown, case.sizes)
-            compare_outputs(self.program, same, outputs, self.bound)
-            case = replace(case, expected=run_on_codes(self.program, case.inputs, codes))
-        error = compare_outputs(self.program, case, outputs, self.bound)
-        made.errors.append({"sizes": case.sizes, "relative": error})
-
-    def _write(self, model: ir.Model, made: Attempt) -> bytes | Path:
-        """Serialized in memory, or in a folder with the weights apart when they are large."""
-        if _weight_bytes(model) <= self.options.external_data_mb * 1e6:
-            proto = ir.to_proto(model)
-            if self.options.sparse_initializers:
-                made.sparse = store_sparse(proto)
-            content: bytes = proto.SerializeToString()
-            return content
-        path = Path(self.folder.name) / FILE
-        ir.save(model, path, external_data=DATA)
-        return path
-
-    def one_by_one(self, steps: list[Step]) -> tuple[Attempt, dict[str, str]]:
-        """Adds one step at a time and leaves out each that breaks the model.
-
-        Raises:
-            LoweringError: the model is wrong without any step.
-        """
-        kept: list[Step] = []
-        dropped: dict[str, str] = {}
-        try:
-            best = self.attempt(kept)
-        except Differs as error:
-            raise self.failure(error) from error
-        for step in steps:
-            try:
-                best = self.attempt([*kept, step])
-                kept.append(step)
-            except (Differs, LoweringError) as error:
-                dropped[step.name] = str(error)
-        return best, dropped
-
-    def failure(self, error: Differs) -> LoweringError:
-        """The error for a model that is wrong without any step; names the node where it can."""
-        node = first_differing_node(self.program, self.options.opset, self.settings, self.bound)
-        return LoweringError(str(error), details=(node,) if node else ())
-
-
-def _weight_bytes(model: ir.Model) -> int:
-    values = (value.const_value for value in model.graph.initializers.values())
-    return sum(value.nbytes for value in values if value is not None)
+    return found

@@ -20,6 +20,8 @@ ERRORS_ONLY = 4
 """ONNX Runtime's severity `fatal`: its failures reach us as exceptions anyway."""
 
 LEVEL_ENTRY = "session.qdq_matmulnbits_accuracy_level"
+WEIGHTS_ENTRY = "session.optimized_model_external_initializers_file_name"
+APART_ENTRY = "session.optimized_model_external_initializers_min_size_in_bytes"
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,12 @@ class SessionSettings:
 
 
 def open_session(
-    model: bytes | Path, settings: SessionSettings, profile: Path | None = None
+    model: bytes | Path,
+    settings: SessionSettings,
+    *,
+    profile: Path | None = None,
+    optimized: Path | None = None,
+    optimize: bool = True,
 ) -> onnxruntime.InferenceSession:
     """An inference session on a model in memory or on disk.
 
@@ -69,6 +76,8 @@ def open_session(
         model: serialized model, or the path of one whose weights lie beside it.
         settings: providers and threads.
         profile: prefix of the profile to write until `end_profiling` is called.
+        optimized: where to write the graph that the session runs; its large weights go beside it.
+        optimize: whether the runtime may rewrite the graph.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = settings.thread_count()
@@ -78,20 +87,33 @@ def open_session(
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+        for key, value in ((WEIGHTS_ENTRY, f"{optimized.name}.data"), (APART_ENTRY, str(1 << 16))):
+            options.add_session_config_entry(key, value)
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     source = model if isinstance(model, bytes) else str(model)
     return onnxruntime.InferenceSession(source, options, providers=settings.providers())
+
+
+def feeds_for(
+    session: onnxruntime.InferenceSession, signature: Signature, inputs: Sequence[torch.Tensor]
+) -> dict[str, Any]:
+    """Arrays by name, for the inputs that the session has."""
+    wanted = {item.name for item in session.get_inputs()}
+    return {
+        spec.name: tensor.detach().cpu().contiguous().numpy()
+        for spec, tensor in zip(signature.inputs, inputs, strict=True)
+        if spec.name in wanted
+    }
 
 
 def run_session(
     session: onnxruntime.InferenceSession, signature: Signature, inputs: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, ...]:
     """Flat outputs for flat inputs, as torch tensors on the device of the first input."""
-    feeds = {
-        spec.name: tensor.detach().cpu().contiguous().numpy()
-        for spec, tensor in zip(signature.inputs, inputs, strict=True)
-    }
-    wanted = {item.name for item in session.get_inputs()}
-    results = session.run(None, {name: array for name, array in feeds.items() if name in wanted})
+    results = session.run(None, feeds_for(session, signature, inputs))
     device = inputs[0].device if inputs else torch.device("cpu")
     return tuple(torch.from_numpy(array).to(device) for array in results)
 
@@ -101,10 +123,17 @@ def open_and_count(
     settings: SessionSettings,
     signature: Signature,
     inputs: Sequence[torch.Tensor],
+    optimized: Path | None = None,
 ) -> tuple[onnxruntime.InferenceSession, tuple[torch.Tensor, ...], dict[str, int]]:
-    """Opens a session, runs it once, and counts the kernels that the run called, by op type."""
+    """Opens a session, runs it once, and counts the kernels that the run called, by op type.
+
+    Args:
+        model, settings, optimized: as for `open_session`.
+        signature, inputs: of the run.
+    """
     with TemporaryDirectory() as folder:
-        session = open_session(model, settings, Path(folder) / "profile")
+        profile = Path(folder) / "profile"
+        session = open_session(model, settings, profile=profile, optimized=optimized)
         try:
             outputs = run_session(session, signature, inputs)
         finally:

@@ -159,6 +159,8 @@ class _Job:
             )
             with self.progress.stage(call.id):
                 compiled[call.id] = find_backend(call.id)(**call.options).lower(program, context)
+            for text in compiled[call.id].notes.get("warnings", ()):
+                self.run.warn(f"{call.id}: {text}")
             self.run.note_peak()
             self.run.check_time(f"lowering to {call.id}")
         return compiled
@@ -244,6 +246,7 @@ class _Job:
             artifacts=artifacts,
             peak_rss_bytes=self.run.peak,
             seconds=seconds,
+            notes={name: lowered.notes for name, lowered in compiled.items()},
         )
         return build_report(
             source=loaded, original=original, program=program, passes=records,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ class Bound:
         """Whether the bound holds."""
         if self.measured is None:
             return False
-        if self.name.startswith("min_"):
+        if self.name.startswith("min_") or self.name == "integer_kernels":
             return self.measured >= self.bound
         return self.measured <= self.bound
 
@@ -58,6 +59,7 @@ def check_bounds(
     artifacts: list[dict[str, Any]],
     peak_rss_bytes: int,
     seconds: float,
+    notes: Mapping[str, Mapping[str, Any]],
 ) -> list[Bound]:
     """Every bound of the section with its measurement; a bound per backend where that applies."""
     if section is None:
@@ -80,4 +82,18 @@ def check_bounds(
         bounds.append(Bound("max_rss_gb", section.max_rss_gb, peak_rss_bytes / 1e9))
     if section.max_minutes is not None:
         bounds.append(Bound("max_minutes", section.max_minutes, seconds / 60))
+    if section.integer_kernels is not None:
+        bounds += [_integer_kernels(backend, note) for backend, note in notes.items()] or [
+            Bound("integer_kernels", 1, None, "no artifact")
+        ]
     return bounds
+
+
+def _integer_kernels(backend: str, note: Mapping[str, Any]) -> Bound:
+    """Layers that were quantized, as the bound, and those of them that are integer kernels."""
+    counts = note.get("integer_kernels")
+    if counts is None:
+        return Bound("integer_kernels", 1, None, f"{backend}: no layer with int8 weights seen")
+    left = ", ".join(counts["float"])
+    what = f"{backend}; in float: {left}" if left else backend
+    return Bound("integer_kernels", counts["quantized"], counts["integer"], what)

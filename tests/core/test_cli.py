@@ -103,6 +103,8 @@ BAD = {
         "require: {max_rss_gb: 0.001}\npasses: [cleanup.canonicalize]\nlower: []")),
     "max_minutes": Bad(6, "max_minutes: ", spec(
         "require: {max_minutes: 1.0e-6}\npasses: [cleanup.canonicalize]\nlower: []")),
+    "integer_kernels": Bad(6, "require.integer_kernels: not measured", spec(
+        "require: {integer_kernels: all}\npasses: [cleanup.canonicalize]\nlower: []")),
     "min_speedup": Bad(6, "require.min_speedup: ", spec(
         "require: {min_speedup: 1000}\npasses: [cleanup.canonicalize]\nlower: [triton]")),
     "a bug in a pass": Bad(1, "internal error: ZeroDivisionError: inside the pass",

@@ -24,7 +24,8 @@ SECTIONS = [
     "model.inputs={ids: {dtype: int64, shape: [batch, seq], example: [8, 64], range: [0, 99]}}",
     "calibration={data: synthetic, samples: 128, batch_size: 8}",
     "evaluate={data: synthetic, metric: cosine, samples: 64}",
-    "require={max_drop: 0.002, min_speedup: 1.2, max_file_mb: 30, max_rss_gb: 4, max_minutes: 20}",
+    "require={max_drop: 0.002, min_speedup: 1.2, max_file_mb: 30, max_rss_gb: 4, max_minutes: 20, "
+    "integer_kernels: all}",
 ]
 SELECTORS = {"quantize.int8": "targets", "cast.dtype": "keep"}
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -92,7 +93,7 @@ class Sites:
             kind = "id" if entry.written in self.ids else "option" if inside else "key"
             if path != ("model", "inputs"):
                 self.found[kind].append((entry.line, entry.column, entry.written))
-            if path == ("require",):
+            if path == ("require",) and entry.written != "integer_kernels":  # a count, no unit
                 self.found["unit"].append((entry.line, entry.column, entry.written))
             self._walk(entry.node, (*path, entry.written))
         if node.items is None and node.entries is None:

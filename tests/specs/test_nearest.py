@@ -10,7 +10,7 @@ from graphwright.specs import shipped_schema
 from graphwright.specs.nearest import distance, nearest
 
 PASSES = shipped_schema().names("pass")
-BOUNDS = ["max_drop", "min_speedup", "max_file_mb", "max_rss_gb", "max_minutes"]
+BOUNDS = ["max_drop", "min_speedup", "max_file_mb", "max_rss_gb", "max_minutes", "integer_kernels"]
 
 
 @pytest.mark.parametrize(

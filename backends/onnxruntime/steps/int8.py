@@ -35,6 +35,9 @@ ours = torch.ops.graphwright
 TAPS = "lower.int8.taps"
 """Fact: quantizer of the program -> nodes with its codes, scale and zero point in the runtime."""
 
+REPLACED = "lower.int8.replaced"
+"""Fact: node of a matrix product -> node of the contrib op in its place."""
+
 PRODUCTS: dict[Any, tuple[int, int, int | None]] = {
     aten.linear.default: (0, 1, 2),
     aten.matmul.default: (0, 1, None),
@@ -116,6 +119,7 @@ def _product(editor: Editor, node: fx.Node, activations: dict[fx.Node, tuple[fx.
         [codes, matrix, scale, weight.scale, zero_point, None, fused],
         shape, before=node,
     )  # fmt: skip
+    editor.facts.setdefault(REPLACED, {})[node.name] = new.name
     if bias is not None and fused is None:
         new = editor.call(aten.add.Tensor, new, bias, before=node)
     editor.replace(node, new)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import graphwright as gw
 from graphwright.backends.base import Compiled
+from graphwright.backends.onnxruntime import job
+from graphwright.backends.onnxruntime.emitter import Untranslatable
+from graphwright.backends.onnxruntime.steps import int8
+from graphwright.ir.edit import Editor
 
 
 def compiled(model: nn.Module, x: torch.Tensor) -> Compiled:
@@ -46,3 +50,75 @@ def test_in_one_and_three_dimensions(rank: int) -> None:
     lowered = compiled(model, torch.randn(2, 8, *[8] * rank))
     assert lowered.notes["kernels"]["QLinearConv"] == 2
     assert "Conv" not in lowered.notes["kernels"]
+
+
+class Blocks(nn.Module):
+    """A residual sum, a depthwise layer, an activation that stays float, a concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.body = nn.Conv2d(16, 16, 3, padding=1)
+        self.depth = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.point = nn.Conv2d(16, 16, 1)
+        self.head = nn.Conv2d(32, 16, 3, padding=1)
+        self.fc = nn.Linear(16, 4)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(self.stem(input))
+        h = torch.relu(self.body(h) + h)
+        h = self.point(nn.functional.silu(self.depth(h)))
+        low = nn.functional.interpolate(nn.functional.max_pool2d(h, 2), scale_factor=2.0)
+        return self.fc(self.head(torch.cat([h, low], 1)).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def blocks() -> gw.Program:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 8, 8)
+    program = gw.trace(Blocks().eval(), {"input": x}, {"input": {0: "n"}})
+    return gw.passes.quantize.Int8(activations="static")(program, calibration=[{"input": x}])
+
+
+def test_every_layer_is_counted_in_the_session(blocks: gw.Program) -> None:
+    notes = gw.lower(blocks, "onnxruntime").notes
+    assert notes["integer_kernels"] == {"quantized": 6, "integer": 6, "float": {}}
+    assert notes["kernels"]["QLinearConv"] == 5
+    assert notes["warnings"] == []
+    assert max(row["relative"] for row in notes["checked"]) < 1e-5
+
+
+def test_layers_that_stay_float_are_named(blocks: gw.Program) -> None:
+    notes = gw.lower(blocks, "onnxruntime", skip=["int8"]).notes
+    assert notes["integer_kernels"]["integer"] == 0
+    assert list(notes["integer_kernels"]["float"])[:2] == ["stem", "body"]
+    assert any("6 of 6 layers" in text and "stem" in text for text in notes["warnings"])
+
+
+def test_behind_the_standard_exporter(blocks: gw.Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(program: gw.Program, opset: int) -> None:
+        raise Untranslatable(next(n for n in program.graph.nodes if n.name == "silu"), "no form")
+
+    monkeypatch.setattr(job, "translate_with_values", refuse)
+    notes = gw.lower(blocks, "onnxruntime").notes
+    assert notes["integer_kernels"] == {"quantized": 6, "integer": 6, "float": {}}
+    assert ["torch.onnx.export" in text for text in notes["warnings"]] == [True]
+    assert max(row["relative"] for row in notes["checked"]) < 1e-5
+
+
+def test_a_wrong_scale_drops_the_step_and_says_where(
+    blocks: gw.Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = int8._parameters
+
+    def wrong(editor: Editor, x: fx.Node) -> tuple[fx.Node, fx.Node]:
+        scale, zero = right(editor, x)
+        if x.name == "fake_quantize_default_3":
+            name = editor.add_state("wrong", editor.state[str(scale.target)] * 1.05)
+            scale = editor.get(name)
+        return scale, zero
+
+    monkeypatch.setattr(int8, "_parameters", wrong)
+    lowered = gw.lower(blocks, "onnxruntime")
+    assert "quantizer fake_quantize_default_3" in lowered.notes["dropped"]["int8"]
+    assert any("step int8 was left out" in text for text in lowered.notes["warnings"])

@@ -137,7 +137,7 @@ def test_a_wrong_product_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(rounded.check_products(program, *rest))
         raise Differs("seen")
 
-    monkeypatch.setattr("graphwright.backends.onnxruntime.lowering.check_products", swapped)
+    monkeypatch.setattr("graphwright.backends.onnxruntime.job.check_products", swapped)
     compiled = lowered(program)
     assert len(seen) == 1
     assert compiled.notes["products"] == {"accuracy_level": 1, "why": "seen"}

@@ -1,0 +1,298 @@
+"""One lowering: which steps work, and the checks that every attempt has to pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import torch
+
+from graphwright.backends.onnxruntime.check import (
+    Case,
+    Differs,
+    check_cases,
+    compare_outputs,
+    tolerance_for,
+)
+from graphwright.backends.onnxruntime.compiled import DATA, FILE
+from graphwright.backends.onnxruntime.diagnose import first_differing_node
+from graphwright.backends.onnxruntime.emitter import Untranslatable
+from graphwright.backends.onnxruntime.forced import Taps, run_on_codes
+from graphwright.backends.onnxruntime.integer import integer_kernels, quantized_layers
+from graphwright.backends.onnxruntime.optimized import OptimizedGraph
+from graphwright.backends.onnxruntime.options import OnnxRuntimeOptions
+from graphwright.backends.onnxruntime.rounded import check_products, set_level
+from graphwright.backends.onnxruntime.runtime import (
+    SessionSettings,
+    open_and_count,
+    run_session,
+)
+from graphwright.backends.onnxruntime.sparse import store_sparse
+from graphwright.backends.onnxruntime.steps.blocks import EXACT, PRODUCTS_FACT
+from graphwright.backends.onnxruntime.steps.catalog import Step
+from graphwright.backends.onnxruntime.steps.int8 import REPLACED, TAPS
+from graphwright.backends.onnxruntime.steps.leftovers import has_compressed_weights
+from graphwright.backends.onnxruntime.translate import translate_with_values
+from graphwright.ir.edit import Editor
+from graphwright.ir.errors import LoweringError
+from graphwright.ir.program import Program
+
+MOST_GROWTH, SLACK = 1.3, 1 << 16
+"""Bytes of a model's weights, at most, for each byte of a program whose weights are compressed;
+and bytes for constants of its steps."""
+
+
+@dataclass
+class Attempt:
+    """A program after some steps, as a checked model.
+
+    Attributes:
+        program: what was translated.
+        applied: step name to how often it applied.
+        translator: `direct`, or `torch.onnx.export` and the op that called for it.
+        model: serialized model, or its path when the weights lie beside it.
+        session: the session that was checked.
+        kernels: op type to how many kernels of it the session runs.
+        errors: relative error by sizes.
+        sparse: how many weights are stored as their non-zeros, and the bytes that saves.
+        products: of weights in blocks: accuracy level, largest error of one product against what
+            that level computes, and error of the outputs for rounding activations.
+        integer: how many layers with int8 weights run as integer kernels, and which do not.
+        values: results of nodes of `program` in the model, by node name.
+    """
+
+    program: Program
+    applied: dict[str, int]
+    translator: str = ""
+    model: bytes | Path = b""
+    session: onnxruntime.InferenceSession | None = None
+    kernels: dict[str, int] = field(default_factory=dict)
+    errors: list[dict[str, Any]] = field(default_factory=list)
+    sparse: dict[str, int] = field(default_factory=dict)
+    products: dict[str, Any] = field(default_factory=dict)
+    integer: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, ir.Value] = field(default_factory=dict)
+
+
+class Job:
+    """One lowering: the program, its expected outputs, and the folder for large weights."""
+
+    def __init__(
+        self, program: Program, options: OnnxRuntimeOptions, folder: TemporaryDirectory[str]
+    ) -> None:
+        self.program = program
+        self.options = options
+        self.folder = folder
+        self.settings = SessionSettings(options.provider, options.threads, EXACT)
+        self.settings.providers()
+        self.cases: list[Case] = check_cases(program)
+        self.bound = tolerance_for(program, options.tolerance)
+        self.quantized = quantized_layers(program)
+
+    def best(self, steps: list[Step]) -> tuple[Attempt, dict[str, str]]:
+        """The model with as many steps as work, and the reason for each that does not.
+
+        Raises:
+            LoweringError: the model is wrong without any step.
+        """
+        try:
+            return self.attempt(steps), {}
+        except Differs as error:
+            if not steps:
+                raise self.failure(error) from error
+        return self.one_by_one(steps)
+
+    def attempt(self, steps: list[Step]) -> Attempt:
+        """Applies the steps, translates, and checks.
+
+        Raises:
+            Differs: the model does not load, or computes something else.
+        """
+        made = Attempt(self.program, {})
+        with torch.no_grad():
+            for step in steps:
+                self._apply(step, made)
+            model = self._translate(made)
+            self._check_size(model)
+            self._check(model, made)
+            self._raise_level(model, made)
+        return made
+
+    def _apply(self, step: Step, made: Attempt) -> None:
+        editor = Editor(made.program, by=f"lower.{step.name}")
+        try:
+            count = step(editor, self.options)
+            program = editor.finish(propagate=False)
+        except Exception as error:
+            raise Differs(f"step {step.name} failed: {error!r}") from error
+        if count:
+            made.program = program
+            made.applied[step.name] = made.applied.get(step.name, 0) + count
+
+    def _translate(self, made: Attempt) -> ir.Model:
+        """The model, and in `made.values` the results of the nodes that the checks look at."""
+        try:
+            model, values = translate_with_values(made.program, self.options.opset)
+        except Untranslatable as why:
+            from graphwright.backends.onnxruntime.stock import export_with_torch
+
+            made.translator = f"torch.onnx.export, for {why}"
+            model, made.values = export_with_torch(
+                made.program, self.options.opset, why, self._watched(made)
+            )
+            return model
+        made.translator = "direct"
+        made.values = {node.name: value for node, value in values.items()}
+        return model
+
+    def _watched(self, made: Attempt) -> list[str]:
+        """Nodes of the lowered program whose values the checks ask for."""
+        taps = [name for names in made.program.facts.get(TAPS, {}).values() for name in names]
+        return [*dict.fromkeys([*taps, *self._layer_nodes(made).values()])]
+
+    def _layer_nodes(self, made: Attempt) -> dict[str, str]:
+        """Node of each quantized layer -> node that computes it in the lowered program."""
+        there = {node.name for node in made.program.graph.nodes}
+        replaced = made.program.facts.get(REPLACED, {})
+        nodes = [layer.node.name for layer in self.quantized]
+        return {n: replaced.get(n, n) for n in nodes if replaced.get(n, n) in there}
+
+    def _check(self, model: ir.Model, made: Attempt) -> None:
+        made.model = self._write(model, made)
+        first, *others = self.cases
+        try:
+            onnx.checker.check_model(
+                made.model if isinstance(made.model, bytes) else str(made.model)
+            )
+            made.session, outputs, made.kernels = open_and_count(
+                made.model, self.settings, self.program.signature, first.inputs,
+                self._optimized if self.quantized or made.program.facts.get(TAPS) else None,
+            )  # fmt: skip
+        except Exception as error:
+            text = str(error).strip().splitlines() or [type(error).__name__]
+            raise Differs(f"ONNX Runtime refuses the model: {text[0]}") from error
+        taps = self._look_inside(made)
+        self._compare(first, outputs, made, taps)
+        for case in others:
+            try:
+                outputs = run_session(made.session, self.program.signature, case.inputs)
+            except Exception as error:
+                text = str(error).strip().splitlines() or [type(error).__name__]
+                raise Differs(f"the model fails at {case.sizes}: {text[0]}") from error
+            self._compare(case, outputs, made, taps)
+
+    def _raise_level(self, model: ir.Model, made: Attempt) -> None:
+        """Lets the products of weights in blocks round their activations, as the options ask."""
+        if not made.program.facts.get(PRODUCTS_FACT):
+            return
+        made.products = {"accuracy_level": EXACT}
+        if self.options.accuracy_level == EXACT:
+            return
+        if made.translator != "direct":
+            made.products["why"] = "checked by product only where the model is translated directly"
+            return
+        fast = replace(self.settings, accuracy_level=self.options.accuracy_level)
+        try:
+            errors = [
+                check_products(self.program, made.program, self.options.opset, fast, case.inputs)
+                for case in self.cases
+            ]
+        except Differs as error:
+            made.products["why"] = str(error)
+            return
+        set_level(model, self.options.accuracy_level)
+        made.model = self._write(model, made)
+        case = self.cases[0]
+        made.session, outputs, made.kernels = open_and_count(
+            made.model, fast, self.program.signature, case.inputs
+        )
+        off = compare_outputs(self.program, case, outputs, float("inf"))
+        made.products = {
+            "accuracy_level": self.options.accuracy_level,
+            "largest_error": max(errors),
+            "outputs": off,
+        }
+
+    def _check_size(self, model: ir.Model) -> None:
+        """A compressed weight must not have come out as floats."""
+        stored = sum(tensor.nbytes for tensor in self.program.state.values())
+        written = _weight_bytes(model)
+        if has_compressed_weights(self.program) and written > MOST_GROWTH * stored + SLACK:
+            raise Differs(f"its weights take {written:,} bytes, the program's {stored:,}")
+
+    def _look_inside(self, made: Attempt) -> Taps | None:
+        """Counts the integer kernels of the session; for a program with quantizers, their codes."""
+        quantizers = made.program.facts.get(TAPS)
+        if not (self.quantized or quantizers):
+            return None
+        graph = OptimizedGraph(self._optimized)
+        values = {n: made.values[m] for n, m in self._layer_nodes(made).items() if m in made.values}
+        if self.quantized:
+            made.integer = integer_kernels(self.quantized, values, graph)
+        if not quantizers:
+            return None
+        marked = {q: [made.values[name] for name in names] for q, names in quantizers.items()}
+        return Taps(marked, made.program.state, graph)
+
+    def _compare(
+        self, case: Case, outputs: tuple[torch.Tensor, ...], made: Attempt, taps: Taps | None
+    ) -> None:
+        if taps is not None:
+            shown, codes = taps.run(self.program, self.settings, case.inputs)
+            # What was looked into must be what the session computes.
+            compare_outputs(self.program, replace(case, expected=shown), outputs, self.bound)
+            case = replace(case, expected=run_on_codes(self.program, case.inputs, codes))
+        error = compare_outputs(self.program, case, outputs, self.bound)
+        made.errors.append({"sizes": case.sizes, "relative": error})
+
+    @property
+    def _optimized(self) -> Path:
+        """Where the session writes the graph that it runs."""
+        return Path(self.folder.name) / "optimized.onnx"
+
+    def _write(self, model: ir.Model, made: Attempt) -> bytes | Path:
+        """Serialized in memory, or in a folder with the weights apart when they are large."""
+        if _weight_bytes(model) <= self.options.external_data_mb * 1e6:
+            proto = ir.to_proto(model)
+            if self.options.sparse_initializers:
+                made.sparse = store_sparse(proto)
+            content: bytes = proto.SerializeToString()
+            return content
+        path = Path(self.folder.name) / FILE
+        ir.save(model, path, external_data=DATA)
+        return path
+
+    def one_by_one(self, steps: list[Step]) -> tuple[Attempt, dict[str, str]]:
+        """Adds one step at a time and leaves out each that breaks the model.
+
+        Raises:
+            LoweringError: the model is wrong without any step.
+        """
+        kept: list[Step] = []
+        dropped: dict[str, str] = {}
+        try:
+            best = self.attempt(kept)
+        except Differs as error:
+            raise self.failure(error) from error
+        for step in steps:
+            try:
+                best = self.attempt([*kept, step])
+                kept.append(step)
+            except (Differs, LoweringError) as error:
+                dropped[step.name] = str(error)
+        return best, dropped
+
+    def failure(self, error: Differs) -> LoweringError:
+        """The error for a model that is wrong without any step; names the node where it can."""
+        node = first_differing_node(self.program, self.options.opset, self.settings, self.bound)
+        return LoweringError(str(error), details=(node,) if node else ())
+
+
+def _weight_bytes(model: ir.Model) -> int:
+    values = (value.const_value for value in model.graph.initializers.values())
+    return sum(value.nbytes for value in values if value is not None)
