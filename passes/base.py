@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ValidationError
 
-from graphwright.ir.check.verify import Promise
+from graphwright.ir.check.promise import EXACT, Promise
 from graphwright.ir.context import Batch, Context
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.options import Options
@@ -63,8 +63,10 @@ class Pass:
             trained) or `lossy` (changes it by a measured amount).
         needs: `nothing`, `calibration`, `gradients` or `training`.
         needs_with: what it needs instead when an option has a value, by (option, value).
-        tolerance: for the first two contracts, the largest relative error ||a-b||/||a|| in
-            float32 that still counts as rounding.
+        tolerance: for the first two contracts, the largest relative error ||a-b||/||a|| that
+            still counts as equal, in float64 (numbers that the pass stored anew are allowed the
+            rounding of the program's own precision besides). 0 asks for equal values in the
+            program's own precision.
         papers: ids of the papers it implements.
         after: ids or family globs that must not come later in a chain.
         before: ids or family globs that must not come earlier. Where two passes disagree, an id
@@ -78,7 +80,7 @@ class Pass:
     contract: ClassVar[Contract] = "exact"
     needs: ClassVar[Need] = "nothing"
     needs_with: ClassVar[Mapping[tuple[str, Any], Need]] = {}
-    tolerance: ClassVar[float] = 1e-5
+    tolerance: ClassVar[float] = EXACT
     papers: ClassVar[tuple[str, ...]] = ()
     after: ClassVar[tuple[str, ...]] = ()
     before: ClassVar[tuple[str, ...]] = ()
@@ -113,7 +115,10 @@ class Pass:
         seed: int = 0,
         check: bool = True,
     ) -> Program:
-        """Runs the pass, checks its contract on the example inputs, and records it.
+        """Runs the pass, checks its contract, and records it.
+
+        The programs before and after are compared on the example inputs, and on random inputs
+        at another size of every dynamic dimension.
 
         Args:
             program: left as it is.
@@ -137,8 +142,10 @@ class Pass:
         result = self.execute(program, context)
         if check:
             from graphwright.ir.check.verify import check_contract
+            from graphwright.ir.data.synthetic import other_size_inputs
 
-            check_contract(program, result.program, self.promise())
+            other = other_size_inputs(program, seed)
+            check_contract(program, result.program, self.promise(), other=other)
         return result.program
 
     def execute(self, program: Program, context: Context) -> Result:

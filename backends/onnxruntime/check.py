@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from graphwright.ir.check.fidelity import compare
+from graphwright.ir.data.synthetic import example_sizes, other_size_inputs
 from graphwright.ir.program import Program
-from graphwright.ir.signature import TensorSpec
 
 HALF = {"float16": 2**-10, "bfloat16": 2**-7}
 
@@ -28,69 +28,14 @@ class Case:
 
 
 def check_cases(program: Program) -> list[Case]:
-    """The example inputs, and the same inputs cut or repeated to another size of every dimension.
-
-    Sizes that the program itself does not take (a U-Net wants multiples of its stride) are passed
-    over for others; when none works the examples stand alone.
-    """
+    """The example inputs, and inputs at another size of every dimension, where it has one."""
+    other = other_size_inputs(program, seed=0)
+    cases = [program.examples] if other is None else [program.examples, other]
     with torch.no_grad():
-        cases = [Case(program.examples, program.run_flat(program.examples), _sizes(program))]
-        for sizes in _other_sizes(program):
-            inputs = tuple(
-                _resized(tensor, spec, sizes)
-                for tensor, spec in zip(program.examples, program.signature.inputs, strict=True)
-            )
-            try:
-                expected = program.run_flat(inputs)
-            except (RuntimeError, IndexError, ValueError):
-                continue
-            return [*cases, Case(inputs, expected, sizes)]
-    return cases
-
-
-def _sizes(program: Program) -> dict[str, int]:
-    return {
-        dim: size
-        for tensor, spec in zip(program.examples, program.signature.inputs, strict=True)
-        for size, dim in zip(tensor.shape, spec.shape, strict=True)
-        if isinstance(dim, str)
-    }
-
-
-def _other_sizes(program: Program) -> Iterator[dict[str, int]]:
-    """Candidates, all dimensions changed at once: odd steps first, then doubled and halved."""
-    here = _sizes(program)
-    if not here:
-        return
-    changes: tuple[Callable[[int], int], ...] = (
-        lambda n: n + 3,
-        lambda n: n - 1,
-        lambda n: 2 * n,
-        lambda n: n // 2,
-    )
-    for change in changes:
-        sizes = {}
-        for dim, size in here.items():
-            bounds = program.signature.dims.get(dim)
-            wanted = change(size)
-            low = bounds.min if bounds else 1
-            high = bounds.max if bounds and bounds.max is not None else wanted
-            sizes[dim] = max(low, min(high, wanted), 1)
-        if all(sizes[dim] != here[dim] for dim in here if not _is_pinned(program, dim)):
-            yield sizes
-
-
-def _is_pinned(program: Program, dim: str) -> bool:
-    bounds = program.signature.dims.get(dim)
-    return bounds is not None and bounds.min == bounds.max
-
-
-def _resized(tensor: torch.Tensor, spec: TensorSpec, sizes: dict[str, int]) -> torch.Tensor:
-    for axis, dim in enumerate(spec.shape):
-        if isinstance(dim, str) and dim in sizes:
-            places = torch.arange(sizes[dim]) % tensor.shape[axis]
-            tensor = tensor.index_select(axis, places)
-    return tensor
+        return [
+            Case(inputs, program.run_flat(inputs), example_sizes(program.signature, inputs))
+            for inputs in cases
+        ]
 
 
 def tolerance_for(program: Program, tolerance: float) -> float:

@@ -7,15 +7,13 @@ import torch
 from graphwright.backends.base import Backend
 from graphwright.backends.triton.compiled import FusedModule
 from graphwright.backends.triton.fuse import BY, fuse
-from graphwright.ir.check.verify import Promise, check_contract
+from graphwright.ir.check.promise import Promise
+from graphwright.ir.check.verify import check_contract
 from graphwright.ir.context import Context
-from graphwright.ir.data.batches import other_size_inputs
+from graphwright.ir.data.synthetic import other_size_inputs
 from graphwright.ir.errors import ContractError, LoweringError
 from graphwright.ir.options import Options as BaseOptions
 from graphwright.ir.program import Program
-
-TOLERANCE = 1e-5
-"""Largest relative error of a fused float32 program; other dtypes in proportion to roundoff."""
 
 
 class Options(BaseOptions):
@@ -37,11 +35,9 @@ class Lowering(Backend):
             LoweringError: the fused program computes something else; names the first node.
         """
         fused = fuse(program)
-        other = other_size_inputs(program.signature, program.examples, context.seed)
+        other = other_size_inputs(program, context.seed)
         try:
-            check_contract(
-                program, fused, Promise(BY, "exact", TOLERANCE), [] if other is None else [other]
-            )
+            check_contract(program, fused, Promise(BY, "exact"), other=other)
         except ContractError as error:
             raise LoweringError(error.message, details=error.details) from error
         return FusedModule(fused).to(context.device)

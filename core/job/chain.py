@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,14 +35,13 @@ def run_chain(
     Raises:
         ContractError: a pass broke its contract; a reproducer is left beside the output folder.
     """
-    from graphwright.ir.check.verify import Checker
     from graphwright.ir.graph.digest import digest
 
     keys = _keys(run, digest(original)) if run.spec.passes else []
     records: list[dict[str, Any]] = []
     program, begin, uncompressed = original, 0, original
     checkpoints = Checkpoints(run.place.work / "checkpoints")
-    checker = Checker(original, _check_batches(run, original, calibration))
+    checker = _checker(run, original, calibration)
     if not run.settings.resume:
         run.place.drop_pass_work()
     found = checkpoints.load(keys) if run.settings.resume else None
@@ -90,21 +90,29 @@ def _data_digest(run: Run, section: CalibrationSection | None) -> str:
     return chain_key("", **section.model_dump(mode="json"))
 
 
-def _check_batches(run: Run, program: Program, calibration: Batches | None) -> list[Any]:
-    """Inputs that passes are checked on: real ones where there are any, another size too."""
-    if calibration is not None:
-        found = []
-        for batch in calibration:
-            found.append(batch)
-            if len(found) == CHECK_BATCHES:
-                break
-        return found
-    from graphwright.job.build import other_size_inputs
+def _checker(run: Run, program: Program, calibration: Batches | None) -> Checker:
+    """Measures on real inputs where there are any; checks at another size in any case."""
+    from graphwright.ir.check.verify import Checker
+    from graphwright.ir.data.synthetic import other_size_inputs
 
+    batches: list[Any] = list(itertools.islice(calibration or (), CHECK_BATCHES))
+    if not program.signature.dims:
+        return Checker(program, batches)
     other = other_size_inputs(program, run.spec.seed)
-    if other is None and program.signature.dims:
+    if other is None and not any(_is_of_another_size(program, batch) for batch in batches):
         run.warn("passes were checked at the example sizes only")
-    return [] if other is None else [other]
+    if batches or other is None:
+        return Checker(program, batches, other)
+    return Checker(program, [other])
+
+
+def _is_of_another_size(program: Program, batch: Any) -> bool:
+    """Whether every dynamic dimension of a batch has another size than in the examples."""
+    from graphwright.ir.data.synthetic import example_sizes
+
+    here = example_sizes(program.signature, program.examples)
+    sizes = example_sizes(program.signature, program.bind(**batch))
+    return all(sizes[dim] != size for dim, size in here.items())
 
 
 def _context(run: Run, index: int) -> Context:

@@ -1,62 +1,25 @@
-"""Checks a pass's contract by numbers, and finds the first node where two programs part."""
+"""Checks a pass's contract by numbers."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
 
+from graphwright.ir.check.difference import Difference, difference, first_difference
+from graphwright.ir.check.exact import disagreements
 from graphwright.ir.check.fidelity import Fidelity, compare, merge
+from graphwright.ir.check.precision import Walk, roundoff
+from graphwright.ir.check.promise import Promise
 from graphwright.ir.context import Batch
 from graphwright.ir.errors import ContractError
 from graphwright.ir.graph.nodes import gw_meta
 from graphwright.ir.program import Program
 
-EPSILON = {"float16": 2**-10, "bfloat16": 2**-7}
-"""Unit roundoff of the half formats; exact passes are judged by the program's own precision."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The first node at which two programs compute different values.
-
-    Attributes:
-        node: name of the node in the later program.
-        op: what it calls.
-        scope: module it belongs to.
-        by: pass that made it (`trace` when it was there from the start).
-        error: how far its value is from the earlier program's.
-    """
-
-    node: str
-    op: str
-    scope: str
-    by: str
-    error: Fidelity
-
-    def __str__(self) -> str:
-        place = f" in {self.scope}" if self.scope else ""
-        return f"{self.node} ({self.op}){place}, made by {self.by}: {self.error}"
-
-
-@dataclass(frozen=True)
-class Promise:
-    """What a pass says of its effect on the function.
-
-    Attributes:
-        by: id of the pass.
-        contract: `exact`, `identity_at_init` or `lossy`.
-        tolerance: largest relative error ||a-b||/||a|| of the first two contracts, for float32.
-        max_error: largest relative error of a lossy pass; None for no bound.
-    """
-
-    by: str
-    contract: str
-    tolerance: float = 1e-5
-    max_error: float | None = None
+FIRST_LOOK = 2**-21
+"""Relative error in float32 below which an exact pass needs no look in float64: 4 roundings."""
 
 
 class Checker:
@@ -64,11 +27,20 @@ class Checker:
 
     Args:
         program: first program of the chain.
-        batches: inputs beside the example inputs.
+        batches: inputs beside the example inputs; errors are measured on both.
+        other: inputs at another size. A pass that is exact has to be so there too; a lossy one
+            has to give numbers, of the same shapes.
     """
 
-    def __init__(self, program: Program, batches: Iterable[Batch] | None = None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        batches: Iterable[Batch] | None = None,
+        other: tuple[torch.Tensor, ...] | None = None,
+    ) -> None:
         self.inputs = list(_inputs(program, batches))
+        self.measured = len(self.inputs)
+        self.inputs += [] if other is None else [other]
         self.program = program
         self.original = [run(program, inputs) for inputs in self.inputs]
         self.current = self.original
@@ -76,26 +48,28 @@ class Checker:
     def accept(self, after: Program, promise: Promise) -> Fidelity:
         """Measures `after` against the program before it, and takes its place.
 
+        Returns:
+            the distance of the outputs in the program's own precision, for the report. A lossy
+            pass is judged by it; one that is exact is judged in float64, see `exact`.
+
         Raises:
-            ContractError: the signature changed, or the error is above the bound; names the first
-                node whose value differs.
+            ContractError: the signature changed, the program fails at a size that it took before,
+                or the error is above the bound; names the first node that differs beyond rounding.
         """
         before = self.program
         _check_signature(before, after, promise.by)
         if after.graph is before.graph and _same_tensors(before, after):
             self.program = after
-            return merge(compare(out, out) for out in self.current)
-        outputs = [run(after, inputs) for inputs in self.inputs]
-        fidelity = merge(compare(a, b) for a, b in zip(self.current, outputs, strict=True))
-        bound = promise.max_error
-        if promise.contract != "lossy":
-            bound = promise.tolerance * max(1.0, _roundoff(before) / 2**-23)
-        if fidelity.broken or (bound is not None and not fidelity.relative <= bound):
-            raise ContractError(
-                f"{promise.by} broke its contract ({promise.contract}): relative error "
-                f"{fidelity.relative:.3g}, allowed {bound if bound is not None else 'any finite'}",
-                details=_diagnosis(before, after, bound or 0.0, fidelity),
-            )
+            return self._distance(self.current, self.current)
+        outputs = [_run_after(after, inputs, promise.by) for inputs in self.inputs]
+        fidelity = self._distance(self.current, outputs)
+        for inputs, old, new in zip(self.inputs, self.current, outputs, strict=True):
+            if promise.contract == "lossy":
+                _hold_to_form(before, after, promise, inputs, (old, new))
+            else:
+                _hold_to_equality(before, after, promise, inputs, (old, new))
+        if promise.contract == "lossy":
+            _hold_to_bound(before, after, promise, fidelity)
         self.program, self.current = after, outputs
         return fidelity
 
@@ -106,14 +80,22 @@ class Checker:
 
     def total(self) -> Fidelity:
         """Distance of the current program from the first one."""
-        return merge(compare(a, b) for a, b in zip(self.original, self.current, strict=True))
+        return self._distance(self.original, self.current)
+
+    def _distance(self, left: list[Any], right: list[Any]) -> Fidelity:
+        count = self.measured
+        return merge(compare(a, b) for a, b in zip(left[:count], right[:count], strict=True))
 
 
 def check_contract(
-    before: Program, after: Program, promise: Promise, batches: Iterable[Batch] | None = None
+    before: Program,
+    after: Program,
+    promise: Promise,
+    batches: Iterable[Batch] | None = None,
+    other: tuple[torch.Tensor, ...] | None = None,
 ) -> Fidelity:
-    """Holds one pass to its word on the example inputs and `batches`; see `Checker.accept`."""
-    return Checker(before, batches).accept(after, promise)
+    """Holds one pass to its word on the example inputs, `batches` and `other`; see `Checker`."""
+    return Checker(before, batches, other).accept(after, promise)
 
 
 def measure(before: Program, after: Program, batches: Iterable[Batch] | None = None) -> Fidelity:
@@ -137,13 +119,6 @@ def _inputs(
         yield program.bind(*batch) if isinstance(batch, tuple) else program.bind(**batch)
 
 
-def _roundoff(program: Program) -> float:
-    """Coarsest roundoff among the program's own tensors and outputs."""
-    names = {str(t.dtype).removeprefix("torch.") for t in program.state.values()}
-    names |= {spec.dtype for spec in program.signature.outputs}
-    return max((EPSILON.get(name, 2**-23) for name in names), default=2**-23)
-
-
 def _same_tensors(before: Program, after: Program) -> bool:
     names = list(before.state)
     return names == list(after.state) and all(before.state[n] is after.state[n] for n in names)
@@ -165,73 +140,107 @@ def _check_signature(before: Program, after: Program, pass_id: str) -> None:
             )
 
 
-def _diagnosis(
-    before: Program, after: Program, bound: float, fidelity: Fidelity
-) -> tuple[str, ...]:
-    first = first_difference(before, after, bound)
-    lines = list(fidelity.notes)
-    lines.append(f"outputs: {fidelity}")
-    lines.append(f"first node that differs: {first}" if first else "no common node differs alone")
-    return tuple(lines)
+def _run_after(
+    program: Program, inputs: tuple[torch.Tensor, ...], by: str
+) -> tuple[torch.Tensor, ...]:
+    try:
+        return run(program, inputs)
+    except (RuntimeError, IndexError, ValueError) as error:
+        node = _failing_node(program, inputs)
+        raise ContractError(
+            f"{by} made a program that fails on inputs of the sizes {_sizes(inputs)}, which the "
+            f"program before it takes: {str(error).strip().splitlines()[0]}",
+            details=() if node is None else (f"first node that fails: {node}",),
+        ) from error
 
 
-def first_difference(
-    before: Program,
-    after: Program,
-    bound: float,
-    inputs: tuple[torch.Tensor, ...] | None = None,
-) -> Difference | None:
-    """First node of `after`, in graph order, that parts from `before` by more than `bound`.
-
-    Both graphs are run once on the same inputs. Nodes correspond when they carry the same name
-    (edits keep the names of nodes they do not replace); a replaced node is judged by the first
-    node behind it that has a counterpart, and the answer then names the new node among that
-    node's operands, which is where the fault lies.
-    """
-    inputs = before.examples if inputs is None else inputs
-    reference = _Recorder(before).values(inputs)
-    recorder = _Recorder(after)
-    actual = recorder.values(inputs)
-    for node in after.graph.nodes:
-        expected = reference.get(node.name)
-        got = actual.get(node.name)
-        if expected is None or got is None or node.op == "placeholder":
-            continue
-        error = compare(expected, got)
-        if error.broken or error.relative > bound:
-            culprit = _newest_operand(node, reference)
-            return Difference(
-                culprit.name,
-                str(culprit.target),
-                next(reversed(culprit.meta.get("nn_module_stack", {})), ""),
-                gw_meta(culprit).get("by", "trace"),
-                error,
-            )
+def _failing_node(program: Program, inputs: tuple[torch.Tensor, ...]) -> str | None:
+    walk = Walk(program, inputs, wide=False)
+    for node in program.graph.nodes:
+        try:
+            walk.step(node)
+            walk.release(node)
+        except (RuntimeError, IndexError, ValueError):
+            return f"{node.name} ({node.target}), made by {gw_meta(node).get('by', 'trace')}"
     return None
 
 
-def _newest_operand(node: fx.Node, reference: dict[str, Any]) -> fx.Node:
-    """Among a differing node and the new nodes feeding it, the one nearest to the node."""
-    for operand in node.all_input_nodes:
-        if operand.name not in reference and operand.op == "call_function":
-            return operand
-    return node
+def _hold_to_form(
+    before: Program,
+    after: Program,
+    promise: Promise,
+    inputs: tuple[torch.Tensor, ...],
+    outputs: tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]],
+) -> None:
+    """A lossy pass, on one set of inputs: numbers where there were numbers, of the same shapes."""
+    fidelity = compare(*outputs)
+    if fidelity.broken:
+        first = first_difference(before, after, math.inf, inputs)
+        raise _broken(promise, inputs, fidelity, fidelity.relative, "any finite", first)
 
 
-class _Recorder(fx.Interpreter):
-    """Runs a program and keeps every tensor it computes, by node name."""
+def _hold_to_bound(before: Program, after: Program, promise: Promise, fidelity: Fidelity) -> None:
+    """A lossy pass, on all measured inputs: at most the error that it was given."""
+    bound = promise.max_error
+    if bound is not None and not fidelity.relative <= bound:
+        first = first_difference(before, after, bound)
+        inputs = before.examples
+        raise _broken(promise, inputs, fidelity, fidelity.relative, f"{bound:.3g}", first)
 
-    def __init__(self, program: Program) -> None:
-        super().__init__(program.module, garbage_collect_values=False)
-        self.kept: dict[str, Any] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, torch.Tensor) and n.op == "call_function":
-            self.kept[n.name] = value
-        return value
+def _hold_to_equality(
+    before: Program,
+    after: Program,
+    promise: Promise,
+    inputs: tuple[torch.Tensor, ...],
+    outputs: tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]],
+) -> None:
+    """A pass that leaves the function as it is, on one set of inputs."""
+    errors = [compare(a, b) for a, b in zip(*outputs, strict=True)]
+    worst = max((e.relative for e in errors), default=0.0)
+    broken = any(e.broken for e in errors)
+    look = promise.tolerance if roundoff(before) < 2**-23 else FIRST_LOOK
+    if not broken and worst <= (look if promise.tolerance else 0.0):
+        return
+    first, allowed = None, promise.tolerance
+    if broken or not promise.tolerance:
+        first = first_difference(before, after, 0.0 if not promise.tolerance else look, inputs)
+    else:
+        found = disagreements(before, after, inputs, promise.tolerance)
+        if not found:
+            return
+        fault = found[0]
+        culprits = fault.rewritten or (fault.node,)
+        first = difference(culprits[0], fault.error, fault.allowed, culprits[1:])
+        # the last is the output, or what stands nearest to it
+        worst, allowed = found[-1].error.relative, found[-1].allowed
+    raise _broken(promise, inputs, merge(errors), worst, f"{allowed:.3g}", first)
 
-    def values(self, inputs: tuple[torch.Tensor, ...]) -> dict[str, Any]:
-        with torch.no_grad():
-            self.run(*inputs)
-        return self.kept
+
+def _broken(
+    promise: Promise,
+    inputs: tuple[torch.Tensor, ...],
+    fidelity: Fidelity,
+    error: float,
+    allowed: str,
+    first: Difference | None,
+) -> ContractError:
+    return ContractError(
+        f"{promise.by} broke its contract ({promise.contract}): relative error {error:.3g}, "
+        f"allowed {allowed}",
+        details=(
+            *fidelity.notes,
+            f"inputs of the sizes {_sizes(inputs)}; outputs: {fidelity}",
+            *_named(first),
+        ),
+    )
+
+
+def _sizes(inputs: tuple[torch.Tensor, ...]) -> str:
+    return ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
+
+
+def _named(first: Difference | None) -> tuple[str, ...]:
+    if first is None:
+        return ("no node that both programs have differs",)
+    return (f"first node that differs: {first}",)

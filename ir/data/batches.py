@@ -16,7 +16,6 @@ from graphwright.ir.data.sources import Column, Table, TextSource, open_source
 from graphwright.ir.data.synthetic import (
     draw_size,
     example_sizes,
-    other_size_inputs,
     synthetic_inputs,
 )
 from graphwright.ir.errors import ArgumentError
@@ -30,7 +29,6 @@ __all__ = [
     "check_batch",
     "example_sizes",
     "load_data",
-    "other_size_inputs",
     "synthetic_inputs",
 ]
 

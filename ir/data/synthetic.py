@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from graphwright.ir.signature import DimRange, Signature, TensorSpec
+
+if TYPE_CHECKING:
+    from graphwright.ir.program import Program
 
 
 def example_sizes(signature: Signature, examples: Sequence[Tensor]) -> dict[str, int]:
@@ -20,28 +24,85 @@ def example_sizes(signature: Signature, examples: Sequence[Tensor]) -> dict[str,
     }
 
 
-def other_size_inputs(
-    signature: Signature, examples: Sequence[Tensor], seed: int
-) -> dict[str, Tensor] | None:
-    """Random inputs in which every dynamic dimension that can has another size than the examples.
+CHANGES: tuple[tuple[float | None, float | None], ...] = (
+    (1, 3), (1, -1), (1, 1), (1, 2.0), (1, 0.5), (1, 8), (1, None),
+    (2.0, 2.0), (2.0, None), (0.5, 0.5), (8, 8), (None, 3), (None, 2.0), (None, 1),
+)  # fmt: skip
+"""Steps to another size, of the leading axis and of the others, in the order they are tried: odd
+ones first, then those that keep the divisors a net asks for, then one kind of axis alone. Whole
+numbers are added, fractions multiplied."""
 
-    The first axis grows by one; others are halved from 32 on and doubled below, which keeps what
-    a model divides by and stays clear of what a convolution needs at least. None where nothing
-    can differ.
+
+def other_size_inputs(program: Program, seed: int) -> tuple[Tensor, ...] | None:
+    """Inputs at another size of every dynamic dimension, at which the program runs.
+
+    The one policy of every check: a size that a pass or a backend has fixed shows at any other.
+    The values are random within the inputs' ranges, or those of the examples, cut or repeated,
+    where the program makes no numbers of random ones.
+
+    Returns:
+        one tensor per input; None where no dimension can differ, or the program runs at none of
+        the sizes that were tried.
     """
-    sizes = example_sizes(signature, examples)
+    found = None
+    for sizes in other_sizes(program.signature, example_sizes(program.signature, program.examples)):
+        drawn = synthetic_inputs(program.signature, sizes, torch.Generator().manual_seed(seed))
+        specs = program.signature.inputs
+        for inputs in (
+            tuple(drawn[spec.name] for spec in specs),
+            tuple(_resized(t, s, sizes) for t, s in zip(program.examples, specs, strict=True)),
+        ):
+            outputs = _outputs(program, inputs)
+            if outputs is not None and not any(_has_nan(out) for out in outputs):
+                return inputs
+            if outputs is not None and found is None:
+                found = inputs
+    return found
+
+
+def other_sizes(signature: Signature, sizes: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    """Sizes of the dynamic dimensions within their bounds, as different from `sizes` as may be."""
     leading = {spec.shape[0] for spec in signature.inputs if spec.shape}
-    other = dict(sizes)
-    for dim, size in sizes.items():
-        bounds = signature.dims.get(dim, DimRange())
-        wanted = [size + 1] if dim in leading else [size // 2] if size >= 32 else [2 * size]
-        for candidate in (*wanted, size + 1, size - 1):
-            if bounds.min <= candidate and (bounds.max is None or candidate <= bounds.max):
-                other[dim] = candidate
-                break
-    if other == sizes:
+    made: list[dict[str, int]] = [dict(sizes)]
+    for first, rest in CHANGES:
+        other = {}
+        for dim, size in sizes.items():
+            step = first if dim in leading else rest
+            other[dim] = _moved(size, signature.dims.get(dim, DimRange()), step)
+        if other not in made:
+            made.append(other)
+            yield other
+
+
+def _moved(size: int, bounds: DimRange, change: float | None) -> int:
+    if change is None:
+        return size
+    wanted = size + change if isinstance(change, int) else int(size * change)
+    for candidate in (wanted, size + 1, size - 1):
+        if max(bounds.min, 1) <= candidate and (bounds.max is None or candidate <= bounds.max):
+            return candidate
+    return size
+
+
+def _resized(tensor: Tensor, spec: TensorSpec, sizes: Mapping[str, int]) -> Tensor:
+    for axis, dim in enumerate(spec.shape):
+        if isinstance(dim, str):
+            places = torch.arange(sizes[dim], device=tensor.device) % tensor.shape[axis]
+            tensor = tensor.index_select(axis, places)
+    return tensor
+
+
+def _outputs(program: Program, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """Flat outputs; None where the size does not fit the model itself."""
+    try:
+        with torch.no_grad():
+            return program.run_flat(inputs)
+    except (RuntimeError, IndexError, ValueError):
         return None
-    return synthetic_inputs(signature, other, torch.Generator().manual_seed(seed))
+
+
+def _has_nan(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and bool(tensor.isnan().any())
 
 
 def synthetic_inputs(

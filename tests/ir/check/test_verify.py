@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import graphwright as gw
-from graphwright.ir.check.verify import Checker, Promise, check_contract, first_difference
+from graphwright.ir.check.difference import first_difference
+from graphwright.ir.check.promise import Promise
+from graphwright.ir.check.verify import Checker, check_contract
 from graphwright.ir.context import Context
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ArgumentError, ContractError

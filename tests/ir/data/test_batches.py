@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from graphwright.ir.data.batches import (
     example_sizes,
     load_data,
-    other_size_inputs,
     synthetic_inputs,
 )
 from graphwright.ir.errors import ArgumentError
@@ -220,17 +219,6 @@ def test_synthetic_floats_keep_their_range():
 def test_example_sizes():
     examples = (torch.zeros(2, 7), torch.zeros(2, 7))
     assert example_sizes(TOKENS, examples) == {"batch": 2, "seq": 7}
-
-
-def test_other_sizes_differ_where_they_can():
-    examples = (torch.zeros(2, 7), torch.zeros(2, 7))
-    other = other_size_inputs(TOKENS, examples, 0)
-    assert other["input_ids"].shape == (3, 8)  # 14 is beyond the longest sequence, 12
-    assert other["input_ids"].dtype == torch.int64
-    fixed = Signature((TensorSpec("x", "float32", (2, 3)),), (), {})
-    assert other_size_inputs(fixed, (torch.zeros(2, 3),), 0) is None
-    only = Signature(IMAGES.inputs, (), {}, {"batch": DimRange(2, 2)})
-    assert other_size_inputs(only, (torch.zeros(2, 3),), 0) is None
 
 
 @pytest.fixture

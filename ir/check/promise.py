@@ -1,0 +1,26 @@
+"""What a pass promises of its effect on the function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+EXACT = 1e-9
+"""Relative error in float64 that an exact pass may make, where it stores no new numbers."""
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What a pass says of its effect on the function.
+
+    Attributes:
+        by: id of the pass.
+        contract: `exact`, `identity_at_init` or `lossy`.
+        tolerance: largest relative error ||a-b||/||a|| of the first two contracts, in float64;
+            0 asks for equal values in the program's own precision.
+        max_error: largest relative error of a lossy pass; None for no bound.
+    """
+
+    by: str
+    contract: str
+    tolerance: float = EXACT
+    max_error: float | None = None

@@ -1,0 +1,257 @@
+"""Right passes over nets that lose digits raise no alarm; injected faults do, and are named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+from models.rounding_nets import nets, with_statistics
+from torch import Tensor, nn
+
+import graphwright as gw
+from graphwright.ir.check.exact import disagreements
+from graphwright.ir.check.precision import Walk, run_in_double
+from graphwright.ir.check.promise import EXACT, Promise
+from graphwright.ir.check.verify import Checker, check_contract, measure
+from graphwright.ir.context import Context
+from graphwright.ir.edit import Editor
+from graphwright.ir.errors import ContractError
+from graphwright.passes.cleanup.fold_batch_norm import FoldBatchNorm
+
+aten = torch.ops.aten
+PROMISE = Promise("cleanup.fold_batch_norm", "exact")
+FIXED_BOUND = 1e-5
+"""A bound on the float32 outputs: what one would do without the look in float64."""
+
+
+@cache
+def folded(name: str, count: int) -> tuple[gw.Program, gw.Program]:
+    """A net whose norm statistics are those of `count` inputs, and the same net without norms."""
+    make, shape = nets()[name]
+    torch.manual_seed(count)
+    model = with_statistics(make(), shape, count, count)
+    program = gw.trace(model, (torch.randn(3, *shape),))
+    return program, FoldBatchNorm().execute(program, Context()).program
+
+
+def norms(graph: torch.fx.Graph) -> list[torch.fx.Node]:
+    return list(graph.find_nodes(op="call_function", target=aten.batch_norm.default))
+
+
+def test_a_right_pass_raises_no_alarm_where_float32_loses_digits() -> None:
+    over_the_fixed_bound = 0
+    for name, count in [*((name, 2) for name in nets()), ("plain_leaky", 8), ("unet", 8)]:
+        error = check_contract(*folded(name, count), PROMISE)
+        over_the_fixed_bound += error.relative > FIXED_BOUND
+    assert over_the_fixed_bound >= 3  # these were refused by a bound that knows no rounding
+
+
+@dataclass
+class Fault:
+    name: str
+    scope: str
+    """Module whose weights are wrong."""
+    program: gw.Program
+
+
+def with_state(program: gw.Program, name: str, value: Tensor) -> gw.Program:
+    editor = Editor(program, by="test.fault")
+    editor.set_state(name, value)
+    return editor.finish()
+
+
+def faults(before: gw.Program, after: gw.Program) -> Iterator[Fault]:
+    """Faults of a fold, in the first layer and in the last."""
+    known = {id(tensor) for tensor in before.state.values()}
+    new = [n for n, t in after.state.items() if id(t) not in known and t.dim() > 1]
+    for index in (0, -1):
+        name = new[index]
+        weight, scope = after.state[name], name.removesuffix(".weight")
+        yield Fault("scale", scope, with_state(after, name, weight * 1.001))
+        one = weight.clone()
+        one[1] *= 1.001
+        yield Fault("scale of one channel", scope, with_state(after, name, one))
+        swapped = weight.clone()
+        swapped[[0, 1]] = weight[[1, 0]]
+        yield Fault("wrong channel", scope, with_state(after, name, swapped))
+        for epsilon in (0.0, 1e-3):
+            editor = Editor(before, by="test.fault")
+            norm = norms(editor.graph)[index]
+            editor.set_args(norm, *norm.args[:7], epsilon, *norm.args[8:])
+            wrong = FoldBatchNorm().execute(editor.finish(), Context()).program
+            yield Fault(f"epsilon {epsilon}", scope, wrong)
+
+
+def test_injected_faults_are_caught_at_least_as_often_and_named() -> None:
+    caught = by_fixed_bound = count = named = 0
+    for name in nets():
+        before, after = folded(name, 2)
+        for fault in faults(before, after):
+            count += 1
+            by_fixed_bound += measure(before, fault.program).relative > FIXED_BOUND
+            try:
+                check_contract(before, fault.program, PROMISE)
+            except ContractError as error:
+                caught += 1
+                (line,) = [d for d in error.details if d.startswith("first node that differs")]
+                # a sum of two rewritten layers cannot tell which of them it was
+                named += f" in {fault.scope}" in line or " (or " in line
+    assert count == 10 * len(nets())
+    assert caught == count
+    assert caught >= by_fixed_bound
+    assert by_fixed_bound < count  # the fixed bound misses some: the comparison can fail
+    assert named == count
+
+
+def test_a_pass_that_stores_nothing_new_is_held_to_float64() -> None:
+    before, _ = folded("plain_relu", 2)
+    editor = Editor(before, by="test.fault")
+    norm = norms(editor.graph)[3]
+    editor.set_args(norm, *norm.args[:7], 1e-5 * (1 + 1e-2), *norm.args[8:])
+    wrong = editor.finish()
+    found = disagreements(before, wrong, before.examples, EXACT)
+    assert found[0].node.name == "batch_norm_3"
+    assert 1e-9 < found[0].error.relative < 1e-6
+    assert found[0].allowed == pytest.approx(EXACT)
+    assert disagreements(before, before, before.examples, EXACT) == []
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return torch.tanh(self.one(y)) + torch.relu(self.two(y))
+
+
+def test_values_that_a_pass_changes_on_the_way_are_no_fault() -> None:
+    torch.manual_seed(0)
+    program = gw.trace(Scaled(), (torch.randn(4, 8),))
+    scale = torch.rand(8) + 0.5
+    editor = Editor(program, by="test.scale")
+    for name in ("norm.weight", "norm.bias"):
+        editor.set_state(name, program.state[name] / scale)
+    for name in ("one.weight", "two.weight"):
+        editor.set_state(name, program.state[name] * scale)
+    after = editor.finish()
+    assert disagreements(program, after, program.examples, EXACT) == []
+    wrong = with_state(after, "two.weight", program.state["two.weight"])
+    found = disagreements(program, wrong, program.examples, EXACT)
+    assert str(found[0].node) == "linear_1"
+    assert [str(node) for node in found[0].rewritten] == ["layer_norm"]
+
+
+class Jumps(nn.Module):
+    """A whole step apart where the value in front of it is one rounding apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.norm(self.conv(x))
+        return torch.round(y * 1e5), y.argmax(1)
+
+
+def test_ops_that_jump_are_judged_by_what_they_are_given() -> None:
+    torch.manual_seed(0)
+    model = with_statistics(Jumps(), (3, 9, 9), 0, 4)
+    program = gw.trace(model, (torch.randn(4, 3, 9, 9),))
+    after = FoldBatchNorm().execute(program, Context()).program
+    assert measure(program, after).max_abs >= 1.0  # some values did jump
+    assert check_contract(program, after, PROMISE).max_abs >= 1.0
+
+
+def test_equal_bits_are_asked_for_by_a_tolerance_of_zero() -> None:
+    before, after = folded("dense", 2)
+    with pytest.raises(ContractError, match="allowed 0"):
+        check_contract(before, after, Promise("a.b", "exact", tolerance=0.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_judged_in_float64_too(dtype: torch.dtype) -> None:
+    make, shape = nets()["residual"]
+    torch.manual_seed(0)
+    model = with_statistics(make(), shape, 0, 4).to(dtype)
+    program = gw.trace(model, (torch.randn(3, *shape).to(dtype),))
+    after = FoldBatchNorm().execute(program, Context()).program
+    check_contract(program, after, PROMISE)
+    name = next(n for n in after.state if n.endswith("weight") and after.state[n].dim() == 4)
+    with pytest.raises(ContractError, match="first node that differs"):
+        check_contract(program, with_state(after, name, after.state[name] * 1.05), PROMISE)
+
+
+def test_the_contract_is_kept_or_broken_at_its_tolerance() -> None:
+    before, _ = folded("mlp", 2)
+    editor = Editor(before, by="test.fault")
+    output = editor.graph.output_node()
+    (last,) = output.all_input_nodes
+    scaled = editor.call(aten.mul.Scalar, last, 3.0, before=output)
+    output.args = ((scaled,),)
+    wrong = editor.finish()
+    error = measure(before, wrong).relative
+    assert error == pytest.approx(2.0)
+    check_contract(before, wrong, Promise("a.b", "exact", tolerance=2.0001))
+    with pytest.raises(ContractError, match=r"relative error 2, allowed 1\.99"):
+        check_contract(before, wrong, Promise("a.b", "exact", tolerance=1.99))
+
+
+def test_a_chain_goes_on_from_the_program_that_was_accepted() -> None:
+    before, after = folded("audio", 2)
+    checker = Checker(before)
+    checker.accept(after, PROMISE)
+    assert checker.program is after
+    checker.accept(after, PROMISE)
+    assert checker.total().relative == pytest.approx(measure(before, after).relative)
+
+
+# ---- running in float64
+
+
+class Mixed(nn.Module):
+    """Casts, factories and sizes: nothing in it may bring float32 back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = torch.arange(x.shape[1], dtype=torch.float32)
+        y = x.float() * torch.sin(steps * 0.1) + torch.full((x.shape[1],), 0.1)
+        return (y.to(torch.float32) @ y.t().half().float()).softmax(-1)
+
+
+def test_no_cast_in_a_program_shortens_its_float64_run() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 5)
+    program = gw.trace(Mixed(), (x,), dynamic={"x": {0: "n"}})
+    (got,) = run_in_double(program, (x,))
+    steps = torch.arange(5, dtype=torch.float64)
+    y = x.double() * torch.sin(steps * 0.1) + 0.1
+    want = (y @ y.t()).softmax(-1)
+    assert got.dtype == torch.float64
+    assert float((got - want).abs().max()) < 1e-7  # 0.1 as float32, where a factory rounds it
+    assert program.run_flat((x,))[0].dtype == torch.float32
+
+
+def test_a_value_can_be_replaced_for_those_that_read_it() -> None:
+    program, _ = folded("mlp", 2)
+    first = next(n.name for n in program.graph.nodes if n.target is aten.tanh.default)
+    (zeroed,) = run_in_double(program, program.examples, {first: lambda value: value * 0})
+    (same,) = run_in_double(program, program.examples)
+    assert zeroed[0] == pytest.approx(zeroed[1])
+    assert same[0] != pytest.approx(same[1])
+
+
+def test_values_are_freed_after_their_last_reader() -> None:
+    program, _ = folded("plain_relu", 2)
+    walk = Walk(program, program.examples, wide=True)
+    most = 0
+    for node in program.graph.nodes:
+        if node.op != "output":
+            walk.step(node)
+            walk.release(node)
+            most = max(most, len(walk.values))
+    assert most <= 2
