@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx
 
 from graphwright.ir.errors import ModelError
-from graphwright.ir.files.coded_layouts import (
-    Coded,
-    write_awq,
-    write_compressed_tensors,
-    write_gptq,
-)
+from graphwright.ir.files.coded.forms import Blocks
+from graphwright.ir.files.coded.written import Written, awq, compressed_tensors, gptq
 from graphwright.ir.graph.constants import constant_value
 from graphwright.ir.graph.nodes import gw_meta
+from graphwright.ir.layers.selectors import layers
 from graphwright.ir.ops.blocks import unpack_codes
 from graphwright.ir.program import Program
 
@@ -27,11 +24,14 @@ ours = torch.ops.graphwright
 
 Format = Literal["gptq", "awq", "compressed-tensors"]
 
-WRITERS: dict[str, Callable[[Coded], dict[str, Tensor]]] = {
-    "gptq": write_gptq,
-    "awq": write_awq,
-    "compressed-tensors": write_compressed_tensors,
+WRITERS: dict[str, Callable[[Written], tuple[dict[str, Tensor], dict[str, Any]]]] = {
+    "gptq": gptq,
+    "awq": awq,
+    "compressed-tensors": compressed_tensors,
 }
+
+PRODUCTS = ("linear", "matmul", "addmm")
+"""Kinds of layers that other loaders take for linear ones."""
 
 
 def export_checkpoint(
@@ -41,7 +41,8 @@ def export_checkpoint(
 
     Linear layers in `graphwright::dequantize_blocks` are written in codes; weights that are
     rebuilt in another way, such as embedding tables, as the floats they stand for; all else as it
-    is. Tensors have the names of the model that the program was traced from.
+    is. Linear layers that stay in float are named in the description, so that other loaders leave
+    them alone. Tensors have the names of the model that the program was traced from.
 
     Args:
         program: left as it is.
@@ -59,38 +60,43 @@ def export_checkpoint(
     from safetensors.torch import save_file
 
     if format not in WRITERS:
-        raise ModelError(f"no checkpoint format {format!r}", fix=f"One of {', '.join(WRITERS)}.")
-    layers = _coded_layers(program)
-    if not layers:
-        raise ModelError("the program has no linear layer in codes to write")
-    grids = {(coded.bits, coded.block) for coded in layers.values()}
-    if len(grids) > 1:
-        raise ModelError(
-            "layers differ in bits or block, and a checkpoint has one of each",
-            details=tuple(sorted(f"{bits} bits, block {block}" for bits, block in grids)),
-        )
-    tensors: dict[str, Tensor] = {}
-    for owner, coded in layers.items():
-        try:
-            parts = WRITERS[format](coded)
-        except ModelError as error:
-            raise ModelError(error.message, where=owner, fix=error.fix) from None
-        tensors |= {f"{owner}.{part}": tensor for part, tensor in parts.items()}
-    plain, notes = _other_tensors(program, set(layers))
+        raise ModelError(f"no checkpoint format {format!r}",
+                         fix=f"One of {', '.join(get_args(Format))}.")  # fmt: skip
+    written = _written(program)
+    tensors, description = WRITERS[format](written)
+    plain, notes = _other_tensors(program, set(written.layers))
     tensors |= plain
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({n: t.detach().contiguous().cpu() for n, t in tensors.items()},
               folder / "model.safetensors", {"format": "pt"})  # fmt: skip
-    config = _config_of(like)
-    config["quantization_config"] = _quantization_config(format, next(iter(layers.values())))
+    config = {**_config_of(like), "quantization_config": description}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return notes
 
 
-def _coded_layers(program: Program) -> dict[str, Coded]:
+def _written(program: Program) -> Written:
+    """The linear layers in codes, and the names of the others.
+
+    Raises:
+        ModelError: there are none in codes, or they differ in bits or block.
+    """
+    coded = _coded_layers(program)
+    if not coded:
+        raise ModelError("the program has no linear layer in codes to write")
+    grids = {(form.bits, form.block) for form in coded.values()}
+    if len(grids) > 1:
+        raise ModelError(
+            "layers differ in bits or block, and a checkpoint has one of each",
+            details=tuple(sorted(f"{bits} bits, block {block}" for bits, block in grids)),
+        )
+    names = [name for layer in layers(program, PRODUCTS) for name in layer.names]
+    return Written(coded, [name for name in dict.fromkeys(names) if name not in coded])
+
+
+def _coded_layers(program: Program) -> dict[str, Blocks]:
     """Weights in blocks that linear layers alone read, by module name."""
-    found: dict[str, Coded] = {}
+    found: dict[str, Blocks] = {}
     for node in program.graph.find_nodes(op="call_function", target=ours.dequantize_blocks.default):
         users = list(node.users)
         if all(u.target is aten.linear.default and u.args[1] is node for u in users):
@@ -104,7 +110,7 @@ def _owner(node: fx.Node) -> str:
     return str(codes.target).removesuffix("_codes").removesuffix(".weight")
 
 
-def _coded(program: Program, node: fx.Node, users: list[fx.Node]) -> Coded:
+def _coded(program: Program, node: fx.Node, users: list[fx.Node]) -> Blocks:
     codes, scale, zero, bits, block, columns = node.args
     assert isinstance(bits, int)
     assert isinstance(block, int)
@@ -115,7 +121,7 @@ def _coded(program: Program, node: fx.Node, users: list[fx.Node]) -> Coded:
     q = unpack_codes(packed, block, bits).flatten(1)[:, :columns]
     middle = None if zeros is None else unpack_codes(zeros, scales.shape[1], bits)
     orders = [_order(program, user) for user in users]
-    return Coded(q.contiguous(), scales, middle, orders[0], bits, block)
+    return Blocks(q.contiguous(), scales, middle, orders[0], bits, block)
 
 
 def _order(program: Program, linear: fx.Node) -> Tensor | None:
@@ -174,22 +180,3 @@ def _config_of(like: str | Path | None) -> dict[str, Any]:
         return {}
     found = json.loads((Path(like) / "config.json").read_text(encoding="utf-8"))
     return dict(found)
-
-
-def _quantization_config(format: str, sample: Coded) -> dict[str, Any]:
-    bits, is_symmetric = sample.bits, sample.zero is None
-    block = -1 if sample.block >= sample.q.shape[1] else sample.block
-    if format == "awq":
-        return {"quant_method": "awq", "bits": bits, "group_size": block, "zero_point": True,
-                "version": "gemm"}  # fmt: skip
-    if format == "gptq":
-        return {"quant_method": "gptq", "bits": bits, "group_size": block, "sym": is_symmetric,
-                "desc_act": sample.order is not None, "checkpoint_format": "gptq"}  # fmt: skip
-    weights = {"num_bits": bits, "type": "int", "symmetric": is_symmetric, "dynamic": False,
-               "strategy": "channel" if block < 1 else "group",
-               "group_size": None if block < 1 else block,
-               "actorder": "group" if sample.order is not None else None}  # fmt: skip
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
-    return {"quant_method": "compressed-tensors", "format": "pack-quantized",
-            "quantization_status": "compressed", "config_groups": {"group_0": group},
-            "ignore": []}  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,11 @@ from torch import nn
 
 from graphwright.ir.errors import ModelError
 from graphwright.ir.files.checkpoint import read_checkpoint
+from graphwright.ir.files.coded.description import (
+    description_beside,
+    layout_of,
+    refuse_undescribed,
+)
 from graphwright.ir.files.detect import Kind, detect, read_json
 from graphwright.ir.files.dtypes import STORED, DtypeChoice
 from graphwright.ir.files.pretrained import build_pretrained
@@ -73,13 +78,16 @@ def read_folder(
     weights = _weights(folder, kind)
     find = _transformers_class if kind is Kind.HUGGING_FACE else _diffusers_class
     cls = find(config, folder)
-    if kind is Kind.HUGGING_FACE and isinstance(config.get("quantization_config"), dict):
-        return _read_coded(cls, config["quantization_config"], folder, choice)
+    inner, more = _wrapped(weights, strip_prefix, folder)
+    described = description_beside(folder)
+    if described is not None:
+        model, notes = _read_coded(cls, described[0], inner or weights, folder, kind, choice)
+        return model, [*more, *notes]
+    refuse_undescribed(weights, str(folder))
     stored = _stored_dtype(config, weights)
     dtype, notes = choice.decide({stored})
     key = "dtype" if kind is Kind.HUGGING_FACE else "torch_dtype"
-    arguments = {key: dtype or stored}
-    inner, more = _wrapped(weights, strip_prefix, folder)
+    arguments: dict[str, Any] = {key: dtype or stored}
     if inner is None:
         model, warnings = build_pretrained(cls, folder, **arguments)
     elif kind is Kind.HUGGING_FACE:
@@ -120,27 +128,34 @@ def _wrapped(
 
 
 def _read_coded(
-    cls: Any, quantization: dict[str, Any], folder: Path, choice: DtypeChoice
-) -> tuple[nn.Module, list[str]]:
-    """A model whose linear layers are stored in codes, which stay codes."""
-    from graphwright.ir.files.coded import put_codes, scheme_of, split, with_placeholders
+    cls: Any, description: dict[str, Any], weights: dict[str, torch.Tensor], folder: Path,
+    kind: Kind, choice: DtypeChoice,
+) -> tuple[nn.Module, list[str]]:  # fmt: skip
+    """A model whose weights are stored in codes, which stay codes in its linear layers."""
+    from graphwright.ir.files.coded.folder import load_coded
+    from graphwright.ir.files.coded.insert import Parts
 
     where = str(folder)
-    scheme = scheme_of(quantization, where)
-    files = [f for f in weight_files(folder, Kind.HUGGING_FACE) if f.suffix == ".safetensors"]
-    if not files:
-        raise ModelError("quantized weights are read from safetensors only", where=where)
-    tensors = {name: t for file in files for name, t in read_safetensors(file).items()}
-    plain, coded = split(tensors, scheme, where)
+    layout = layout_of(description, where)
+    if kind is not Kind.HUGGING_FACE:
+        raise ModelError("quantized folders of diffusers are not read", where=where)
+    parts = Parts(weights, layout)
     config = cls.config_class.from_pretrained(where, local_files_only=True)
-    del config.quantization_config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     stored = getattr(config, "dtype", None) or torch.float32
     dtype, notes = choice.decide({stored})
     dtype = dtype or stored
-    state = with_placeholders(nn.Module(), plain, coded, dtype)
-    model, more = build_pretrained(cls, folder, state, config=config, dtype=dtype)
-    put_codes(model, coded, where)
-    return model.eval(), [*notes, *more]
+    warnings: list[str] = []
+
+    def build(state: Mapping[str, torch.Tensor]) -> nn.Module:
+        model, warnings[:] = build_pretrained(cls, folder, state, config=config, dtype=dtype)
+        return model
+
+    with torch.device("meta"):
+        blank = cls(config)
+    model = load_coded(parts, build, blank, dtype)
+    return model.eval(), [*notes, *warnings, *parts.notes()]
 
 
 def input_hints(module: nn.Module) -> dict[str, dict[str, Any]] | None:

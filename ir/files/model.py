@@ -15,7 +15,13 @@ from torch.export import ExportedProgram
 from graphwright.ir.causes import innermost
 from graphwright.ir.errors import ModelError
 from graphwright.ir.files.checkpoint import read_checkpoint
-from graphwright.ir.files.coded import config_beside, fill_coded, is_coded
+from graphwright.ir.files.coded.description import (
+    description_beside,
+    layout_of,
+    refuse_undescribed,
+    undescribed,
+)
+from graphwright.ir.files.coded.insert import Parts, fill_module
 from graphwright.ir.files.detect import Kind, detect
 from graphwright.ir.files.dtypes import DtypeChoice, convert, float_dtypes
 from graphwright.ir.files.export_file import quiet, read_export
@@ -265,9 +271,12 @@ def _fill(value: Any, wanted: _Wanted, path: Path) -> dict[str, Any]:
     tensors, notes = weights_in(
         value, str(path), target=Target.of(module), key=wanted.key, strip_prefix=wanted.strip_prefix
     )
-    if is_coded(tensors):
-        notes += fill_coded(module, tensors, config_beside(path), str(path))
+    known = module.state_dict()
+    described = description_beside(path.parent) if undescribed(tensors, known) else None
+    if described is not None:
+        notes += fill_module(module, Parts(tensors, layout_of(described[0], str(path)), known))
     else:
+        refuse_undescribed(tensors, str(path), known)
         notes += fill(module, tensors, str(path), strip_prefix=wanted.strip_prefix)
     return {"warnings": notes, "module": module.eval()}
 

@@ -1,0 +1,1 @@
+"""Checkpoints whose weights are stored in codes: read as they are, and written."""
