@@ -1,6 +1,9 @@
 # `make demo` and `make test` are all a fresh machine needs; every target installs what it uses.
 
-PYTHON ?= python3
+# The first of these that is a supported version; `make PYTHON=...` chooses another.
+SUPPORTED := import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 15) else 1)
+PYTHON ?= $(firstword $(foreach python,python3 python3.14 python3.13 python3.12 python3.11,\
+  $(shell $(python) -c '$(SUPPORTED)' 2>/dev/null && echo $(python))) python3)
 PYTEST_ARGS ?= -n 2
 BIN := .venv/bin
 STAMP := .venv/installed
@@ -28,7 +31,7 @@ help:
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 13) else "graphwright needs Python 3.11 or 3.12; run `make PYTHON=python3.11 $(MAKECMDGOALS)`")'
+	@$(PYTHON) -c '$(SUPPORTED)' || { echo 'graphwright needs Python 3.11 to 3.14: run `make PYTHON=python3.13 $(MAKECMDGOALS)`'; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[hub,dev]'
 	touch $(STAMP)

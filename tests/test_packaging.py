@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import graphwright as gw
 
@@ -59,6 +61,34 @@ def test_constraints_pin_every_development_tool() -> None:
     }
     elsewhere = {"onnxruntime"}  # the other platforms' build of onnxruntime-gpu
     assert asked - pinned - elsewhere == set()
+
+
+def test_every_place_names_the_same_versions_of_python() -> None:
+    asked = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", PROJECT["project"]["requires-python"])
+    assert asked is not None
+    lowest, above = int(asked[1]), int(asked[2])
+    language = "Programming Language :: Python :: 3."
+    classified = [
+        int(line.removeprefix(language))
+        for line in PROJECT["project"]["classifiers"]
+        if line.startswith(language)
+    ]
+    assert classified == list(range(lowest, above))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert f"(3, {lowest}) <= sys.version_info < (3, {above})" in makefile
+    tried = re.search(r"^PYTHON \?= .*python3 ((?:python3\.\d+ ?)+)", makefile, re.MULTILINE)
+    assert tried is not None
+    assert tried[1].split() == [f"python3.{minor}" for minor in reversed(classified)]
+    words = f"Python 3.{lowest} to 3.{above - 1}"
+    for page in ("README.md", "Makefile", "constraints.txt", ".ci/run"):
+        assert words in (ROOT / page).read_text(encoding="utf-8"), page
+
+
+def test_pinned_torch_is_a_supported_one() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = next(line.removeprefix("torch==") for line in lines if line.startswith("torch=="))
+    torch = next(d for d in PROJECT["project"]["dependencies"] if d.startswith("torch"))
+    assert Requirement(torch).specifier.contains(pinned)
 
 
 def _plain(requirement: str) -> str:

@@ -20,17 +20,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import _paths  # noqa: F401  puts tests/ on the path
+
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import yaml  # noqa: E402
-from benchmarks import real_data as data  # noqa: E402
+import numpy as np
+import torch
+import yaml
+from benchmarks import real_data as data
 
-import graphwright as gw  # noqa: E402
-from graphwright.latency import alternate  # noqa: E402
+import graphwright as gw
+from graphwright.job.latency import alternate
 
 Array = np.ndarray[Any, Any]
 Run = Callable[..., Any]
