@@ -114,7 +114,8 @@ def read_torchscript(path: Path, *, allow_pickle: bool) -> ScriptedModule:
     _check_same_members(archive)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
+            # A deprecation, whose category and words depend on the versions of torch and Python.
+            warnings.filterwarnings("ignore", message=".torch.jit.load")
             scripted = torch.jit.load(str(path), map_location="cpu")
     except RuntimeError as error:
         raise ModelError(

@@ -109,7 +109,6 @@ lower: [onnxruntime]
 """
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_compiles_to_the_same_int8_classifier(
     name: str, folder: Path, model: torch.nn.Module, tmp_path: Path
