@@ -193,7 +193,7 @@ def _identifier(name: str) -> Iterator[str]:
 
 def is_plain_operator(target: str) -> bool:
     """Whether a call target is an operator known to have no effect but its result."""
-    if target in PYTHON_OPS or TORCH_FUNCTIONS.fullmatch(target):
+    if _is_function_of_sizes(target):
         return True
     parts = target.split(".")
     if parts[:2] != ["torch", "ops"] or not all(_IDENTIFIER.fullmatch(p) for p in parts):
@@ -201,6 +201,10 @@ def is_plain_operator(target: str) -> bool:
     if len(parts) == 4 and parts[2] == "higher_order":
         return parts[3] in HIGHER_ORDER
     return len(parts) in (4, 5) and parts[2] in NAMESPACES and parts[3] not in DENIED_OPS
+
+
+def _is_function_of_sizes(name: str) -> bool:
+    return name in PYTHON_OPS or TORCH_FUNCTIONS.fullmatch(name) is not None
 
 
 def is_plain_expression(text: str) -> bool:
@@ -232,7 +236,9 @@ def is_plain_guard(text: str) -> bool:
             if node.keywords:
                 return False
         elif isinstance(node, ast.Attribute):
-            if node.attr not in _GUARD_CALLS or id(node) not in callees:
+            if id(node) not in callees or not (
+                node.attr in _GUARD_CALLS or _is_function_of_sizes(ast.unparse(node))
+            ):
                 return False
         elif isinstance(node, ast.Name):
             if id(node) in callees:
