@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import logging
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -49,21 +51,45 @@ def taken_apart(node: fx.Node, known: Collection[Any]) -> tuple[fx.Graph, list[f
     table = {
         op: rule for op, rule in _decompositions().items() if op not in known or op is node.target
     }
-    env = modes[0].shape_env
-    guards = len(env.guards) if env else 0
     try:
-        with modes[0], torch.no_grad():
+        with modes[0], torch.no_grad(), _no_new_guards(modes[0].shape_env):
             made = make_fx(call, decomposition_table=table, tracing_mode="real")(*fakes)
     except Exception:
         return None
-    if env and len(env.guards) > guards:
-        return None  # right only at sizes like the example's
     graph = made.graph
     graph.eliminate_dead_code()
     calls = [inner for inner in graph.nodes if inner.op == "call_function"]
     if any(inner.target is node.target for inner in calls) or graph.find_nodes(op="get_attr"):
         return None
     return (graph, given) if all(_without_writing(inner) for inner in calls) else None
+
+
+class _GuardError(Exception):
+    """A decomposition that is right only at sizes like the example's."""
+
+
+@contextmanager
+def _no_new_guards(env: Any) -> Iterator[None]:
+    """Fails where a branch on a size would be taken as the example goes.
+
+    Such a branch would fix sizes of the program itself, which shares its symbols.
+    """
+
+    def refuse(*_: Any) -> None:
+        raise _GuardError
+
+    if env is None:
+        yield
+        return
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns of every refusal
+    env._check_frozen = refuse  # what torch asks just before it installs a guard
+    try:
+        yield
+    finally:
+        del env._check_frozen
+        log.setLevel(level)
 
 
 def _without_writing(node: fx.Node) -> bool:
