@@ -24,7 +24,7 @@ class Provenance:
         options: its resolved options.
         seed: seed of its random streams.
         contract: what it promised (`exact`, `identity_at_init`, `lossy`).
-        digest: digest of the program it was given; empty when it was not computed.
+        digest: of the program it was given (`ir/graph/digest.py`).
     """
 
     id: str

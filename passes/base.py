@@ -13,12 +13,15 @@ from pydantic import ValidationError
 
 from graphwright.ir.check.promise import EXACT, Promise
 from graphwright.ir.context import Batch, Context
-from graphwright.ir.errors import ArgumentError
+from graphwright.ir.errors import ArgumentError, ContractError
 from graphwright.ir.options import Options
 from graphwright.ir.program import Program, Provenance
 
 Contract = Literal["exact", "identity_at_init", "lossy"]
 Need = Literal["nothing", "calibration", "gradients", "training"]
+Effect = Literal["kept", "reformed", "compressed", "trained"]
+"""What becomes of weights: the same values; new originals (norms folded, factors moved, channels
+cut); approximations of what they were; values found by training."""
 
 __all__ = ["Action", "Context", "Contract", "Need", "Options", "Pass", "Result", "all_passes",
            "find_pass", "register"]  # fmt: skip
@@ -26,11 +29,24 @@ __all__ = ["Action", "Context", "Contract", "Need", "Options", "Pass", "Result",
 
 @dataclass(frozen=True)
 class Action:
-    """What a pass did to one layer, or why it did nothing: `("fc1", "int8", "")`."""
+    """A pass's report on one layer: `("fc1", "int8")`.
+
+    Attributes:
+        layer: its name.
+        what: what it is now.
+        reason: why it was left alone, or a remark on what was done.
+        changed: whether the pass did something to it.
+    """
 
     layer: str
     what: str
     reason: str = ""
+    changed: bool = True
+
+    @classmethod
+    def left(cls, layer: str, reason: str, what: str = "left alone") -> Action:
+        """A layer that the pass did nothing to, and why."""
+        return cls(layer, what, reason, changed=False)
 
 
 @dataclass(frozen=True)
@@ -43,12 +59,14 @@ class Result:
         metrics: figures worth a row in the report, by name.
         uncompressed: the program whose weights were compressed, where that is not the one that
             was given but one of another form (weights multiplied by factors first).
+        effect: what became of the weights, where that is not what the pass declares.
     """
 
     program: Program
     actions: tuple[Action, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
     uncompressed: Program | None = None
+    effect: Effect | None = None
 
 
 class Pass:
@@ -73,6 +91,10 @@ class Pass:
             outweighs a glob, and two globs leave the order free.
         conflicts: ids or family globs that cannot be in the same chain.
         lowers_to: backends that can lower its result.
+        weights: its effect on weights. Compensation later in a chain compares compressed weights
+            with those that compression started from. Where absent: `trained` for a pass that
+            trains, `compressed` for a lossy one, else `kept`.
+        changes_interface: its result may have other inputs or outputs than the given program.
     """
 
     id: ClassVar[str] = ""
@@ -86,6 +108,8 @@ class Pass:
     before: ClassVar[tuple[str, ...]] = ()
     conflicts: ClassVar[tuple[str, ...]] = ()
     lowers_to: ClassVar[tuple[str, ...]] = ("onnxruntime", "triton")
+    weights: ClassVar[Effect | None] = None
+    changes_interface: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -157,9 +181,26 @@ class Pass:
                 fix=f"Give the spec a `{source}` section, or pass {source}=batches.",
             )
         result = self.run(program, context)
-        record = Provenance(self.id, self.resolved_options(), context.seed, self.contract)
+        if not self.changes_interface:
+            _same_interface(self.id, program, result.program)
+        from graphwright.ir.graph.digest import digest
+
+        record = Provenance(
+            self.id, self.resolved_options(), context.seed, self.contract, digest(program)
+        )
         changed = result.program.replace(provenance=(*program.provenance, record))
         return replace(result, program=changed)
+
+    def effect(self, result: Result) -> Effect:
+        """What a run did to weights: as its result says, or as the pass declares."""
+        declared = result.effect or self.weights
+        if declared == "reformed" and not any(action.changed for action in result.actions):
+            return "kept"
+        if declared is not None:
+            return declared
+        if self.needed == "training":
+            return "trained"
+        return "compressed" if self.contract == "lossy" else "kept"
 
     def promise(self) -> Promise:
         """What this pass, with these options, says of its effect on the function."""
@@ -181,6 +222,18 @@ class Pass:
     def __repr__(self) -> str:
         given = ", ".join(f"{k}={v!r}" for k, v in self.options.model_dump().items())
         return f"{type(self).__name__}({given})"
+
+
+def _same_interface(name: str, before: Program, after: Program) -> None:
+    """Raises ContractError where inputs, outputs or free dimensions are others than before."""
+    old, new = before.signature, after.signature
+    for part in ("inputs", "outputs", "structure", "dims"):
+        if getattr(old, part) != getattr(new, part):
+            raise ContractError(
+                f"{name} changed the {part} of the program, and does not declare it",
+                fix="Declare `changes_interface = True` in the pass if that is meant.",
+                details=(f"before: {getattr(old, part)}", f"after: {getattr(new, part)}"),
+            )
 
 
 def _readable(name: str, error: ValidationError) -> str:

@@ -159,7 +159,7 @@ def _one_pass(
         "seconds": seconds,
         "peak_rss_bytes": peak,
         "error": error.as_dict(),
-        "actions": [[a.layer, a.what, a.reason] for a in result.actions],
+        "actions": [[a.layer, a.what, a.reason, a.changed] for a in result.actions],
         "metrics": dict(result.metrics),
     }
     assert context.uncompressed is not None

@@ -238,5 +238,5 @@ def summary_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def changed_layers(row: dict[str, Any]) -> int:
-    """Layers that a pass did something to; one it left alone has a reason."""
-    return sum(1 for _, _, reason in row["actions"] if not reason)
+    """Layers that a pass did something to."""
+    return sum(1 for *_, changed in row["actions"] if changed)

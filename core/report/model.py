@@ -43,8 +43,8 @@ class PassPart(_Part):
     seconds: float
     peak_rss_bytes: int
     error: Figures
-    actions: list[tuple[str, str, str]] = []
-    """(layer, what was done, why): one entry per layer that the pass looked at."""
+    actions: list[tuple[str, str, str, bool]] = []
+    """(layer, what it is now, remark, whether it changed): one per layer looked at."""
     metrics: dict[str, float | None] = {}
 
 

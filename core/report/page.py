@@ -109,8 +109,8 @@ def pass_rows(passes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     low, high = log_axis(row["error"]["relative"] for row in passes)
     rows = []
     for row in passes:
-        done = [action for action in row["actions"] if not action[2]]
-        left = [action for action in row["actions"] if action[2]]
+        done = [action for action in row["actions"] if action[3]]
+        left = [action for action in row["actions"] if not action[3]]
         rows.append(
             {
                 **row,

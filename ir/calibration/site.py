@@ -62,14 +62,15 @@ class Site:
         geometry: of the first; all make the same rows.
         node: the activation.
         seed: of its own random stream.
-        padding: what is none in every batch, (batch, length) booleans; None where nothing tells.
+        real: true where a token is real and no padding, (batch, length) booleans of every batch;
+            None where nothing tells.
     """
 
     layers: tuple[Layer, ...]
     geometry: Geometry
     node: fx.Node
     seed: int
-    padding: Sequence[Tensor | None]
+    real: Sequence[Tensor | None]
     _values: Callable[[fx.Node], Iterator[Any]]
     _originals: Callable[[], Iterator[Tensor]]
 
@@ -94,7 +95,7 @@ class Site:
         return self._rows(self._originals())
 
     def _rows(self, values: Iterator[Tensor]) -> Iterator[Tensor]:
-        for x, real in zip(values, self.padding, strict=True):
+        for x, real in zip(values, self.real, strict=True):
             kept = x if real is None else _without_padding(self.geometry, x, real)
             yield rows(self.geometry, kept)
 

@@ -107,7 +107,7 @@ class _Sweep:
         self.original = _Stream() if both and self.follows_solved else None
         self.workers = Workers(context.jobs)
         self.store = LayerStore.of(context, program, method)
-        self.padding = self._padding()
+        self.real = self._real_tokens()
         self.sites = self._sites(layers)
         self.leader = {layer.node: site for site in self.sites for layer in site.layers}
         self.geometries = {layer.node: geometry(program, layer) for layer in layers}
@@ -292,12 +292,13 @@ class _Sweep:
             geometry(self.program, members[0]),
             node,
             self.context.generator("site", node.name).initial_seed(),
-            self.padding,
+            self.real,
             lambda other: iter(self.solved_stream.values[other]),
             originals,
         )
 
-    def _padding(self) -> list[Tensor | None]:
+    def _real_tokens(self) -> list[Tensor | None]:
+        """Masks of the tokens that are no padding; None where the inputs do not tell."""
         for place, spec in enumerate(self.program.signature.inputs):
             if spec.name in MASK_INPUTS and len(spec.shape) == 2:
                 return [batch[place] != 0 for batch in self.inputs]

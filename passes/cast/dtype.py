@@ -91,7 +91,7 @@ class _Caster:
             elif node.op == "output":
                 self._restore_outputs(node)
         done = Action("graph", str(self.dtype).removeprefix("torch."))
-        return (done, *(Action(k, "float32", f"{n} calls") for k, n in sorted(stays.items())))
+        return (done, *(Action.left(k, f"{n} calls", "float32") for k, n in sorted(stays.items())))
 
     def _convert(self, node: fx.Node, dtype: torch.dtype) -> None:
         """Gives `node` operands of one type and recomputes its result type."""

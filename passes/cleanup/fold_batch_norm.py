@@ -34,6 +34,7 @@ class FoldBatchNorm(Pass):
     """
 
     contract = "exact"
+    weights = "reformed"
     before = ("quantize.*", "prune.*")
 
     def run(self, program: Program, context: Context) -> Result:
@@ -58,10 +59,10 @@ def _fold(editor: Editor, norm: fx.Node, remembered: dict[str, Any]) -> Action:
     name = _name(norm)
     args, _ = full_arguments(norm)
     if args[5]:
-        return Action(name, "kept", "is in training mode; its statistics still move")
+        return Action.left(name, "is in training mode; its statistics still move", "kept")
     scale_shift = affine.scale_and_shift(editor, norm)
     if scale_shift is None:
-        return Action(name, "kept", "its statistics are not stored tensors")
+        return Action.left(name, "its statistics are not stored tensors", "kept")
     scale, shift = scale_shift
     source = norm.args[0]
     assert isinstance(source, fx.Node)
@@ -77,7 +78,7 @@ def _fold(editor: Editor, norm: fx.Node, remembered: dict[str, Any]) -> Action:
         layer = affine.fold_into_inputs(editor, users[0], scale, shift)
         editor.replace(norm, source)
         return Action(name, f"folded into {layer}, which reads it")
-    return Action(name, "kept", f"before it: {reason}; behind it: {behind}")
+    return Action.left(name, f"before it: {reason}; behind it: {behind}", "kept")
 
 
 def _name(node: fx.Node) -> str:

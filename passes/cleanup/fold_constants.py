@@ -62,7 +62,7 @@ class FoldConstants(Pass):
         freed = sum(_bytes(n.meta["val"]) for n in stored if set(n.users) <= set(calls))
         growth = (_bytes(value) - freed) / 1e6
         if growth > self.options.max_growth_mb:
-            return Action(node.name, "kept", f"folding would add {growth:.1f} MB")
+            return Action.left(node.name, f"folding would add {growth:.1f} MB", "kept")
         result = constant_value(editor, node)
         name = editor.add_state(f"folded.{node.name}", result.contiguous().clone())
         editor.replace(node, editor.get(name))

@@ -30,6 +30,7 @@ class MergeLinear(Pass):
     """
 
     contract = "exact"
+    weights = "reformed"
     before = ("quantize.*",)
 
     def run(self, program: Program, context: Context) -> Result:
@@ -56,12 +57,13 @@ def _merge(editor: Editor, second: fx.Node) -> Action | None:
         return None
     reason = _refuse(editor, first, second)
     if reason is not None:
-        return Action(second.name, "kept", reason)
+        return Action.left(second.name, reason, "kept")
     weight, bias = _product(editor, first, second)
     pieces = [editor.tensor(n.args[1]) for n in (first, second)]
     before = sum(t.numel() for t in pieces if t is not None)
     if weight.numel() > before:
-        return Action(second.name, "kept", f"{before:,} weights would become {weight.numel():,}")
+        reason = f"{before:,} weights would become {weight.numel():,}"
+        return Action.left(second.name, reason, "kept")
     _replace(editor, first, second, weight, bias)
     return Action(second.name, f"merged with {first.name}")
 

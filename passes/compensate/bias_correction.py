@@ -56,7 +56,7 @@ class BiasCorrection(Pass):
         assert context.calibration is not None  # `execute` refuses to run without
         chosen = select(program, self.options.targets, PRODUCTS)
         wanted, refused = _means(program, chosen, context)
-        actions = [Action(name, "left alone", why) for name, why in refused.items()]
+        actions = [Action.left(name, why) for name, why in refused.items()]
         kept = [layer for layer in chosen if layer.name in wanted]
         if not kept:
             raise ModelError(

@@ -51,8 +51,10 @@ class Compress(Pass):
                 old = program.state[layer.weight]
                 size = _store(editor, layer.weight, geometry(program, layer))
                 before, after = before + old.numel() * old.element_size(), after + size
-            what = "left alone" if reason else "two of four"
-            actions.append(Action(layer.name, what, reason))
+            done_to = (
+                Action.left(layer.name, reason) if reason else Action(layer.name, "two of four")
+            )
+            actions.append(done_to)
         metrics = {"layers": float(len(done)), "bytes_before": float(before),
                    "bytes_after": float(after)}  # fmt: skip
         return Result(editor.finish(), tuple(actions), metrics)

@@ -222,7 +222,7 @@ def _originals(
         old = None if teacher is None else teacher.state.get(layer.weight)
         reason = _no_original(w, old)
         if reason:
-            actions.append(Action(layer.name, "left alone", reason))
+            actions.append(Action.left(layer.name, reason))
             continue
         assert old is not None
         dense[layer.name] = as_matrix(geometry(program, layer), old.detach().to(w.device)).float()

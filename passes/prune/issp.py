@@ -19,7 +19,7 @@ from graphwright.passes.base import Action, Context, Options, Pass, Result
 from graphwright.passes.prune._masks.layers import share_of_zeros
 from graphwright.passes.prune._masks.nm_mask import nm_mask
 from graphwright.passes.prune._masks.soft_shrinkage import SoftShrinkage
-from graphwright.passes.prune._masks.trainable import LEFT, bake, keyed, trainable_layers
+from graphwright.passes.prune._masks.trainable import bake, keyed, trainable_layers
 from graphwright.passes.prune._math.smallest import MOST, below_sampled, count_of, smallest
 
 Size = Annotated[int, Field(ge=1)]
@@ -115,7 +115,7 @@ class Issp(Pass):
         for layer in layers:
             reason = _too_small(program.state[layer.weight], options.sparsity, pattern)
             if reason:
-                actions.append(Action(layer.name, LEFT, reason))
+                actions.append(Action.left(layer.name, reason))
             else:
                 kept.append(layer)
         if not kept:

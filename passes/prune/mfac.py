@@ -150,7 +150,7 @@ def _actions(
     actions = []
     for layer in layers:
         if not pruned:
-            actions.append(Action(layer.name, "left alone", "it has as many zeros as asked for"))
+            actions.append(Action.left(layer.name, "it has as many zeros as asked for"))
             continue
         share = share_of_zeros(result, [layer.weight])
         reason = "no gradient reaches it: it was scored by magnitude" if quiet[layer.weight] else ""

@@ -23,7 +23,7 @@ from graphwright.passes.prune._masks.nm_decay import (
 )
 from graphwright.passes.prune._masks.nm_rows import NmRows, nm_rows
 from graphwright.passes.prune._masks.nm_training import NmTraining
-from graphwright.passes.prune._masks.trainable import LEFT, bake, keyed, trainable_layers
+from graphwright.passes.prune._masks.trainable import bake, keyed, trainable_layers
 
 DECAYS_MASK = ("mask_decay", "combined")
 DECAYS_STRUCTURE = ("structure_decay", "combined")
@@ -208,7 +208,7 @@ def _rows(
         rows = nm_rows(layer, program.state[layer.weight], along)
         if rows.length % m:
             reason = f"its {rows.length} weights per {along} row do not divide into groups of {m}"
-            refused.append(Action(layer.name, LEFT, reason))
+            refused.append(Action.left(layer.name, reason))
         else:
             found[layer.weight] = rows
             kept.append(layer)

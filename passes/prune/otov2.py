@@ -47,6 +47,7 @@ class Otov2(Pass):
     """
 
     contract = "lossy"
+    weights = "reformed"
     needs = "training"
     Options = Otov2Options
     papers = ("P46",)
@@ -90,5 +91,5 @@ def _actions(
         if not gone and not reasons:
             reasons.append("its units score higher, or its limits keep them")
         what = f"cut to {group.units - gone} of {group.units} units" if gone else "kept"
-        actions.append(Action(group.name, what, "; ".join(reasons)))
+        actions.append(Action(group.name, what, "; ".join(reasons), changed=bool(gone)))
     return actions

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from graphwright.ir.layers.kinds import PRODUCTS
 from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.program import Program
-from graphwright.passes.base import Action, Context, Pass, Result
+from graphwright.passes.base import Action, Context, Effect, Pass, Result
 from graphwright.passes.prune._udfc.options import RepairOptions
 from graphwright.passes.prune._udfc.round import quantizable, quantized
 from graphwright.passes.prune._udfc.walk import Compressed, Plan, compress, metrics, repair_text
@@ -90,7 +90,8 @@ class Udfc(Pass):
                 result, self.id, o.targets, o.weight_bits, o.search_scale, found
             )
             actions += more
-        return Result(result, tuple(actions), metrics(program, found))
+        effect: Effect = "reformed" if o.weight_bits is None else "compressed"
+        return Result(result, tuple(actions), metrics(program, found), effect=effect)
 
 
 def _actions(found: Compressed, chosen: list[Layer]) -> list[Action]:
@@ -99,9 +100,9 @@ def _actions(found: Compressed, chosen: list[Layer]) -> list[Action]:
     for layer in chosen:
         done = found.done.get(layer.name)
         if done is None:
-            actions.append(Action(layer.name, "kept", found.reason(layer)))
+            actions.append(Action.left(layer.name, found.reason(layer), "kept"))
         elif done.kept == done.units:
-            actions.append(Action(layer.name, "kept", "the ratio is less than one channel"))
+            actions.append(Action.left(layer.name, "the ratio is less than one channel", "kept"))
         else:
             kept = f"cut to {done.kept} of {done.units} channels"
             actions.append(Action(layer.name, f"{kept}, {repair_text(done)}"))

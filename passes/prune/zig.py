@@ -87,6 +87,7 @@ class Zig(Pass):
     """
 
     contract = "lossy"
+    weights = "reformed"
     needs_with: ClassVar[Mapping[tuple[str, Any], Need]] = dict.fromkeys(
         (("score", name) for name in (*WITH_GRADIENT, "fisher")), "calibration"
     )
@@ -149,7 +150,7 @@ def _choose(selection: Selection, of: str, sparsity: float) -> list[np.ndarray]:
 
 def _action(group: ChannelGroup, removed: int) -> Action:
     if removed == 0:
-        return Action(group.name, "kept", "its units score higher, or its limits keep them")
+        return Action.left(group.name, "its units score higher, or its limits keep them", "kept")
     return Action(group.name, f"cut to {group.units - removed} of {group.units} units")
 
 

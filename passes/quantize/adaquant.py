@@ -139,7 +139,7 @@ class Adaquant(Pass):
         if not kept:
             reasons = sorted({f"{layer.name}: {refused[layer.node]}" for layer in chosen})
             raise ModelError(f"{self.id} can quantize none of its targets", details=tuple(reasons))
-        actions = [Action(x.name, "left alone", refused[x.node]) for x in chosen
+        actions = [Action.left(x.name, refused[x.node]) for x in chosen
                    if x.node in refused]  # fmt: skip
         method = _Method(options, {x.name: _is_rectified(x) for x in kept},
                          {x.name: can_set_bias(x) for x in kept})  # fmt: skip

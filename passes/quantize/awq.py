@@ -171,7 +171,7 @@ class Trial:
         mean: of |x|, (in,), over all rows.
         rows: of calibration data.
         reads: what the region reads in the batches that factors are compared on.
-        padding: what is none in these.
+        real: true where a token is real and no padding, (batch, length) booleans of every batch.
     """
 
     ends: fx.GraphModule
@@ -180,11 +180,11 @@ class Trial:
     mean: Tensor
     rows: int
     reads: list[list[Any]]
-    padding: list[Tensor | None]
+    real: list[Tensor | None]
 
     def run(self, weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         """Ends of every batch, without padding."""
-        for reads, real in zip(self.reads, self.padding, strict=True):
+        for reads, real in zip(self.reads, self.real, strict=True):
             yield [awq_math.real_rows(end, real) for end in self.ends(*reads, *weights)]
 
 
@@ -211,7 +211,7 @@ class Scaling:
             mean,
             sum(rows),
             [[batches[index] for batches in values] for index in kept],
-            [site.padding[index] for index in kept],
+            [site.real[index] for index in kept],
         )
 
     @property

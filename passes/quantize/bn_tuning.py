@@ -77,7 +77,7 @@ class BnTuning(Pass):
         for layer in chosen:
             why = _refusal(program, layer, known.get(layer.name))
             if why:
-                actions.append(Action(layer.name, "left alone", why))
+                actions.append(Action.left(layer.name, why))
             else:
                 tuned.append(layer)
         if not tuned:

@@ -92,7 +92,7 @@ class Fp8(Pass):
         actions = []
         for layer in chosen:
             if layer.node in refused:
-                actions.append(Action(layer.name, "left alone", refused[layer.node]))
+                actions.append(Action.left(layer.name, refused[layer.node]))
                 continue
             how = "weight" if layer.kind == "embedding" else f"activations {options.activations}"
             error = errors[weight_node(layer)]

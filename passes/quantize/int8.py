@@ -161,7 +161,7 @@ class Int8(Pass):
         actions = []
         for layer in chosen:
             if layer.node in refused:
-                actions.append(Action(layer.name, "float32", refused[layer.node]))
+                actions.append(Action.left(layer.name, refused[layer.node], "float32"))
                 continue
             how = "weight" if layer.kind == "embedding" else self.options.activations
             error = errors[layer.node]

@@ -85,7 +85,7 @@ class Nf4(Pass):
         for index, layer in enumerate(chosen):
             weight = weight_node(layer)
             if layer.node in refused:
-                actions.append(Action(layer.name, "left alone", refused[layer.node]))
+                actions.append(Action.left(layer.name, refused[layer.node]))
             elif weight in done:
                 reason = f"shares the weight of {done[weight]}"
                 actions.append(Action(layer.name, options.kind, reason))

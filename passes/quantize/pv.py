@@ -115,7 +115,7 @@ class Pv(Pass):
         assert context.training is not None  # `execute` refuses to run without
         chosen = select(program, options.targets)
         coded = [layer for layer in chosen if layer.weight == "" and is_coded(weight_node(layer))]
-        actions = [Action(layer.name, "left alone", "its weight is not made of codes")
+        actions = [Action.left(layer.name, "its weight is not made of codes")
                    for layer in chosen if layer not in coded]  # fmt: skip
         if not coded:
             raise ModelError(

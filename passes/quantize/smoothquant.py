@@ -58,6 +58,7 @@ class Smoothquant(Pass):
     """
 
     contract = "exact"
+    weights = "reformed"
     needs = "calibration"
     Options = SmoothquantOptions
 
@@ -83,7 +84,7 @@ class Smoothquant(Pass):
             context.progress("smoothing", index + 1, len(groups))
         done = {layer.name for group in groups for layer in group.layers}
         actions += [
-            Action(layer.name, "left alone", "its weight is shared or not float32")
+            Action.left(layer.name, "its weight is shared or not float32")
             for layer in layers if layer.name not in done
         ]  # fmt: skip
         return Result(editor.finish(), tuple(actions))
@@ -135,8 +136,8 @@ def _apply(
     insert: bool,
 ) -> Action:
     if factors is None:
-        return Action(group.name, "left alone", "no factors lower the int8 error")
+        return Action.left(group.name, "no factors lower the int8 error")
     how = divide(editor, twin, group, factors, insert=insert, name="smoothing")
     if not how:
-        return Action(group.name, "left alone", "nothing before it can take the factors")
+        return Action.left(group.name, "nothing before it can take the factors")
     return Action(group.name, f"{how}, alpha {alpha:g}")

@@ -104,7 +104,7 @@ def _action(
     moved = [name for name in names if after.state[name] is not before.state[name]]
     if not moved:
         reason = "not among the targets" if layer not in chosen else "has no trainable parameter"
-        return Action(layer.name, "left alone", reason)
+        return Action.left(layer.name, reason)
     shift = scale = 0.0
     for name in moved:
         old, new = (p.state[name].detach().double() for p in (before, after))

@@ -48,7 +48,7 @@ def sample_report(original, result, **changes):
                 "id": "quantize.round", "options": {"decimals": 2, HOSTILE: HOSTILE},
                 "contract": "lossy", "seconds": 1.5, "peak_rss_bytes": 10**9,
                 "error": fidelity.as_dict(), "metrics": {"mean": float("nan")},
-                "actions": [["blocks.0", "rounded", ""], [HOSTILE, "kept", HOSTILE]],
+                "actions": [["blocks.0", "rounded", "", True], [HOSTILE, "kept", HOSTILE, False]],
             }
         ],
         "artifacts": [{"backend": "onnxruntime", "path": "model.onnx", "file_bytes": 2000}],

@@ -89,12 +89,12 @@ def differences(
     for layer in chosen:
         why = _mismatch(program, original, layer, known.get(layer.name))
         if why:
-            actions.append(Action(layer.name, "left alone", why))
+            actions.append(Action.left(layer.name, why))
             continue
         assert original is not None
         before = weight_value(original, known[layer.name])
         if torch.equal(before.float(), weight_value(program, layer).float()):
-            actions.append(Action(layer.name, "left alone", "its weight is the original's"))
+            actions.append(Action.left(layer.name, "its weight is the original's"))
             continue
         found[layer.name] = as_matrix(geometry(program, layer), before)[0]
     if not found:

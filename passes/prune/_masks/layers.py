@@ -31,7 +31,7 @@ def maskable(
     for layer in chosen:
         reason = _reason(program, layer, nodes, pattern)
         if reason:
-            actions.append(Action(layer.name, "left alone", reason))
+            actions.append(Action.left(layer.name, reason))
         else:
             good.append(layer)
     if not good:

@@ -43,7 +43,7 @@ def trainable_layers(program: Program, targets: Sequence[str]) -> tuple[list[Lay
         else:
             reason = _shared(program, layer, nodes)
         if reason:
-            actions.append(Action(layer.name, LEFT, reason))
+            actions.append(Action.left(layer.name, reason))
         else:
             layers.append(layer)
     return layers, actions

@@ -44,7 +44,7 @@ def find_units(
         names = {owner: alias for alias, owner in analysis.owners.items() if alias in live}
         read = read_only(analysis)
         reasons = {group: untrainable(group, names, read) for group in eligible}
-        actions += [Action(g.name, "kept", reason) for g, reason in reasons.items() if reason]
+        actions += [Action.left(g.name, reason, "kept") for g, reason in reasons.items() if reason]
         eligible = [g for g in eligible if not reasons[g]]
     if not eligible:
         raise ModelError("no channel group can be pruned by training",

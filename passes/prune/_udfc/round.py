@@ -32,7 +32,7 @@ def quantizable(program: Program, layers: Sequence[Layer]) -> tuple[set[str], li
         if not reason and len(axes[layer.weight]) > 1:
             reason = "its weight is read as rows here and as columns elsewhere"
         if reason:
-            actions.append(Action(layer.name, "not quantized", reason))
+            actions.append(Action.left(layer.name, reason, "not quantized"))
         else:
             names.add(layer.weight)
     return names, actions

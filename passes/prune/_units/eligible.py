@@ -30,9 +30,9 @@ def eligible_groups(
     for group in groups:
         other = next((outside[c] for c in group.classes.tolist() if c in outside), "")
         if not group.prunable:
-            actions.append(Action(group.name, "kept", group.reason))
+            actions.append(Action.left(group.name, group.reason, "kept"))
         elif other:
-            actions.append(Action(group.name, "kept", f"layer {other} is not in targets"))
+            actions.append(Action.left(group.name, f"layer {other} is not in targets", "kept"))
         else:
             eligible.append(group)
     return eligible, actions

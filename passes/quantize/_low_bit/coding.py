@@ -45,7 +45,7 @@ def kept(
         reasons = sorted({f"{layer.name}: {refused[layer.node]}" for layer in chosen})
         raise ModelError(f"{by} can quantize none of its targets", details=tuple(reasons))
     left = [x for x in chosen if x.node in refused]
-    return layers, [Action(layer.name, "left alone", refused[layer.node]) for layer in left]
+    return layers, [Action.left(layer.name, refused[layer.node]) for layer in left]
 
 
 def insert(editor: Editor, layers: Sequence[Layer], find: Find, shared: str = "") -> list[Action]:

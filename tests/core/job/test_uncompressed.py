@@ -92,7 +92,7 @@ def test_the_error_of_the_compressed_weights_is_undone(
     folder: Path, before: str, after: str
 ) -> None:
     compressed, compensated, found = errors(folder, before, COMPRESS, after)
-    reasons = [reason for _, _, reason in found["passes"][-1]["actions"]]
+    reasons = [reason for _, _, reason, _ in found["passes"][-1]["actions"]]
     assert not [reason for reason in reasons if "was" in reason or "original" in reason]
     assert compensated < compressed
 
@@ -106,7 +106,7 @@ def test_awq_is_compensated_for_the_weights_that_its_factors_made(
         "  - quantize.awq: {bits: 3, block: 16}\n",
         "compensate.eora: {rank: 4}",
     )  # fmt: skip
-    assert any(", folded, alpha" in what for _, what, _ in found["passes"][-2]["actions"])
+    assert any(", folded, alpha" in what for _, what, _, _ in found["passes"][-2]["actions"])
     assert compensated < compressed
 
 

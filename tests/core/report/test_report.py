@@ -135,7 +135,7 @@ def test_page_of_a_run_with_nothing_optional(pair):
 
 
 def test_long_tables_are_cut_and_say_so(pair, report):
-    many = [[f"layer{i}", "int8", ""] for i in range(100_000)]
+    many = [[f"layer{i}", "int8", "", True] for i in range(100_000)]
     passes = [{**report["passes"][0], "actions": many}]
     page = render_page({**report, "passes": passes, "layers": report["layers"] * 2000}, pair[1])
     assert len(page.encode()) < 2_000_000
