@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import onnx_ir as ir
 import torch
-from torch import fx
+from torch import Tensor, fx
 
+from graphwright.backends.onnxruntime.check import is_as_near
 from graphwright.backends.onnxruntime.emitter import Untranslatable
 from graphwright.backends.onnxruntime.runtime import SessionSettings, open_session
 from graphwright.backends.onnxruntime.translate import translate_with_values
 from graphwright.ir.check.fidelity import compare
+from graphwright.ir.check.precision import Walk, roundoff
+from graphwright.ir.errors import LoweringError
 from graphwright.ir.program import Program
 
 
 def first_differing_node(
-    program: Program, opset: int, settings: SessionSettings, bound: float
+    program: Program,
+    opset: int,
+    settings: SessionSettings,
+    bound: float,
+    inputs: tuple[Tensor, ...] | None = None,
 ) -> str:
-    """One line that names the node; empty when it cannot be told."""
+    """One line that names the first node that differs beyond rounding; empty when none can be told.
+
+    Args:
+        program: what was translated.
+        opset, settings: as the model is made and run.
+        bound: relative error that needs no look in float64.
+        inputs: one tensor per input; the examples when None.
+    """
+    inputs = program.examples if inputs is None else inputs
     try:
-        model, values = translate_with_values(program, opset)
-    except Untranslatable:
+        model, watched = _model(program, opset)
+    except LoweringError:
         return ""
     names = {value.name for value in model.graph.outputs}
-    watched = {
-        node: value
-        for node, value in values.items()
-        if isinstance(value, ir.Value) and value.producer() is not None
-    }
     for value in watched.values():
         if value.name not in names:
             names.add(value.name)
@@ -37,35 +45,62 @@ def first_differing_node(
         session = open_session(ir.to_proto(model).SerializeToString(), settings)
         feeds = {
             spec.name: tensor.detach().cpu().numpy()
-            for spec, tensor in zip(program.signature.inputs, program.examples, strict=True)
+            for spec, tensor in zip(program.signature.inputs, inputs, strict=True)
         }
+        needed = {item.name for item in session.get_inputs()}
         order = [str(value.name) for value in model.graph.outputs]
-        actual = dict(zip(order, session.run(order, feeds), strict=True))
+        arrays = session.run(order, {k: v for k, v in feeds.items() if k in needed})
     except Exception as error:
         text = str(error).strip().splitlines() or [type(error).__name__]
         return f"ONNX Runtime says: {text[0]}"
-    recorder = _Recorder(program)
-    with torch.no_grad():
-        recorder.run(*program.examples)
+    actual = dict(zip(order, map(torch.from_numpy, arrays), strict=True))
+    shown = {node: actual[str(value.name)] for node, value in watched.items()}
+    node = _first(program, inputs, shown, bound)
+    if node is None:
+        return "no node differs once it is an output: what ONNX Runtime fuses does"
+    scope = next(reversed(node.meta.get("nn_module_stack", {})), "")
+    return f"first node that differs: {node.name} ({node.target}){f' in {scope}' if scope else ''}"
+
+
+def _model(program: Program, opset: int) -> tuple[ir.Model, dict[str, ir.Value]]:
+    """The program translated, and the values of its nodes by name.
+
+    Raises:
+        LoweringError: the standard exporter does not know an op either.
+    """
+    try:
+        model, values = translate_with_values(program, opset)
+    except Untranslatable as why:
+        from graphwright.backends.onnxruntime.stock import export_with_torch
+
+        wanted = [
+            node.name for node in program.graph.nodes
+            if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor)
+        ]  # fmt: skip
+        return export_with_torch(program, opset, why, wanted)
+    return model, {
+        node.name: value
+        for node, value in values.items()
+        if isinstance(value, ir.Value) and value.producer() is not None
+    }
+
+
+def _first(
+    program: Program, inputs: tuple[Tensor, ...], shown: dict[str, Tensor], bound: float
+) -> fx.Node | None:
+    """The first node whose value the runtime does not give, up to rounding."""
+    own, exact = (Walk(program, inputs, wide=wide) for wide in (False, True))
     for node in program.graph.nodes:
-        if node not in watched or node.name not in recorder.kept:
+        if node.op != "call_function":
             continue
-        expected = recorder.kept[node.name]
-        got = torch.from_numpy(actual[str(watched[node].name)])
-        if expected.shape != got.shape or not compare(expected, got).relative <= bound:
-            return f"first node that differs: {node.name} ({node.target})"
-    return ""
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a program and keeps the tensor of every call, by node name."""
-
-    def __init__(self, program: Program) -> None:
-        super().__init__(program.module, garbage_collect_values=False)
-        self.kept: dict[str, torch.Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, torch.Tensor) and n.op == "call_function":
-            self.kept[n.name] = value
-        return value
+        value, reference = own.step(node), exact.step(node)
+        got = shown.get(node.name)
+        if isinstance(value, Tensor) and got is not None:
+            if got.shape != value.shape:
+                return node
+            near = compare(value, got).relative <= bound
+            if not near and not is_as_near(reference, value, got, roundoff(program)):
+                return node
+        for walk in (own, exact):
+            walk.release(node)
+    return None

@@ -14,7 +14,8 @@ left without codes of its own only moved some, and the program rounds to the sam
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import permutations
 from typing import Any
 
@@ -22,9 +23,10 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx
 
-from graphwright.backends.onnxruntime.check import Differs
+from graphwright.backends.onnxruntime.check import Case, Differs
 from graphwright.backends.onnxruntime.optimized import OptimizedGraph
 from graphwright.backends.onnxruntime.runtime import SessionSettings
+from graphwright.ir.check.precision import run_in_double
 from graphwright.ir.program import Program
 
 ONE_CODE = 1.001
@@ -114,22 +116,31 @@ def _input(codes: ir.Value, graph: OptimizedGraph) -> list[Part]:
     return []
 
 
-def run_on_codes(
-    program: Program, inputs: tuple[Tensor, ...], codes: Mapping[str, Found]
-) -> tuple[Tensor, ...]:
-    """Flat outputs of the program, every quantizer replaced by the runtime's codes.
+def on_codes(program: Program, case: Case, codes: Mapping[str, Found]) -> Case:
+    """The case with the outputs of the program whose quantizers take over the runtime's codes.
 
     Raises:
         Differs: at a quantizer the runtime is further away than rounding explains; names it.
     """
+    forced = _Forced(program, codes)
     with torch.no_grad():
-        return tuple(_Forced(program, codes).run(*inputs))
+        expected = tuple(forced.run(*case.inputs))
+    taken = {name: partial(_instead, value.double()) for name, value in forced.taken.items()}
+    reference = partial(run_in_double, program, case.inputs, taken)
+    return replace(case, expected=expected, reference=reference)
+
+
+def _instead(theirs: Tensor, value: Tensor) -> Tensor:
+    return theirs
 
 
 class _Forced(fx.Interpreter):
+    """Attributes: taken: what was put in the place of each quantizer's own value."""
+
     def __init__(self, program: Program, codes: Mapping[str, Found]) -> None:
         super().__init__(program.module)
         self.codes = codes
+        self.taken: dict[str, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -137,9 +148,11 @@ class _Forced(fx.Interpreter):
         if found is None or not isinstance(value, Tensor):
             return value
         if found.scale is None or found.zero_point is None:
-            return self._quantized(n, value, found.value)
-        codes = found.value.to(torch.float32) - found.zero_point.to(torch.float32)
-        return _accepted(n, value, codes * found.scale, found.scale)
+            self.taken[n.name] = self._quantized(n, value, found.value)
+        else:
+            codes = found.value.to(torch.float32) - found.zero_point.to(torch.float32)
+            self.taken[n.name] = _accepted(n, value, codes * found.scale, found.scale)
+        return self.taken[n.name]
 
     def _quantized(self, n: fx.Node, value: Tensor, x: Tensor) -> Tensor:
         """The runtime's own input, quantized as the program does."""

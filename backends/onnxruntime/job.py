@@ -22,7 +22,7 @@ from graphwright.backends.onnxruntime.check import (
 from graphwright.backends.onnxruntime.compiled import DATA, FILE
 from graphwright.backends.onnxruntime.diagnose import first_differing_node
 from graphwright.backends.onnxruntime.emitter import Untranslatable
-from graphwright.backends.onnxruntime.forced import Taps, run_on_codes
+from graphwright.backends.onnxruntime.forced import Taps, on_codes
 from graphwright.backends.onnxruntime.integer import integer_kernels, quantized_layers
 from graphwright.backends.onnxruntime.optimized import OptimizedGraph
 from graphwright.backends.onnxruntime.options import OnnxRuntimeOptions
@@ -245,8 +245,9 @@ class Job:
         if taps is not None:
             shown, codes = taps.run(self.program, self.settings, case.inputs)
             # What was looked into must be what the session computes.
-            compare_outputs(self.program, replace(case, expected=shown), outputs, self.bound)
-            case = replace(case, expected=run_on_codes(self.program, case.inputs, codes))
+            same = replace(case, expected=shown, reference=None)
+            compare_outputs(self.program, same, outputs, self.bound)
+            case = on_codes(self.program, case, codes)
         error = compare_outputs(self.program, case, outputs, self.bound)
         made.errors.append({"sizes": case.sizes, "relative": error})
 
@@ -289,7 +290,9 @@ class Job:
 
     def failure(self, error: Differs) -> LoweringError:
         """The error for a model that is wrong without any step; names the node where it can."""
-        node = first_differing_node(self.program, self.options.opset, self.settings, self.bound)
+        node = first_differing_node(
+            self.program, self.options.opset, self.settings, self.bound, error.inputs
+        )
         return LoweringError(str(error), details=(node,) if node else ())
 
 

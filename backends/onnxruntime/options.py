@@ -22,7 +22,8 @@ class OnnxRuntimeOptions(Options):
     """Threads within an operator; 0 takes torch's current number."""
 
     tolerance: Annotated[float, Field(gt=0)] = 1e-4
-    """Largest relative error against the program, per output, for float32 programs."""
+    """Largest relative error against the program, per output; more only where the program itself
+    loses digits, by what it loses against float64."""
 
     external_data_mb: Annotated[float, Field(ge=0, le=2000)] = 1900
     """Weights above this many megabytes go to a file beside the model."""
