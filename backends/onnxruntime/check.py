@@ -36,12 +36,19 @@ class Case:
 
     `reference` computes the same outputs in float64; None where a float32 result is all that
     they can be compared with.
+    `drawn` says how the inputs differ from the examples otherwise; empty when they do not.
     """
 
     inputs: tuple[torch.Tensor, ...]
     expected: tuple[torch.Tensor, ...]
     sizes: dict[str, int]
     reference: Callable[[], tuple[torch.Tensor, ...]] | None = None
+    drawn: str = ""
+
+    def __str__(self) -> str:
+        if self.drawn:
+            return f"with the example inputs {self.drawn}"
+        return f"at {self.sizes or 'the example sizes'}"
 
 
 def check_cases(program: Program) -> list[Case]:
@@ -78,7 +85,7 @@ def compare_outputs(
     exact: tuple[torch.Tensor, ...] | None = None
     specs = program.signature.outputs
     for index, (spec, a, b) in enumerate(zip(specs, case.expected, actual, strict=True)):
-        where = f"output {spec.name!r} at {case.sizes or 'the example sizes'}"
+        where = f"output {spec.name!r} {case}"
         if a.shape != b.shape or a.dtype != b.dtype:
             raise Differs(
                 f"{where} is {tuple(b.shape)} {b.dtype}, the program's {tuple(a.shape)} {a.dtype}",

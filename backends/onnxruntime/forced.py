@@ -78,13 +78,13 @@ class Taps:
             parts = _codes(values, state, graph) or _input(values[0], graph)
             if parts:
                 self.parts[quantizer] = parts
+        self.names = [p for parts in self.parts.values() for p in parts if isinstance(p, str)]
 
     def run(
         self, program: Program, settings: SessionSettings, inputs: tuple[Tensor, ...]
     ) -> tuple[tuple[Tensor, ...], dict[str, Found]]:
         """Flat outputs, and what every quantizer that can be seen shows."""
-        names = [part for parts in self.parts.values() for part in parts if isinstance(part, str)]
-        found, outputs = self.graph.read(names, settings, program.signature, inputs)
+        found, outputs = self.graph.read(self.names, settings, program.signature, inputs)
         shown = {}
         for quantizer, parts in self.parts.items():
             tensors = [found[part] if isinstance(part, str) else part for part in parts]

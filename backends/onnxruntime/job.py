@@ -21,6 +21,7 @@ from graphwright.backends.onnxruntime.check import (
 )
 from graphwright.backends.onnxruntime.compiled import DATA, FILE
 from graphwright.backends.onnxruntime.diagnose import first_differing_node
+from graphwright.backends.onnxruntime.drawn import drawn_cases
 from graphwright.backends.onnxruntime.emitter import Untranslatable
 from graphwright.backends.onnxruntime.forced import Taps, on_codes
 from graphwright.backends.onnxruntime.integer import integer_kernels, quantized_layers
@@ -41,6 +42,8 @@ from graphwright.backends.onnxruntime.translate import translate_with_values
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import LoweringError
 from graphwright.ir.program import Program
+
+Outputs = tuple[torch.Tensor, ...]
 
 MOST_GROWTH, SLACK = 1.3, 1 << 16
 """Bytes of a model's weights, at most, for each byte of a program whose weights are compressed;
@@ -63,6 +66,7 @@ class Attempt:
         products: of weights in blocks: accuracy level, largest error of one product against what
             that level computes, and error of the outputs for rounding activations.
         integer: how many layers with int8 weights run as integer kernels, and which do not.
+        unoptimized: why the model does not run with all graph optimizations off; empty if it does.
         values: results of nodes of `program` in the model, by node name.
     """
 
@@ -76,6 +80,7 @@ class Attempt:
     sparse: dict[str, int] = field(default_factory=dict)
     products: dict[str, Any] = field(default_factory=dict)
     integer: dict[str, Any] = field(default_factory=dict)
+    unoptimized: str = ""
     values: dict[str, ir.Value] = field(default_factory=dict)
 
 
@@ -90,7 +95,7 @@ class Job:
         self.folder = folder
         self.settings = SessionSettings(options.provider, options.threads, EXACT)
         self.settings.providers()
-        self.cases: list[Case] = check_cases(program)
+        self.cases: list[Case] = [*check_cases(program), *drawn_cases(program)]
         self.bound = tolerance_for(program, options.tolerance)
         self.quantized = quantized_layers(program)
 
@@ -163,27 +168,69 @@ class Job:
         return {n: replaced.get(n, n) for n in nodes if replaced.get(n, n) in there}
 
     def _check(self, model: ir.Model, made: Attempt) -> None:
+        """Checks the model as it is written, then as ONNX Runtime's optimizer rewrites it."""
         made.model = self._write(model, made)
-        first, *others = self.cases
         try:
             onnx.checker.check_model(
                 made.model if isinstance(made.model, bytes) else str(made.model)
             )
+            is_plain_right = self._check_plain(made)
             made.session, outputs, made.kernels = open_and_count(
-                made.model, self.settings, self.program.signature, first.inputs,
+                made.model, self.settings, self.program.signature, self.cases[0].inputs,
                 self._optimized if self.quantized or made.program.facts.get(TAPS) else None,
             )  # fmt: skip
+        except Differs:
+            raise
         except Exception as error:
-            text = str(error).strip().splitlines() or [type(error).__name__]
-            raise Differs(f"ONNX Runtime refuses the model: {text[0]}") from error
-        taps = self._look_inside(made)
-        self._compare(first, outputs, made, taps)
-        for case in others:
+            raise Differs(f"ONNX Runtime refuses the model: {_first_line(error)}") from error
+        try:
+            self._check_session(made, made.session, outputs)
+        except Differs as error:
+            whose = "; ONNX Runtime's graph optimizations make it differ" if is_plain_right else ""
+            raise Differs(f"{error}{whose}", error.inputs) from error
+
+    def _check_plain(self, made: Attempt) -> bool:
+        """Whether the model runs with all graph optimizations off; it then has to be right.
+
+        Raises:
+            Differs: it runs and is not.
+        """
+        path = Path(self.folder.name) / "plain.onnx"
+        if isinstance(made.model, bytes):
+            path.write_bytes(made.model)
+        else:
+            path = made.model
+        graph = OptimizedGraph(path)
+        taps = self._taps(made, graph)
+        names = taps.names if taps else ()
+        for case in self.cases:
             try:
-                outputs = run_session(made.session, self.program.signature, case.inputs)
+                outputs = graph.read(names, self.settings, self.program.signature, case.inputs)[1]
             except Exception as error:
-                text = str(error).strip().splitlines() or [type(error).__name__]
-                raise Differs(f"the model fails at {case.sizes}: {text[0]}") from error
+                made.unoptimized = _first_line(error)
+                return False
+            self._compare(case, outputs, made, taps)
+        made.errors.clear()
+        return True
+
+    def _check_session(
+        self, made: Attempt, session: onnxruntime.InferenceSession, outputs: Outputs
+    ) -> None:
+        """The session that is handed over against the program, on all cases."""
+        taps = None
+        if self.quantized or made.program.facts.get(TAPS):
+            graph = OptimizedGraph(self._optimized)
+            nodes = self._layer_nodes(made)
+            values = {n: made.values[m] for n, m in nodes.items() if m in made.values}
+            if self.quantized:
+                made.integer = integer_kernels(self.quantized, values, graph)
+            taps = self._taps(made, graph)
+        for case in self.cases:
+            if case is not self.cases[0]:
+                try:
+                    outputs = run_session(session, self.program.signature, case.inputs)
+                except Exception as error:
+                    raise Differs(f"the model fails {case}: {_first_line(error)}") from error
             self._compare(case, outputs, made, taps)
 
     def _raise_level(self, model: ir.Model, made: Attempt) -> None:
@@ -200,8 +247,8 @@ class Job:
         try:
             errors = [
                 check_products(self.program, made.program, self.options.opset, fast, case.inputs)
-                for case in self.cases
-            ]
+                for case in self.cases if not case.drawn
+            ]  # fmt: skip
         except Differs as error:
             made.products["why"] = str(error)
             return
@@ -225,23 +272,15 @@ class Job:
         if has_compressed_weights(self.program) and written > MOST_GROWTH * stored + SLACK:
             raise Differs(f"its weights take {written:,} bytes, the program's {stored:,}")
 
-    def _look_inside(self, made: Attempt) -> Taps | None:
-        """Counts the integer kernels of the session; for a program with quantizers, their codes."""
+    def _taps(self, made: Attempt, graph: OptimizedGraph) -> Taps | None:
+        """Where a program's quantizers are in a graph; None for a program without."""
         quantizers = made.program.facts.get(TAPS)
-        if not (self.quantized or quantizers):
-            return None
-        graph = OptimizedGraph(self._optimized)
-        values = {n: made.values[m] for n, m in self._layer_nodes(made).items() if m in made.values}
-        if self.quantized:
-            made.integer = integer_kernels(self.quantized, values, graph)
         if not quantizers:
             return None
         marked = {q: [made.values[name] for name in names] for q, names in quantizers.items()}
         return Taps(marked, made.program.state, graph)
 
-    def _compare(
-        self, case: Case, outputs: tuple[torch.Tensor, ...], made: Attempt, taps: Taps | None
-    ) -> None:
+    def _compare(self, case: Case, outputs: Outputs, made: Attempt, taps: Taps | None) -> None:
         if taps is not None:
             shown, codes = taps.run(self.program, self.settings, case.inputs)
             # What was looked into must be what the session computes.
@@ -249,7 +288,8 @@ class Job:
             compare_outputs(self.program, same, outputs, self.bound)
             case = on_codes(self.program, case, codes)
         error = compare_outputs(self.program, case, outputs, self.bound)
-        made.errors.append({"sizes": case.sizes, "relative": error})
+        inputs = {"inputs": case.drawn} if case.drawn else {}
+        made.errors.append({"sizes": case.sizes, **inputs, "relative": error})
 
     @property
     def _optimized(self) -> Path:
@@ -299,3 +339,7 @@ class Job:
 def _weight_bytes(model: ir.Model) -> int:
     values = (value.const_value for value in model.graph.initializers.values())
     return sum(value.nbytes for value in values if value is not None)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -72,6 +72,8 @@ class Lowering(Backend):
             notes["sparse"] = attempt.sparse
         if attempt.integer:
             notes["integer_kernels"] = attempt.integer
+        if attempt.unoptimized:
+            notes["unoptimized"] = attempt.unoptimized
         notes["warnings"] = _warnings(notes)
         keep = job.folder if isinstance(attempt.model, Path) else None
         if keep is None:
@@ -84,6 +86,8 @@ def _warnings(notes: dict[str, Any]) -> list[str]:
     found = [f"step {name} was left out: {why}" for name, why in notes["dropped"].items()]
     if notes["translator"] != "direct":
         found.append(f"translated by {notes['translator']}")
+    if "unoptimized" in notes:
+        found.append(f"runs with graph optimizations only: {notes['unoptimized']}")
     integer = notes.get("integer_kernels", {})
     if integer.get("float"):
         names = ", ".join(f"{name} ({kernel})" for name, kernel in integer["float"].items())

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import torch
 
 from graphwright.backends.onnxruntime.runtime import SessionSettings, feeds_for, open_session
@@ -43,6 +44,7 @@ class OptimizedGraph:
         graph = self.model.graph
         self.nodes = {SUFFIX.sub("", node.name): node for node in reversed(graph.node)}
         self.values = {name for node in graph.node for name in node.output}
+        self._last: tuple[tuple[str, ...], onnxruntime.InferenceSession] | None = None
 
     def kernel(self, node: ir.Node | None) -> str:
         """Op type of what the runtime runs in a node's place; empty when nothing has its name."""
@@ -80,16 +82,25 @@ class OptimizedGraph:
         inputs: Sequence[torch.Tensor],
     ) -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor, ...]]:
         """Values inside the graph by name, and the outputs, computed by the same kernels."""
-        model = onnx.ModelProto()
-        model.CopyFrom(self.model)
-        outputs = [value.name for value in model.graph.output]
-        for name in dict.fromkeys(names):
-            if name not in outputs:
-                model.graph.output.append(onnx.ValueInfoProto(name=name))
-        path = self.path.with_name(f"read.{self.path.name}")
-        path.write_bytes(model.SerializeToString())
-        session = open_session(path, settings, optimize=False)
+        outputs = [value.name for value in self.model.graph.output]
+        session = self._session(
+            tuple(dict.fromkeys(n for n in names if n not in outputs)), settings
+        )
         order = list(dict.fromkeys([*outputs, *names]))
         arrays: list[np.ndarray] = session.run(order, feeds_for(session, signature, inputs))
         found = {n: torch.from_numpy(a) for n, a in zip(order, arrays, strict=True)}
         return found, tuple(found[name] for name in outputs)
+
+    def _session(
+        self, further: tuple[str, ...], settings: SessionSettings
+    ) -> onnxruntime.InferenceSession:
+        """A session that shows further values; the last one is kept."""
+        if self._last is None or self._last[0] != further:
+            model = onnx.ModelProto()
+            model.CopyFrom(self.model)
+            model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in further)
+            path = self.path.with_name(f"read.{self.path.name}")
+            path.write_bytes(model.SerializeToString())
+            self._last = None  # weights are held once
+            self._last = (further, open_session(path, settings, optimize=False))
+        return self._last[1]
