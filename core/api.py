@@ -63,13 +63,13 @@ def optimize(
         spec: YAML file, or name of a ready-made spec.
         out: folder for the results.
         overrides: `KEY=VALUE` strings, as `passes.1.sparsity=0.5`.
-        settings: further fields of `graphwright.job.pipeline.Settings`.
+        settings: further fields of `graphwright.job.pipeline.JobSettings`.
 
     Raises:
         GraphwrightError: with the exit status of the stage that failed.
     """
-    from graphwright.job.pipeline import Settings, run
+    from graphwright.job.pipeline import JobSettings, run
     from graphwright.specs.spec import load_spec
 
     loaded = load_spec(str(spec), list(overrides))
-    return run(model, loaded, Settings(out=out, quiet=settings.pop("quiet", True), **settings))
+    return run(model, loaded, JobSettings(out=out, quiet=settings.pop("quiet", True), **settings))

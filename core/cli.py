@@ -131,9 +131,9 @@ def _do_optimize(arguments: argparse.Namespace) -> int:
 
     # First of all the spec, without torch: a typo is answered before anything is imported.
     spec = load_spec(arguments.spec, arguments.overrides)
-    from graphwright.job.pipeline import Settings, run
+    from graphwright.job.pipeline import JobSettings, run
 
-    settings = Settings(
+    settings = JobSettings(
         out=arguments.out,
         allow_pickle=arguments.allow_pickle,
         device=arguments.device,

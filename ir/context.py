@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from graphwright.ir.errors import ArgumentError
+
 if TYPE_CHECKING:
     from graphwright.ir.program import Program
 
@@ -67,6 +69,34 @@ class Context:
     def before_compression(self) -> Program | None:
         """`uncompressed`, or the teacher."""
         return self.teacher if self.uncompressed is None else self.uncompressed
+
+    @property
+    def batches(self) -> Iterable[Batch]:
+        """The calibration batches of a pass that needs some.
+
+        Raises:
+            ArgumentError: there are none.
+        """
+        self.require("calibration", "this needs calibration data")
+        assert self.calibration is not None
+        return self.calibration
+
+    @property
+    def training_data(self) -> Iterable[Any]:
+        """The labelled batches of a pass that trains.
+
+        Raises:
+            ArgumentError: there are none.
+        """
+        self.require("training", "this needs training data")
+        assert self.training is not None
+        return self.training
+
+    def require(self, source: str, message: str) -> None:
+        """Raises ArgumentError with `message` where the data `source` is missing."""
+        if getattr(self, source) is None:
+            fix = f"Give the spec a `{source}` section, or pass {source}=batches."
+            raise ArgumentError(message, fix=fix)
 
     def within(self, *scope: str | int) -> Context:
         """The same surroundings one level down."""

@@ -28,3 +28,18 @@ Selector = Annotated[
     tuple[str, ...], Field(json_schema_extra={"x-graphwright": {"selector": True}})
 ]
 """An option that is a list of layer patterns; see `ir/layers/selectors.py`."""
+
+
+class Targets(Options):
+    """The option `targets`, for a pass that changes layers."""
+
+    targets: Selector = ("*",)
+    """Layers that the pass changes: selector patterns over names and kinds."""
+
+
+class Bounded(Options):
+    """The option `max_error`, for a pass that changes the function."""
+
+    max_error: Annotated[float, Field(gt=0)] | None = None
+    """Largest relative error of the outputs, ||a-b|| / ||a||, against the program before this pass;
+    no bound when absent."""

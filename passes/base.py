@@ -7,9 +7,10 @@ import json
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Generic, Literal, cast, get_args, get_origin
 
 from pydantic import ValidationError
+from typing_extensions import TypeVar
 
 from graphwright.ir.check.promise import EXACT, Promise
 from graphwright.ir.context import Batch, Context
@@ -22,6 +23,8 @@ Need = Literal["nothing", "calibration", "gradients", "training"]
 Effect = Literal["kept", "reformed", "compressed", "trained"]
 """What becomes of weights: the same values; new originals (norms folded, factors moved, channels
 cut); approximations of what they were; values found by training."""
+
+OptionsT = TypeVar("OptionsT", bound=Options, default=Options)
 
 __all__ = ["Action", "Context", "Contract", "Need", "Options", "Pass", "Result", "all_passes",
            "find_pass", "register"]  # fmt: skip
@@ -69,14 +72,15 @@ class Result:
     effect: Effect | None = None
 
 
-class Pass:
+class Pass(Generic[OptionsT]):
     """A transformation of a program.
 
     A subclass in `passes/<family>/<method>.py` gets the id `<family>.<method>`; one of your own
-    gets its id from `@gw.register("family.method")`. An instance holds only frozen options.
+    gets its id from `@gw.register("family.method")`. An instance holds only frozen options, of
+    the type that the base names: `class Rtn(Pass[RtnOptions])`.
 
     Class attributes:
-        Options: the options it takes, a pydantic model.
+        Options: the options it takes, a pydantic model; taken from the base.
         contract: `exact` (same function up to rounding), `identity_at_init` (same function until
             trained) or `lossy` (changes it by a measured amount).
         needs: `nothing`, `calibration`, `gradients` or `training`.
@@ -116,14 +120,19 @@ class Pass:
         package, _, method = cls.__module__.rpartition(".")
         if package.startswith("graphwright.passes."):
             cls.id = f"{package.rpartition('.')[2]}.{method}"
+        for base in getattr(cls, "__orig_bases__", ()):
+            given = get_args(base)
+            if get_origin(base) is Pass and isinstance(given[0], type):
+                cls.Options = given[0]
 
     def __init__(self, **options: Any) -> None:
         try:
-            self.options: Any = self.Options.model_validate_json(json.dumps(options))
+            made = self.Options.model_validate_json(json.dumps(options))
         except ValidationError as error:
             raise ArgumentError(_readable(self.id or type(self).__name__, error)) from None
         except TypeError as error:
             raise ArgumentError(f"{self.id}: an option is not plain data: {error}") from None
+        self.options = cast(OptionsT, made)
 
     def run(self, program: Program, context: Context) -> Result:
         """Transforms `program`; the arithmetic of the pass."""
@@ -174,12 +183,9 @@ class Pass:
 
     def execute(self, program: Program, context: Context) -> Result:
         """Runs the pass and adds its provenance; no check of the contract."""
-        source = "training" if self.needed == "training" else "calibration"
-        if self.needed != "nothing" and getattr(context, source) is None:
-            raise ArgumentError(
-                f"{self.id} needs {source} data",
-                fix=f"Give the spec a `{source}` section, or pass {source}=batches.",
-            )
+        if self.needed != "nothing":
+            source = "training" if self.needed == "training" else "calibration"
+            context.require(source, f"{self.id} needs {source} data")
         result = self.run(program, context)
         if not self.changes_interface:
             _same_interface(self.id, program, result.program)

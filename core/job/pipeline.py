@@ -16,9 +16,9 @@ from graphwright.ir.errors import RequirementError
 from graphwright.job.chain import run_chain
 from graphwright.job.environment import deterministic, environment
 from graphwright.job.memory import reset_peak
-from graphwright.job.place import Place
+from graphwright.job.place import OutputPlace
 from graphwright.job.rules import check_rules
-from graphwright.job.run import Run, Settings
+from graphwright.job.run import JobSettings, Run
 
 if TYPE_CHECKING:
     from graphwright.backends.base import Compiled
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from graphwright.ir.program import Program
     from graphwright.specs.spec import Spec
 
-__all__ = ["Outcome", "Settings", "run"]
+__all__ = ["JobSettings", "Outcome", "run"]
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Outcome:
     compiled: dict[str, Compiled] = field(default_factory=dict)
 
 
-def run(source: str | Path, spec: Spec, settings: Settings) -> Outcome:
+def run(source: str | Path, spec: Spec, settings: JobSettings) -> Outcome:
     """Compiles `source` by `spec` and writes artifacts, report and lock file under `settings.out`.
 
     Raises:
@@ -56,7 +56,7 @@ def run(source: str | Path, spec: Spec, settings: Settings) -> Outcome:
     """
     started = time.monotonic()
     check_rules(spec)
-    place = Place(Path(settings.out))
+    place = OutputPlace(Path(settings.out))
     with place.locked(), deterministic():
         from graphwright.job.progress import Progress
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from graphwright.ir.errors import ArgumentError
 
 
-class Place:
+class OutputPlace:
     """The output folder, and the work folder beside it.
 
     Attributes:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from graphwright.ir.errors import RequirementError
 from graphwright.job.memory import peak_rss_bytes, reset_peak
-from graphwright.job.place import Place
+from graphwright.job.place import OutputPlace
 
 if TYPE_CHECKING:
     from graphwright.job.progress import Progress
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Settings:
+class JobSettings:
     """How to run, as opposed to what to do.
 
     Attributes:
@@ -51,8 +51,8 @@ class Run:
     """
 
     spec: Spec
-    settings: Settings
-    place: Place
+    settings: JobSettings
+    place: OutputPlace
     progress: Progress
     started: float
     peak: int = 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from graphwright.ir.ops.codebook import dequantize_codebook, pack_indices, unpack_indices
-from graphwright.ir.stored.insert import Make, Place
+from graphwright.ir.stored.insert import Insertion, Make
 
 aten = torch.ops.aten
 
@@ -132,7 +132,7 @@ def index_bits(count: int) -> int:
 def rebuild_vectors(vectors: Vectors, dtype: torch.dtype) -> Make:
     """Nodes of a weight in codebooks; codebooks and scales are stored narrow and cast first."""
 
-    def make(place: Place) -> fx.Node:
+    def make(place: Insertion) -> fx.Node:
         nodes = _Nodes(place, dtype, vectors.state())
         stretches = [nodes.lookups(part, found) for part, found in vectors.parts.items()]
         value = stretches[0]
@@ -150,7 +150,7 @@ def rebuild_vectors(vectors: Vectors, dtype: torch.dtype) -> Make:
 
 @dataclass(frozen=True)
 class _Nodes:
-    place: Place
+    place: Insertion
     dtype: torch.dtype
     state: Mapping[str, Tensor]
 

@@ -7,7 +7,7 @@ transposition for a matmul, a reshape for a convolution, nothing for a linear la
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, fx
@@ -20,11 +20,11 @@ from graphwright.ir.stored.blocks import Blocks
 aten = torch.ops.aten
 ours = torch.ops.graphwright
 
-Make = Callable[["Place"], fx.Node]
+Make = Callable[["Insertion"], fx.Node]
 """Makes the nodes that rebuild a matrix (out, columns), and returns the last."""
 
 
-class Place:
+class Insertion:
     """Where nodes that rebuild one weight go, and how their tensors are called.
 
     Attributes:
@@ -82,7 +82,14 @@ def matrix_of(kind: str, weight: Tensor) -> Tensor:
     return weight.t() if kind in TURNED else weight.reshape(weight.shape[0], -1)
 
 
-def replace_weight(editor: Editor, layer: Layer, make: Make) -> fx.Node:
+def replace_weight(
+    editor: Editor,
+    layer: Layer,
+    make: Make,
+    *,
+    matrix: bool = True,
+    readers: Collection[fx.Node] | None = None,
+) -> fx.Node:
     """Lets every use of a layer's weight read a rebuilt one; returns the node that they read now.
 
     The weight may be stored or itself rebuilt. All layers that are tied to it change with it, so
@@ -91,24 +98,34 @@ def replace_weight(editor: Editor, layer: Layer, make: Make) -> fx.Node:
     Args:
         editor: of a copy of the program that the layer was found in.
         layer: any layer that reads the weight.
-        make: makes the nodes that rebuild the matrix.
+        make: makes the nodes that rebuild the matrix, or the weight itself.
+        matrix: `make` rebuilds the matrix (out, columns); else the weight in its own shape.
+        readers: calls in the editor's graph that change; all readers of the weight when absent.
     """
     node = next(n for n in editor.graph.nodes if n.name == layer.node.name)
     old = node.args[WEIGHT_ARGUMENT[layer.kind]]
     assert isinstance(old, fx.Node)
     shape = [int(size) for size in old.meta["val"].shape]
-    readers = list(old.users)
-    place = Place(editor, _behind(editor, old), node, old, layer.kind, owner_of(layer, old))
+    place = Insertion(editor, _behind(editor, old), node, old, layer.kind, owner_of(layer, old))
+    changing = list(old.users) if readers is None else [r for r in old.users if r in readers]
     new = make(place)
-    if layer.kind in TURNED:
+    if matrix and layer.kind in TURNED:
         new = place.call(aten.transpose.int, new, 0, 1)
-    elif len(shape) != 2:
+    elif matrix and len(shape) != 2:
         new = place.call(aten.reshape.default, new, shape)
     assert list(new.meta["val"].shape) == shape
-    for reader in readers:
+    for reader in changing:
         reader.replace_input_with(old, new)
     if not old.users:
         editor.erase(old)
+    return new
+
+
+def replace_stored(editor: Editor, reader: fx.Node, old: fx.Node, make: Make) -> fx.Node:
+    """Lets one call read a rebuilt tensor in the place of a stored one (a bias, for example)."""
+    place = Insertion(editor, _behind(editor, old), reader, old, "", str(old.target))
+    new = make(place)
+    reader.replace_input_with(old, new)
     return new
 
 
@@ -120,7 +137,7 @@ def owner_of(layer: Layer, weight: fx.Node) -> str:
 def rebuild_blocks(blocks: Blocks) -> Make:
     """Nodes of a weight in blocks: its stored tensors and `graphwright::dequantize_blocks`."""
 
-    def make(place: Place) -> fx.Node:
+    def make(place: Insertion) -> fx.Node:
         zero = blocks.zero_point
         return place.call(
             ours.dequantize_blocks.default,
@@ -131,6 +148,26 @@ def rebuild_blocks(blocks: Blocks) -> Make:
             blocks.block,
             blocks.columns,
         )
+
+    return make
+
+
+def rebuild_channels(codes: Tensor, scale: Tensor, axis: int) -> Make:
+    """Nodes of a tensor of int8 or int32 codes with one scale per channel of `axis`."""
+
+    def make(place: Insertion) -> fx.Node:
+        stored = place.store("codes", codes), place.store("scale", scale)
+        return place.call(ours.dequantize.default, *stored, None, axis)
+
+    return make
+
+
+def rebuild_two_of_four(kept: Tensor, places: Tensor) -> Make:
+    """Nodes of a matrix that is stored as the two values of every four, and their places."""
+
+    def make(place: Insertion) -> fx.Node:
+        stored = place.store("kept", kept), place.store("places", places)
+        return place.call(ours.expand_2_4.default, *stored)
 
     return make
 

@@ -36,7 +36,7 @@ each operand that holds codes, and linearly."""
 
 
 @dataclass(frozen=True)
-class Place:
+class CodePlace:
     """Where codes act: the node whose value they choose, and how."""
 
     node: fx.Node
@@ -87,7 +87,7 @@ class Representation:
         return {name: torch.zeros_like(self.continuous[name]) if g is None else g
                 for name, g in zip(leaves, found, strict=True)}  # fmt: skip
 
-    def local(self, delta: Tensor) -> list[tuple[Place, Tensor, Tensor, Tensor]]:
+    def local(self, delta: Tensor) -> list[tuple[CodePlace, Tensor, Tensor, Tensor]]:
         """Every place with its value now, the change that `delta` of the weight asks of it, and the
         factor by which the weight follows it; all in the shape of the place's value.
 
@@ -132,17 +132,17 @@ class Representation:
 
     # ---- where codes act
 
-    def _places(self) -> list[Place]:
-        found: list[Place] = []
+    def _places(self) -> list[CodePlace]:
+        found: list[CodePlace] = []
 
         def visit(node: fx.Node) -> None:
             pair = self._added_vectors(node)
             if pair is not None:
-                found.append(Place(node, pair))
+                found.append(CodePlace(node, pair))
             elif node.target in CODED:
                 encoder = self._encoder(node)
                 if encoder is not None:
-                    found.append(Place(node, encoder))
+                    found.append(CodePlace(node, encoder))
             elif node.target in MOVES:
                 for operand in node.all_input_nodes:
                     visit(operand)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from graphwright.ir.ops.table import dequantize_table, levels, pack
-from graphwright.ir.stored.insert import Make, Place
+from graphwright.ir.stored.insert import Insertion, Make
 
 aten = torch.ops.aten
 
@@ -106,7 +106,7 @@ def quantize(x: Tensor, table: str, block: int, *, double: bool) -> Table:
 def rebuild_table(stored: Table, dtype: torch.dtype) -> Make:
     """Nodes of a weight in a table: stored tensors, `graphwright::dequantize_table`, a cast."""
 
-    def make(place: Place) -> fx.Node:
+    def make(place: Insertion) -> fx.Node:
         node = place.call(
             dequantize_table,
             place.store("codes", stored.codes),
@@ -120,7 +120,7 @@ def rebuild_table(stored: Table, dtype: torch.dtype) -> Make:
     return make
 
 
-def _scales(stored: Table, place: Place) -> fx.Node:
+def _scales(stored: Table, place: Insertion) -> fx.Node:
     if stored.scale is not None:
         return place.store("scale", stored.scale)
     assert stored.double is not None

@@ -16,7 +16,12 @@ from graphwright.ir.signature import DimRange
 from graphwright.ir.trace.assemble import assemble
 from graphwright.ir.trace.attention_dropout import note_attention_dropout
 from graphwright.ir.trace.calling import FlatModel
-from graphwright.ir.trace.check import batch_axes, check_against_model
+from graphwright.ir.trace.check import (
+    apply_guards,
+    batch_axes,
+    check_against_model,
+    narrowed_by_torch,
+)
 from graphwright.ir.trace.dims import (
     Dynamic,
     dim_names,
@@ -28,6 +33,7 @@ from graphwright.ir.trace.dims import (
     without,
 )
 from graphwright.ir.trace.errors import explain
+from graphwright.ir.trace.guards import Guard, guards_of
 from graphwright.ir.trace.prepare import quiet, traceable
 
 __all__ = ["Dynamic", "TraceWarning", "trace"]
@@ -68,27 +74,43 @@ def trace(
         ArgumentError: `dynamic` names an input, an axis or a size that is not there.
     """
     flat = FlatModel(model, example_inputs)
-    notes: list[str] = []
     with traceable(model):
         asked = batch_axes(flat) if dynamic == "batch" else dynamic
         wanted: Dynamic = normalize(flat.inputs, asked or {})
-        program, wanted = _capture(flat, wanted, dict(dims or {}), dict(ranges or {}), notes)
-        if check:
-            verdict = check_against_model(program, flat, wanted)
-            notes += verdict.notes
-            if verdict.fixed:
-                wanted = without(wanted, verdict.fixed)
-                program, wanted = _capture(
-                    flat, wanted, dict(dims or {}), dict(ranges or {}), notes
-                )
-            elif verdict.ranges:
-                found = {**program.signature.dims, **verdict.ranges}
-                program = program.replace(signature=replace(program.signature, dims=found))
+        program, notes = _right_at_every_size(flat, wanted, dict(dims or {}), ranges or {}, check)
     for name, kind in flat.record.dropped.items():
         notes.append(f"output {name!r} is a {kind}, which holds no tensors; it is left out")
     for note in notes:
         warnings.warn(note, TraceWarning, stacklevel=2)
     return program.replace(facts={**program.facts, "trace": {"notes": notes}}) if notes else program
+
+
+def _right_at_every_size(
+    flat: FlatModel,
+    wanted: Dynamic,
+    dims: Mapping[str, DimRange],
+    ranges: Mapping[str, tuple[float, float]],
+    check: bool,
+) -> tuple[Program, list[str]]:
+    """A program whose free dimensions are right all over their ranges, and what was given up.
+
+    A dimension that has to be fixed is fixed in another trace, where others may have to follow.
+    """
+    notes: list[str] = []
+    while True:
+        program, wanted, guards = _capture(flat, wanted, dims, ranges, notes)
+        sizes = example_sizes(flat.inputs, wanted)
+        said = narrowed_by_torch(guards, sizes, dims, program.signature.dims)
+        if check:
+            verdict = check_against_model(program, flat, wanted, guards)
+        else:
+            verdict = apply_guards(guards, sizes, program.signature.dims)
+        notes += [note for note in (*said, *verdict.notes) if note not in notes]
+        if not verdict.fixed:
+            found = {**program.signature.dims, **verdict.ranges}
+            return program.replace(signature=replace(program.signature, dims=found)), notes
+        wanted = without(wanted, verdict.fixed)
+        dims = {**dims, **{d: r for d, r in verdict.ranges.items() if d not in verdict.fixed}}
 
 
 def _capture(
@@ -97,8 +119,8 @@ def _capture(
     dims: Mapping[str, DimRange],
     ranges: Mapping[str, tuple[float, float]],
     notes: list[str],
-) -> tuple[Program, Dynamic]:
-    """A canonical program, and the dimensions that stayed free."""
+) -> tuple[Program, Dynamic, list[Guard]]:
+    """A canonical program, the dimensions that stayed free, and the guards on them."""
     exported, dynamic = _export_as_free_as_possible(flat, dynamic, notes)
     fixed = specialized(exported, flat.inputs, dynamic)
     if fixed:
@@ -118,7 +140,7 @@ def _capture(
         dynamic=dynamic, dims=dims, ranges=ranges, constants=flat.constants,
     )  # fmt: skip
     note_attention_dropout(program.graph, flat)
-    return canonicalize(program), dynamic
+    return canonicalize(program), dynamic, guards_of(exported, flat.inputs, dynamic)
 
 
 def _note(dim: str, size: int, why: str) -> str:

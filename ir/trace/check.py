@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -13,7 +13,11 @@ from graphwright.ir.program import Program
 from graphwright.ir.signature import DimRange
 from graphwright.ir.trace.assemble import output_names
 from graphwright.ir.trace.calling import FlatModel
-from graphwright.ir.trace.dims import Dynamic, dim_names, example_sizes, resized
+from graphwright.ir.trace.dims import Dynamic, example_sizes, resized
+from graphwright.ir.trace.guards import Guard
+from graphwright.ir.trace.narrowing import narrowed, violations
+from graphwright.ir.trace.prepare import quiet
+from graphwright.ir.trace.probes import Budget, probes
 
 TOLERANCE = 1e-4
 """Relative error that still counts as rounding: the same operations, other kernels and orders."""
@@ -28,8 +32,10 @@ class Verdict:
     notes: list[str] = field(default_factory=list)
 
 
-def check_against_model(program: Program, flat: FlatModel, dynamic: Dynamic) -> Verdict:
-    """Compares outputs at the example's sizes, at one more of each free dimension, and at 1.
+def check_against_model(
+    program: Program, flat: FlatModel, dynamic: Dynamic, guards: Sequence[Guard]
+) -> Verdict:
+    """Compares outputs at the example's sizes, where a guard does not hold, and at other sizes.
 
     Raises:
         ModelError: the program and the model differ on the example inputs.
@@ -44,23 +50,12 @@ def check_against_model(program: Program, flat: FlatModel, dynamic: Dynamic) -> 
             )
         verdict.notes.append("the model gives other results on every call; it was not compared")
         return verdict
-    sizes = example_sizes(flat.inputs, dynamic)
-    larger = {dim: size + 1 for dim, size in sizes.items()}
-    bad = _differing(program, flat, dynamic, larger)
-    for dim in bad:
-        verdict.fixed.add(dim)
-        verdict.notes.append(
-            f"dimension {dim!r} is fixed at {sizes[dim]}: at {larger[dim]} the traced program "
-            "and the model differ"
-        )
-    if bad:
-        return verdict
-    for dim in _differing(program, flat, dynamic, dict.fromkeys(sizes, 1)):
-        known = program.signature.dims[dim]
-        verdict.ranges[dim] = DimRange(max(2, known.min), known.max)
-        verdict.notes.append(
-            f"dimension {dim!r} is 2 or more: at 1 the model takes another way through its code"
-        )
+    checker = _SizeChecker(program, flat, dynamic, verdict)
+    checker.try_guards(guards)
+    if not verdict.fixed:
+        checker.try_sizes()
+    if not verdict.fixed:
+        checker.try_one()
     return verdict
 
 
@@ -83,38 +78,154 @@ def batch_axes(flat: FlatModel) -> Dynamic:
     return axes if grew else {}
 
 
-def _differing(
-    program: Program, flat: FlatModel, dynamic: Dynamic, sizes: Mapping[str, int]
+def apply_guards(
+    guards: Sequence[Guard], example: Mapping[str, int], ranges: Mapping[str, DimRange]
+) -> Verdict:
+    """Takes every guard of the model's code at its word, where nothing is run."""
+    verdict = Verdict(ranges=dict(ranges))
+    for guard in guards:
+        if guard.by_model and violations(guard, example, verdict.ranges):
+            _narrow(verdict, guard, example)
+    return verdict
+
+
+def narrowed_by_torch(
+    guards: Sequence[Guard],
+    example: Mapping[str, int],
+    asked: Mapping[str, DimRange],
+    found: Mapping[str, DimRange],
 ) -> list[str]:
-    """Dimensions at whose new size the program parts from the model."""
-    allowed = {dim: size for dim, size in sizes.items() if _within(program, dim, size)}
-    if not allowed or _agree(program, flat, resized(flat.inputs, dynamic, allowed)) is True:
-        return []
-    bad = []
-    for dim in dim_names(dynamic):
-        if dim in allowed:
-            inputs = resized(flat.inputs, dynamic, {dim: allowed[dim]})
-            if _agree(program, flat, inputs) is False:
-                bad.append(dim)
-    return bad
+    """What to tell of the branches that torch itself has turned into ranges."""
+    notes = []
+    for guard in guards:
+        if guard.by_model and len(guard.dims) == 1 and guard.dims[0] in found:
+            (dim,) = guard.dims
+            wide = {dim: asked.get(dim, DimRange())}
+            if violations(guard, example, wide) and not violations(guard, example, found):
+                notes.append(_said(guard, dim, _extent(found[dim])))
+    return notes
 
 
-def _within(program: Program, dim: str, size: int) -> bool:
-    bounds = program.signature.dims.get(dim)
-    if bounds is None:
-        return False
-    return size >= bounds.min and (bounds.max is None or size <= bounds.max)
+def _extent(bounds: DimRange) -> str:
+    if bounds.min == bounds.max:
+        return f"fixed at {bounds.min}"
+    if bounds.max is None:
+        return f"{bounds.min} or more"
+    return f"{bounds.min} to {bounds.max}"
+
+
+def _said(guard: Guard, dim: str, extent: str) -> str:
+    return (
+        f"dimension {dim!r} is {extent}: {guard.place}: the model computes with it as a number, "
+        f"and the trace holds where {guard.text}"
+    )
+
+
+def _narrow(verdict: Verdict, guard: Guard, example: Mapping[str, int]) -> None:
+    for dim, bounds in narrowed(guard, example, verdict.ranges).items():
+        known = verdict.ranges[dim]
+        if bounds == known:
+            continue
+        verdict.ranges[dim] = bounds
+        if bounds.min == bounds.max:
+            verdict.fixed.add(dim)
+        verdict.notes.append(_said(guard, dim, _extent(bounds)))
+
+
+class _SizeChecker:
+    """Tries sizes, each once; writes down in a verdict what they teach."""
+
+    def __init__(
+        self, program: Program, flat: FlatModel, dynamic: Dynamic, verdict: Verdict
+    ) -> None:
+        self.program, self.flat, self.dynamic, self.verdict = program, flat, dynamic, verdict
+        self.example = example_sizes(flat.inputs, dynamic)
+        verdict.ranges.update({dim: program.signature.dims[dim] for dim in self.example})
+        weights = sum(t.numel() for t in program.state.values())
+        self.budget = Budget(flat.inputs, dynamic, self.example, weights)
+        self.known: dict[tuple[tuple[str, int], ...], bool | None] = {}
+
+    def agree(self, sizes: Mapping[str, int]) -> bool | None:
+        """Whether program and model agree; None where the model refuses these sizes."""
+        key = tuple(sorted(sizes.items()))
+        if key not in self.known:
+            inputs = resized(self.flat.inputs, self.dynamic, sizes)
+            self.known[key] = _agree(self.program, self.flat, inputs)
+        return self.known[key]
+
+    # ---- guards
+
+    def try_guards(self, guards: Sequence[Guard]) -> None:
+        """Narrows or fixes dimensions by the guards that matter, the model's own first."""
+        for guard in sorted(guards, key=lambda g: not g.by_model):
+            if self._matters(guard):
+                _narrow(self.verdict, guard, self.example)
+
+    def _matters(self, guard: Guard) -> bool:
+        """Whether the program is wrong where the guard does not hold, as far as can be tried."""
+        tried = False
+        failing = violations(guard, self.example, self.verdict.ranges)
+        for sizes in failing:
+            allowed = self.budget.affordable(sizes)
+            if allowed is None or not (guard.by_model or self.budget.spend(allowed)):
+                continue
+            tried = True
+            if self.agree(allowed) is False:
+                return True
+        return bool(failing) and not tried
+
+    # ---- other sizes
+
+    def try_sizes(self) -> None:
+        """Fixes the dimensions at whose other sizes the program parts from the model."""
+        together = {
+            dim: size + 1 for dim, size in self.example.items() if self._allowed(dim, size + 1)
+        }
+        if together and self.agree(together) is not True:
+            for dim, size in together.items():
+                self._try(dim, {dim: size})
+        for dim, sizes in probes(self.example, self.verdict.ranges):
+            allowed = self.budget.affordable(sizes)
+            if dim not in self.verdict.fixed and allowed is not None and self.budget.spend(allowed):
+                self._try(dim, allowed)
+
+    def _try(self, dim: str, sizes: Mapping[str, int]) -> None:
+        if self.agree(sizes) is False:
+            self.verdict.fixed.add(dim)
+            self.verdict.notes.append(
+                f"dimension {dim!r} is fixed at {self.example[dim]}: at {sizes[dim]} the traced "
+                "program and the model differ"
+            )
+
+    def try_one(self) -> None:
+        """Sizes of 1, which torch takes to be no free size."""
+        ones = [dim for dim in self.example if self._allowed(dim, 1)]
+        if not ones or self.agree(dict.fromkeys(ones, 1)) is True:
+            return
+        for dim in ones:
+            if self.agree({dim: 1}) is False:
+                self.verdict.ranges[dim] = DimRange(2, self.verdict.ranges[dim].max)
+                self.verdict.notes.append(
+                    f"dimension {dim!r} is 2 or more: at 1 the model takes another way through "
+                    "its code"
+                )
+
+    def _allowed(self, dim: str, size: int) -> bool:
+        bounds = self.verdict.ranges[dim]
+        return size >= bounds.min and (bounds.max is None or size <= bounds.max)
 
 
 def _agree(program: Program, flat: FlatModel, inputs: Mapping[str, Tensor]) -> bool | None:
     """Whether both give the same; None where the model itself refuses these inputs."""
     tensors = tuple(inputs.values())
     try:
-        expected = flat(*(t.clone() for t in tensors))
+        with quiet():
+            expected = flat(*(t.clone() for t in tensors))
     except Exception:
         return None
     try:
-        actual = program.run_flat(tuple(t.clone() for t in tensors))
+        with quiet():
+            actual = program.run_flat(tuple(t.clone() for t in tensors))
     except Exception:
         return False
     # A size among the outputs is a number in eager mode and a tensor in the graph.

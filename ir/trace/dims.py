@@ -57,16 +57,35 @@ def without(dynamic: Dynamic, fixed: set[str]) -> dict[str, dict[int, str]]:
 def resized(
     inputs: Mapping[str, Tensor], dynamic: Dynamic, sizes: Mapping[str, int]
 ) -> dict[str, Tensor]:
-    """Inputs with named dimensions cut, or grown by repeating their last slice."""
+    """Inputs with named dimensions cut, or grown by slices of their own.
+
+    The new slices are drawn among the old, the same in all inputs, so that equal ones in a row do
+    not hide a difference; where values are sorted along the axis, as those of a mask or of
+    positions, the last one is repeated.
+    """
     out = dict(inputs)
     for name, axes in dynamic.items():
         for axis, dim in axes.items():
             size = out[name].shape[axis]
             wanted = sizes.get(dim, size)
             if wanted != size:
-                index = torch.arange(wanted, device=out[name].device).clamp(max=size - 1)
-                out[name] = out[name].index_select(axis, index)
+                index = torch.arange(min(wanted, size))
+                if wanted > size:
+                    index = torch.cat([index, _grown(out[name], axis, wanted - size)])
+                out[name] = out[name].index_select(axis, index.to(out[name].device))
     return out
+
+
+def _grown(tensor: Tensor, axis: int, count: int) -> Tensor:
+    """Which slices follow the last one."""
+    size = tensor.shape[axis]
+    if not tensor.is_complex():
+        steps = tensor.narrow(axis, 1, size - 1).to(torch.float64)
+        steps = steps - tensor.narrow(axis, 0, size - 1).to(torch.float64)
+        if not bool((steps < 0).any()) or not bool((steps > 0).any()):
+            return torch.full((count,), size - 1)
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(size, (count,), generator=generator)
 
 
 def example_sizes(inputs: Mapping[str, Tensor], dynamic: Dynamic) -> dict[str, int]:
@@ -104,7 +123,7 @@ def specialized(exported: Any, inputs: Mapping[str, Tensor], dynamic: Dynamic) -
 
     The place is empty where it lies inside torch, as for a broadcast against a fixed size.
     """
-    placeholders = _user_placeholders(exported)
+    placeholders = user_placeholders(exported)
     fixed: dict[str, str] = {}
     for node, name in zip(placeholders, inputs, strict=True):
         for axis, dim in dynamic.get(name, {}).items():
@@ -124,9 +143,19 @@ def _place_of(size: Any) -> str:
     return f"{file}:{line}" if file and is_users(file) else ""
 
 
-def _user_placeholders(exported: Any) -> list[fx.Node]:
+def user_placeholders(exported: Any) -> list[fx.Node]:
+    """The placeholders of the user's inputs, in call order."""
     names = set(exported.graph_signature.user_inputs)
     return [n for n in exported.graph.find_nodes(op="placeholder") if n.name in names]
+
+
+def shape_environment(exported: Any) -> Any:
+    """What torch knows of the sizes in an export; None where all of them are fixed."""
+    for node in user_placeholders(exported):
+        for size in node.meta["val"].shape:
+            if isinstance(size, torch.SymInt):
+                return size.node.shape_env
+    return None
 
 
 def ranges_found(

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import fx, nn
 
 from graphwright.ir.edit import Editor
 from graphwright.ir.graph.nodes import op_name
 from graphwright.ir.layers.selectors import select
-from graphwright.ir.options import Selector
+from graphwright.ir.options import Bounded, Selector
 from graphwright.ir.program import Program
-from graphwright.passes.base import Action, Context, Options, Pass, Result
+from graphwright.passes.base import Action, Context, Pass, Result
 
 aten = torch.ops.aten
 
@@ -27,7 +26,7 @@ FLOAT32_OPS = frozenset(
 """Ops that overflow or lose their digits in half precision; the usual autocast list."""
 
 
-class DtypeOptions(Options):
+class DtypeOptions(Bounded):
     """Options of cast.dtype."""
 
     to: Literal["float16", "bfloat16"] = "float16"
@@ -39,11 +38,8 @@ class DtypeOptions(Options):
     keep_ops: tuple[str, ...] = ()
     """Further operators that stay in float32, by ATen name, as `sigmoid`."""
 
-    max_error: Annotated[float, Field(gt=0)] | None = None
-    """Largest relative error of the outputs, ||a-b|| / ||a||; no bound when absent."""
 
-
-class Dtype(Pass):
+class Dtype(Pass[DtypeOptions]):
     """Computes in float16 or bfloat16; inputs and outputs keep their types.
 
     Weights are stored in the new type. Norms, softmax, exponentials, logarithms, powers and sums
@@ -53,7 +49,6 @@ class Dtype(Pass):
     """
 
     contract = "lossy"
-    Options = DtypeOptions
     after = ("cleanup.*",)
 
     def run(self, program: Program, context: Context) -> Result:

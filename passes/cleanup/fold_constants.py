@@ -33,7 +33,7 @@ class FoldConstantsOptions(Options):
     can then no longer be trained."""
 
 
-class FoldConstants(Pass):
+class FoldConstants(Pass[FoldConstantsOptions]):
     """Replaces every subgraph that depends on no input by the tensor it computes.
 
     Left alone, each with its reason: calls that draw random numbers, results that would grow the
@@ -43,7 +43,6 @@ class FoldConstants(Pass):
     """
 
     contract = "exact"
-    Options = FoldConstantsOptions
 
     def run(self, program: Program, context: Context) -> Result:
         editor = Editor(program, by=self.id)

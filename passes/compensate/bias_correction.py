@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from graphwright.ir.calibration.site import Site, Solved, Task
@@ -16,23 +13,19 @@ from graphwright.ir.layers.bias import can_set_bias, set_bias
 from graphwright.ir.layers.kinds import BIAS_ARGUMENT, PRODUCTS
 from graphwright.ir.layers.products import as_matrix, geometry
 from graphwright.ir.layers.selectors import Layer, layers, select
-from graphwright.ir.options import Selector
+from graphwright.ir.options import Bounded, Selector
 from graphwright.ir.program import Program
-from graphwright.passes.base import Action, Context, Options, Pass, Result
+from graphwright.passes.base import Action, Context, Pass, Result
 
 
-class BiasCorrectionOptions(Options):
+class BiasCorrectionOptions(Bounded):
     """Options of compensate.bias_correction."""
 
     targets: Selector = ("*",)
     """Layers whose biases may change: selector patterns over names and kinds."""
 
-    max_error: Annotated[float, Field(gt=0)] | None = None
-    """Largest relative error of the outputs, ||a-b|| / ||a||, against the program before this pass;
-    no bound when absent."""
 
-
-class BiasCorrection(Pass):
+class BiasCorrection(Pass[BiasCorrectionOptions]):
     """Adds to every layer's bias what the mean of each of its output channels has lost.
 
     Compressed weights and activations shift the outputs of a layer by an amount that does not
@@ -48,12 +41,10 @@ class BiasCorrection(Pass):
 
     contract = "lossy"
     needs = "calibration"
-    Options = BiasCorrectionOptions
     papers = ("P47",)
     after = ("cleanup.*", "cast.*", "prune.*", "quantize.*")
 
     def run(self, program: Program, context: Context) -> Result:
-        assert context.calibration is not None  # `execute` refuses to run without
         chosen = select(program, self.options.targets, PRODUCTS)
         wanted, refused = _means(program, chosen, context)
         actions = [Action.left(name, why) for name, why in refused.items()]
@@ -63,7 +54,7 @@ class BiasCorrection(Pass):
                 f"{self.id}: no selected layer has a counterpart in the original model",
                 details=tuple(sorted({f"{n}: {why}" for n, why in refused.items()})[:5]),
             )
-        found = sweep(program, kept, context.calibration, _Shift(wanted), context)
+        found = sweep(program, kept, context.batches, _Shift(wanted), context)
         editor = Editor(program, by=self.id)
         sizes = []
         for layer in kept:
@@ -97,9 +88,8 @@ def _means(
             pairs.append(before)
     if original is None or not pairs:
         return {}, refused
-    assert context.calibration is not None
     within = context.within("original")
-    found = sweep(original, pairs, context.calibration, _Mean(), within, follow="program")
+    found = sweep(original, pairs, context.batches, _Mean(), within, follow="program")
     return {layer.name: found[layer.node.name].state["mean"] for layer in pairs}, refused
 
 

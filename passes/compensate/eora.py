@@ -13,13 +13,13 @@ from graphwright.ir.calibration.walk import sweep
 from graphwright.ir.layers.kinds import PRODUCTS
 from graphwright.ir.layers.products import as_matrix, from_matrix
 from graphwright.ir.layers.selectors import select
-from graphwright.ir.options import Selector
+from graphwright.ir.options import Bounded, Selector
 from graphwright.ir.program import Program
-from graphwright.passes.base import Context, Options, Pass, Result
+from graphwright.passes.base import Context, Pass, Result
 from graphwright.passes.compensate._math import low_rank
 
 
-class EoraOptions(Options):
+class EoraOptions(Bounded):
     """Options of compensate.eora."""
 
     rank: Annotated[int, Field(ge=1)] = 128
@@ -29,12 +29,8 @@ class EoraOptions(Options):
     """Layers to compensate: selector patterns over names and kinds. Those that no earlier pass has
     changed are left alone."""
 
-    max_error: Annotated[float, Field(gt=0)] | None = None
-    """Largest relative error of the outputs, ||a-b|| / ||a||, against the program before this pass;
-    no bound when absent."""
 
-
-class Eora(Pass):
+class Eora(Pass[EoraOptions]):
     """Gives every compressed layer a low-rank correction, found in the eigenspace of its inputs.
 
     With H = X^T X = Q L Q^T of the calibration inputs and dW = W - Wc, the truncated SVD of
@@ -55,17 +51,15 @@ class Eora(Pass):
 
     contract = "lossy"
     needs = "calibration"
-    Options = EoraOptions
     papers = ("P02",)
     after = ("cleanup.*", "cast.*", "prune.*", "quantize.*")
 
     def run(self, program: Program, context: Context) -> Result:
-        assert context.calibration is not None  # `execute` refuses to run without
         chosen = select(program, self.options.targets, PRODUCTS)
         originals, actions = low_rank.differences(program, context.before_compression, chosen)
         changed = [layer for layer in chosen if layer.name in originals]
         method = _Method(self.options.rank, originals)
-        solved = sweep(program, changed, context.calibration, method, context)
+        solved = sweep(program, changed, context.batches, method, context)
         found: dict[str, low_rank.Factors] = {}
         before, after = [], []
         for layer in changed:

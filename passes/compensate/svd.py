@@ -9,13 +9,13 @@ from pydantic import Field
 from graphwright.ir.layers.kinds import PRODUCTS
 from graphwright.ir.layers.products import as_matrix, geometry, weight_value
 from graphwright.ir.layers.selectors import select
-from graphwright.ir.options import Selector
+from graphwright.ir.options import Bounded, Selector
 from graphwright.ir.program import Program
-from graphwright.passes.base import Context, Options, Pass, Result
+from graphwright.passes.base import Context, Pass, Result
 from graphwright.passes.compensate._math import low_rank
 
 
-class SvdOptions(Options):
+class SvdOptions(Bounded):
     """Options of compensate.svd."""
 
     rank: Annotated[int, Field(ge=1)] = 128
@@ -25,12 +25,8 @@ class SvdOptions(Options):
     """Layers to compensate: selector patterns over names and kinds. Those that no earlier pass has
     changed are left alone."""
 
-    max_error: Annotated[float, Field(gt=0)] | None = None
-    """Largest relative error of the outputs, ||a-b|| / ||a||, against the program before this pass;
-    no bound when absent."""
 
-
-class Svd(Pass):
+class Svd(Pass[SvdOptions]):
     """Gives every compressed layer the truncated SVD of what its weight lost.
 
     Needs no data, and knows nothing of what the layer is used on: the baseline that
@@ -40,7 +36,6 @@ class Svd(Pass):
     """
 
     contract = "lossy"
-    Options = SvdOptions
     after = ("cleanup.*", "cast.*", "prune.*", "quantize.*")
 
     def run(self, program: Program, context: Context) -> Result:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from graphwright.ir.edit import Editor
 from graphwright.ir.layers.kinds import PRODUCTS, TURNED
@@ -11,6 +11,7 @@ from graphwright.ir.layers.products import Geometry, as_matrix, geometry
 from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
+from graphwright.ir.stored.insert import rebuild_two_of_four, replace_weight
 from graphwright.passes.base import Action, Context, Options, Pass, Result
 
 aten = torch.ops.aten
@@ -23,7 +24,7 @@ class CompressOptions(Options):
     """Layers to store compressed where they can be: selector patterns over names and kinds."""
 
 
-class Compress(Pass):
+class Compress(Pass[CompressOptions]):
     """Stores a weight with at most two non-zeros in every four as those two and their places.
 
     The weight is rebuilt in the graph. It takes 53% of its bytes in float32, 56% in a half
@@ -36,7 +37,6 @@ class Compress(Pass):
     """
 
     contract = "exact"
-    Options = CompressOptions
     after = ("cleanup.*", "cast.*", "prune.*")
 
     def run(self, program: Program, context: Context) -> Result:
@@ -49,7 +49,7 @@ class Compress(Pass):
             if not reason and layer.weight not in done:
                 done.add(layer.weight)
                 old = program.state[layer.weight]
-                size = _store(editor, layer.weight, geometry(program, layer))
+                size = _store(editor, layer, geometry(program, layer))
                 before, after = before + old.numel() * old.element_size(), after + size
             done_to = (
                 Action.left(layer.name, reason) if reason else Action(layer.name, "two of four")
@@ -81,26 +81,14 @@ def _rows(shape: Geometry, weight: Tensor) -> Tensor:
     return as_matrix(shape, weight.detach()).flatten(0, 1)
 
 
-def _store(editor: Editor, name: str, shape: Geometry) -> int:
+def _store(editor: Editor, layer: Layer, shape: Geometry) -> int:
     """Puts values and places in a stored weight's stead, for all its readers; their bytes."""
-    from graphwright.ir.ops.expand_2_4 import compress_2_4, expand_2_4
+    from graphwright.ir.ops.expand_2_4 import compress_2_4
 
-    old = editor.state[name]
+    old = editor.state[layer.weight]
     values, places = compress_2_4(_rows(shape, old))
-    stored: Tensor = values
+    kept: Tensor = values
     if isinstance(old, nn.Parameter):
-        stored = nn.Parameter(values, requires_grad=old.requires_grad)
-    first = editor.get(editor.add_state(f"{name}.kept", stored))
-    second = editor.get(editor.add_state(f"{name}.places", places))
-    nodes: list[fx.Node] = list(editor.graph.find_nodes(op="get_attr", target=name))
-    # At the head of the graph: every layer of a tied weight reads this one node.
-    place = next(n for n in editor.graph.nodes if n.op not in ("placeholder", "get_attr"))
-    rebuilt = editor.call(expand_2_4, first, second, before=place, like=next(iter(nodes[0].users)))
-    if shape.kind in TURNED:
-        rebuilt = editor.call(aten.transpose.int, rebuilt, 0, 1, before=place, like=rebuilt)
-    elif shape.is_convolution:
-        size = list(shape.shape)
-        rebuilt = editor.call(aten.reshape.default, rebuilt, size, before=place, like=rebuilt)
-    for node in nodes:
-        editor.replace(node, rebuilt)
+        kept = nn.Parameter(values, requires_grad=old.requires_grad)
+    replace_weight(editor, layer, rebuild_two_of_four(kept, places))
     return values.numel() * values.element_size() + places.numel()

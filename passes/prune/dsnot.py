@@ -21,7 +21,7 @@ from graphwright.passes.base import Action, Context, Pass, Result
 from graphwright.passes.prune._masks.layers import maskable, share_of_zeros, with_weights
 from graphwright.passes.prune._masks.patterns import Pattern, SparsityOptions, found_pattern
 from graphwright.passes.prune._math import sparsegpt as sparsegpt_math
-from graphwright.passes.prune._math.dsnot import Refined, Settings, refine
+from graphwright.passes.prune._math.dsnot import DsnotSettings, Refined, refine
 from graphwright.passes.prune._math.features import Features, features
 
 DAMPING = 0.01
@@ -84,13 +84,13 @@ class Stats:
 
 
 @dataclass(frozen=True)
-class Method:
+class DsnotMethod:
     """A base mask, then trades."""
 
     base: str
     update: bool
     pattern: Pattern
-    settings: Settings
+    settings: DsnotSettings
     dense: Mapping[str, Tensor] = field(default_factory=dict)
 
     def gather(self, site: Site) -> Stats:
@@ -151,7 +151,7 @@ def _info(results: list[Refined]) -> dict[str, float]:
     }
 
 
-class Dsnot(Pass):
+class Dsnot(Pass[DsnotOptions]):
     """Lets pruned and kept weights of a row trade places until its mean output is restored.
 
     A trade brings back the pruned weight whose mean contribution points the way the row's output
@@ -171,7 +171,6 @@ class Dsnot(Pass):
 
     contract = "lossy"
     needs = "calibration"
-    Options = DsnotOptions
     papers = ("P10",)
 
     def run(self, program: Program, context: Context) -> Result:
@@ -183,10 +182,9 @@ class Dsnot(Pass):
         if existing:
             layers, dense, reasons = _originals(program, context.before_compression, layers)
             actions += reasons
-        settings = Settings(o.threshold, o.cycles, o.power, o.same_sign)
-        method = Method(o.base, o.update, pattern, settings, dense)
-        assert context.calibration is not None
-        found = sweep(program, layers, context.calibration, method, context)
+        settings = DsnotSettings(o.threshold, o.cycles, o.power, o.same_sign)
+        method = DsnotMethod(o.base, o.update, pattern, settings, dense)
+        found = sweep(program, layers, context.batches, method, context)
         weights = {layer.weight: found[layer.node.name].state["weight"] for layer in layers}
         actions += [Action(layer.name, _said(found[layer.node.name].info)) for layer in layers]
         refined = with_weights(program, self.id, weights)

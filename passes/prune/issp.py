@@ -12,10 +12,10 @@ from torch import Tensor
 
 from graphwright.ir.errors import ModelError
 from graphwright.ir.layers.selectors import Layer
-from graphwright.ir.options import Selector
+from graphwright.ir.options import Bounded, Selector
 from graphwright.ir.program import Program
 from graphwright.ir.tune import Tuned, TuneOptions, tune
-from graphwright.passes.base import Action, Context, Options, Pass, Result
+from graphwright.passes.base import Action, Context, Pass, Result
 from graphwright.passes.prune._masks.layers import share_of_zeros
 from graphwright.passes.prune._masks.nm_mask import nm_mask
 from graphwright.passes.prune._masks.soft_shrinkage import SoftShrinkage
@@ -28,7 +28,7 @@ SPARSITY = 0.9
 """Share that is pruned where options name neither a share nor a pattern."""
 
 
-class IsspOptions(Options):
+class IsspOptions(Bounded):
     """Options of prune.issp."""
 
     sparsity: Annotated[float, Field(gt=0, lt=MOST)] | None = None
@@ -62,10 +62,6 @@ class IsspOptions(Options):
     tune: TuneOptions = TuneOptions()
     """How to train. Evaluations measure the program with its smallest weights at zero."""
 
-    max_error: Annotated[float, Field(gt=0)] | None = None
-    """Largest relative error of the outputs, ||a-b|| / ||a||, against the program before; no bound
-    when absent."""
-
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.pattern is None:
@@ -82,7 +78,7 @@ class IsspOptions(Options):
         return self
 
 
-class Issp(Pass):
+class Issp(Pass[IsspOptions]):
     """Trains a sparse program by iterative soft shrinkage (ISS-P).
 
     After every optimizer step the smallest weights of each layer are multiplied by `rho`, a factor
@@ -100,13 +96,12 @@ class Issp(Pass):
 
     contract = "lossy"
     needs = "training"
-    Options = IsspOptions
     papers = ("P29",)
     before = ("cleanup.fold_batch_norm",)  # training wants the norms
     after = ("tune.finetune",)
 
     def run(self, program: Program, context: Context) -> Result:
-        options: IsspOptions = self.options
+        options = self.options
         layers, actions = trainable_layers(program, options.targets)
         pattern = options.pattern
         if pattern and options.allow_adjust and layers:
@@ -126,8 +121,9 @@ class Issp(Pass):
         names = list(dict.fromkeys(layer.weight for layer in kept))
         pick = _Pick(options, pattern, context)
         hook = SoftShrinkage(names, pick, options.rho, options.shrink)
-        assert context.training is not None  # `execute` refuses to run without
-        tuned = tune(program, context.training, options.tune, keyed(context, options), hooks=[hook])
+        tuned = tune(
+            program, context.training_data, options.tune, keyed(context, options), hooks=[hook]
+        )
         pruned = bake(tuned.program, self.id, hook.masks(tuned.program.state))
         actions += [_action(layer, pruned) for layer in kept]
         return Result(pruned, tuple(actions), _metrics(pruned, tuned, hook))

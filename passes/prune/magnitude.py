@@ -35,7 +35,7 @@ class MagnitudeOptions(SparsityOptions):
         return scope
 
 
-class Magnitude(Pass):
+class Magnitude(Pass[MagnitudeOptions]):
     """Sets the weights of least absolute value to zero. Looks at no data.
 
     Source: Han et al. 2015, "Learning both weights and connections for efficient neural
@@ -43,7 +43,6 @@ class Magnitude(Pass):
     """
 
     contract = "lossy"
-    Options = MagnitudeOptions
 
     def run(self, program: Program, context: Context) -> Result:
         pattern = self.options.wanted()

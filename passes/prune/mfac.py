@@ -71,7 +71,7 @@ class MfacOptions(SparsityOptions):
         return Pattern.parse(self.pattern, self.sparsity)
 
 
-class Mfac(Pass):
+class Mfac(Pass[MfacOptions]):
     """Removes the weights that cost least by the inverse empirical Fisher, and moves the others.
 
     All selected layers compete: the lowest w^2 / (2 [F^-1]_kk) go, and the rest takes the optimal
@@ -86,7 +86,6 @@ class Mfac(Pass):
 
     contract = "lossy"
     needs = "calibration"
-    Options = MfacOptions
     papers = ("P66",)
 
     def run(self, program: Program, context: Context) -> Result:
@@ -97,8 +96,7 @@ class Mfac(Pass):
         kept = _kept(weights, structure.block)
         before = int(kept.sum())
         target = _target(o, kept, structure)
-        assert context.calibration is not None
-        draws = Draws(context.calibration, program.signature, o.gradients, o.batch_size)
+        draws = Draws(context.batches, program.signature, o.gradients, o.batch_size)
         increase, silent = 0.0, torch.ones(len(weights), dtype=torch.bool)
         steps = o.steps if target < before else 0
         for step in range(1, steps + 1):

@@ -9,10 +9,10 @@ from pydantic import Field, model_validator
 
 from graphwright.ir.errors import ModelError
 from graphwright.ir.layers.selectors import Layer
-from graphwright.ir.options import Selector
+from graphwright.ir.options import Bounded, Selector
 from graphwright.ir.program import Program
 from graphwright.ir.tune import Tuned, TuneOptions, tune
-from graphwright.passes.base import Action, Context, Options, Pass, Result
+from graphwright.passes.base import Action, Context, Pass, Result
 from graphwright.passes.prune._masks.layers import share_of_zeros
 from graphwright.passes.prune._masks.nm_decay import (
     NmSchedule,
@@ -44,7 +44,7 @@ Size = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-class NmOptions(Options):
+class NmOptions(Bounded):
     """Options of prune.nm."""
 
     n: Size = 2
@@ -103,10 +103,6 @@ class NmOptions(Options):
     tune: TuneOptions = TuneOptions()
     """How to train. Evaluations measure the program under its final N:M masks."""
 
-    max_error: Annotated[float, Field(gt=0)] | None = None
-    """Largest relative error of the outputs, ||a-b|| / ||a||, against the program before; no bound
-    when absent."""
-
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.n >= self.m:
@@ -150,7 +146,7 @@ class NmOptions(Options):
         return NmSchedule(self.frames(), decay, self.decay_rate, self.dense, self.finetune)
 
 
-class Nm(Pass):
+class Nm(Pass[NmOptions]):
     """Trains weights to N:M sparsity: of every M consecutive ones, N stay.
 
     Every forward pass finds the mask Mk of the N largest |W| anew and uses W (Mk + (1-Mk) b). The
@@ -169,13 +165,12 @@ class Nm(Pass):
 
     contract = "lossy"
     needs = "training"
-    Options = NmOptions
     papers = ("P40",)
     before = ("cleanup.fold_batch_norm",)  # training wants the norms
     after = ("tune.finetune",)
 
     def run(self, program: Program, context: Context) -> Result:
-        options: NmOptions = self.options
+        options = self.options
         schedule = options.schedule()
         layers, actions = trainable_layers(program, options.targets)
         rows, kept, refused = _rows(program, layers, options.sparse_dim, schedule.widest)
@@ -190,8 +185,9 @@ class Nm(Pass):
         grad = "ste" if options.method in ("ste", "sr_ste") else options.grad
         pull = options.pull if options.method == "sr_ste" else 0.0
         hook = NmTraining(rows, schedule, grad, pull, options.tune.accumulate)
-        assert context.training is not None  # `execute` refuses to run without
-        tuned = tune(program, context.training, options.tune, keyed(context, options), hooks=[hook])
+        tuned = tune(
+            program, context.training_data, options.tune, keyed(context, options), hooks=[hook]
+        )
         pruned = bake(tuned.program, self.id, hook.masks(tuned.program.state))
         pattern = f"{options.n}:{options.m} along the {options.sparse_dim} channels"
         actions += [Action(layer.name, pattern) for layer in kept]

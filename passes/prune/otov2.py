@@ -21,7 +21,7 @@ from graphwright.passes.prune._oto.training import (
 from graphwright.passes.prune._oto.units import Units
 
 
-class Otov2(Pass):
+class Otov2(Pass[Otov2Options]):
     """Trains under a sparse optimizer that brings zero-invariant groups to zero, and cuts them.
 
     One run takes a network, trained or not, to a smaller one: no fine-tuning follows. The cut
@@ -49,18 +49,16 @@ class Otov2(Pass):
     contract = "lossy"
     weights = "reformed"
     needs = "training"
-    Options = Otov2Options
     papers = ("P46",)
     before = ("cleanup.fold_batch_norm",)  # training wants the norms
 
     def run(self, program: Program, context: Context) -> Result:
-        options: Otov2Options = self.options
+        options = self.options
         folded = fold(program.eval())  # a normalised weight is trained as the weight it makes
         units, actions = find_units(folded, options, folded.trainable())
         hook = ShrinkHook(units, options)
         last = options.tune.model_copy(update={"keep_best": False})
-        assert context.training is not None  # `execute` refuses to run without
-        tuned = tune(folded, context.training, last, context, hooks=[hook])
+        tuned = tune(folded, context.training_data, last, context, hooks=[hook])
         zero = units.zeros(tuned.program.state)
         smaller, picks, error = remove_zeros(tuned.program, units, zero, options.group_divisible)
         actions += _actions(units, picks, zero, hook)

@@ -32,7 +32,7 @@ class SparsegptOptions(SparsityOptions):
 
 
 @dataclass(frozen=True)
-class Method:
+class SparsegptMethod:
     """Masks and updates by the second moments of the input."""
 
     pattern: Pattern
@@ -79,7 +79,7 @@ def relative_error(w: Tensor, new: Tensor, h: Tensor) -> float:
     return (size(w - new) / whole) ** 0.5 if whole > 0 else 0.0
 
 
-class Sparsegpt(Pass):
+class Sparsegpt(Pass[SparsegptOptions]):
     """Prunes layer by layer, and moves the weights that stay so that outputs change least.
 
     With the Hessian H of a layer's squared output error, pruning weight j of a row costs
@@ -97,15 +97,13 @@ class Sparsegpt(Pass):
 
     contract = "lossy"
     needs = "calibration"
-    Options = SparsegptOptions
 
     def run(self, program: Program, context: Context) -> Result:
         o = self.options
         pattern = o.wanted()
         layers, actions = maskable(program, o.targets, pattern)
-        assert context.calibration is not None
-        method = Method(pattern, o.block, o.damping)
-        found = sweep(program, layers, context.calibration, method, context)
+        method = SparsegptMethod(pattern, o.block, o.damping)
+        found = sweep(program, layers, context.batches, method, context)
         weights = {layer.weight: found[layer.node.name].state["weight"] for layer in layers}
         for layer in layers:
             info = found[layer.node.name].info

@@ -45,7 +45,7 @@ class UdfcOptions(RepairOptions):
         return self
 
 
-class Udfc(Pass):
+class Udfc(Pass[UdfcOptions]):
     """Removes the channels with the smallest filters, and repairs the next layer in closed form.
 
     A lost channel is taken to be a mixture of the kept ones of its layer; the mixture follows from
@@ -71,7 +71,6 @@ class Udfc(Pass):
     """
 
     contract = "lossy"
-    Options = UdfcOptions
     papers = ("P69",)
     before = ("quantize.*", "cleanup.fold_batch_norm")
 

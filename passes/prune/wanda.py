@@ -21,7 +21,7 @@ class WandaOptions(SparsityOptions):
 
 
 @dataclass(frozen=True)
-class Method:
+class WandaMethod:
     """Masks by |w| ||x|| in every row."""
 
     pattern: Pattern
@@ -43,7 +43,7 @@ def _zeros(weight: torch.Tensor) -> float:
     return float((weight == 0).float().mean())
 
 
-class Wanda(Pass):
+class Wanda(Pass[WandaOptions]):
     """Sets weights to zero where |w_ij| ||x_j|| is lowest in a row; the others stay as they are.
 
     x_j is an input feature over the calibration data. Rows are compared within themselves only,
@@ -57,13 +57,11 @@ class Wanda(Pass):
 
     contract = "lossy"
     needs = "calibration"
-    Options = WandaOptions
 
     def run(self, program: Program, context: Context) -> Result:
         pattern = self.options.wanted()
         layers, actions = maskable(program, self.options.targets, pattern)
-        assert context.calibration is not None
-        found = sweep(program, layers, context.calibration, Method(pattern), context)
+        found = sweep(program, layers, context.batches, WandaMethod(pattern), context)
         weights = {layer.weight: found[layer.node.name].state["weight"] for layer in layers}
         actions += [
             Action(layer.name, f"{found[layer.node.name].info['zeros']:.1%} zeros")

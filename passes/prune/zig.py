@@ -12,9 +12,9 @@ from torch import Tensor
 
 from graphwright.ir.channels import ChannelGroup, channel_groups, cut, masked_outputs
 from graphwright.ir.errors import ArgumentError, ModelError
-from graphwright.ir.options import Selector
+from graphwright.ir.options import Bounded, Selector
 from graphwright.ir.program import Program
-from graphwright.passes.base import Action, Context, Need, Options, Pass, Result
+from graphwright.passes.base import Action, Context, Need, Pass, Result
 from graphwright.passes.prune._units.eligible import eligible_groups, gap
 from graphwright.passes.prune._units.gradients import Draws, LossName, gradients, labelled, room
 from graphwright.passes.prune._units.group_fisher import unit_costs
@@ -22,7 +22,7 @@ from graphwright.passes.prune._units.scores import WITH_GRADIENT, scores, unit_s
 from graphwright.passes.prune._units.select import Selection
 
 
-class ZigOptions(Options):
+class ZigOptions(Bounded):
     """Options of prune.zig."""
 
     sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.5
@@ -71,11 +71,8 @@ class ZigOptions(Options):
     """Layers whose output channels may go: selector patterns over names and kinds. A group that
     holds output channels of another layer stays."""
 
-    max_error: Annotated[float, Field(gt=0)] | None = None
-    """Largest relative error of the outputs that is accepted; none when absent."""
 
-
-class Zig(Pass):
+class Zig(Pass[ZigOptions]):
     """Scores zero-invariant groups, removes the lowest, and slices the program.
 
     A unit is every parameter slice that has to go together with a channel. The smaller program
@@ -91,7 +88,6 @@ class Zig(Pass):
     needs_with: ClassVar[Mapping[tuple[str, Any], Need]] = dict.fromkeys(
         (("score", name) for name in (*WITH_GRADIENT, "fisher")), "calibration"
     )
-    Options = ZigOptions
     papers = ("P46", "P66")
 
     def run(self, program: Program, context: Context) -> Result:
@@ -167,10 +163,9 @@ def _metrics(selection: Selection, chosen: list[np.ndarray], error: float) -> di
 
 def _gradients(program: Program, context: Context, loss: LossName) -> dict[str, Tensor]:
     """Mean gradient of the loss over the calibration batches, by parameter."""
-    assert context.calibration is not None
     total: dict[str, Tensor] = {}
     count = 0
-    batches = labelled(context.calibration, program.signature)
+    batches = labelled(context.batches, program.signature)
     for found in gradients(program, batches, loss):
         total = {name: g + total[name] if total else g for name, g in found.items()}
         count += 1
@@ -186,8 +181,7 @@ def _fisher_scores(
     every = program.parameters()
     names = dict.fromkeys(m.parameter for g in groups for m in g.members if m.parameter in every)
     parameters: dict[str, Tensor] = {name: every[name] for name in names}
-    assert context.calibration is not None
-    draws = Draws(context.calibration, program.signature, options.gradients, options.batch_size)
+    draws = Draws(context.batches, program.signature, options.gradients, options.batch_size)
     size = sum(p.numel() for p in parameters.values())
     with room(draws.count, size, context.work) as buffer:
         batches = draws.draw(context.generator("gradients"))

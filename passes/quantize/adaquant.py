@@ -19,12 +19,12 @@ from graphwright.ir.layers.bias import can_set_bias, set_bias
 from graphwright.ir.layers.kinds import INPUT_ARGUMENT, PRODUCTS, TRANSPOSED_CONVOLUTIONS
 from graphwright.ir.layers.products import from_matrix, weight_key
 from graphwright.ir.layers.selectors import Layer, select
-from graphwright.ir.options import Selector
+from graphwright.ir.options import Bounded, Targets
 from graphwright.ir.program import Program
 from graphwright.ir.stored.blocks import Blocks, block_for, pack
-from graphwright.ir.stored.insert import Make, Place, rebuild_blocks, replace_weight
+from graphwright.ir.stored.insert import Insertion, Make, rebuild_blocks, replace_weight
 from graphwright.ir.stored.refusals import refusals
-from graphwright.passes.base import Action, Context, Options, Pass, Result
+from graphwright.passes.base import Action, Context, Pass, Result
 from graphwright.passes.quantize._math import adaquant
 
 aten = torch.ops.aten
@@ -40,7 +40,7 @@ MOST_ROWS = 8192
 """Rows of a layer without windows that are kept to learn from."""
 
 
-class AdaquantOptions(Options):
+class AdaquantOptions(Bounded, Targets):
     """Options of quantize.adaquant."""
 
     bits: Annotated[int, Field(ge=2, le=8)] = 4
@@ -85,12 +85,6 @@ class AdaquantOptions(Options):
     input_lr: Annotated[float, Field(gt=0)] = 1e-1
     """Learning rate of the inputs' ranges, as a share of the range they begin with (`adam`)."""
 
-    targets: Selector = ("*",)
-    """Layers to quantize: selector patterns over names and kinds."""
-
-    max_error: Annotated[float, Field(gt=0)] | None = None
-    """Largest relative error of the outputs, ||a-b|| / ||a||; no bound when absent."""
-
     @model_validator(mode="after")
     def _steps_are_of_adam(self) -> Self:
         for name in ONLY_ADAM if self.method != "adam" else ():
@@ -99,7 +93,7 @@ class AdaquantOptions(Options):
         return self
 
 
-class Adaquant(Pass):
+class Adaquant(Pass[AdaquantOptions]):
     """Quantizes weights, and inputs if wanted, and lets every layer learn its rounding.
 
     For each layer by itself, weight, bias, and the ranges of weight and input are trained with
@@ -126,13 +120,11 @@ class Adaquant(Pass):
 
     contract = "lossy"
     needs = "calibration"
-    Options = AdaquantOptions
     papers = ("P47",)
     after = ("cleanup.*", "prune.*", "tune.*", "quantize.smoothquant")
 
     def run(self, program: Program, context: Context) -> Result:
-        options: AdaquantOptions = self.options
-        assert context.calibration is not None  # `execute` refuses to run without
+        options = self.options
         chosen = select(program, options.targets, {*PRODUCTS, *TRANSPOSED_CONVOLUTIONS})
         refused = refusals(program, chosen, embeddings=False)
         kept = [layer for layer in chosen if layer.node not in refused]
@@ -144,7 +136,7 @@ class Adaquant(Pass):
         method = _Method(options, {x.name: _is_rectified(x) for x in kept},
                          {x.name: can_set_bias(x) for x in kept})  # fmt: skip
         found = sweep(
-            program, kept, context.calibration, method, context,
+            program, kept, context.batches, method, context,
             follow="solved" if options.sequential else "program", both=options.sequential,
         )  # fmt: skip
         editor = Editor(program, by=self.id)
@@ -200,7 +192,7 @@ class _Method:
         is_depthwise = g.is_convolution and g.groups > 1 and g.shape[1] == 1
         bits = DEPTHWISE_BITS if is_depthwise else o.bits
         inputs = o.activation_bits and (DEPTHWISE_BITS if is_depthwise else o.activation_bits)
-        settings = adaquant.Settings(
+        settings = adaquant.AdaquantSettings(
             bits, inputs, block_for(g.depth, o.block), o.symmetric, o.iterations, o.batch_size,
             o.lr, o.bias_lr, o.range_lr, o.input_lr, o.method,
         )  # fmt: skip
@@ -263,7 +255,7 @@ def _insert(editor: Editor, layer: Layer, solved: Solved, *, is_first: bool) -> 
 def _integers(blocks: Blocks) -> Make:
     """8-bit codes around zero as int8, one scale per row: what integer kernels read."""
 
-    def make(place: Place) -> torch.fx.Node:
+    def make(place: Insertion) -> torch.fx.Node:
         signed = (blocks.codes.flatten(1)[:, : blocks.columns].to(torch.int16) - 128).to(torch.int8)
         codes, scale = place.store("codes", signed), place.store("scale", blocks.scale[:, 0])
         return place.call(ours.dequantize.default, codes, scale, None, 0)

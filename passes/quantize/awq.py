@@ -70,7 +70,7 @@ class Choice:
     rows: int = 1
 
 
-class Awq(Pass):
+class Awq(Pass[AwqOptions]):
     """Scales input channels by how large their activations are, then rounds to 2 to 8 bits.
 
     A weight column whose input is large matters more. For all layers that read an activation the
@@ -92,11 +92,10 @@ class Awq(Pass):
 
     contract = "lossy"
     needs = "calibration"
-    Options = AwqOptions
     after = ("cleanup.*", "prune.*", "tune.*", "quantize.smoothquant")
 
     def run(self, program: Program, context: Context) -> Result:
-        options: AwqOptions = self.options
+        options = self.options
         layers, actions = choose(program, self.id, options.targets, embeddings=options.embeddings)
         groups = find_groups(program, layers, FLOATS)
         choices = self._choices(program, groups, context)
@@ -136,10 +135,9 @@ class Awq(Pass):
             )
             for group in groups
         }  # fmt: skip
-        assert context.calibration is not None
         # The first layer of a group stands for it.
         found = sweep(
-            program, [group.layers[0] for group in groups], context.calibration,
+            program, [group.layers[0] for group in groups], context.batches,
             Scaling(program, regions, self.options, context.device), context, follow="program",
         )  # fmt: skip
         chosen = [found[group.layers[0].node.name] for group in groups]
@@ -154,10 +152,9 @@ class Awq(Pass):
         """Codes of the layers that have limits, by name of the node."""
         if not self.options.clip:
             return {}
-        assert context.calibration is not None
         bounded = [layer for layer in layers if not feeds_scores(layer.node)]
         method = Clipping(self.options)
-        return sweep(scaled, bounded, context.calibration, method, context, follow="program")
+        return sweep(scaled, bounded, context.batches, method, context, follow="program")
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from graphwright.ir.graph.cost import cost
 from graphwright.ir.layers.kinds import PRODUCTS
 from graphwright.ir.layers.products import weight_key, weight_node
 from graphwright.ir.layers.selectors import Layer, select
-from graphwright.ir.options import Selector
+from graphwright.ir.options import Bounded, Targets
 from graphwright.ir.program import Program
 from graphwright.ir.tune.losses import main_output
-from graphwright.passes.base import Action, Options, Pass, Result, find_pass
+from graphwright.passes.base import Action, Pass, Result, find_pass
 from graphwright.passes.quantize._low_bit.transplant import transplant
 from graphwright.passes.quantize._math.allocate import allocate
 
@@ -32,7 +32,7 @@ LEAST = 1e-6
 """Smallest increase of the loss that a layer counts with (P47, the released code)."""
 
 
-class BitAllocationOptions(Options):
+class BitAllocationOptions(Bounded, Targets):
     """Options of quantize.bit_allocation."""
 
     quantizer: str = "quantize.adaquant"
@@ -62,12 +62,6 @@ class BitAllocationOptions(Options):
     loss: Literal["kl", "mse", "cross_entropy"] = "kl"
     """What is measured: `kl` of the outputs, as logits, from the model's own; `mse` of the outputs,
     relative to their size; `cross_entropy` with the labels of the calibration data."""
-
-    targets: Selector = ("*",)
-    """Layers to quantize: selector patterns over names and kinds."""
-
-    max_error: Annotated[float, Field(gt=0)] | None = None
-    """Largest relative error of the outputs, ||a-b|| / ||a||; no bound when absent."""
 
     @model_validator(mode="after")
     def _quantizer_takes_its_options(self) -> Self:
@@ -105,7 +99,7 @@ class BitAllocationOptions(Options):
         return quantizer(**given)
 
 
-class BitAllocation(Pass):
+class BitAllocation(Pass[BitAllocationOptions]):
     """Quantizes the program once per width, and mixes the layers within a budget at least loss.
 
     The loss of the network on the calibration data is measured with every layer in turn at every
@@ -119,19 +113,17 @@ class BitAllocation(Pass):
 
     contract = "lossy"
     needs = "calibration"
-    Options = BitAllocationOptions
     papers = ("P47",)
     after = ("cleanup.*", "prune.*", "tune.*", "quantize.smoothquant")
 
     def run(self, program: Program, context: Context) -> Result:
-        options: BitAllocationOptions = self.options
-        assert context.calibration is not None  # `execute` refuses to run without
+        options = self.options
         widths = sorted(set(options.bits), reverse=True)
         chosen = select(program, options.targets, PRODUCTS)
         made = {bits: self._quantized(program, bits, context) for bits in widths}
         base = made[widths[0]].program
         units = _units(chosen, program, base)
-        judge = Judge(program, context.calibration, options.loss)
+        judge = Judge(program, context.batches, options.loss)
         start = judge.loss(base)
         losses = np.zeros((len(units), len(widths)))
         for row, unit in enumerate(units):

@@ -17,9 +17,9 @@ from graphwright.ir.layers.bias import can_set_bias, set_bias
 from graphwright.ir.layers.kinds import PRODUCTS, TURNED
 from graphwright.ir.layers.products import bias_node, geometry, weight_node
 from graphwright.ir.layers.selectors import Layer, select
-from graphwright.ir.options import Selector
+from graphwright.ir.options import Bounded, Selector
 from graphwright.ir.program import Program
-from graphwright.passes.base import Action, Context, Options, Pass, Result
+from graphwright.passes.base import Action, Context, Pass, Result
 
 aten = torch.ops.aten
 ours = torch.ops.graphwright
@@ -31,7 +31,7 @@ MEAN, VARIANCE = 3, 4
 """Places of the running statistics among the arguments of a batch norm."""
 
 
-class BnTuningOptions(Options):
+class BnTuningOptions(Bounded):
     """Options of quantize.bn_tuning."""
 
     momentum: Annotated[float, Field(gt=0, le=1)] | None = 0.1
@@ -41,12 +41,8 @@ class BnTuningOptions(Options):
     targets: Selector = ("*",)
     """Layers whose norms are put back: selector patterns over names and kinds."""
 
-    max_error: Annotated[float, Field(gt=0)] | None = None
-    """Largest relative error of the outputs, ||a-b|| / ||a||, against the program before this pass;
-    no bound when absent."""
 
-
-class BnTuning(Pass):
+class BnTuning(Pass[BnTuningOptions]):
     """Puts the folded batch norms back, lets them see calibration data, and folds them again.
 
     What a folded norm gave had mean beta and variance gamma^2 per channel by construction.
@@ -64,13 +60,11 @@ class BnTuning(Pass):
 
     contract = "lossy"
     needs = "calibration"
-    Options = BnTuningOptions
     papers = ("P47",)
     after = ("cleanup.*", "prune.*", "quantize.adaquant", "quantize.gptq", "quantize.rtn",
              "quantize.int8", "quantize.bit_allocation")  # fmt: skip
 
     def run(self, program: Program, context: Context) -> Result:
-        assert context.calibration is not None  # `execute` refuses to run without
         known: dict[str, Any] = dict(program.facts.get(FOLDED, {}))
         chosen = select(program, self.options.targets, PRODUCTS)
         actions, tuned = [], []
@@ -168,12 +162,11 @@ class _Norms:
 
     def run(self, context: Context, momentum: float | None) -> None:
         """Moves the running statistics, which are tensors of this copy alone."""
-        assert context.calibration is not None
         runner = fx.Interpreter(self.program.module)
         calls = [n for n in self.program.module.graph.nodes
                  if n.name in {c.name for c in self.calls.values()}]  # fmt: skip
         with torch.no_grad():
-            for index, inputs in enumerate(bound_batches(self.program, context.calibration)):
+            for index, inputs in enumerate(bound_batches(self.program, context.batches)):
                 for call in calls:
                     share = 1 / (index + 1) if momentum is None else momentum
                     call.args = (*call.args[:6], share, *call.args[7:])

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, fx
 
 import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize_float8
@@ -17,16 +16,16 @@ from graphwright.ir.layers.kinds import CODABLE
 from graphwright.ir.layers.products import input_node, weight_node, weight_value
 from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.ops.float8 import LARGEST, bytes_of
-from graphwright.ir.options import Selector
+from graphwright.ir.options import Bounded, Targets
 from graphwright.ir.program import Program
-from graphwright.ir.stored.insert import Make, Place, matrix_of, replace_weight
+from graphwright.ir.stored.insert import Insertion, Make, matrix_of, replace_weight
 from graphwright.ir.stored.refusals import refusals
-from graphwright.passes.base import Action, Context, Need, Options, Pass, Result
+from graphwright.passes.base import Action, Context, Need, Pass, Result
 
 ours = torch.ops.graphwright
 
 
-class Fp8Options(Options):
+class Fp8Options(Bounded, Targets):
     """Options of quantize.fp8."""
 
     activations: Literal["none", "dynamic", "static"] = "dynamic"
@@ -36,17 +35,11 @@ class Fp8Options(Options):
     scales: Literal["channel", "tensor"] = "channel"
     """One scale per output channel of a weight, or one for all of it."""
 
-    targets: Selector = ("*",)
-    """Layers to quantize: selector patterns over names and kinds."""
-
     embeddings: bool = False
     """Store embedding tables as float8 too."""
 
-    max_error: Annotated[float, Field(gt=0)] | None = None
-    """Largest relative error of the outputs, ||a-b|| / ||a||; no bound when absent."""
 
-
-class Fp8(Pass):
+class Fp8(Pass[Fp8Options]):
     """Stores weights as float8 e4m3 (3 mantissa bits, up to 448) and rounds activations to it.
 
     A weight becomes the bytes of its float8 values with scales max|w| / 448
@@ -60,14 +53,13 @@ class Fp8(Pass):
     """
 
     contract = "lossy"
-    Options = Fp8Options
     after = ("cleanup.*", "prune.*", "tune.*", "quantize.smoothquant")
     needs_with: ClassVar[Mapping[tuple[str, Any], Need]] = {
         ("activations", "static"): "calibration"
     }
 
     def run(self, program: Program, context: Context) -> Result:
-        options: Fp8Options = self.options
+        options = self.options
         if options.activations == "static" and context.calibration is None:
             raise ArgumentError(
                 f"{self.id} with static activations needs calibration data",
@@ -115,8 +107,7 @@ class Fp8(Pass):
         if self.options.activations == "dynamic" or not inputs:
             return inputs
         observers = {node.name: MinMax() for node in inputs}
-        assert context.calibration is not None
-        observe(program, observers, context.calibration, context.progress)
+        observe(program, observers, context.batches, context.progress)
         for node in inputs:
             low, high = observers[node.name].range()
             largest = max(abs(low), abs(high))
@@ -129,7 +120,7 @@ class Fp8(Pass):
         matrix = matrix_of(layer.kind, weight).contiguous()
         codes, scale = float8_weight(matrix, self.options.scales == "channel")
 
-        def make(place: Place) -> fx.Node:
+        def make(place: Insertion) -> fx.Node:
             stored, factors = place.store("codes", codes), place.store("scale", scale)
             return place.call(ours.dequantize_float8.default, stored, factors, 0)
 

@@ -30,7 +30,7 @@ from graphwright.passes.quantize._low_bit.rounding import (
     round_layers,
     solved,
 )
-from graphwright.passes.quantize._math.gptq import Rounded, Settings, round_matrix
+from graphwright.passes.quantize._math.gptq import GptqSettings, Rounded, round_matrix
 
 
 class GptqOptions(BlockOptions):
@@ -70,9 +70,9 @@ class GptqOptions(BlockOptions):
             )
         return self
 
-    def settings(self, columns: int, dtype: torch.dtype) -> Settings:
+    def settings(self, columns: int, dtype: torch.dtype) -> GptqSettings:
         """The grid of a matrix with that many columns, its scales stored in `dtype`."""
-        return Settings(
+        return GptqSettings(
             self.bits,
             block_for(columns, self.block),
             self.symmetric,
@@ -84,7 +84,7 @@ class GptqOptions(BlockOptions):
         )
 
 
-class Gptq(Pass):
+class Gptq(Pass[GptqOptions]):
     """Quantizes weights to 2 to 8 bits, input by input, each error spread over the inputs to come.
 
     A layer's weight is rounded column by column. What a column's rounding changes in the layer's
@@ -104,11 +104,10 @@ class Gptq(Pass):
 
     contract = "lossy"
     needs = "calibration"
-    Options = GptqOptions
     after = ("cleanup.*", "prune.*", "tune.*", "quantize.smoothquant")
 
     def run(self, program: Program, context: Context) -> Result:
-        options: GptqOptions = self.options
+        options = self.options
         layers, actions = choose(program, self.id, options.targets, embeddings=options.embeddings)
         # Tables first: the layers are then calibrated on what the rounded tables give.
         products = [layer for layer in layers if layer.kind != "embedding"]
@@ -122,11 +121,10 @@ class Gptq(Pass):
         rounded = editor.finish()
         names = {layer.node.name for layer in products}
         start = rounded if options.sequential else program
-        assert context.calibration is not None
         found = sweep(
             start,
             [layer for layer in find_layers(start, PRODUCTS) if layer.node.name in names],
-            context.calibration,
+            context.batches,
             Rounding(options),
             context,
             follow="solved" if options.sequential else "program",
@@ -144,7 +142,7 @@ class Gptq(Pass):
         self, editor: Editor, program: Program, tables: Sequence[Layer], jobs: int | str
     ) -> list[Action]:
         """Rounds embedding tables to nearest."""
-        options: GptqOptions = self.options
+        options = self.options
         rounded = round_layers(program, tables, options, jobs, search=options.search)
 
         def find(layer: Layer) -> tuple[Make, Action]:
@@ -219,7 +217,7 @@ def together(parts: Sequence[Rounded]) -> Rounded:
     )  # fmt: skip
 
 
-def packed(rounded: Rounded, settings: Settings) -> Blocks:
+def packed(rounded: Rounded, settings: GptqSettings) -> Blocks:
     """A rounded matrix in storage, on the CPU."""
     zero = None if settings.symmetric else rounded.zero.to("cpu", torch.uint8)
     scale = rounded.scale.to("cpu", settings.dtype)

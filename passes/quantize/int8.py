@@ -26,10 +26,10 @@ from graphwright.ir.layers.kinds import (
     WEIGHT_ARGUMENT,
 )
 from graphwright.ir.layers.selectors import Layer, select
-from graphwright.ir.options import Selector
+from graphwright.ir.options import Bounded, Targets
 from graphwright.ir.program import Program
-from graphwright.ir.stored.insert import part_of
-from graphwright.passes.base import Action, Context, Need, Options, Pass, Result
+from graphwright.ir.stored.insert import rebuild_channels, replace_stored, replace_weight
+from graphwright.passes.base import Action, Context, Need, Pass, Result
 from graphwright.passes.quantize._activations.sites import Sites, find_sites
 from graphwright.passes.quantize._math import int8 as int8_math
 
@@ -45,15 +45,12 @@ MEASURED_BATCHES = 2
 """Batches that the error of every layer is measured on."""
 
 
-class Int8Options(Options):
+class Int8Options(Bounded, Targets):
     """Options of quantize.int8."""
 
     activations: Literal["dynamic", "static"] = "dynamic"
     """`dynamic` finds the range of every activation as it runs; `static` fixes it by calibration
     (faster, the same for every batch, and what convolutions need)."""
-
-    targets: Selector = ("*",)
-    """Layers to quantize: selector patterns over names and kinds."""
 
     activation_range: Literal["min_max", "moving_average", "percentile", "entropy", "mse"] = (
         "min_max"
@@ -74,9 +71,6 @@ class Int8Options(Options):
     embeddings: bool = True
     """Store embedding tables as int8 too, one scale per row."""
 
-    max_error: Annotated[float, Field(gt=0)] | None = None
-    """Largest relative error of the outputs, ||a-b|| / ||a||; no bound when absent."""
-
 
 @dataclass(frozen=True)
 class Quantized:
@@ -91,7 +85,7 @@ class Quantized:
         return ops.dequantize(self.codes, self.scale, None, self.axis)  # type: ignore[no-any-return]
 
 
-class Int8(Pass):
+class Int8(Pass[Int8Options]):
     """Quantizes weights to int8, one symmetric scale per output channel, and activations to uint8.
 
     A weight becomes codes in [-127, 127] and `graphwright::dequantize`; the input of its layer
@@ -105,7 +99,6 @@ class Int8(Pass):
     """
 
     contract = "lossy"
-    Options = Int8Options
     after = ("cleanup.*", "quantize.smoothquant")
     lowers_to = ("onnxruntime", "triton")
     needs_with: ClassVar[Mapping[tuple[str, Any], Need]] = {
@@ -113,7 +106,7 @@ class Int8(Pass):
     }
 
     def run(self, program: Program, context: Context) -> Result:
-        options: Int8Options = self.options
+        options = self.options
         is_static = options.activations == "static"
         if is_static and context.calibration is None:
             raise ArgumentError(
@@ -139,13 +132,12 @@ class Int8(Pass):
         self, program: Program, sites: Sites, context: Context
     ) -> dict[fx.Node, tuple[float, int]]:
         """Scale and zero point of every quantized tensor, by calibration."""
-        options: Int8Options = self.options
-        assert context.calibration is not None
+        options = self.options
         observers: dict[str, RangeObserver] = {
             node.name: range_observer(options.activation_range, options.percentile)
             for node in sites.observed()
         }
-        observe(program, observers, context.calibration, context.progress)
+        observe(program, observers, context.batches, context.progress)
         found: dict[fx.Node, tuple[float, int]] = {}
         for node in sites.observed():
             try:
@@ -320,11 +312,9 @@ class _Inserter:
         self.sites = sites
         self.ranges = ranges
         self.is_static = is_static
-        self.rebuilt: dict[tuple[str, int], fx.Node] = {}
 
     def run(self, layers: list[Layer], weights: dict[tuple[str, int], Quantized]) -> Program:
-        for layer in layers:
-            self._weight(layer, weights[layer.weight, OUTPUT_AXIS[layer.kind]])
+        self._weights(layers, weights)
         for x, readers in self.sites.inputs.items():
             node = self.twin[x]
             quantized = self._quantizer(node, x)
@@ -348,36 +338,29 @@ class _Inserter:
             ops.fake_quantize.default, node, scale, zero_point, 0, 255, before=before, like=node
         )
 
-    def _weight(self, layer: Layer, quantized: Quantized) -> None:
-        node = self.twin[layer.node]
-        position = WEIGHT_ARGUMENT[layer.kind]
-        key = (layer.weight, quantized.axis)
-        if key not in self.rebuilt:
-            self.rebuilt[key] = self._dequantize(
-                layer.weight, quantized.codes, quantized.scale, quantized.axis, node
-            )
-        old = node.args[position]
-        assert isinstance(old, fx.Node)
-        node.replace_input_with(old, self.rebuilt[key])
-        bias = conv_bias(self.editor.program, layer)
-        if bias is not None:
-            scale = quantized.scale * self.ranges[input_node(layer)][0]
-            old = node.args[2]
-            assert isinstance(old, fx.Node)
-            codes = int8_math.bias_codes(bias, scale)
-            new = self._dequantize(str(old.target), codes, scale, 0, node)
-            node.replace_input_with(old, new)
+    def _weights(self, layers: list[Layer], weights: dict[tuple[str, int], Quantized]) -> None:
+        """Codes in the place of every weight; layers that read one along one axis share them."""
+        readers: dict[tuple[str, int], list[Layer]] = {}
+        for layer in layers:
+            readers.setdefault((layer.weight, OUTPUT_AXIS[layer.kind]), []).append(layer)
+        for key, members in readers.items():
+            made = weights[key]
+            nodes = {self.twin[layer.node] for layer in members}
+            make = rebuild_channels(made.codes, made.scale, made.axis)
+            replace_weight(self.editor, members[0], make, matrix=False, readers=nodes)
+            for layer in members:
+                self._bias(layer, made)
 
-    def _dequantize(
-        self, name: str, codes: Tensor, scale: Tensor, axis: int, before: fx.Node
-    ) -> fx.Node:
-        first = self.editor.get(self.editor.add_state(part_of(name, "codes"), codes))
-        second = self.editor.get(self.editor.add_state(part_of(name, "scale"), scale))
-        # At the head of the graph: a tied weight's layers all read this one node.
-        place = next(n for n in self.editor.graph.nodes if n.op not in ("placeholder", "get_attr"))
-        return self.editor.call(
-            ops.dequantize.default, first, second, None, axis, before=place, like=before
-        )
+    def _bias(self, layer: Layer, quantized: Quantized) -> None:
+        bias = conv_bias(self.editor.program, layer)
+        if bias is None:
+            return
+        scale = quantized.scale * self.ranges[input_node(layer)][0]
+        node = self.twin[layer.node]
+        old = node.args[2]
+        assert isinstance(old, fx.Node)
+        make = rebuild_channels(int8_math.bias_codes(bias, scale), scale, 0)
+        replace_stored(self.editor, node, old, make)
 
 
 def _behind(node: fx.Node) -> fx.Node:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from pydantic import Field
 from torch import Tensor, fx
 
 from graphwright.ir.edit import Editor
@@ -12,15 +11,15 @@ from graphwright.ir.errors import ModelError
 from graphwright.ir.layers.kinds import CODABLE
 from graphwright.ir.layers.products import weight_node, weight_value
 from graphwright.ir.layers.selectors import Layer, select
-from graphwright.ir.options import Selector
+from graphwright.ir.options import Bounded, Targets
 from graphwright.ir.program import Program
 from graphwright.ir.stored.insert import matrix_of, replace_weight
 from graphwright.ir.stored.refusals import refusals
 from graphwright.ir.stored.table import Table, quantize, rebuild_table
-from graphwright.passes.base import Action, Context, Options, Pass, Result
+from graphwright.passes.base import Action, Context, Pass, Result
 
 
-class Nf4Options(Options):
+class Nf4Options(Bounded, Targets):
     """Options of quantize.nf4."""
 
     kind: Literal["nf4", "fp4"] = "nf4"
@@ -35,12 +34,6 @@ class Nf4Options(Options):
     embeddings: bool = True
     """Store embedding tables in 4 bits too."""
 
-    targets: Selector = ("*",)
-    """Layers to quantize: selector patterns over names and kinds."""
-
-    max_error: Annotated[float, Field(gt=0)] | None = None
-    """Largest relative error of the outputs, ||a-b|| / ||a||; no bound when absent."""
-
 
 class Figures(NamedTuple):
     """Stored bits of a weight, its elements, and ||w - w'|| / ||w||."""
@@ -50,7 +43,7 @@ class Figures(NamedTuple):
     error: float
 
 
-class Nf4(Pass):
+class Nf4(Pass[Nf4Options]):
     """Stores weights as 4-bit codes of NormalFloat4 (or FP4) with one scale per block.
 
     Codes, the order of the blocks and the double quantization of their scales are those of
@@ -67,12 +60,11 @@ class Nf4(Pass):
     """
 
     contract = "lossy"
-    Options = Nf4Options
     after = ("cleanup.*", "quantize.smoothquant")
     lowers_to = ("onnxruntime", "triton")
 
     def run(self, program: Program, context: Context) -> Result:
-        options: Nf4Options = self.options
+        options = self.options
         chosen = select(program, options.targets, CODABLE)
         refused = refusals(program, chosen, embeddings=options.embeddings)
         if len(refused) == len(chosen):
@@ -99,7 +91,7 @@ class Nf4(Pass):
         return Result(editor.finish(), tuple(actions), _metrics(figures))
 
     def _quantize(self, editor: Editor, program: Program, layer: Layer) -> Figures:
-        options: Nf4Options = self.options
+        options = self.options
         value = weight_value(program, layer)
         matrix = matrix_of(layer.kind, value)
         stored = quantize(matrix, options.kind, options.block, double=options.double_quantization)

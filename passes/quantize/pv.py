@@ -13,14 +13,14 @@ from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
 from graphwright.ir.layers.products import weight_node
 from graphwright.ir.layers.selectors import Layer, select
-from graphwright.ir.options import Selector
+from graphwright.ir.options import Bounded, Selector
 from graphwright.ir.program import Program
 from graphwright.ir.stored.insert import owner_of
 from graphwright.ir.stored.read import is_coded
 from graphwright.ir.stored.representation import Representation
 from graphwright.ir.tune import TuneOptions, tune
-from graphwright.passes.base import Action, Context, Options, Pass, Result
-from graphwright.passes.quantize._math.pv import PvHook, Settings, Weight
+from graphwright.passes.base import Action, Context, Pass, Result
+from graphwright.passes.quantize._math.pv import PvHook, PvSettings, Weight
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -30,7 +30,7 @@ RECIPE: dict[str, Any] = {
 """How the released code trains."""
 
 
-class PvOptions(Options):
+class PvOptions(Bounded):
     """Options of quantize.pv."""
 
     code_lr: Annotated[float, Field(ge=0)] = 1e-2
@@ -75,17 +75,13 @@ class PvOptions(Options):
     by the named rule, of what is not quantized. What is not given is as in the released code: kl,
     Adam at a constant rate of 3e-4. The last step is the result."""
 
-    max_error: Annotated[float, Field(gt=0)] | None = None
-    """Largest relative error of the outputs, ||a-b|| / ||a||, against the program before this pass;
-    no bound when absent."""
-
     @field_validator("tune", mode="before")
     @classmethod
     def _rest_of_the_recipe(cls, given: Any) -> Any:
         return {**RECIPE, **given} if isinstance(given, Mapping) else given
 
 
-class Pv(Pass):
+class Pv(Pass[PvOptions]):
     """Trains a quantized program end to end to follow the original, codes included.
 
     Every step has two halves. P: scales, codebooks and whatever is not quantized move by their
@@ -106,13 +102,11 @@ class Pv(Pass):
 
     contract = "lossy"
     needs = "training"
-    Options = PvOptions
     papers = ("P50",)
     after = ("cleanup.*", "quantize.*", "compensate.*", "prune.*")
 
     def run(self, program: Program, context: Context) -> Result:
-        options: PvOptions = self.options
-        assert context.training is not None  # `execute` refuses to run without
+        options = self.options
         chosen = select(program, options.targets)
         coded = [layer for layer in chosen if layer.weight == "" and is_coded(weight_node(layer))]
         actions = [Action.left(layer.name, "its weight is not made of codes")
@@ -128,7 +122,7 @@ class Pv(Pass):
             names |= {n for n in twin.trainable() if n not in weights}
         how = options.tune.model_copy(update={"keep_best": False})
         hook = PvHook(weights, how.lr)
-        tuned = tune(twin, context.training, how, context, hooks=[hook], names=names)
+        tuned = tune(twin, context.training_data, how, context, hooks=[hook], names=names)
         result = _together(program, tuned.program, weights)
         for layer in coded:
             weight = weights[owners[weight_node(layer)]]
@@ -148,7 +142,7 @@ class Pv(Pass):
     ) -> tuple[dict[str, Weight], Program, dict[fx.Node, str]]:
         """The program with its coded weights as plain parameters, and what these stand for."""
         o: PvOptions = self.options
-        settings = Settings(o.betas, o.code_lr, o.code_betas, o.lamb, o.max_change, o.trust,
+        settings = PvSettings(o.betas, o.code_lr, o.code_betas, o.lamb, o.max_change, o.trust,
                             o.decay, o.codes, o.continuous)  # fmt: skip
         editor = Editor(program, by=self.id)
         here = {node.name: node for node in editor.graph.nodes}

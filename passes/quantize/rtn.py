@@ -23,7 +23,7 @@ class RtnOptions(BlockOptions):
     the least sum of |error|^2.4."""
 
 
-class Rtn(Pass):
+class Rtn(Pass[RtnOptions]):
     """Rounds every weight to the nearest of 2^bits values between the extremes of its block.
 
     A weight is cut into blocks along each output channel (each row of an embedding table). The
@@ -38,11 +38,10 @@ class Rtn(Pass):
     """
 
     contract = "lossy"
-    Options = RtnOptions
     after = ("cleanup.*", "prune.*", "tune.*", "quantize.smoothquant")
 
     def run(self, program: Program, context: Context) -> Result:
-        options: RtnOptions = self.options
+        options = self.options
         layers, actions = choose(program, self.id, options.targets, embeddings=options.embeddings)
         rounded = round_layers(program, layers, options, context.jobs, search=options.search)
 

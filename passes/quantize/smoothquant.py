@@ -45,7 +45,7 @@ class SmoothquantOptions(Options):
     (as in post-norm transformers); else such groups are left alone."""
 
 
-class Smoothquant(Pass):
+class Smoothquant(Pass[SmoothquantOptions]):
     """Divides input channels by factors and multiplies the weight columns that read them.
 
     s_j = max|x_j|^alpha / max|w_j|^(1 - alpha), the same for all layers that read x. The factors
@@ -60,7 +60,6 @@ class Smoothquant(Pass):
     contract = "exact"
     weights = "reformed"
     needs = "calibration"
-    Options = SmoothquantOptions
 
     def run(self, program: Program, context: Context) -> Result:
         layers = select(program, self.options.targets, MATRICES)
@@ -68,8 +67,7 @@ class Smoothquant(Pass):
         channels = {group.x.name: Channels() for group in groups}
         rows = {group.x.name: Rows(ROWS, ROWS_PER_BATCH) for group in groups}
         watched = {name: Several(channels[name], rows[name]) for name in channels}
-        assert context.calibration is not None
-        observe(program, watched, context.calibration, context.progress)
+        observe(program, watched, context.batches, context.progress)
         editor = Editor(program, by=self.id)
         twin = dict(zip(program.graph.nodes, editor.graph.nodes, strict=True))
         actions = []

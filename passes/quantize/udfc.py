@@ -31,7 +31,7 @@ class UdfcOptions(RepairOptions):
     is for pruned channels, and changes nothing here."""
 
 
-class Udfc(Pass):
+class Udfc(Pass[UdfcOptions]):
     """Rounds weights to a symmetric grid per output channel, and repairs their readers.
 
     A rounded channel is taken for a mixture of the rounded channels of its layer; the mixture
@@ -47,7 +47,6 @@ class Udfc(Pass):
     """
 
     contract = "lossy"
-    Options = UdfcOptions
     papers = ("P69",)
     before = ("cleanup.fold_batch_norm",)  # batch norm tells how channels are distributed
 

@@ -18,19 +18,19 @@ from graphwright.ir.edit import Editor
 from graphwright.ir.layers.kinds import CODABLE
 from graphwright.ir.layers.products import as_matrix, from_matrix, geometry, weight_node
 from graphwright.ir.layers.selectors import Layer, select
-from graphwright.ir.options import Selector
+from graphwright.ir.options import Bounded, Targets
 from graphwright.ir.program import Program
 from graphwright.ir.stored.codebook import Vectors, rebuild_vectors
 from graphwright.ir.stored.insert import Make
 from graphwright.ir.stored.refusals import refusals
-from graphwright.passes.base import Action, Context, Options, Pass, Result
+from graphwright.passes.base import Action, Context, Pass, Result
 from graphwright.passes.quantize._low_bit.coding import (
     insert,
     kept,
     layer_errors,
     output_error,
 )
-from graphwright.passes.quantize._math.vptq import Settings, Size, quantize
+from graphwright.passes.quantize._math.vptq import Size, VptqSettings, quantize
 
 LEAST_ROWS = 16
 """Rows of calibration data below which H says too little: errors are then not spread."""
@@ -39,7 +39,7 @@ Centroids = Annotated[int, Field(ge=2, le=65536)]
 Width = Annotated[int, Field(ge=1, le=64)]
 
 
-class VptqOptions(Options):
+class VptqOptions(Bounded, Targets):
     """Options of quantize.vptq."""
 
     vector_length: Width = 4
@@ -90,21 +90,15 @@ class VptqOptions(Options):
     """Calibrate every layer on what the quantized layers before it give; else all layers on the
     activations of the program as it was, and as many at a time as there are jobs."""
 
-    targets: Selector = ("*",)
-    """Layers to quantize: selector patterns over names and kinds."""
-
-    max_error: Annotated[float, Field(gt=0)] | None = None
-    """Largest relative error of the outputs, ||a-b|| / ||a||; no bound when absent."""
-
     @model_validator(mode="after")
     def _residual_is_a_codebook(self) -> Self:
         if self.residual_centroids == 1:
             raise ValueError("residual_centroids is 0 for none, or at least 2")
         return self
 
-    def settings(self) -> Settings:
+    def settings(self) -> VptqSettings:
         """Sizes and options of a matrix."""
-        return Settings(
+        return VptqSettings(
             Size(self.vector_length, self.centroids, self.residual_centroids),
             Size(self.outlier_vector_length, self.outlier_centroids),
             self.outlier_percent,
@@ -122,7 +116,7 @@ class VptqOptions(Options):
         return f"v{self.vector_length}-k{self.centroids}-{self.residual_centroids}"
 
 
-class Vptq(Pass):
+class Vptq(Pass[VptqOptions]):
     """Quantizes weights to 2 to 4 bits: vectors of outputs are looked up in codebooks.
 
     A weight is cut into vectors along its outputs. Codebooks are found by k-means, every vector
@@ -147,11 +141,10 @@ class Vptq(Pass):
     contract = "lossy"
     needs = "calibration"
     papers = ("P63",)
-    Options = VptqOptions
     after = ("cleanup.*", "prune.*", "quantize.smoothquant")
 
     def run(self, program: Program, context: Context) -> Result:
-        options: VptqOptions = self.options
+        options = self.options
         chosen = select(program, options.targets, CODABLE)
         products = [layer for layer in chosen if layer.kind != "embedding"]
         refused = {layer.node: "an embedding table has no product to calibrate on"
@@ -161,9 +154,8 @@ class Vptq(Pass):
             if layer.node not in refused and geometry(program, layer).groups > 1:
                 refused[layer.node] = "a grouped convolution"
         layers, actions = kept(self.id, chosen, refused)
-        assert context.calibration is not None
         solved = sweep(
-            program, layers, context.calibration, Lookups(options), context,
+            program, layers, context.batches, Lookups(options), context,
             follow="solved" if options.sequential else "program",
         )  # fmt: skip
         editor = Editor(program, by=self.id)
@@ -177,7 +169,7 @@ class Vptq(Pass):
         return Result(editor.finish(), tuple(actions), _metrics(list(solved.values())))
 
     def _action(self, layer: Layer, info: dict[str, float]) -> Action:
-        options: VptqOptions = self.options
+        options = self.options
         what = f"{options.pattern}, {info['bits']:.3f} bits per weight"
         reasons = []
         if info["centroids"] < options.centroids:

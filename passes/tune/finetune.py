@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Annotated
-
-from pydantic import Field
 
 from graphwright.ir.errors import ModelError
 from graphwright.ir.graph.constants import depends_on_input
 from graphwright.ir.layers.selectors import Layer, layers, select
-from graphwright.ir.options import Selector
+from graphwright.ir.options import Bounded, Selector
 from graphwright.ir.program import Program
 from graphwright.ir.tune import History, TuneOptions, tune
-from graphwright.passes.base import Action, Context, Options, Pass, Result
+from graphwright.passes.base import Action, Context, Pass, Result
 
 
-class FinetuneOptions(Options):
+class FinetuneOptions(Bounded):
     """Options of tune.finetune."""
 
     targets: Selector = ("*",)
@@ -27,12 +24,8 @@ class FinetuneOptions(Options):
     tune: TuneOptions = TuneOptions()
     """How to train."""
 
-    max_error: Annotated[float, Field(gt=0)] | None = None
-    """Largest relative error of the outputs, ||a-b|| / ||a||, against the program before; no bound
-    when absent."""
 
-
-class Finetune(Pass):
+class Finetune(Pass[FinetuneOptions]):
     """Trains the parameters of the chosen layers, in training mode: dropout and batch statistics.
 
     Behind a pass that lost accuracy (pruning, factorizing) it wins it back; `tune: {loss: kl}`
@@ -42,10 +35,9 @@ class Finetune(Pass):
 
     contract = "lossy"
     needs = "training"
-    Options = FinetuneOptions
 
     def run(self, program: Program, context: Context) -> Result:
-        options: FinetuneOptions = self.options
+        options = self.options
         owned = {layer: _parameters(program, layer) for layer in layers(program)}
         in_layers = {name for names in owned.values() for name in names}
         loose = [name for name in program.trainable() if name not in in_layers]
@@ -57,8 +49,7 @@ class Finetune(Pass):
                 f"{self.id}: targets {list(options.targets)} hold no trainable parameter",
                 fix="Their weights are frozen, or compressed by an earlier pass.",
             )
-        assert context.training is not None  # `execute` refuses to run without
-        tuned = tune(program, context.training, options.tune, context, names=names)
+        tuned = tune(program, context.training_data, options.tune, context, names=names)
         actions = [_action(layer, owned[layer], chosen, program, tuned.program) for layer in owned]
         return Result(tuned.program, tuple(actions), _metrics(tuned.history))
 

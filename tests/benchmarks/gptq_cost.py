@@ -86,9 +86,9 @@ def one_layer(width: int) -> tuple[torch.Tensor, torch.Tensor]:
 def ours(w: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     """The rounded weight by this project."""
     from graphwright.ir.calibration.hessian import inverse_factor
-    from graphwright.passes.quantize._math.gptq import Settings, round_matrix
+    from graphwright.passes.quantize._math.gptq import GptqSettings, round_matrix
 
-    settings = Settings(4, BLOCK, static=True)
+    settings = GptqSettings(4, BLOCK, static=True)
     rounded = round_matrix(w, h, lambda m: inverse_factor(m)[0], settings)
     return rounded.value(BLOCK)
 

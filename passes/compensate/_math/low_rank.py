@@ -14,7 +14,7 @@ from graphwright.ir.layers.kinds import PRODUCTS
 from graphwright.ir.layers.products import as_matrix, geometry, weight_key, weight_value
 from graphwright.ir.layers.selectors import Layer, layers
 from graphwright.ir.program import Program
-from graphwright.ir.stored.insert import Make, Place, replace_weight
+from graphwright.ir.stored.insert import Insertion, Make, replace_weight
 from graphwright.passes.base import Action
 
 ours = torch.ops.graphwright
@@ -137,7 +137,7 @@ def first_uses(chosen: Iterable[Layer]) -> list[Layer]:
 
 
 def _added(factors: Factors) -> Make:
-    def make(place: Place) -> fx.Node:
+    def make(place: Insertion) -> fx.Node:
         dtype = place.old.meta["val"].dtype
         return place.call(
             ours.add_low_rank.default,

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from graphwright.ir.options import Options, Selector
+from graphwright.ir.options import Bounded, Targets
 from graphwright.passes.prune._masks.nm_mask import nm_mask
 
 Scope = Literal["row", "layer"]
@@ -93,7 +93,7 @@ def found_pattern(keep: Tensor) -> Pattern:
     return Pattern(1 - float(keep.float().mean()))
 
 
-class SparsityOptions(Options):
+class SparsityOptions(Bounded, Targets):
     """Options that all passes share that set weights to zero."""
 
     pattern: Annotated[str, Field(pattern=r"^(unstructured|[1-9][0-9]*:[1-9][0-9]*)$")] = (
@@ -105,12 +105,6 @@ class SparsityOptions(Options):
 
     sparsity: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Share of weights that become zero; 0.5 when absent. An N:M pattern says its own, 1 - N/M."""
-
-    targets: Selector = ("*",)
-    """Layers to prune: selector patterns over names and kinds."""
-
-    max_error: Annotated[float, Field(gt=0)] | None = None
-    """Largest relative error of the outputs that is accepted; none when absent."""
 
     @field_validator("pattern")
     @classmethod

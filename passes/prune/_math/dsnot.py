@@ -11,7 +11,7 @@ from graphwright.passes.prune._masks.patterns import Pattern
 
 
 @dataclass(frozen=True)
-class Settings:
+class DsnotSettings:
     """How long and how boldly weights trade places; the fields are options of prune.dsnot."""
 
     threshold: float = 0.1
@@ -44,7 +44,7 @@ def refine(
     variance: Tensor,
     metric: Tensor,
     pattern: Pattern,
-    settings: Settings,
+    settings: DsnotSettings,
 ) -> Refined:
     """Trades weights in every row, one pair a cycle, all rows at a time.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from graphwright.passes.prune._oto.hesso import Hesso, decay
-from graphwright.passes.prune._oto.options import Settings
+from graphwright.passes.prune._oto.options import OtoSettings
 from graphwright.passes.prune._oto.units import Tensors, Units
 
 RATIOS = (0.25, 0.5, 0.75)
@@ -38,7 +38,7 @@ class HessoCric(Hesso):
 
     needs_loss = True
 
-    def __init__(self, units: Units, settings: Settings) -> None:
+    def __init__(self, units: Units, settings: OtoSettings) -> None:
         super().__init__(units, settings)
         self.probes = probe_steps(len(units.groups))
         self.kept: dict[str, Tensor] = {}

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphwright.passes.prune._oto.options import Settings
+from graphwright.passes.prune._oto.options import OtoSettings
 from graphwright.passes.prune._oto.shrink import Shrink
 from graphwright.passes.prune._oto.units import Tensors, Units
 
@@ -41,7 +41,7 @@ def interval(xx: Tensor, xd: Tensor, dd: Tensor) -> tuple[Tensor, Tensor]:
     return -xd / norm, -dd * norm / xd
 
 
-def penalties(xx: Tensor, xd: Tensor, dd: Tensor, settings: Settings) -> Tensor:
+def penalties(xx: Tensor, xd: Tensor, dd: Tensor, settings: OtoSettings) -> Tensor:
     """lambda of every unit.
 
     Where the step shrinks the unit by itself (x . d >= 0): the smallest one. Elsewhere amplify * lo
@@ -65,7 +65,7 @@ class Dhspg(Shrink):
     the half-space {z: z . x >= epsilon * ||x||^2}. That ends when the target is reached.
     """
 
-    def __init__(self, units: Units, settings: Settings) -> None:
+    def __init__(self, units: Units, settings: OtoSettings) -> None:
         super().__init__(units, settings)
         self.chosen = False
         self.by_gradient: tuple[Tensor, Tensor] | None = None

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from graphwright.passes.prune._oto.options import Settings
+from graphwright.passes.prune._oto.options import OtoSettings
 from graphwright.passes.prune._oto.shrink import Shrink
 from graphwright.passes.prune._oto.units import Tensors, Units
 
@@ -29,7 +29,7 @@ class Hesso(Shrink):
     step of the period multiplies them by `decay`. Units that reached zero are held there.
     """
 
-    def __init__(self, units: Units, settings: Settings) -> None:
+    def __init__(self, units: Units, settings: OtoSettings) -> None:
         super().__init__(units, settings)
         self.duration = settings.steps // settings.periods
         self.targets = targets_of_periods(self.wanted, settings.periods)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from graphwright.ir.errors import ArgumentError
-from graphwright.ir.options import Options, Selector
+from graphwright.ir.options import Bounded, Selector
 from graphwright.ir.tune import TuneOptions
 
 Steps = Annotated[int, Field(ge=1)]
@@ -35,7 +35,7 @@ PENALTY = {"sgd": (1e-3, 2.0, 10.0), "adam": (1e-2, 20.0, 1e3)}
 """lambda, amplification and hat coefficient, by the rule of the update."""
 
 
-class Otov2Options(Options):
+class Otov2Options(Bounded):
     """Options of prune.otov2."""
 
     method: Literal["hesso", "hesso_cric", "dhspg"] = "hesso"
@@ -99,9 +99,6 @@ class Otov2Options(Options):
     """How to train. The result is that of the last step, whatever `keep_best` says: an earlier one
     is not sparse yet; for the same reason there is no `patience`."""
 
-    max_error: Annotated[float, Field(gt=0)] | None = None
-    """Largest relative error of the outputs that is accepted; none when absent."""
-
     @model_validator(mode="after")
     def _belong_together(self) -> Otov2Options:
         for name, owners in OWN.items():
@@ -118,7 +115,7 @@ class Otov2Options(Options):
 
 
 @dataclass(frozen=True)
-class Settings:
+class OtoSettings:
     """How units are brought to zero; the options of `prune.otov2` with every default filled in."""
 
     method: str
@@ -137,7 +134,7 @@ class Settings:
     compat: bool
 
 
-def settings(options: Otov2Options, total: int | None, probes: int, rule: str) -> Settings:
+def settings(options: Otov2Options, total: int | None, probes: int, rule: str) -> OtoSettings:
     """The options with every default filled in.
 
     Args:
@@ -176,7 +173,7 @@ def settings(options: Otov2Options, total: int | None, probes: int, rule: str) -
             fix="Train longer, or lower start_pruning_step, pruning_steps or sampling_steps.",
         )
     penalty, amplify, hat = PENALTY["sgd" if rule == "sgd" else "adam"]
-    return Settings(
+    return OtoSettings(
         kind, options.sparsity, options.group_divisible, start, steps, options.pruning_periods,
         options.tolerance, options.epsilon, options.penalty or penalty, options.amplify or amplify,
         options.hat_coefficient or hat, sampling, options.max_cycles,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from graphwright.ir.errors import ArgumentError
-from graphwright.passes.prune._oto.options import Settings
+from graphwright.passes.prune._oto.options import OtoSettings
 from graphwright.passes.prune._oto.units import Tensors, Units
 from graphwright.passes.prune._units.scores import Sums, scores
 from graphwright.passes.prune._units.select import Selection
@@ -32,7 +32,7 @@ class Shrink(ABC):
 
     needs_loss = False
 
-    def __init__(self, units: Units, settings: Settings) -> None:
+    def __init__(self, units: Units, settings: OtoSettings) -> None:
         self.units, self.settings = units, settings
         self.pruned = torch.zeros(units.count, dtype=torch.bool)
         self.redundant = torch.zeros(units.count, dtype=torch.bool)
@@ -124,7 +124,7 @@ def lowest(units: Units, scored: np.ndarray, count: int, first: Tensor, divisibl
     return torch.from_numpy(np.concatenate(flags)) | first
 
 
-def check_reachable(units: Units, settings: Settings) -> None:
+def check_reachable(units: Units, settings: OtoSettings) -> None:
     """Raises ArgumentError when the limits per group keep more units than the target leaves."""
     none = torch.zeros(units.count, dtype=torch.bool)
     most = int(lowest(units, np.zeros(units.count), units.count, none,

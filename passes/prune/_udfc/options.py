@@ -6,14 +6,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from graphwright.ir.options import Options, Selector
+from graphwright.ir.options import Bounded, Targets
 from graphwright.passes.prune._udfc.closed_form import Repair
 
 UNREAD = {"merge": ("offsets", "shrinkage"), "features": ("offsets",)}
 """Options that a repair does not read."""
 
 
-class RepairOptions(Options):
+class RepairOptions(Bounded, Targets):
     """How the readers of damaged channels are repaired."""
 
     repair: Literal[Repair, "merge"] = "auto"
@@ -35,12 +35,6 @@ class RepairOptions(Options):
     search_scale: bool = False
     """Try smaller scales of weight codes for least squared error; else the largest weight of every
     channel is on the grid."""
-
-    targets: Selector = ("*",)
-    """Layers to compress: selector patterns over names and kinds."""
-
-    max_error: Annotated[float, Field(gt=0)] | None = None
-    """Largest relative error of the outputs that is accepted; none when absent."""
 
     @model_validator(mode="after")
     def _options_of_the_repair(self) -> Self:

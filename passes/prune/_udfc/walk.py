@@ -20,9 +20,10 @@ from graphwright.ir.context import Context
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
 from graphwright.ir.graph.nodes import full_arguments, op_name
-from graphwright.ir.layers.kinds import BIAS_ARGUMENT, OUTPUT_AXIS, WEIGHT_ARGUMENT
+from graphwright.ir.layers.kinds import BIAS_ARGUMENT, OUTPUT_AXIS
 from graphwright.ir.layers.selectors import Layer, layers
 from graphwright.ir.program import Program
+from graphwright.ir.stored.insert import rebuild_channels, replace_weight
 from graphwright.passes.prune._grid import rounded
 from graphwright.passes.prune._udfc.chains import Chain, Reader, find_chain
 from graphwright.passes.prune._udfc.closed_form import (
@@ -313,19 +314,8 @@ def with_codes(
         codes: int8 codes and scales (channels,) by weight name.
     """
     editor = Editor(program, by=by)
-    twin = dict(zip(program.graph.nodes, editor.graph.nodes, strict=True))
-    rebuilt = {}
-    for layer in chosen:
-        node = twin[layer.node]
-        if layer.weight not in rebuilt:
-            values, scale = codes[layer.weight]
-            first = editor.get(editor.add_state(f"{layer.weight}.codes", values))
-            second = editor.get(editor.add_state(f"{layer.weight}.scale", scale))
-            place = next(n for n in editor.graph.nodes if n.op not in ("placeholder", "get_attr"))
-            rebuilt[layer.weight] = editor.call(
-                torch.ops.graphwright.dequantize.default, first, second, None,
-                OUTPUT_AXIS[layer.kind], before=place, like=node,
-            )  # fmt: skip
-        old = node.args[WEIGHT_ARGUMENT[layer.kind]]
-        node.replace_input_with(old, rebuilt[layer.weight])
+    for layer in {layer.weight: layer for layer in reversed(chosen)}.values():
+        values, scale = codes[layer.weight]
+        make = rebuild_channels(values, scale, OUTPUT_AXIS[layer.kind])
+        replace_weight(editor, layer, make, matrix=False)
     return editor.finish()

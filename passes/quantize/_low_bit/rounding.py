@@ -13,13 +13,13 @@ from graphwright.ir.calibration.site import Solved
 from graphwright.ir.calibration.workers import Workers
 from graphwright.ir.layers.products import weight_node, weight_value
 from graphwright.ir.layers.selectors import Layer
-from graphwright.ir.options import Options, Selector
+from graphwright.ir.options import Bounded, Targets
 from graphwright.ir.program import Program
 from graphwright.ir.stored.blocks import Blocks, block_for, round_to_nearest
 from graphwright.ir.stored.insert import matrix_of
 
 
-class BlockOptions(Options):
+class BlockOptions(Bounded, Targets):
     """Options of every pass that rounds weights in blocks."""
 
     bits: Annotated[int, Field(ge=2, le=8)] = 4
@@ -33,14 +33,8 @@ class BlockOptions(Options):
     symmetric: bool = False
     """Grids around zero, without stored zero points: a little faster, and less accurate."""
 
-    targets: Selector = ("*",)
-    """Layers to quantize: selector patterns over names and kinds."""
-
     embeddings: bool = True
     """Round embedding tables too: to nearest, in blocks of each row."""
-
-    max_error: Annotated[float, Field(gt=0)] | None = None
-    """Largest relative error of the outputs, ||a-b|| / ||a||; no bound when absent."""
 
 
 @dataclass(frozen=True)

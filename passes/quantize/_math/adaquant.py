@@ -23,7 +23,7 @@ How = Literal["adam", "nelder_mead"]
 
 
 @dataclass(frozen=True)
-class Settings:
+class AdaquantSettings:
     """How a layer learns; rates and counts as in the paper's code.
 
     Attributes:
@@ -114,7 +114,12 @@ class Student(torch.nn.Module):
     """A layer with learned weight, bias, and ranges of weight and input."""
 
     def __init__(
-        self, geometry: Geometry, weight: Tensor, bias: Tensor | None, samples: Samples, s: Settings
+        self,
+        geometry: Geometry,
+        weight: Tensor,
+        bias: Tensor | None,
+        samples: Samples,
+        s: AdaquantSettings,
     ) -> None:
         super().__init__()
         self.geometry, self.settings = geometry, s
@@ -172,7 +177,7 @@ def learn(
     weight: Tensor,
     bias: Tensor | None,
     samples: Samples,
-    settings: Settings,
+    settings: AdaquantSettings,
     is_rectified: bool,
     seed: int,
 ) -> Learned:

@@ -41,7 +41,7 @@ class Rounded:
 
 
 @dataclass(frozen=True)
-class Settings:
+class GptqSettings:
     """What a matrix is rounded to, and how.
 
     Attributes:
@@ -78,7 +78,7 @@ Factor = Callable[[Tensor], Tensor]
 """H (k, k), dead inputs and all, to the upper Cholesky factor of the damped H's inverse."""
 
 
-def round_matrix(w: Tensor, h: Tensor, factor: Factor, settings: Settings) -> Rounded:
+def round_matrix(w: Tensor, h: Tensor, factor: Factor, settings: GptqSettings) -> Rounded:
     """Codes of `w` that keep x @ w.T, for inputs with H = mean of x x^T.
 
     A column whose input was always zero is rounded to nearest: H says nothing about it. (The

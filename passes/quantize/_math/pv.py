@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphwright.ir.stored.representation import Place, Representation
+from graphwright.ir.stored.representation import CodePlace, Representation
 from graphwright.ir.tune import Hook, Moment
 
 EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class Settings:
+class PvSettings:
     """How continuous parts and codes move; defaults are in the pass's options.
 
     Attributes:
@@ -73,7 +73,7 @@ class Moments:
 class Weight:
     """One compressed weight in training."""
 
-    def __init__(self, representation: Representation, settings: Settings) -> None:
+    def __init__(self, representation: Representation, settings: PvSettings) -> None:
         self.rep, self.settings = representation, settings
         self.buffer = representation.value().detach().clone()
         self.moments = Moments(self.buffer)
@@ -133,7 +133,10 @@ class Weight:
         return new
 
     def _encode(
-        self, places: list[tuple[Place, Tensor, Tensor, Tensor]], starts: list[int], order: Tensor
+        self,
+        places: list[tuple[CodePlace, Tensor, Tensor, Tensor]],
+        starts: list[int],
+        order: Tensor,
     ) -> None:
         for (place, here, wanted, _), start, end in zip(places, starts, starts[1:], strict=False):
             chosen = order[(order >= start) & (order < end)] - start
@@ -142,7 +145,7 @@ class Weight:
                 self.rep.codes.update(place.encoder.encode(self.rep.codes, target, chosen))
 
     def _within_trust(
-        self, places: list[tuple[Place, Tensor, Tensor, Tensor]], starts: list[int],
+        self, places: list[tuple[CodePlace, Tensor, Tensor, Tensor]], starts: list[int],
         old: Tensor, new: Tensor, order: Tensor,
     ) -> Tensor:  # fmt: skip
         """The first groups, one more than stay within the bound together."""
@@ -152,7 +155,7 @@ class Weight:
         return order[: inside + 1]
 
     def _group_changes(
-        self, places: list[tuple[Place, Tensor, Tensor, Tensor]], old: Tensor, new: Tensor
+        self, places: list[tuple[CodePlace, Tensor, Tensor, Tensor]], old: Tensor, new: Tensor
     ) -> list[Tensor]:
         """||change of the weight||^2 by code group."""
         return [
@@ -161,7 +164,7 @@ class Weight:
         ]
 
     def _count_changes(
-        self, places: list[tuple[Place, Tensor, Tensor, Tensor]], old: Tensor, new: Tensor
+        self, places: list[tuple[CodePlace, Tensor, Tensor, Tensor]], old: Tensor, new: Tensor
     ) -> int:
         return sum(int((part > 0).sum()) for part in self._group_changes(places, old, new))
 

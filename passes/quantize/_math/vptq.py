@@ -31,7 +31,7 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Settings:
+class VptqSettings:
     """What a matrix is stored as.
 
     Attributes:
@@ -71,7 +71,7 @@ Factor = Callable[[Tensor], Tensor]
 
 
 def quantize(
-    w: Tensor, h: Tensor, factor: Factor, settings: Settings, generator: torch.Generator
+    w: Tensor, h: Tensor, factor: Factor, settings: VptqSettings, generator: torch.Generator
 ) -> Vectors:
     """The matrix in codebooks, such that x @ w.T is kept for inputs with H = mean of x x^T.
 
@@ -131,7 +131,7 @@ def column_range(w: Tensor) -> tuple[Tensor, Tensor]:
     return narrow(w.amax(0) - low), narrow(low)
 
 
-def partition(importance: Tensor, settings: Settings) -> list[Stretch]:
+def partition(importance: Tensor, settings: VptqSettings) -> list[Stretch]:
     """Outlier columns and the rest, cut into equal groups.
 
     As many outliers as `outlier_percent` says, and more where the rest would not divide.
@@ -170,7 +170,7 @@ class _Columns:
 
 
 def fit_codebook(
-    columns: Tensor, weight: Tensor, width: int, count: int, settings: Settings,
+    columns: Tensor, weight: Tensor, width: int, count: int, settings: VptqSettings,
     generator: torch.Generator,
 ) -> Tensor:  # fmt: skip
     """(k, width): weighted k-means of the vectors of some columns (c, rows); k <= count.

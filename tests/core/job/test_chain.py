@@ -19,9 +19,9 @@ from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ContractError
 from graphwright.ir.signature import DimRange
 from graphwright.job.chain import run_chain
-from graphwright.job.place import Place
+from graphwright.job.place import OutputPlace
 from graphwright.job.progress import Progress
-from graphwright.job.run import Run, Settings
+from graphwright.job.run import JobSettings, Run
 from graphwright.specs.spec import parse_spec
 
 aten = torch.ops.aten
@@ -94,9 +94,9 @@ def program() -> gw.Program:
 
 def job(folder: Path, passes: list[Any], **settings: Any) -> Run:
     spec = parse_spec(yaml.safe_dump({"version": 1, "seed": 5, "passes": passes}), folder=folder)
-    place = Place(folder / "out")
+    place = OutputPlace(folder / "out")
     return Run(
-        spec, Settings(folder / "out", quiet=True, **settings), place, Progress(quiet=True), 0.0
+        spec, JobSettings(folder / "out", quiet=True, **settings), place, Progress(quiet=True), 0.0
     )
 
 
@@ -195,8 +195,8 @@ def test_other_data_make_another_run(program: gw.Program, tmp_path: Path) -> Non
             "passes": ["chaintest.scale"],
         })  # fmt: skip
         spec = parse_spec(text, folder=tmp_path)
-        settings = Settings(tmp_path / "out", quiet=True, checkpoint_seconds=0.0)
-        return Run(spec, settings, Place(tmp_path / "out"), Progress(quiet=True), 0.0)
+        settings = JobSettings(tmp_path / "out", quiet=True, checkpoint_seconds=0.0)
+        return Run(spec, settings, OutputPlace(tmp_path / "out"), Progress(quiet=True), 0.0)
 
     notes: list[str] = []
     for values in (1.0, 1.0, 2.0):

@@ -236,7 +236,7 @@ def test_targets() -> None:
 def test_pruned_and_rounded_in_one_solution() -> None:
     program = correlated(0)
     result = ran(program, ratio=0.25, weight_bits=4)
-    codes = result.program.state["a.weight.codes"]
+    codes = result.program.state["a.weight_codes"]
     assert codes.shape[0] == 18
     assert codes.dtype == torch.int8
     assert int(codes.abs().max()) == 7

@@ -14,12 +14,12 @@ from graphwright.ir.program import Program
 from graphwright.passes.quantize._math import adaquant
 
 
-def settings(**changes: object) -> adaquant.Settings:
+def settings(**changes: object) -> adaquant.AdaquantSettings:
     values: dict[str, object] = {
         "bits": 4, "activation_bits": None, "block": 24, "symmetric": False, "iterations": 200,
         "batch": 50, "rate": 1e-4, "bias_rate": 1e-3, "range_rate": 1e-3, "input_rate": 1e-2,
     }  # fmt: skip
-    return adaquant.Settings(**{**values, **changes})  # type: ignore[arg-type]
+    return adaquant.AdaquantSettings(**{**values, **changes})  # type: ignore[arg-type]
 
 
 def test_a_rounded_value_is_within_half_a_step_and_zero_stays_zero() -> None:

@@ -13,7 +13,7 @@ from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.layers.products import weight_value
 from graphwright.ir.layers.selectors import layers
 from graphwright.ir.stored import grid
-from graphwright.passes.quantize._math.gptq import Settings, round_matrix
+from graphwright.passes.quantize._math.gptq import GptqSettings, round_matrix
 from graphwright.passes.quantize.gptq import Gptq
 
 
@@ -55,7 +55,7 @@ def factor(h: Tensor) -> Tensor:
 def expected(w: Tensor, x: Tensor, block: int, bits: int = 4) -> Tensor:
     """GPTQ of a matrix on rows x, in float64 and with an explicit inverse."""
     x = x.detach().double()
-    settings = Settings(bits, block, dtype=torch.float32)
+    settings = GptqSettings(bits, block, dtype=torch.float32)
     return round_matrix(w.double(), x.T @ x / len(x), factor, settings).value(block).float()
 
 

@@ -17,7 +17,7 @@ from graphwright.ir.layers.selectors import layers
 from graphwright.ir.program import Program
 from graphwright.ir.stored.encoders import nearest
 from graphwright.ir.stored.representation import Representation
-from graphwright.passes.quantize._math.pv import PvHook, Settings, Weight
+from graphwright.passes.quantize._math.pv import PvHook, PvSettings, Weight
 
 
 class Net(nn.Module):
@@ -64,12 +64,12 @@ def representation(program: Program, name: str = "fc1") -> Representation:
     return Representation(program, weight_node(layer))
 
 
-def settings(**changes: Any) -> Settings:
+def settings(**changes: Any) -> PvSettings:
     values: dict[str, Any] = {
         "betas": (0.9, 0.95), "code_rate": 0.05, "code_betas": (0.0, 0.95), "lamb": True,
         "most": 0.02, "trust": None, "decay": 0.0, "codes": True, "continuous": True,
     }  # fmt: skip
-    return Settings(**{**values, **changes})
+    return PvSettings(**{**values, **changes})
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from graphwright.passes.prune._masks.patterns import Pattern
-from graphwright.passes.prune._math.dsnot import Settings, refine
+from graphwright.passes.prune._math.dsnot import DsnotSettings, refine
 
 
 def problem(rows=32, columns=64, samples=256, seed=0):
@@ -72,9 +72,9 @@ def run(pattern, settings, seed=0, sparsity=0.6, dtype=torch.float64):
 def test_equals_the_slow_loop(pattern, same_sign):
     for seed, settings in enumerate(
         [
-            Settings(same_sign=same_sign),
-            Settings(cycles=3, same_sign=same_sign),
-            Settings(threshold=20.0, power=0.0, same_sign=same_sign),
+            DsnotSettings(same_sign=same_sign),
+            DsnotSettings(cycles=3, same_sign=same_sign),
+            DsnotSettings(threshold=20.0, power=0.0, same_sign=same_sign),
         ]
     ):
         _, _, keep, arguments, result = run(pattern, settings, seed)
@@ -90,7 +90,7 @@ def test_equals_the_slow_loop(pattern, same_sign):
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4:8"])
 def test_rows_keep_their_zeros_and_come_nearer_to_their_mean_output(pattern):
-    w, x, keep, _, result = run(pattern, Settings())
+    w, x, keep, _, result = run(pattern, DsnotSettings())
     assert torch.equal(result.keep.sum(1), keep.sum(1))
     wanted = Pattern.parse(pattern, 0.6 if pattern == "unstructured" else None)
     if wanted.m:
@@ -109,10 +109,10 @@ def test_the_sign_test_is_what_keeps_outputs_near():
 
     plain = tested = untested = 0.0
     for seed in range(8):
-        w, x, keep, _, result = run("unstructured", Settings(), seed)
+        w, x, keep, _, result = run("unstructured", DsnotSettings(), seed)
         plain += error(w, x, keep)
         tested += error(w, x, result.keep)
-        untested += error(w, x, run("unstructured", Settings(same_sign=False), seed)[4].keep)
+        untested += error(w, x, run("unstructured", DsnotSettings(same_sign=False), seed)[4].keep)
     assert tested < plain < untested
 
 
@@ -124,7 +124,7 @@ def test_dead_and_constant_inputs_do_no_harm():
     variance = x.var(0, unbiased=False)
     variance[9] = 0.0
     result = refine(
-        w, w.where(keep, 0.0), keep, x.sum(0), variance, metric, Pattern(0.5), Settings()
+        w, w.where(keep, 0.0), keep, x.sum(0), variance, metric, Pattern(0.5), DsnotSettings()
     )
     assert bool(torch.isfinite(result.after).all())
     assert torch.equal(result.keep[:, 5], keep[:, 5])  # it cannot change any output
@@ -135,7 +135,9 @@ def test_all_inputs_constant():
     w = torch.randn(4, 8)
     keep = Pattern(0.5).keep(w.abs())
     ones = torch.ones(8)
-    result = refine(w, w.where(keep, 0.0), keep, ones, ones * 0, w.abs(), Pattern(0.5), Settings())
+    result = refine(
+        w, w.where(keep, 0.0), keep, ones, ones * 0, w.abs(), Pattern(0.5), DsnotSettings()
+    )
     assert bool((result.after.abs() <= result.before.abs()).all())
 
 
@@ -145,7 +147,7 @@ def test_updated_weights_are_counted_by_their_own_values():
     keep = Pattern(0.5).keep(w.abs())
     current = (w * 1.1).where(keep, 0.0)
     result = refine(
-        w, current, keep, x.sum(0), x.var(0), w.abs(), Pattern(0.5), Settings(threshold=1e-3)
+        w, current, keep, x.sum(0), x.var(0), w.abs(), Pattern(0.5), DsnotSettings(threshold=1e-3)
     )
     new = torch.where(keep, current, w).where(result.keep, 0.0)
     torch.testing.assert_close(((w - new) * x.sum(0)).sum(1), result.after, rtol=1e-4, atol=1e-3)

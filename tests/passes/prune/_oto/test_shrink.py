@@ -16,7 +16,7 @@ from graphwright.passes.prune import Otov2
 from graphwright.passes.prune._oto.cric import HessoCric, probe_steps
 from graphwright.passes.prune._oto.dhspg import Dhspg, interval, penalties, saliency
 from graphwright.passes.prune._oto.hesso import Hesso, decay, targets_of_periods
-from graphwright.passes.prune._oto.options import Settings, settings
+from graphwright.passes.prune._oto.options import OtoSettings, settings
 from graphwright.passes.prune._oto.shrink import Shrink
 from graphwright.passes.prune._oto.training import find_units, learning_rates, make_shrink
 
@@ -135,7 +135,7 @@ def test_a_group_keeps_a_multiple() -> None:
 # ---- DHSPG
 
 
-def plan(**changes: Any) -> Settings:
+def plan(**changes: Any) -> OtoSettings:
     found = settings(Otov2(method="dhspg", **changes).options, 100, 0, "sgd")
     assert found.start == 10
     return found

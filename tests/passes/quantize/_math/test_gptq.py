@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graphwright.ir.stored import grid as grid_math
-from graphwright.passes.quantize._math.gptq import Settings, round_matrix
+from graphwright.passes.quantize._math.gptq import GptqSettings, round_matrix
 
 DAMPING = 0.01
 
@@ -36,21 +36,21 @@ def problem(rows: int, columns: int, seed: int = 0, samples: int = 0) -> tuple[T
     return w, x.T @ x / len(x)
 
 
-def nearest(w: Tensor, settings: Settings) -> Tensor:
+def nearest(w: Tensor, settings: GptqSettings) -> Tensor:
     """Codes of `w`, each weight by itself."""
     scale, zero = settings.fit(grid_math.grouped(w, settings.block))
     wide, middle = (grid_math.spread(v, settings.block, w.shape[1]) for v in (scale, zero))
     return grid_math.encode(w, wide, middle, settings.bits).to(torch.uint8)
 
 
-def nearest_value(w: Tensor, settings: Settings) -> Tensor:
+def nearest_value(w: Tensor, settings: GptqSettings) -> Tensor:
     """`w` with each weight rounded by itself."""
     scale, zero = settings.fit(grid_math.grouped(w, settings.block))
     wide, middle = (grid_math.spread(v, settings.block, w.shape[1]) for v in (scale, zero))
     return grid_math.decode(nearest(w, settings).double(), wide, middle)
 
 
-def naive(w: Tensor, h: Tensor, settings: Settings, order: list[int]) -> tuple[Tensor, float]:
+def naive(w: Tensor, h: Tensor, settings: GptqSettings, order: list[int]) -> tuple[Tensor, float]:
     """Optimal brain quantization in a fixed order: H's inverse is updated after every column."""
     w, inverse = w.clone(), torch.linalg.inv(damped(h))
     columns = w.shape[1]
@@ -88,7 +88,7 @@ def test_equals_optimal_brain_quantization_in_the_same_order(
     w, h = problem(7, 20)
     # A symmetric grid puts every group's extreme halfway between two codes; with scales of the
     # given weights both sides meet the same numbers there.
-    settings = Settings(bits, block, symmetric, static=symmetric)
+    settings = GptqSettings(bits, block, symmetric, static=symmetric)
     got = round_matrix(w, h, factor, settings)
     value, loss = naive(w, h, settings, list(range(20)))
     torch.testing.assert_close(got.value(block), value, rtol=1e-10, atol=1e-10)
@@ -99,7 +99,7 @@ def test_equals_optimal_brain_quantization_in_the_same_order(
 def test_stretches_of_columns_change_nothing(block: int) -> None:
     """More columns than one stretch, groups that are shorter and longer than it."""
     w, h = problem(3, 300)
-    settings = Settings(3, block)
+    settings = GptqSettings(3, block)
     value, _ = naive(w, h, settings, list(range(300)))
     torch.testing.assert_close(
         round_matrix(w, h, factor, settings).value(block), value, rtol=1e-8, atol=1e-8
@@ -108,7 +108,7 @@ def test_stretches_of_columns_change_nothing(block: int) -> None:
 
 def test_act_order_with_static_groups_gives_codes_in_the_original_order() -> None:
     w, h = problem(6, 24)
-    settings = Settings(3, 8, static=True, order=True)
+    settings = GptqSettings(3, 8, static=True, order=True)
     got = round_matrix(w, h, factor, settings)
     order = torch.argsort(h.diagonal(), descending=True).tolist()
     assert order != sorted(order)
@@ -123,7 +123,7 @@ def test_act_order_with_static_groups_gives_codes_in_the_original_order() -> Non
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_independent_inputs_make_it_rounding_to_nearest(block: int, symmetric: bool) -> None:
     w, _ = problem(9, 32)
-    settings = Settings(4, block, symmetric)
+    settings = GptqSettings(4, block, symmetric)
     got = round_matrix(w, torch.eye(32, dtype=w.dtype), factor, settings)
     assert torch.equal(got.codes, nearest(w, settings))
     codes = []
@@ -145,7 +145,7 @@ def test_lowers_the_error_of_the_outputs(bits: int) -> None:
     shares = []
     for seed in range(6):
         w, h = problem(16, 64, seed)
-        settings = Settings(bits, 16, static=True)
+        settings = GptqSettings(bits, 16, static=True)
         errors = []
         ours = round_matrix(w, h, factor, settings).value(16)
         for value in (ours, nearest_value(w, settings)):
@@ -158,7 +158,7 @@ def test_lowers_the_error_of_the_outputs(bits: int) -> None:
 
 def test_loss_is_half_of_the_damped_error() -> None:
     w, h = problem(5, 40)
-    for settings in (Settings(3, 16), Settings(2, 8, static=True, order=True)):
+    for settings in (GptqSettings(3, 16), GptqSettings(2, 8, static=True, order=True)):
         got = round_matrix(w, h, factor, settings)
         change = w - got.value(settings.block)
         expected = float(torch.trace(change @ damped(h) @ change.T)) / 2
@@ -170,7 +170,7 @@ def test_dead_inputs_are_rounded_to_nearest_and_disturb_nothing() -> None:
     dead = [3, 11]
     h[dead] = 0
     h[:, dead] = 0
-    settings = Settings(4, 16, static=True)
+    settings = GptqSettings(4, 16, static=True)
     got = round_matrix(w, h, factor, settings)
     alone = nearest(w, settings)
     assert torch.equal(got.codes[:, dead], alone[:, dead])
@@ -181,7 +181,7 @@ def test_zeros_stay_zero_when_asked() -> None:
     w, h = problem(8, 32)
     w[torch.rand(w.shape, generator=torch.Generator().manual_seed(1)) < 0.5] = 0
     plain, kept = (
-        round_matrix(w, h, factor, Settings(3, 8, keep_zeros=keep)).value(8)
+        round_matrix(w, h, factor, GptqSettings(3, 8, keep_zeros=keep)).value(8)
         for keep in (False, True)
     )
     assert int((plain[w == 0] != 0).sum()) > 0
@@ -195,7 +195,7 @@ def test_zeros_stay_zero_when_asked() -> None:
 def test_search_finds_ranges_of_less_error() -> None:
     w = torch.randn(20, 64, generator=torch.Generator().manual_seed(2), dtype=torch.float64) ** 3
     for symmetric in (False, True):
-        settings = Settings(3, 64, symmetric)
+        settings = GptqSettings(3, 64, symmetric)
         plain, searched = (nearest_value(w, s) for s in (settings, replace(settings, search=True)))
         errors = [((q - w).abs() ** 2.4).sum(1) for q in (plain, searched)]
         assert bool((errors[1] <= errors[0]).all())

@@ -31,7 +31,7 @@ def searched(
         "rate": 1e-4, "bias_rate": 1e-3, "range_rate": 1e-3, "input_rate": 1e-2,
         "method": "nelder_mead",
     }  # fmt: skip
-    s = adaquant.Settings(**{**values, **changes}, iterations=iterations)  # type: ignore[arg-type]
+    s = adaquant.AdaquantSettings(**{**values, **changes}, iterations=iterations)  # type: ignore[arg-type]
     return adaquant.learn(g, weight, bias, samples(x), s, False, 0)
 
 

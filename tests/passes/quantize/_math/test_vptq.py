@@ -15,7 +15,7 @@ from graphwright.ir.stored.codebook import Vectors, index_bits
 from graphwright.passes.quantize._math import vptq
 from graphwright.passes.quantize._math.codebook_fit import fit_codebooks
 from graphwright.passes.quantize._math.kmeans import kmeans
-from graphwright.passes.quantize._math.vptq import Settings, Size
+from graphwright.passes.quantize._math.vptq import Size, VptqSettings
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -33,11 +33,11 @@ def factor(h: Tensor) -> Tensor:
     return inverse_factor(h, 0.01)[0]
 
 
-def sizes(main: Size, **more: object) -> Settings:
-    return Settings(**{"main": main, "outlier": Size(2, 16), **more})  # type: ignore[arg-type]
+def sizes(main: Size, **more: object) -> VptqSettings:
+    return VptqSettings(**{"main": main, "outlier": Size(2, 16), **more})  # type: ignore[arg-type]
 
 
-def quantize(w: Tensor, h: Tensor, options: Settings, seed: int = 0) -> Vectors:
+def quantize(w: Tensor, h: Tensor, options: VptqSettings, seed: int = 0) -> Vectors:
     return vptq.quantize(w, h, factor, options, torch.Generator().manual_seed(seed))
 
 
@@ -206,7 +206,7 @@ def test_columns_of_equal_elements_are_exact() -> None:
     ],
     ids=["plain", "padding", "outliers", "groups", "all"],
 )
-def test_the_stored_form_is_what_was_found(options: Settings) -> None:
+def test_the_stored_form_is_what_was_found(options: VptqSettings) -> None:
     """The value rebuilt from packed storage has the columns in their places, and few bits."""
     w = randn(37, 50)
     found = quantize(w, torch.diag(torch.linspace(1, 2, 50)), options)
