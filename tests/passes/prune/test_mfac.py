@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import graphwright as gw
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError, ModelError
+from graphwright.ir.layers.selectors import layers
 from graphwright.ir.tune.fisher import Fisher
 from graphwright.passes.prune import Mfac
 from graphwright.passes.prune._math.obs import Structure, Vector, kept_after, surgery
@@ -191,8 +192,8 @@ def test_every_sub_step_draws_other_samples() -> None:
 
 
 def test_the_vector_of_every_kind_of_weight_is_undone(trained: gw.Program) -> None:
-    layers = [layer for layer in gw.ir.select.layers(trained) if layer.weight]
-    vector = Vector.of(trained, layers)
+    weighted = [layer for layer in layers(trained) if layer.weight]
+    vector = Vector.of(trained, weighted)
     back = vector.weights(vector.flat(trained.state))
     assert len(back) == 3
     assert all(torch.equal(value, trained.state[name]) for name, value in back.items())

@@ -13,6 +13,7 @@ import graphwright as gw
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ModelError
 from graphwright.ir.layers.products import weight_value
+from graphwright.ir.layers.selectors import layers
 from graphwright.ir.stored.blocks import round_to_nearest
 
 Rtn = gw.passes.quantize.Rtn
@@ -123,7 +124,7 @@ def test_the_program_computes_with_the_rounded_weights() -> None:
     result = run(program, bits=3, block=16)
     model = Net()
     state = dict(program.original_state_dict())
-    for layer in gw.ir.select.layers(result.program):
+    for layer in layers(result.program):
         if layer.kind != "conv_transpose1d":
             key = layer.name if layer.name == "product" else f"{layer.name}.weight"
             state[key] = weight_value(result.program, layer)
