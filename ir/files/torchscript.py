@@ -18,6 +18,12 @@ from torch import nn
 from graphwright.ir.causes import innermost
 from graphwright.ir.errors import ModelError
 from graphwright.ir.files.pickles import listed
+from graphwright.ir.files.script_state import (
+    read_attribute,
+    set_attribute,
+    settled_values,
+    written_attributes,
+)
 from graphwright.ir.files.zips import Archive
 
 _OPERATOR = re.compile(r"\bops\.(\w+)\.(\w+)")
@@ -32,6 +38,7 @@ class ScriptedModule(nn.Module):
 
     torch.export replaces parameters while it traces, which a TorchScript module does not let it
     do. So the tensors are registered here, and put into the archived module around each call.
+    Tensors in attributes that `forward` assigns are buffers here too: a trace sees what is state.
 
     Attributes:
         archived_script: the module of the archive; not a submodule.
@@ -51,38 +58,78 @@ class ScriptedModule(nn.Module):
         for name, buffer in scripted.named_buffers(remove_duplicate=False):
             owner, attribute = _owner(self, name)
             owner.register_buffer(attribute, buffer.detach())
+        self._written = written_attributes(scripted)
+        for name in self._written:
+            self._hold(name, read_attribute(scripted, name))
 
     @property
     def archived_script(self) -> torch.jit.ScriptModule:
         """The archived module."""
         return self._hidden[0]
 
+    def settle(self, *inputs: Any, **named: Any) -> None:
+        """Gives written attributes the values of `settled_values` for these arguments of a call.
+
+        Raises:
+            ModelError: the first call makes its state in a way that no value stands for.
+        """
+        if self._written:
+            arguments = (*inputs, *self._in_order(named).values())
+            found = settled_values(self.archived_script, self._written, arguments)
+            for name, value in found.items():
+                self._hold(name, value)
+
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Calls the archived module; arguments by name are put in its own order."""
-        order = [argument.name for argument in self.archived_script.forward.schema.arguments[1:]]  # type: ignore[attr-defined]
-        if set(named) <= set(order):
-            named = {name: named[name] for name in order if name in named}
+        named = self._in_order(named)
         parameters = dict(self.named_parameters(remove_duplicate=False))
         buffers = dict(self.named_buffers(remove_duplicate=False))
         before = self._put({**parameters, **buffers})
-        # The profiling executor writes down the sizes it sees, which fixes them in a trace.
-        optimized = not torch.compiler.is_exporting()
+        exporting = torch.compiler.is_exporting()
+        constants = {n: read_attribute(self.archived_script, n) for n in self._written}
         try:
-            with torch.jit.optimized_execution(optimized):  # type: ignore[attr-defined]
-                return self.archived_script(*inputs, *named.values())
+            # The profiling executor writes down the sizes it sees, which fixes them in a trace.
+            with torch.jit.optimized_execution(not exporting):  # type: ignore[attr-defined]
+                result = self.archived_script(*inputs, *named.values())
+            for name in self._written:
+                self._keep(name, buffers.get(name), exporting)
+            return result
         finally:
-            self._put(before)
+            self._put({**before, **constants} if exporting else before)
 
-    def _put(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Sets tensors of the archived module by name; returns those that were there."""
+    def _in_order(self, named: dict[str, Any]) -> dict[str, Any]:
+        """Arguments by name in the order of the archived module's own."""
+        order = [argument.name for argument in self.archived_script.forward.schema.arguments[1:]]  # type: ignore[attr-defined]
+        if set(named) <= set(order):
+            return {name: named[name] for name in order if name in named}
+        return named
+
+    def _hold(self, name: str, value: Any) -> None:
+        """A tensor becomes a buffer (of no state dict, if it is new); all else stays there."""
+        owner, attribute = _owner(self, name)
+        if not isinstance(value, torch.Tensor):
+            set_attribute(self.archived_script, name, value)
+        elif attribute in owner._buffers:
+            owner._buffers[attribute] = value.detach()
+        else:
+            owner.register_buffer(attribute, value.detach(), persistent=False)
+
+    def _keep(self, name: str, buffer: torch.Tensor | None, exporting: bool) -> None:
+        """Takes over what a call has assigned."""
+        value = read_attribute(self.archived_script, name)
+        if value is buffer or not isinstance(value, torch.Tensor):
+            return
+        if exporting and buffer is not None:
+            buffer.copy_(value)  # what a trace shows as a buffer that is written
+        else:
+            self._hold(name, value)
+
+    def _put(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Sets attributes of the archived module by name; returns the values that were there."""
         before = {}
-        for name, tensor in tensors.items():
-            path, _, attribute = name.rpartition(".")
-            owner = self.archived_script
-            for part in path.split(".") if path else []:
-                owner = getattr(owner, part)
-            before[name] = getattr(owner, attribute)
-            owner._c.setattr(attribute, tensor)
+        for name, value in values.items():
+            before[name] = read_attribute(self.archived_script, name)
+            set_attribute(self.archived_script, name, value)
         return before
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from graphwright.ir.errors import ArgumentError, ModelError
+from graphwright.ir.files.torchscript import ScriptedModule
 from graphwright.ir.signature import flatten, leaf_names, rebuild
 
 POSITIONAL = "*"
@@ -49,9 +50,18 @@ class FlatModel(nn.Module):
         }
         self.record = _Record()
 
-    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _arguments(self, tensors: Sequence[torch.Tensor]) -> tuple[Any, dict[str, Any]]:
         arguments = {name: rebuild(tree, tensors) for name, tree in self.trees.items()}
-        positional = arguments.pop(POSITIONAL, ())
+        return arguments.pop(POSITIONAL, ()), arguments
+
+    def settle(self) -> None:
+        """Gives a TorchScript module that makes its state in its first call that state."""
+        if isinstance(self.model, ScriptedModule):
+            positional, arguments = self._arguments(tuple(self.inputs.values()))
+            self.model.settle(*positional, **arguments)
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        positional, arguments = self._arguments(tensors)
         leaves: list[torch.Tensor] = []
         record = _Record()
         output = self.model(*positional, **arguments)

@@ -75,6 +75,7 @@ def trace(
     """
     flat = FlatModel(model, example_inputs)
     with traceable(model):
+        flat.settle()
         asked = batch_axes(flat) if dynamic == "batch" else dynamic
         wanted: Dynamic = normalize(flat.inputs, asked or {})
         program, notes = _right_at_every_size(flat, wanted, dict(dims or {}), ranges or {}, check)

@@ -1,0 +1,117 @@
+"""State that a TorchScript module keeps in its attributes, as buffers that a trace can see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from graphwright.ir.errors import ModelError
+
+
+def written_attributes(scripted: torch.jit.ScriptModule) -> list[str]:
+    """Qualified names of the attributes that `forward` assigns, in the order of the code."""
+    graph = scripted.forward.inlined_graph  # type: ignore[attr-defined]
+    found: dict[str, None] = {}
+    for node in _nodes(graph):
+        if node.kind() == "prim::SetAttr":
+            owner = _path(next(iter(node.inputs())))
+            if owner is not None:
+                found[".".join([*owner, node.s("name")])] = None
+    return list(found)
+
+
+def _nodes(block: Any) -> Iterator[Any]:
+    for node in block.nodes():
+        yield node
+        for inner in node.blocks():
+            yield from _nodes(inner)
+
+
+def _path(value: Any) -> list[str] | None:
+    """Attributes that lead from the module to a submodule; None where it is not one by name."""
+    node = value.node()
+    if node.kind() == "prim::Param":
+        return []
+    if node.kind() != "prim::GetAttr":
+        return None
+    owner = _path(next(iter(node.inputs())))
+    return None if owner is None else [*owner, node.s("name")]
+
+
+def read_attribute(scripted: torch.jit.ScriptModule, name: str) -> Any:
+    """Value of an attribute by its qualified name."""
+    owner, attribute = owner_of(scripted, name)
+    return getattr(owner, attribute)
+
+
+def set_attribute(scripted: torch.jit.ScriptModule, name: str, value: Any) -> None:
+    """Sets an attribute by its qualified name; a buffer too, to any tensor."""
+    owner, attribute = owner_of(scripted, name)
+    owner._c.setattr(attribute, value)
+
+
+def owner_of(scripted: torch.jit.ScriptModule, name: str) -> tuple[Any, str]:
+    """The submodule that has an attribute, and the last part of the name."""
+    path, _, attribute = name.rpartition(".")
+    owner: Any = scripted
+    for part in path.split(".") if path else []:
+        owner = getattr(owner, part)
+    return owner, attribute
+
+
+def settled_values(
+    scripted: torch.jit.ScriptModule, names: list[str], inputs: tuple[Any, ...]
+) -> Mapping[str, Any]:
+    """Values of written attributes at which every call runs the same code.
+
+    A first call often finds its state empty, makes it, and so gives it its shape. The settled
+    values are those in front of the first call where they have that shape already, and zeros of
+    that shape otherwise; what is no tensor (a last batch size) has the value behind the call.
+    The module has its own values again afterwards.
+
+    Raises:
+        ModelError: zeros are not what the first call begins with.
+    """
+    before = {name: read_attribute(scripted, name) for name in names}
+    kept = {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in before.items()}
+    with torch.no_grad():
+        first = scripted(*inputs)
+        settled = {name: _settled(kept[name], read_attribute(scripted, name)) for name in names}
+        for name, value in settled.items():
+            set_attribute(scripted, name, _copy(value))
+        again = scripted(*inputs)
+    for name, value in kept.items():
+        set_attribute(scripted, name, value)
+    if not _alike(first, again):
+        shaped = [n for n in names if isinstance(settled[n], torch.Tensor)]
+        raise ModelError(
+            "the first call of this TorchScript module makes its state, and not of zeros",
+            where=", ".join(shaped),
+            fix="Save the module after a first call, so that its attributes hold their state.",
+        )
+    return settled
+
+
+def _settled(before: Any, after: Any) -> Any:
+    if not isinstance(after, torch.Tensor):
+        return after
+    if isinstance(before, torch.Tensor) and before.shape == after.shape:
+        return before
+    return torch.zeros_like(after)
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two results of the module agree up to rounding."""
+    if isinstance(a, torch.Tensor):
+        return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
+    if isinstance(a, Mapping):
+        return all(_alike(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(_alike(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
