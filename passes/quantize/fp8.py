@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 
 import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize_float8
-from graphwright.ir.calibration.observe import MinMax, observe
+from graphwright.ir.calibration.observe import observe
+from graphwright.ir.calibration.ranges import MinMax
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.layers.kinds import CODABLE

@@ -12,7 +12,8 @@ from pydantic import Field
 from torch import Tensor, fx
 
 import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize and its kin
-from graphwright.ir.calibration.observe import RangeObserver, bound_batches, observe, range_observer
+from graphwright.ir.calibration.observe import bound_batches, observe
+from graphwright.ir.calibration.ranges import RangeObserver, range_observer
 from graphwright.ir.context import Batch
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ArgumentError, ModelError

@@ -12,10 +12,10 @@ from models.rounding_nets import nets, with_statistics
 from torch import Tensor, nn
 
 import graphwright as gw
-from graphwright.ir.check.exact import disagreements
+from graphwright.ir.check.exact import SMALL_MULTIPLE, disagreements
 from graphwright.ir.check.precision import Walk, run_in_double
 from graphwright.ir.check.promise import EXACT, Promise
-from graphwright.ir.check.verify import Checker, check_contract, measure
+from graphwright.ir.check.verify import FIRST_LOOK, Checker, check_contract, measure
 from graphwright.ir.context import Context
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ContractError
@@ -200,6 +200,25 @@ def test_the_contract_is_kept_or_broken_at_its_tolerance() -> None:
     check_contract(before, wrong, Promise("a.b", "exact", tolerance=2.0001))
     with pytest.raises(ContractError, match=r"relative error 2, allowed 1\.99"):
         check_contract(before, wrong, Promise("a.b", "exact", tolerance=1.99))
+
+
+def test_the_bounds_are_what_the_docs_say() -> None:
+    assert (EXACT, SMALL_MULTIPLE, FIRST_LOOK) == (1e-9, 8.0, 2**-21)
+    assert Promise("a.b", "exact").tolerance == gw.Pass.tolerance == 1e-9
+
+
+@pytest.mark.parametrize(("factor", "right"), [(1 + 1e-7, True), (1 + 2e-6, False)])
+def test_numbers_that_were_stored_anew_may_be_off_by_a_few_roundings(
+    factor: float, right: bool
+) -> None:
+    torch.manual_seed(0)
+    program = gw.trace(nn.Sequential(nn.Linear(64, 64), nn.ReLU()), (torch.randn(32, 64),))
+    after = with_state(program, "0.weight", program.state["0.weight"].double().mul(factor).float())
+    if right:
+        check_contract(program, after, PROMISE)
+    else:
+        with pytest.raises(ContractError, match="linear"):
+            check_contract(program, after, PROMISE)
 
 
 def test_a_chain_goes_on_from_the_program_that_was_accepted() -> None:
