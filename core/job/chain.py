@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphwright.ir.errors import ContractError
+from graphwright.ir.errors import ContractError, GraphwrightError
 from graphwright.job.checkpoint import Checkpoints, chain_key
 from graphwright.job.environment import environment
 
@@ -44,7 +44,7 @@ def run_chain(
     checker = _checker(run, original, calibration)
     if not run.settings.resume:
         run.place.drop_pass_work()
-    found = checkpoints.load(keys) if run.settings.resume else None
+    found = checkpoints.load(keys, run.warn) if run.settings.resume else None
     if found is not None:
         index, program, records, kept = found
         begin, uncompressed = index + 1, original if kept is None else kept
@@ -59,9 +59,13 @@ def run_chain(
         unsaved += record["seconds"]
         if unsaved >= run.settings.checkpoint_seconds and run.place.is_main:
             kept = None if uncompressed is original else uncompressed
-            checkpoints.save(index, keys[index], program, records, kept)
+            try:
+                checkpoints.save(index, keys[index], program, records, kept)
+                run.place.drop_pass_work()  # what a pass had saved on its way is of no more use
+            except GraphwrightError as error:
+                # The run is what was asked for; a checkpoint only saves time if it is killed.
+                run.warn(f"no checkpoint behind pass {index} ({record['id']}): {error.message}")
             unsaved = 0.0
-            run.place.drop_pass_work()  # what a pass had saved on its way is of no more use
         run.check_time(f"pass {index} ({record['id']})")
     return program, records, checker
 
@@ -175,7 +179,12 @@ def _with_reproducer(
     call = run.spec.passes[index]
     folder = run.place.out.with_name(f"{run.place.out.name}.reproducer")
     folder.mkdir(parents=True, exist_ok=True)
-    program.save(folder / "before.pt2")
+    try:
+        program.save(folder / "before.pt2")
+    except GraphwrightError as error:
+        lost = f"no reproducer: {error.message}"
+        where = f"passes[{index}] (line {call.line})"
+        return ContractError(failure.message, where=where, details=(*failure.details, lost))
     document: dict[str, Any] = {"version": 1, "seed": run.spec.seed}
     for name, given in (("calibration", run.spec.calibration), ("training", run.spec.training)):
         if given is not None:

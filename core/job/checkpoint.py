@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,13 +28,14 @@ class Checkpoints:
     folder: Path
 
     def load(
-        self, keys: list[str]
+        self, keys: list[str], warn: Callable[[str], None]
     ) -> tuple[int, Program, list[dict[str, Any]], Program | None] | None:
         """(index, program, records so far, uncompressed) of the stored step among `keys`.
 
         None if there is none; `uncompressed` is None where it is the program before all passes.
 
-        A stale or damaged checkpoint counts as none: it is never worth an error.
+        A stale or damaged checkpoint counts as none: it is never worth an error. `warn` is told
+        of one that is not stale and cannot be read.
         """
         from graphwright.ir.errors import GraphwrightError
         from graphwright.ir.files.archive import load_program
@@ -50,8 +52,11 @@ class Checkpoints:
             place = entry["uncompressed"]
             uncompressed = None if place is None else programs[place]
             return index, programs[0], entry["records"], uncompressed
-        except (OSError, ValueError, KeyError, TypeError, IndexError, GraphwrightError):
-            return None
+        except GraphwrightError as error:
+            warn(f"the checkpoint of an earlier run cannot be read, and is not used: {error}")
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            pass
+        return None
 
     def save(
         self,

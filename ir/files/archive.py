@@ -27,6 +27,8 @@ from torch.export import ExportedProgram
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.files.export_file import read_export
 from graphwright.ir.files.exported import from_exported_program, to_exported_program
+from graphwright.ir.files.size_calls import restore, spell
+from graphwright.ir.files.size_expressions import CALLS
 from graphwright.ir.graph.nodes import gw_meta
 from graphwright.ir.program import Program, Provenance
 from graphwright.ir.signature import Signature
@@ -35,7 +37,7 @@ FORMAT = 1
 RECORD = "graphwright.json"
 EXAMPLES = "examples.b64"
 _CONSTANT = re.compile(r"Integer\(\d+\)")
-_FUNCTIONS = ("FloorDiv", "ModularIndexing", "PythonMod", "Mod", "CleanDiv", "CeilDiv")
+MIN_MAX = frozenset({"Min", "Max"})
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
@@ -46,17 +48,19 @@ def save_program(program: Program, path: str | Path) -> None:
     except of tensors that are views of a larger storage (copied one by one) or not on the CPU.
 
     Raises:
-        ArgumentError: a tensor of a kind that cannot be saved (sparse, quantized, a subclass), a
-            record that is not JSON, or a path that cannot be written.
+        ArgumentError: a call that torch's format does not know, a tensor of a kind that cannot be
+            saved (sparse, quantized, a subclass), a record that is not JSON, or a path that
+            cannot be written.
     """
     path = Path(path)
     exported = to_exported_program(program)
+    sizes = spell(exported.graph)
     if any(tensor.device.type != "cpu" for tensor in program.state.values()):
         from torch.export.passes import move_to_device_pass
 
         exported = move_to_device_pass(exported, "cpu")
     exported.example_inputs = None  # kept as an extra text: torch would pickle them
-    extras = {RECORD: _record(program), EXAMPLES: _examples_text(program.examples)}
+    extras = {RECORD: _record(program, sizes), EXAMPLES: _examples_text(program.examples)}
     with _replacing(path) as file:
         _write(file, exported, extras)
 
@@ -86,6 +90,7 @@ def program_from(exported: ExportedProgram, extras: dict[str, str], where: str) 
             )
         signature = Signature.from_json(record["signature"])
         graph, tensors = from_exported_program(exported)
+        restore(graph, record.get("sizes", {}))
         _restore_nodes(graph, record["nodes"])
         _name_inputs(graph, signature)
         return Program(
@@ -105,7 +110,7 @@ def program_from(exported: ExportedProgram, extras: dict[str, str], where: str) 
         ) from error
 
 
-def _record(program: Program) -> str:
+def _record(program: Program, sizes: dict[str, Any]) -> str:
     nodes = {}
     for node in program.graph.nodes:
         entry: dict[str, Any] = {}
@@ -125,6 +130,7 @@ def _record(program: Program) -> str:
         "provenance": [asdict(entry) for entry in program.provenance],
         "facts": dict(program.facts),
         "nodes": nodes,
+        "sizes": sizes,
     }
     try:
         return json.dumps(record, sort_keys=False, separators=(",", ":"))
@@ -199,8 +205,15 @@ def _graph_json(exported: ExportedProgram) -> bytes:
     from torch._export.serde.schema import SCHEMA_VERSION, SchemaVersion
 
     graphs = serde.GraphModuleSerializer(exported.graph_signature, exported.module_call_graph)
+    try:
+        graph_module = graphs.serialize(exported.graph_module)
+    except serde.SerializeError as error:
+        raise ArgumentError(
+            f"the program cannot be written: {str(error).splitlines()[0][:300]}",
+            fix="Torch's file format has no form of this call; write it another way in the model.",
+        ) from error
     program = serde.ExportedProgram(  # type: ignore[attr-defined]
-        graph_module=graphs.serialize(exported.graph_module),
+        graph_module=graph_module,
         opset_version={"aten": torch._C._get_max_operator_version()},
         range_constraints=serde.serialize_range_constraints(exported.range_constraints),
         schema_version=SchemaVersion(*SCHEMA_VERSION),
@@ -233,9 +246,10 @@ def _simplified(expression: str) -> int | str:
     import sympy
     from torch.utils._sympy import functions
 
-    if not any(name in expression for name in ("Min(", "Max(")):
+    if not any(f"{name}(" in expression for name in MIN_MAX):
         return int(expression[8:-1]) if _CONSTANT.fullmatch(expression) else expression
-    parsed = sympy.sympify(expression, locals={n: getattr(functions, n) for n in _FUNCTIONS})
+    known = {name: getattr(functions, name) for name in CALLS - MIN_MAX if hasattr(functions, name)}
+    parsed = sympy.sympify(expression, locals=known)
     return int(parsed) if parsed.is_Integer else str(sympy.srepr(parsed))
 
 

@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 from graphwright.ir.errors import ModelError
 from graphwright.ir.files.export_scan import NAMESPACES, scan_model
 from graphwright.ir.files.pickles import globals_in_bytes, listed, unsafe
+from graphwright.ir.files.size_expressions import CALLS
 from graphwright.ir.files.zips import Archive, Member
 
 _CONTAINER = ("archive_format", "archive_version", "byteorder")
@@ -45,7 +46,8 @@ def read_export(path: Path) -> tuple[ExportedProgram, dict[str, str]]:
     """
     archive = Archive(path)
     name = _model_name(archive)
-    model = scan_model(_json(archive, f"models/{name}.json"), str(path))
+    written = _json(archive, f"models/{name}.json")
+    model = scan_model(written, str(path))
     _check_operators(model, str(path))
     storage: Any = torch.UntypedStorage.from_file(
         str(path), shared=False, nbytes=path.stat().st_size
@@ -55,6 +57,7 @@ def read_export(path: Path) -> tuple[ExportedProgram, dict[str, str]]:
     examples = _sample_inputs(archive, name)
     program = _deserialize(model, weights, constants, str(path))
     program.example_inputs = examples
+    program._guards_code = [str(guard) for guard in written.get("guards_code") or ()]
     extras = {
         member.removeprefix("extra/"): archive.read(member).decode("utf-8", "replace")
         for member in archive.members
@@ -242,7 +245,7 @@ def _deserialize(
     from torch._export.serde import schema
     from torch._export.serde.serialize import ExportedProgramDeserializer, _dict_to_dataclass
 
-    with quiet("torch._export.serde.serialize", "torch.export"):
+    with quiet("torch._export.serde.serialize", "torch.export"), _all_size_functions():
         try:
             serialized = _dict_to_dataclass(schema.ExportedProgram, model)
             return ExportedProgramDeserializer().deserialize(serialized, weights, constants, None)
@@ -255,6 +258,28 @@ def _deserialize(
                 fix=f"It was written by torch {version}; this is torch {torch.__version__}.",
                 details=(lines[-1][:300] if lines else type(error).__name__,),
             ) from error
+
+
+@contextmanager
+def _all_size_functions() -> Iterator[None]:
+    """Torch's reader lacks some functions that its own size expressions are written with."""
+    from sympy.functions.elementary.piecewise import ExprCondPair
+    from torch._export.serde.serialize import GraphModuleDeserializer
+    from torch.utils._sympy import functions
+
+    names = [n for n in CALLS if n.startswith(("OpaqueUnaryFn", "BitwiseFn"))]
+    known = {name: getattr(functions, name) for name in names if hasattr(functions, name)}
+    parse = GraphModuleDeserializer._parse_sym_expr
+
+    def with_all(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.sympy_functions.update({**known, "ExprCondPair": ExprCondPair})
+        return parse(self, *args, **kwargs)
+
+    GraphModuleDeserializer._parse_sym_expr = with_all  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        GraphModuleDeserializer._parse_sym_expr = parse  # type: ignore[method-assign]
 
 
 @contextmanager

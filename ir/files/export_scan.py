@@ -7,13 +7,13 @@ goes one of these ways must match a grammar here. Nothing is executed by the sca
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from graphwright.ir.errors import ModelError
+from graphwright.ir.files.size_expressions import defined, is_plain_expression, is_plain_guard
 
 NAMESPACES = {
     "aten": "",
@@ -46,36 +46,13 @@ PYTHON_OPS = frozenset(
     )
 ) | {"math.ceil", "math.floor", "math.trunc"}  # fmt: skip
 
-TORCH_FUNCTIONS = re.compile(r"torch\.sym_(int|float|ite|max|min|not|sqrt|sum)")
+TORCH_FUNCTIONS = re.compile(r"torch\.(sym_(int|float|ite|max|min|not|sqrt|sum)|_sym_sqrt)")
 
-_EXPR_NAMES = frozenset(
-    {
-        "Symbol", "Integer", "Float", "Rational", "Mul", "Add", "Pow", "Mod", "PythonMod",
-        "FloorDiv", "CleanDiv", "CeilDiv", "ModularIndexing", "Max", "Min", "Eq", "Ne", "Lt", "Le",
-        "Gt", "Ge", "Equality", "Unequality", "StrictLessThan", "LessThan", "StrictGreaterThan",
-        "GreaterThan", "And", "Or", "Not", "Where", "CeilToInt", "FloorToInt", "TruncToInt",
-        "TruncToFloat", "RoundToInt", "ToFloat", "FloatTrueDiv", "IntTrueDiv", "FloatPow",
-        "PowByNatural", "LShift", "RShift", "Identity", "Abs", "floor", "ceiling", "oo", "int_oo",
-        "true", "false", "True", "False", "positive", "integer", "nonnegative", "real", "precision",
-        "IsNonOverlappingAndDenseIndicator", "evaluate", "zoo", "nan", "Half", "One", "Zero",
-        "NegativeOne", "Infinity", "NegativeInfinity", "BooleanTrue", "BooleanFalse",
-    }
-)  # fmt: skip
-_EXPR_TOKEN = re.compile(
-    r"\s+|\d+(?:\.\d*)?(?:e[+-]?\d+)?|'[A-Za-z_]\w{0,63}'|[A-Za-z_]\w*|[-+*/%(),=<>~&|]"
-)
-_SYMBOL = re.compile(r"(zuf|zf|s|u)\d+")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _QUALIFIED = re.compile(r"[\w.:/@\-]*")
 _TREE_TYPES = frozenset(
     {"builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"}
 )
-_GUARD_CALLS = frozenset({"size", "stride", "storage_offset", "dim", "numel", "ndimension"})
-_GUARD_FUNCTIONS = frozenset({"max", "min", "abs", "len"})
-_GUARD_NODES = (
-    ast.Expression, ast.Compare, ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Constant, ast.Subscript,
-    ast.Load, ast.boolop, ast.operator, ast.unaryop, ast.cmpop,
-)  # fmt: skip
 KEPT_METADATA = frozenset({"nn_module_stack", "custom"})
 
 
@@ -193,7 +170,7 @@ def _identifier(name: str) -> Iterator[str]:
 
 def is_plain_operator(target: str) -> bool:
     """Whether a call target is an operator known to have no effect but its result."""
-    if _is_function_of_sizes(target):
+    if target in PYTHON_OPS or TORCH_FUNCTIONS.fullmatch(target):
         return True
     parts = target.split(".")
     if parts[:2] != ["torch", "ops"] or not all(_IDENTIFIER.fullmatch(p) for p in parts):
@@ -203,62 +180,28 @@ def is_plain_operator(target: str) -> bool:
     return len(parts) in (4, 5) and parts[2] in NAMESPACES and parts[3] not in DENIED_OPS
 
 
-def _is_function_of_sizes(name: str) -> bool:
-    return name in PYTHON_OPS or TORCH_FUNCTIONS.fullmatch(name) is not None
-
-
-def is_plain_expression(text: str) -> bool:
-    """Whether a size expression is arithmetic on numbers and size symbols."""
-    position = 0
-    while position < len(text):
-        match = _EXPR_TOKEN.match(text, position)
-        if match is None:
-            return False
-        token = match.group()
-        position = match.end()
-        if token[0].isalpha() or token[0] == "_":
-            if token not in _EXPR_NAMES and not _SYMBOL.fullmatch(token):
-                return False
-        elif token[0] == "'" and text[: match.start()].rstrip()[-7:] != "Symbol(":
-            return False
-    return len(text) < 10_000
-
-
-def is_plain_guard(text: str) -> bool:
-    """Whether a guard is a comparison of input sizes and constants."""
-    try:
-        tree = ast.parse(text, mode="eval")
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
-        return False
-    callees = {id(n.func): n for n in ast.walk(tree) if isinstance(n, ast.Call)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            if node.keywords:
-                return False
-        elif isinstance(node, ast.Attribute):
-            if id(node) not in callees or not (
-                node.attr in _GUARD_CALLS or _is_function_of_sizes(ast.unparse(node))
-            ):
-                return False
-        elif isinstance(node, ast.Name):
-            if id(node) in callees:
-                if node.id not in _GUARD_FUNCTIONS:
-                    return False
-            elif node.id.startswith("__"):
-                return False
-        elif not isinstance(node, _GUARD_NODES):
-            return False
-    return True
-
-
 def _reduced(model: dict[str, Any]) -> dict[str, Any]:
-    """The model without guards (we check inputs ourselves) and without metadata torch resolves."""
+    """The model without guards (read apart, never executed) and without metadata torch resolves."""
     model = {**model, "guards_code": []}
+    _define_functions(model["graph_module"])
     for graph in _graphs(model["graph_module"]["graph"]):
         for node in graph["nodes"]:
             kept = {k: v for k, v in (node.get("metadata") or {}).items() if k in KEPT_METADATA}
             node["metadata"] = kept
     return model
+
+
+def _define_functions(value: Any) -> None:
+    """Size expressions get torch's functions back where they were saved as unknown ones."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            if key == "expr_str":
+                value[key] = defined(part)
+            else:
+                _define_functions(part)
+    elif isinstance(value, list):
+        for part in value:
+            _define_functions(part)
 
 
 def _graphs(value: Any) -> Iterator[dict[str, Any]]:

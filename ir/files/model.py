@@ -29,6 +29,7 @@ from graphwright.ir.files.export_inputs import declared_inputs
 from graphwright.ir.files.factory import build_module
 from graphwright.ir.files.nested import module_in, weights_in
 from graphwright.ir.files.safetensor_files import read_safetensors, read_shards, shards_of
+from graphwright.ir.files.size_expressions import is_plain_guard
 from graphwright.ir.files.target import Target
 from graphwright.ir.files.weights import fill, not_finite
 from graphwright.ir.program import Program
@@ -213,13 +214,14 @@ def _load_export(path: Path, kind: Kind, allow_pickle: bool, device: str) -> dic
         if not allow_pickle:
             raise
         exported, extras = _load_trusted(path), {}
+    guards = tuple(exported._guards_code)
     if device != "cpu" or any(t.device.type != "cpu" for t in exported.state_dict.values()):
         from torch.export.passes import move_to_device_pass
 
         exported = move_to_device_pass(exported, device)
     if RECORD in extras:
         return {"program": program_from(exported, extras, str(path))}
-    module = _module_of(exported)
+    module = _module_of(exported, guards)
     return {"exported": exported, "module": module, "inputs": declared_inputs(exported)}
 
 
@@ -234,11 +236,16 @@ def _load_trusted(path: Path) -> ExportedProgram:
         ) from error
 
 
-def _module_of(exported: ExportedProgram) -> nn.Module:
+def _module_of(exported: ExportedProgram, guards: tuple[str, ...]) -> nn.Module:
     """A module that takes and returns what the exported one did. A fresh GraphModule, for torch's
-    own form has no eval mode; without guards, for they are strings that would be executed."""
+    own form has no eval mode; without guards, for they are strings that would be executed.
+
+    Those that are plain arithmetic are kept as text in `size_guards`, where tracing reads them.
+    """
     module = exported.module(check_guards=False)
-    return torch.fx.GraphModule(module, module.graph).eval()
+    fresh = torch.fx.GraphModule(module, module.graph).eval()
+    fresh.size_guards = tuple(guard for guard in guards if is_plain_guard(guard))
+    return fresh
 
 
 def _load_folder(path: Path, kind: Kind, wanted: _Wanted) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import nn
 from graphwright.ir.canonical.normalize import canonicalize
 from graphwright.ir.program import Program
 from graphwright.ir.signature import DimRange
+from graphwright.ir.trace.archived_guards import archived_guards
 from graphwright.ir.trace.assemble import assemble
 from graphwright.ir.trace.attention_dropout import note_attention_dropout
 from graphwright.ir.trace.calling import FlatModel
@@ -141,7 +142,9 @@ def _capture(
         dynamic=dynamic, dims=dims, ranges=ranges, constants=flat.constants,
     )  # fmt: skip
     note_attention_dropout(program.graph, flat)
-    return canonicalize(program), dynamic, guards_of(exported, flat.inputs, dynamic)
+    guards = guards_of(exported, flat.inputs, dynamic)
+    guards += archived_guards(flat, dynamic, guards)
+    return canonicalize(program), dynamic, guards
 
 
 def _note(dim: str, size: int, why: str) -> str:

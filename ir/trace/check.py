@@ -163,8 +163,12 @@ class _SizeChecker:
 
     def _matters(self, guard: Guard) -> bool:
         """Whether the program is wrong where the guard does not hold, as far as can be tried."""
+        if guard.layout:
+            return False
         tried = False
         failing = violations(guard, self.example, self.verdict.ranges)
+        if guard.archived:
+            return bool(failing)
         for sizes in failing:
             allowed = self.budget.affordable(sizes)
             if allowed is None or not (guard.by_model or self.budget.spend(allowed)):

@@ -32,7 +32,7 @@ LAYOUT = frozenset(
         "compute_elementwise_output_logical_to_physical_perm", "should_swap", "make_strides_like",
     }
 )  # fmt: skip
-"""Functions of torch that ask for sizes only to choose strides, which a graph does not hold."""
+"""Functions of torch that ask for sizes only to choose strides."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Guard:
         place: "path:line" of the model's code, or the function of torch that asked.
         by_model: whether the model's own code asked, and not an operator.
         test: whether it holds at the given sizes; may raise ArithmeticError.
+        layout: whether torch asked only to choose strides, which a graph does not hold.
+        archived: whether it comes from an export archive, where nothing can be run against it.
     """
 
     dims: tuple[str, ...]
@@ -52,6 +54,8 @@ class Guard:
     place: str
     by_model: bool
     test: Callable[[Mapping[str, int]], bool] = field(compare=False)
+    layout: bool = False
+    archived: bool = False
 
     def holds(self, sizes: Mapping[str, int]) -> bool:
         """Whether it holds at these sizes; a condition that cannot be computed there does not."""
@@ -65,17 +69,17 @@ class Guard:
 
 
 def guards_of(exported: Any, inputs: Mapping[str, Tensor], dynamic: Dynamic) -> list[Guard]:
-    """The guards of a trace that are about free dimensions, those on strides alone left out."""
+    """The guards of a trace that are about free dimensions, each condition once."""
     names = _dimension_symbols(exported, inputs, dynamic)
     env = shape_environment(exported)
     found: dict[str, Guard] = {}
     for guard in env.guards if env is not None else ():
         frame = _frame(guard.sloc)
-        if getattr(frame, "name", "") in LAYOUT or not guard.expr.free_symbols <= set(names):
+        if not guard.expr.free_symbols or not guard.expr.free_symbols <= set(names):
             continue
         made = _guard(guard.expr, frame, names)
         known = found.get(made.text)
-        if known is None or (made.by_model and not known.by_model):
+        if known is None or (known.layout, made.by_model) > (made.layout, known.by_model):
             found[made.text] = made
     return list(found.values())
 
@@ -114,7 +118,9 @@ def _guard(condition: Any, frame: Any, names: Mapping[sympy.Symbol, str]) -> Gua
     place = f"{file}:{line}" if by_model else f"torch's {getattr(frame, 'name', 'own code')}"
     dims = tuple(dict.fromkeys(names[s] for s in symbols))
     named = condition.xreplace({s: sympy.Symbol(names[s]) for s in symbols})
-    return Guard(dims, readable(PythonPrinter().doprint(named)), place, by_model, test)
+    text = readable(PythonPrinter().doprint(named))
+    layout = getattr(frame, "name", "") in LAYOUT
+    return Guard(dims, text, place, by_model, test, layout=layout)
 
 
 def readable(code: str) -> str:

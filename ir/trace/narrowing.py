@@ -29,7 +29,7 @@ def violations(
             {dim: n} for n in sizes_near(example[dim], ranges[dim]) if not guard.holds({dim: n})
         ]
     else:
-        grids = [_coarse(example[dim], ranges[dim]) for dim in guard.dims]
+        grids = [coarse_sizes(example[dim], ranges[dim]) for dim in guard.dims]
         joint = (dict(zip(guard.dims, sizes, strict=True)) for sizes in itertools.product(*grids))
         failing = [sizes for sizes in joint if not guard.holds(sizes)]
     by_distance = sorted(failing, key=lambda sizes: _distance(sizes, example))
@@ -111,7 +111,8 @@ def _around_powers() -> list[int]:
     return sorted({2**k + change for k in range(1, 25) for change in (-1, 0, 1)})
 
 
-def _coarse(example: int, bounds: DimRange) -> list[int]:
+def coarse_sizes(example: int, bounds: DimRange) -> list[int]:
+    """A few sizes of each kind, for guards on several dimensions."""
     wanted = {
         2, 3, 4, 5, 7, 8, 16, 31, 64, 65, example // 2, example - 1, example, example + 1,
         2 * example, 2 * example + 1, 4 * example, 64 * example,

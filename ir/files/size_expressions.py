@@ -1,0 +1,184 @@
+"""The grammar of sizes and guards in an export archive: arithmetic, and nothing that runs code.
+
+Torch evaluates size expressions as Python, so every call, name, number and nesting is checked on
+the syntax tree first. Powers are bounded, or a short text could ask for numbers without end.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+
+CALLS = frozenset(
+    {
+        "Symbol", "Integer", "Float", "Rational", "Mul", "Add", "Pow", "Mod", "PythonMod",
+        "FloorDiv", "CleanDiv", "CeilDiv", "ModularIndexing", "Max", "Min", "Eq", "Ne", "Lt", "Le",
+        "Gt", "Ge", "Equality", "Unequality", "StrictLessThan", "LessThan", "StrictGreaterThan",
+        "GreaterThan", "And", "Or", "Not", "Where", "Piecewise", "ExprCondPair", "CeilToInt",
+        "FloorToInt", "TruncToInt", "TruncToFloat", "RoundToInt", "RoundDecimal", "ToFloat",
+        "FloatTrueDiv", "IntTrueDiv", "FloatPow", "PowByNatural", "LShift", "RShift", "Identity",
+        "Abs", "floor", "ceiling", "OpaqueUnaryFn_sqrt", "BitwiseFn_bitwise_and",
+        "BitwiseFn_bitwise_or", "BitwiseFn_bitwise_xor", "IsNonOverlappingAndDenseIndicator",
+        "Half", "One", "Zero", "NegativeOne", "Infinity", "NegativeInfinity", "BooleanTrue",
+        "BooleanFalse",
+    }
+)  # fmt: skip
+"""Functions of sympy and of torch's size arithmetic; none has an effect but its result."""
+
+CONSTANTS = frozenset({"oo", "int_oo", "zoo", "nan", "true", "false"})
+KEYWORDS = frozenset({"positive", "integer", "nonnegative", "real", "precision", "evaluate"})
+POWERS = frozenset({"Pow", "PowByNatural", "FloatPow", "LShift"})
+LARGEST_POWER = 64
+LARGEST_DEGREE = 1024
+"""Product of nested constant powers."""
+
+_SYMBOL = re.compile(r"(zuf|zf|s|u)\d{1,9}")
+_NAME = re.compile(r"[A-Za-z_]\w{0,63}", re.ASCII)
+_NUMBER = re.compile(r"-?\d{1,40}(\.\d{0,40})?(e[+-]?\d{1,3})?")
+_NUMBER_LIMIT = 2**127
+_TEXT_LIMIT = 10_000
+_ARITHMETIC = (
+    ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.operator, ast.unaryop,
+    ast.boolop, ast.cmpop, ast.Load,
+)  # fmt: skip
+_UNDEFINED = re.compile(r"Function\('(\w+)'\)")
+
+_GUARD_CALLS = frozenset({"size", "stride", "storage_offset", "dim", "numel", "ndimension"})
+_GUARD_FUNCTIONS = frozenset({"max", "min", "abs", "len", "round", "int"})
+_GUARD_MODULES = {
+    "math": frozenset({"trunc", "ceil", "floor", "sqrt", "pow", "fabs"}),
+    "torch": frozenset({"sym_float", "sym_int", "sym_max", "sym_min", "sym_not", "sym_sqrt"}),
+}
+_GUARD_NODES = (*_ARITHMETIC, ast.Constant, ast.Subscript)
+
+
+def is_plain_expression(text: str) -> bool:
+    """Whether a size expression is arithmetic on numbers and size symbols, of bounded powers."""
+    tree = _parsed(defined(text))
+    if tree is None:
+        return False
+    calls = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    quoted = {id(a) for n in ast.walk(tree) if isinstance(n, ast.Call) for a in _quoted(n)}
+    return (
+        all(_is_plain(node, calls, quoted) for node in ast.walk(tree))
+        and _degree(tree.body) <= LARGEST_DEGREE
+    )
+
+
+def defined(text: str) -> str:
+    """The expression with torch's functions where a save without them left `Function('Mod')`."""
+    return _UNDEFINED.sub(lambda m: m[1] if m[1] in CALLS else m[0], text)
+
+
+def _parsed(text: str) -> ast.Expression | None:
+    if len(text) >= _TEXT_LIMIT or "\n" in text or '"' in text:
+        return None
+    try:
+        return ast.parse(text.strip(), mode="eval")
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return None
+
+
+def _quoted(call: ast.Call) -> list[ast.Constant]:
+    """The string that names a symbol or spells a float."""
+    if not isinstance(call.func, ast.Name) or not call.args:
+        return []
+    grammar = {"Symbol": _NAME, "Float": _NUMBER}.get(call.func.id)
+    first = call.args[0]
+    if grammar is None or not isinstance(first, ast.Constant) or not isinstance(first.value, str):
+        return []
+    return [first] if grammar.fullmatch(first.value) else []
+
+
+def _is_plain(node: ast.AST, calls: set[int], quoted: set[int]) -> bool:
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name)
+    if isinstance(node, ast.Name):
+        known = CALLS if id(node) in calls else CONSTANTS
+        return node.id in known or (id(node) not in calls and bool(_SYMBOL.fullmatch(node.id)))
+    if isinstance(node, ast.keyword):
+        return node.arg in KEYWORDS and isinstance(node.value, ast.Constant)
+    if isinstance(node, ast.Constant):
+        value = node.value
+        if isinstance(value, str):
+            return id(node) in quoted
+        return isinstance(value, bool | int | float) and abs(value) < _NUMBER_LIMIT
+    return isinstance(node, _ARITHMETIC)
+
+
+def _degree(node: ast.AST) -> int:
+    """Product of the constant exponents on the deepest path; too large a number for odd ones."""
+    below = max((_degree(child) for child in ast.iter_child_nodes(node)), default=1)
+    exponent: ast.AST | None = None
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        if node.func.id == "Float":
+            digits = [k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)]
+            return below if all(isinstance(d, int) and d <= 256 for d in digits) else 2**31
+        if node.func.id in POWERS:
+            exponent = node.args[1] if len(node.args) >= 2 else node
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow | ast.LShift):
+        exponent = node.right
+    return below if exponent is None else below * _exponent(exponent)
+
+
+def _exponent(node: ast.AST) -> int:
+    """The size of an exponent; a symbol counts as 1, for a power of one is not computed."""
+    text = ast.unparse(node)
+    if _SYMBOL.fullmatch(text) or text.startswith(("Symbol(", "L[")):
+        return 1
+    value = _literal(node)
+    if value is None or abs(value) > LARGEST_POWER:
+        return 2**31
+    return max(1, math.ceil(abs(value)))
+
+
+def _literal(node: ast.AST) -> float | None:
+    """The number that is written there; None for anything that is computed."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float | str):
+        return float(node.value)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        value = _literal(node.operand)
+        return None if value is None else -value
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
+        if node.func.id in ("Integer", "Float"):
+            return _literal(node.args[0])
+        if node.func.id == "Rational" and len(node.args) == 2:
+            over, under = map(_literal, node.args)
+            return over / under if over is not None and under else None
+    return None
+
+
+def is_plain_guard(text: str) -> bool:
+    """Whether a guard is a comparison of input sizes and constants."""
+    tree = _parsed(text)
+    if tree is None:
+        return False
+    callees = {id(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
+    modules = {id(n.value) for n in ast.walk(tree) if _is_module_function(n)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            plain = not node.keywords
+        elif isinstance(node, ast.Attribute):
+            plain = id(node) in callees and (node.attr in _GUARD_CALLS or _is_module_function(node))
+        elif isinstance(node, ast.Name):
+            plain = _is_plain_name(node, callees, modules)
+        else:
+            plain = isinstance(node, _GUARD_NODES)
+        if not plain:
+            return False
+    return _degree(tree.body) <= LARGEST_DEGREE
+
+
+def _is_module_function(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.attr in _GUARD_MODULES.get(node.value.id, ())
+    )
+
+
+def _is_plain_name(node: ast.Name, callees: set[int], modules: set[int]) -> bool:
+    if id(node) in callees:
+        return node.id in _GUARD_FUNCTIONS
+    return id(node) in modules or (not node.id.startswith("__") and node.id not in _GUARD_MODULES)
