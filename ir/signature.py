@@ -99,7 +99,8 @@ def flatten(value: Any, leaves: list[Any]) -> Any:
     """Structure tree of `value`; appends its tensors to `leaves`.
 
     The tree is JSON: `{"leaf": i}`, `{"tuple": [...]}`, `{"list": [...]}`, `{"dict": {...}}`,
-    `{"named": {...}}` (a record such as a transformers ModelOutput), `{"value": constant}`.
+    `{"named": {...}}` (a record such as a transformers ModelOutput), `{"value": constant}`. A trace
+    with explicit state adds `{"state": [the model's own, {"dict": new state}]}` around it.
 
     Raises:
         TypeError: a part is neither a tensor, a container nor a plain constant.
@@ -136,7 +137,7 @@ def rebuild(structure: Any, leaves: Sequence[Any]) -> Any:
         return leaves[body]
     if kind == "value":
         return body
-    if kind == "tuple":
+    if kind in ("tuple", "state"):
         return tuple(rebuild(part, leaves) for part in body)
     if kind == "list":
         return [rebuild(part, leaves) for part in body]
@@ -153,6 +154,9 @@ def leaf_names(structure: Any, prefix: str = "") -> Iterator[tuple[int, str]]:
         for index, part in enumerate(body):
             name = f"{prefix}_{index}" if prefix else f"output_{index}"
             yield from leaf_names(part, name)
+    elif kind == "state":
+        for part in body:
+            yield from leaf_names(part, prefix)
     elif kind in ("dict", "named"):
         for key, part in body.items():
             yield from leaf_names(part, f"{prefix}_{key}" if prefix else key)

@@ -152,9 +152,9 @@ def _call_entry(program: Program, count: int) -> ModuleCallEntry:
 def _containers(structure: Any) -> Any:
     """Plain containers in the shape of the model's output; constants of it are left out."""
     ((kind, body),) = structure.items()
-    if kind in ("tuple", "list"):
+    if kind in ("tuple", "list", "state"):
         parts = [_containers(part) for part in body if "value" not in part]
-        return tuple(parts) if kind == "tuple" else parts
+        return parts if kind == "list" else tuple(parts)
     if kind in ("dict", "named"):
         return {key: _containers(part) for key, part in body.items() if "value" not in part}
     return 0

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from graphwright.ir.graph.nodes import set_gw_meta
 from graphwright.ir.mode import ATTENTION
 from graphwright.ir.trace.calling import FlatModel
-from graphwright.ir.trace.prepare import same_attributes
+from graphwright.ir.trace.untouched import same_attributes
 
 
 def note_attention_dropout(graph: fx.Graph, flat: FlatModel) -> None:

@@ -13,6 +13,8 @@ from torch import nn
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.files.torchscript import ScriptedModule
 from graphwright.ir.signature import flatten, leaf_names, rebuild
+from graphwright.ir.trace.state import State, put
+from graphwright.ir.trace.untouched import untouched
 
 POSITIONAL = "*"
 """Key of arguments that have no name, as those of `forward(*inputs)`."""
@@ -33,6 +35,7 @@ class FlatModel(nn.Module):
         model: the user's model.
         inputs: example tensors by input name, in call order.
         constants: arguments that are no tensors, by name; baked in.
+        state: what the model carries from call to call, where that is an input and an output.
         record: structure of the last output, and parts of it that hold no tensors we can name.
     """
 
@@ -49,10 +52,17 @@ class FlatModel(nn.Module):
             if isinstance(value, bool | int | float | str)
         }
         self.record = _Record()
+        self.state = State()
 
-    def _arguments(self, tensors: Sequence[torch.Tensor]) -> tuple[Any, dict[str, Any]]:
-        arguments = {name: rebuild(tree, tensors) for name, tree in self.trees.items()}
-        return arguments.pop(POSITIONAL, ()), arguments
+    def take_state(self, state: State) -> None:
+        """Makes state inputs, behind the model's own, and outputs, behind its own."""
+        self.state = state
+        self.inputs.update({slot.input_name: value for slot, value in state.tensors})
+
+    def run(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Calls the model and leaves it as it was."""
+        with untouched(self.model):
+            return tuple(t.clone() for t in self(*tensors))
 
     def settle(self) -> None:
         """Gives a TorchScript module that makes its state in its first call that state."""
@@ -61,6 +71,29 @@ class FlatModel(nn.Module):
             self.model.settle(*positional, **arguments)
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if not self.state.tensors:
+            return self._call(tensors)[0]
+        count = len(self.state.tensors)
+        places = [*self.state.tensors, *self.state.settled]
+        before = [slot.get() for slot, _ in places]
+        put(self.state, [t.clone() for t in tensors[-count:]])
+        try:
+            leaves, structure = self._call(tensors[:-count])
+            after = [slot.get() for slot, _ in self.state.tensors]
+        finally:
+            for (slot, _), value in zip(places, before, strict=True):
+                slot.put(value)
+        names = [slot.input_name for slot, _ in self.state.tensors]
+        parts = {name: {"leaf": len(leaves) + i} for i, name in enumerate(names)}
+        self.record.structure = {"state": [structure, {"dict": parts}]}
+        return (*leaves, *after)
+
+    def _arguments(self, tensors: Sequence[torch.Tensor]) -> tuple[Any, dict[str, Any]]:
+        arguments = {name: rebuild(tree, tensors) for name, tree in self.trees.items()}
+        return arguments.pop(POSITIONAL, ()), arguments
+
+    def _call(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[torch.Tensor, ...], Any]:
+        """The tensors that the model returns, and their structure."""
         positional, arguments = self._arguments(tensors)
         leaves: list[torch.Tensor] = []
         record = _Record()
@@ -69,7 +102,7 @@ class FlatModel(nn.Module):
         if not leaves:
             raise ModelError("the model returns no tensors")
         self.record.__dict__.update(record.__dict__)
-        return tuple(leaves)
+        return tuple(leaves), record.structure
 
 
 def named_arguments(

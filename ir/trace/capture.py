@@ -36,6 +36,7 @@ from graphwright.ir.trace.dims import (
 from graphwright.ir.trace.errors import explain
 from graphwright.ir.trace.guards import Guard, guards_of
 from graphwright.ir.trace.prepare import quiet, traceable
+from graphwright.ir.trace.state import carried_over, frozen_note, state_of
 
 __all__ = ["Dynamic", "TraceWarning", "trace"]
 
@@ -52,6 +53,7 @@ def trace(
     dims: Mapping[str, DimRange] | None = None,
     ranges: Mapping[str, tuple[float, float]] | None = None,
     check: bool = True,
+    state: Literal["frozen", "explicit"] = "frozen",
 ) -> Program:
     """Traces a model in inference mode with `torch.export`.
 
@@ -70,6 +72,10 @@ def trace(
         check: run the model and the program on the examples and at other sizes of the free
             dimensions; a dimension at which they differ becomes static.
 
+        state: what becomes of tensors that the model writes as it runs and reads at its next call.
+            Frozen, every call of the program is the first one; explicit, they are inputs behind
+            the model's own, and the program returns its result and a dict of their new values.
+
     Raises:
         ModelError: the model cannot be traced; names the line of the model's own code.
         ArgumentError: `dynamic` names an input, an axis or a size that is not there.
@@ -77,14 +83,34 @@ def trace(
     flat = FlatModel(model, example_inputs)
     with traceable(model):
         flat.settle()
+        noted = _take_state(flat, state)
         asked = batch_axes(flat) if dynamic == "batch" else dynamic
         wanted: Dynamic = normalize(flat.inputs, asked or {})
         program, notes = _right_at_every_size(flat, wanted, dict(dims or {}), ranges or {}, check)
+    notes = [*noted, *notes]
     for name, kind in flat.record.dropped.items():
         notes.append(f"output {name!r} is a {kind}, which holds no tensors; it is left out")
     for note in notes:
         warnings.warn(note, TraceWarning, stacklevel=2)
-    return program.replace(facts={**program.facts, "trace": {"notes": notes}}) if notes else program
+    if not notes:
+        return program
+    facts = {**program.facts.get("trace", {}), "notes": notes}
+    return program.replace(facts={**program.facts, "trace": facts})
+
+
+def _take_state(flat: FlatModel, state: str) -> list[str]:
+    """Makes the model's state inputs and outputs, or says that it is frozen."""
+    inputs = tuple(flat.inputs.values())
+    try:
+        writes = carried_over(flat.model, flat, inputs)
+    except Exception:
+        return []  # what does not run is told of where it is traced
+    if not writes:
+        return []
+    if state == "frozen":
+        return [frozen_note(writes.names())]
+    flat.take_state(state_of(flat.model, writes, flat, inputs))
+    return []
 
 
 def _right_at_every_size(
@@ -189,7 +215,7 @@ def _export_as_free_as_possible(
 def _run_eagerly(flat: FlatModel) -> None:
     """Tells a model that does not run on the example inputs from one that cannot be traced."""
     try:
-        flat(*flat.inputs.values())
+        flat.run(*flat.inputs.values())
     except Exception as error:
         raise explain(error, "the model does not run on the example inputs") from error
 

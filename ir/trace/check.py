@@ -9,6 +9,7 @@ from torch import Tensor
 
 from graphwright.ir.check.fidelity import compare
 from graphwright.ir.errors import ModelError
+from graphwright.ir.graph.random import named, random_nodes
 from graphwright.ir.program import Program
 from graphwright.ir.signature import DimRange
 from graphwright.ir.trace.assemble import output_names
@@ -48,7 +49,7 @@ def check_against_model(
                 "the traced program computes something else than the model",
                 fix="Report this model; until then trace a part of it that agrees.",
             )
-        verdict.notes.append("the model gives other results on every call; it was not compared")
+        verdict.notes.append(f"the model gives other results on every call{_drawn(program)}")
         return verdict
     checker = _SizeChecker(program, flat, dynamic, verdict)
     checker.try_guards(guards)
@@ -57,6 +58,14 @@ def check_against_model(
     if not verdict.fixed:
         checker.try_one()
     return verdict
+
+
+def _drawn(program: Program) -> str:
+    """Which calls draw random numbers, and that nothing was compared."""
+    nodes = random_nodes(program.graph)
+    if not nodes:
+        return "; it was not compared"
+    return f": {named(nodes)} random numbers; it was not compared"
 
 
 def batch_axes(flat: FlatModel) -> Dynamic:
@@ -70,8 +79,8 @@ def batch_axes(flat: FlatModel) -> Dynamic:
     axes = {name: {0: "batch"} for name, t in flat.inputs.items() if t.dim() > 0}
     (size,) = sizes
     try:
-        before = flat(*flat.inputs.values())
-        after = flat(*resized(flat.inputs, axes, {"batch": size + 1}).values())
+        before = flat.run(*flat.inputs.values())
+        after = flat.run(*resized(flat.inputs, axes, {"batch": size + 1}).values())
     except Exception:
         return {}
     grew = any(a.shape != b.shape for a, b in zip(before, after, strict=True))
@@ -224,7 +233,7 @@ def _agree(program: Program, flat: FlatModel, inputs: Mapping[str, Tensor]) -> b
     tensors = tuple(inputs.values())
     try:
         with quiet():
-            expected = flat(*(t.clone() for t in tensors))
+            expected = flat.run(*(t.clone() for t in tensors))
     except Exception:
         return None
     try:
@@ -242,7 +251,7 @@ def _agree(program: Program, flat: FlatModel, inputs: Mapping[str, Tensor]) -> b
 
 def _agree_with_itself(flat: FlatModel) -> bool:
     tensors = tuple(flat.inputs.values())
-    return _close(flat(*tensors), flat(*tensors))
+    return _close(flat.run(*tensors), flat.run(*tensors))
 
 
 def _close(expected: tuple[Tensor, ...], actual: tuple[Tensor, ...]) -> bool:

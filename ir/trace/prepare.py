@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from graphwright.ir.graph.recurrent import whole_recurrent_layers
+from graphwright.ir.trace.untouched import same_attributes
 
 
 @contextlib.contextmanager
@@ -45,25 +46,6 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-@contextlib.contextmanager
-def same_attributes(model: nn.Module) -> Iterator[None]:
-    """Takes back what the forward methods assign to their modules, as caches of tables.
-
-    Without it a stand-in tensor of the trace stays in the model, and fails at the next call.
-    """
-    saved = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, attributes, buffers in saved:
-            now = vars(module)
-            for name in [name for name in now if name not in attributes]:
-                del now[name]
-            now.update({n: v for n, v in attributes.items() if n != "training"})
-            module._buffers.clear()
-            module._buffers.update(buffers)
 
 
 @contextlib.contextmanager
