@@ -87,7 +87,14 @@ class Program:
 
     def bind(self, *inputs: Any, **named: Any) -> tuple[torch.Tensor, ...]:
         """Inputs in call order, checked against the signature."""
-        return bind_inputs(self.signature, inputs, named)
+        given = {spec.name for spec in self.signature.inputs[: len(inputs)]}
+        initial = {n: t for n, t in self.initial_state().items() if n not in given}
+        return bind_inputs(self.signature, inputs, {**initial, **named})
+
+    def initial_state(self) -> dict[str, torch.Tensor]:
+        """The model's own state by input name; empty where state is frozen or there is none."""
+        examples = zip(self.signature.inputs, self.examples, strict=True)
+        return {s.name: example for s, example in examples if s.name in self.signature.state}
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """Parameters by name, in state order."""

@@ -49,6 +49,8 @@ class Signature:
         structure: tree that rebuilds the model's own output from the flat tuple; see `rebuild`.
         dims: range of every dynamic dimension by name.
         constants: non-tensor arguments that tracing baked in, by name.
+        state: names of inputs that are the model's state; a call that leaves them out starts from
+            the model's own.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -56,6 +58,7 @@ class Signature:
     structure: Any
     dims: dict[str, DimRange] = field(default_factory=dict)
     constants: dict[str, Any] = field(default_factory=dict)
+    state: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict for JSON."""
@@ -77,6 +80,7 @@ class Signature:
             structure=data["structure"],
             dims={name: DimRange(**bounds) for name, bounds in data["dims"].items()},
             constants=dict(data["constants"]),
+            state=tuple(data.get("state", ())),
         )
 
 

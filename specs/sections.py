@@ -66,6 +66,10 @@ class ModelSection(Options):
     """What to take off the front of the tensors' names; those without it are left aside. `module.`,
     `_orig_mod.` and `model.` are found by themselves."""
 
+    state: Literal["frozen", "explicit"] = "frozen"
+    """What becomes of tensors that the model writes as it runs and reads at its next call: `frozen`
+    as they were before the first call, or `explicit`, inputs and outputs of the artifact."""
+
 
 class CalibrationSection(Options):
     """Inputs that passes may look at while they change the program."""

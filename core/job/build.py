@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from graphwright.ir.errors import ModelError
 
@@ -35,17 +35,19 @@ def build_program(loaded: LoadedModel, section: ModelSection, seed: int) -> Prog
 
     inputs = section.inputs
     if not inputs:
-        return _from_own_inputs(loaded, seed)
+        return _from_own_inputs(loaded, seed, section.state)
     dynamic = {
         name: {axis: dim for axis, dim in enumerate(spec.shape) if isinstance(dim, str)}
         for name, spec in inputs.items()
     }
     ranges = {name: spec.range for name, spec in inputs.items() if spec.range is not None}
     examples = example_inputs(inputs, seed)
-    return trace(loaded.module, examples, dynamic=dynamic, ranges=ranges)
+    return trace(loaded.module, examples, dynamic=dynamic, ranges=ranges, state=section.state)
 
 
-def _from_own_inputs(loaded: LoadedModel, seed: int) -> Program:
+def _from_own_inputs(
+    loaded: LoadedModel, seed: int, state: Literal["frozen", "explicit"]
+) -> Program:
     """A model file that carries example inputs (or whose kind tells them) needs no section."""
     from graphwright.ir.trace.capture import trace
 
@@ -63,7 +65,8 @@ def _from_own_inputs(loaded: LoadedModel, seed: int) -> Program:
         for name, spec in section.items()
     }
     ranges = {name: spec.range for name, spec in section.items() if spec.range is not None}
-    return trace(loaded.module, example_inputs(section, seed), dynamic=dynamic, ranges=ranges)
+    examples = example_inputs(section, seed)
+    return trace(loaded.module, examples, dynamic=dynamic, ranges=ranges, state=state)
 
 
 def _as_section(spec: Any) -> InputSection:

@@ -143,6 +143,7 @@ class _Job:
             root=self.spec.folder,
             sizes=example_sizes(program.signature, program.examples),
             tokenizer=loaded.tokenizer,
+            initial=program.initial_state(),
         )
 
     def _lower(self, program: Program) -> dict[str, Compiled]:

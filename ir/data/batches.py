@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ class Batches:
         has_labels: whether there are labels (a `labels` or `targets` column).
         notes: what a reader should know, such as columns that were left out.
         rows: the samples in any order; None where the source has an order of its own.
+        initial: inputs that no source has, as the state a model starts from.
     """
 
     source: str
@@ -72,6 +73,7 @@ class Batches:
     label_name: str | None = None
     notes: tuple[str, ...] = ()
     rows: Rows | None = None
+    initial: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for inputs, _ in self.labelled():
@@ -95,7 +97,8 @@ class Batches:
     def _checked(self, raw: RawBatch, what: str) -> tuple[dict[str, Tensor], Tensor | None]:
         labels = raw.get(self.label_name) if self.label_name else None
         batch = check_batch(raw, self.signature, f"{self.source}, {what}")
-        return without_padding(batch, labels, self.signature)
+        batch, labels = without_padding(batch, labels, self.signature)
+        return {**batch, **self.initial}, labels
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -124,6 +127,7 @@ def load_data(
     root: str | Path = ".",
     sizes: Mapping[str, int] | None = None,
     tokenizer: str | Path | None = None,
+    initial: Mapping[str, Tensor] | None = None,
 ) -> Batches:
     """Opens the data that a `calibration` or `evaluate` section names.
 
@@ -140,10 +144,16 @@ def load_data(
         root: folder that relative paths start from.
         sizes: example size of each dynamic dimension, the largest that synthetic data uses.
         tokenizer: folder with the tokenizer's files, where the section names none.
+        initial: the model's own state by input name, which every sample starts from.
 
     Raises:
         ArgumentError: the data cannot be opened or does not fit; says which input and why.
     """
+    if initial:
+        rest = tuple(spec for spec in signature.inputs if spec.name not in initial)
+        own = replace(signature, inputs=rest)
+        batches = load_data(section, own, seed, root=root, sizes=sizes, tokenizer=tokenizer)
+        return replace(batches, initial=initial)
     data = str(section["data"])
     samples, size = section.get("samples"), section.get("batch_size") or DEFAULT_BATCH_SIZE
     fixed = signature.inputs[0].shape[:1] if signature.inputs else ()
