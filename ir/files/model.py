@@ -71,15 +71,23 @@ class LoadedModel:
     warnings: list[str] = field(default_factory=list)
 
     def runner(self, signature: Signature) -> Callable[..., Any]:
-        """The original model as a function of the program's inputs, in signature order."""
-        module, names = self.module, [spec.name for spec in signature.inputs]
+        """The original model as a function of the program's inputs, in signature order.
+
+        Inputs that are its state are left out of the call: the module has its own.
+        """
+        own = [spec.name for spec in signature.inputs if spec.name not in signature.state]
+        module, names = self.module, own
         if module is None:
             raise ModelError("the file holds a program, not a module", where=str(self.source))
-        if not _takes_names(module, names):
+        by_name = _takes_names(module, names)
+        if not by_name and not signature.state:
             return module
 
         def run(*inputs: torch.Tensor) -> Any:
-            return module(**dict(zip(names, inputs, strict=True)), **signature.constants)
+            own = inputs[: len(names)]
+            if not by_name:
+                return module(*own)
+            return module(**dict(zip(names, own, strict=True)), **signature.constants)
 
         return run
 

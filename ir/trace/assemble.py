@@ -63,8 +63,8 @@ def assemble(
         for i, n in enumerate(outputs)
     )
     found = ranges_found(graph, specs, exported.range_constraints, dims or {})
-    state = tuple(structure["state"][1]["dict"]) if "state" in structure else ()
-    signature = Signature(specs, results, structure, found, dict(constants or {}), state)
+    carried = tuple(structure["state"][1]["dict"]) if "state" in structure else ()
+    signature = Signature(specs, results, structure, found, dict(constants or {}), carried)
     return Program(graph, state, signature, tuple(inputs.values()), aliases)
 
 
