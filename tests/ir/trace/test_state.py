@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import graphwright as gw
 from graphwright.ir.errors import ModelError
+from graphwright.ir.files import load_model
 from graphwright.ir.trace.capture import TraceWarning
 
 
@@ -142,6 +144,32 @@ def test_explicit_state_lowers() -> None:
         output, state = compiled(x, cache)
         cache = state["cache"]
         torch.testing.assert_close(output, model(x), rtol=1e-4, atol=1e-5)
+
+
+class Scripted(nn.Module):
+    """State as published TorchScript models have it: empty before the first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = torch.zeros(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.last.numel() == 0:
+            self.last = torch.zeros_like(x)
+        y = x + 0.5 * self.last
+        self.last = y
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_state_of_torchscript_goes_in_and_comes_out(tmp_path: Path) -> None:
+    torch.jit.script(Scripted().eval()).save(str(tmp_path / "m.pt"))
+    x = torch.randn(2, 3)
+    program = gw.trace(load_model(tmp_path / "m.pt").module, (x,), state="explicit")
+    model, state = Scripted().eval(), {"last": torch.zeros(2, 3)}
+    for _ in range(3):
+        output, state = program(x, **state)
+        torch.testing.assert_close(output, model(x))
 
 
 def test_a_cache_of_tables_is_no_state() -> None:
