@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -13,6 +12,8 @@ from torch import fx
 from torch._decomp import global_decomposition_table
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
+
+from graphwright.ir.trace.prepare import quiet
 
 
 @cache
@@ -52,7 +53,7 @@ def taken_apart(node: fx.Node, known: Collection[Any]) -> tuple[fx.Graph, list[f
         op: rule for op, rule in _decompositions().items() if op not in known or op is node.target
     }
     try:
-        with modes[0], torch.no_grad(), _no_new_guards(modes[0].shape_env):
+        with quiet(), modes[0], torch.no_grad(), _no_new_guards(modes[0].shape_env):
             made = make_fx(call, decomposition_table=table, tracing_mode="real")(*fakes)
     except Exception:
         return None
@@ -81,15 +82,11 @@ def _no_new_guards(env: Any) -> Iterator[None]:
     if env is None:
         yield
         return
-    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    level = log.level
-    log.setLevel(logging.ERROR)  # it warns of every refusal
     env._check_frozen = refuse  # what torch asks just before it installs a guard
     try:
         yield
     finally:
         del env._check_frozen
-        log.setLevel(level)
 
 
 def _without_writing(node: fx.Node) -> bool:

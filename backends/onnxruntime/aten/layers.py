@@ -184,7 +184,7 @@ def batch_norm(
     training: bool, momentum: float, eps: float, *_: Any,
 ) -> Any:  # fmt: skip
     if training:
-        raise Untranslatable(node, "batch norm in training mode")
+        return _by_statistics(e, node, x, weight, bias, eps)
     dtype, count = node.meta["val"].dtype, [int(mean.meta["val"].shape[0])]
     scale = e.values[weight] if weight is not None else e.weight_like(1.0, count, dtype)
     shift = e.values[bias] if bias is not None else e.weight_like(0.0, count, dtype)
@@ -192,6 +192,26 @@ def batch_norm(
         "BatchNormalization", e.values[x], scale, shift, e.values[mean], e.values[var],
         epsilon=float(eps),
     )  # fmt: skip
+
+
+def _by_statistics(
+    e: Emitter, node: fx.Node, x: fx.Node, weight: Any, bias: Any, eps: float
+) -> ir.Value:
+    """Batch norm by the mean and variance of the batch itself."""
+    dtype, rank = node.meta["val"].dtype, x.meta["val"].dim()
+    axes = e.ints(0, *range(2, rank))
+    centred = e.op("Sub", e.values[x], e.op("ReduceMean", e.values[x], axes, keepdims=1))
+    variance = e.op("ReduceMean", e.op("Mul", centred, centred), axes, keepdims=1)
+    root = e.op("Sqrt", e.op("Add", variance, e.constant(float(eps), dtype)))
+    value = e.op("Div", centred, root)
+    behind = list(range(1, rank - 1))
+    for kind, term in (("Mul", weight), ("Add", bias)):
+        if term is not None:
+            column = e.values[term]
+            if behind:
+                column = e.op("Unsqueeze", column, e.ints(*behind))
+            value = e.op(kind, value, column)
+    return value  # type: ignore[no-any-return]
 
 
 @translates(aten.group_norm.default)

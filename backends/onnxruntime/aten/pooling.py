@@ -11,7 +11,7 @@ from torch import fx
 
 from graphwright.backends.onnxruntime.aten import translates
 from graphwright.backends.onnxruntime.aten.layers import spread
-from graphwright.backends.onnxruntime.emitter import Emitter, Untranslatable, sizes_of
+from graphwright.backends.onnxruntime.emitter import Emitter, Untranslatable, expression, sizes_of
 
 aten = torch.ops.aten
 
@@ -150,3 +150,94 @@ def _fixed_weights(size: int, cells: int) -> list[list[float]]:
         low, high = i * size // cells, math.ceil((i + 1) * size / cells)
         matrix[i, low:high] = 1 / (high - low)
     return matrix.tolist()
+
+
+# ---- maxima with places
+
+
+@translates(aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default)
+def max_pool_with_indices(
+    e: Emitter, node: fx.Node, x: Any, kernel: Any, stride: Any = (), padding: Any = 0,
+    dilation: Any = 1, ceil_mode: bool = False,
+) -> Any:  # fmt: skip
+    rank = _rank(node)
+    kernel = spread(kernel, rank)
+    value, added = _batched(e, x, rank)
+    pooled, places = e.multi(
+        "MaxPool", 2, value, kernel_shape=kernel,
+        strides=spread(stride, rank) if stride else kernel, pads=spread(padding, rank) * 2,
+        dilations=spread(dilation, rank), ceil_mode=int(ceil_mode),
+    )  # fmt: skip
+    # ONNX counts places over the whole tensor, torch over one channel.
+    places = e.op("Mod", places, _area(e, sizes_of(x)[-rank:]))
+    return [e.op("Squeeze", v, e.ints(0)) if added else v for v in (pooled, places)]
+
+
+def _area(e: Emitter, sizes: list[Any]) -> ir.Value:
+    area = e.ints(1)
+    for size in sizes:
+        area = e.op("Mul", area, _value(e, size))
+    return area
+
+
+@translates(aten.max_unpool2d.default)
+def max_unpool(e: Emitter, node: fx.Node, x: Any, indices: Any, output_size: Any) -> Any:
+    want = sizes_of(node)
+    lead = len(want) - 2
+    flat = e.ints(*[0] * lead, -1)
+    zero = e.constant(0, node.meta["val"].dtype)
+    area = _area(e, want[-2:])
+    empty = e.op("Expand", zero, e.op("Concat", e.shape(want[:-2]), area, axis=0))
+    values, places = (e.op("Reshape", e.values[v], flat) for v in (x, indices))
+    placed = e.op("ScatterElements", empty, places, values, axis=-1)
+    return e.op("Reshape", placed, e.shape(want))
+
+
+@translates(
+    aten.adaptive_max_pool1d.default,
+    aten.adaptive_max_pool2d.default,
+    aten.adaptive_max_pool3d.default,
+)
+def adaptive_max_pool(e: Emitter, node: fx.Node, x: Any, output_size: Any) -> Any:
+    rank = _rank(node)
+    have = sizes_of(x)[-rank:]
+    want = [expression(size) for size in node.meta["val"][0].shape[-rank:]]
+    first = x.meta["val"].dim() - rank
+    if _is_read(node, 1):
+        return _largest_with_places(e, x, rank, want)
+    value = e.values[x]
+    lowest = e.constant(float("-inf"), node.meta["val"][0].dtype)
+    for axis in range(rank):
+        if have[axis] == want[axis]:
+            continue
+        place = first + axis
+        members = cell_members(e, have[axis], want[axis])
+        behind = first + rank - place - 1
+        if behind:
+            members = e.op("Unsqueeze", members, e.ints(*range(2, 2 + behind)))
+        spread_out = e.op("Where", members, e.op("Unsqueeze", value, e.ints(place)), lowest)
+        value = e.op("ReduceMax", spread_out, e.ints(place + 1), keepdims=0)
+    return [value, None]
+
+
+def _is_read(node: fx.Node, result: int) -> bool:
+    return any(user.args[1] == result for user in node.users)
+
+
+def _largest_with_places(e: Emitter, x: fx.Node, rank: int, cells: list[Any]) -> list[ir.Value]:
+    """The largest value of every cell and its place in the channel, over all places at once."""
+    have = sizes_of(x)[-rank:]
+    lead = sizes_of(x)[:-rank]
+    inside: Any = None
+    for axis in range(rank):
+        members = cell_members(e, have[axis], cells[axis])
+        others = [i for i in range(2 * rank) if i not in (axis, rank + axis)]
+        members = e.op("Unsqueeze", members, e.ints(*others))
+        inside = members if inside is None else e.op("And", inside, members)
+    value = e.op("Unsqueeze", e.values[x], e.ints(*range(len(lead), len(lead) + rank)))
+    lowest = e.constant(float("-inf"), x.meta["val"].dtype)
+    spread_out = e.op("Where", inside, value, lowest)
+    shape = e.op("Concat", e.shape([*lead, *cells]), e.ints(-1), axis=0)
+    flat = e.op("Reshape", spread_out, shape)
+    largest = e.op("ReduceMax", flat, e.ints(-1), keepdims=0)
+    return [largest, e.op("ArgMax", flat, axis=-1, keepdims=0)]

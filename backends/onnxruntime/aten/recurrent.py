@@ -1,4 +1,4 @@
-"""LSTM and GRU layers, with their gates in ONNX's order."""
+"""LSTM, GRU and plain recurrent layers, with their gates in ONNX's order."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch
 from torch import fx
 
 from graphwright.backends.onnxruntime.aten import translates
+from graphwright.backends.onnxruntime.aten.scans import Body
 from graphwright.backends.onnxruntime.emitter import Emitter, Untranslatable
 
 aten = torch.ops.aten
-GATES = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
+GATES = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
 """Torch's gate at each place of ONNX's order: LSTM input, output, forget, cell; GRU update,
 reset, new."""
 
@@ -29,8 +30,9 @@ def _reordered(e: Emitter, nodes: list[fx.Node], kind: str) -> torch.Tensor:
 
 
 def _layer(
-    e: Emitter, kind: str, x: ir.Value, weights: list[list[fx.Node]], states: list[ir.Value]
-) -> list[ir.Value]:
+    e: Emitter, kind: str, x: ir.Value, weights: list[list[fx.Node]], states: list[ir.Value],
+    activation: str,
+) -> list[ir.Value]:  # fmt: skip
     """One layer, all directions. x: (length, batch, width). Returns its outputs, joined first."""
     w, r = (_reordered(e, [d[i] for d in weights], kind) for i in (0, 1))
     names = [str(d[0].target) for d in weights]
@@ -45,6 +47,7 @@ def _layer(
         bias, None, *states, hidden_size=hidden,
         direction="bidirectional" if len(weights) == 2 else "forward",
         linear_before_reset=1 if kind == "GRU" else None,
+        activations=[activation] * len(weights) if activation else None,
     )  # fmt: skip
     # (length, directions, batch, hidden) to (length, batch, directions * hidden)
     swapped = e.op("Transpose", outputs[0], perm=[0, 2, 1, 3])
@@ -52,9 +55,50 @@ def _layer(
     return [joined, *outputs[1:]]
 
 
-def _stack(
-    e: Emitter, node: fx.Node, kind: str, x: fx.Node, states: list[fx.Node], args: tuple[Any, ...]
+def _projected(
+    e: Emitter, x: ir.Value, weights: list[list[fx.Node]], states: list[ir.Value]
 ) -> list[ir.Value]:
+    """As `_layer`, for an LSTM whose hidden state is projected, which ONNX's LSTM does not have."""
+    outputs, ends = [], []
+    for at, direction in enumerate(weights):
+        tensors = [e.values[w] for w in direction]
+        first = [e.op("Gather", s, e.constant(at, torch.int64), axis=0) for s in states]
+        given = e.op("MatMul", x, e.op("Transpose", tensors[0], perm=[1, 0]))
+        for bias in tensors[2:-1]:
+            given = e.op("Add", given, bias)
+        dtype = direction[0].meta["val"].dtype
+        body = Body(e, [dtype, dtype], dtype)
+        results = [(v, dtype) for v in _projected_step(body, tensors[1], tensors[-1])]
+        hidden, cell, output = e.multi(
+            "Scan", 3, *first, given, body=body.graph([*results, results[0]]), num_scan_inputs=1,
+            scan_input_directions=[at], scan_output_directions=[at],
+        )  # fmt: skip
+        outputs.append(output)
+        ends.append([hidden, cell])
+    joined = outputs[0] if len(outputs) == 1 else e.op("Concat", *outputs, axis=-1)
+    last = [
+        e.op("Concat", *[e.op("Unsqueeze", end[i], e.ints(0)) for end in ends], axis=0)
+        for i in range(2)
+    ]
+    return [joined, *last]
+
+
+def _projected_step(body: Body, recurrent: ir.Value, projection: ir.Value) -> list[ir.Value]:
+    """The new hidden and cell state; the values come from outside of the body."""
+    hidden, cell = body.carried
+    turned = body.op("Transpose", recurrent, perm=[1, 0])
+    gates = body.op("Add", body.value, body.op("MatMul", hidden, turned))
+    i, f, g, o = body.several("Split", 4, gates, axis=-1, num_outputs=4)
+    kept = body.op("Mul", body.op("Sigmoid", f), cell)
+    new = body.op("Add", kept, body.op("Mul", body.op("Sigmoid", i), body.op("Tanh", g)))
+    shown = body.op("Mul", body.op("Sigmoid", o), body.op("Tanh", new))
+    return [body.op("MatMul", shown, body.op("Transpose", projection, perm=[1, 0])), new]
+
+
+def _stack(
+    e: Emitter, node: fx.Node, kind: str, x: fx.Node, states: list[fx.Node],
+    args: tuple[Any, ...], activation: str = "",
+) -> list[ir.Value]:  # fmt: skip
     params, has_biases, layers, dropout, train, bidirectional, batch_first = args
     if train and dropout:
         raise Untranslatable(node, "dropout between recurrent layers in training mode")
@@ -62,8 +106,7 @@ def _stack(
         raise Untranslatable(node, "a recurrent layer without a batch axis")
     directions = 2 if bidirectional else 1
     per = len(params) // (layers * directions)
-    if per != (4 if has_biases else 2):
-        raise Untranslatable(node, "a recurrent layer with a projection")
+    projected = per != (4 if has_biases else 2)
     value = e.values[x]
     if batch_first:
         value = e.op("Transpose", value, perm=[1, 0, 2])
@@ -75,7 +118,10 @@ def _stack(
             e.op("Slice", e.values[s], e.ints(at), e.ints(at + directions), e.ints(0))
             for s in states
         ]
-        value, *ends = _layer(e, kind, value, weights, first)
+        if projected:
+            value, *ends = _projected(e, value, weights, first)
+        else:
+            value, *ends = _layer(e, kind, value, weights, first, activation)
         for kept, end in zip(last, ends, strict=True):
             kept.append(end)
     if batch_first:
@@ -92,3 +138,13 @@ def lstm(e: Emitter, node: fx.Node, x: Any, states: Any, params: Any, *args: Any
 @translates(aten.gru.input)
 def gru(e: Emitter, node: fx.Node, x: Any, state: Any, params: Any, *args: Any) -> Any:
     return _stack(e, node, "GRU", x, [state], (params, *args))
+
+
+@translates(aten.rnn_tanh.input)
+def rnn_tanh(e: Emitter, node: fx.Node, x: Any, state: Any, params: Any, *args: Any) -> Any:
+    return _stack(e, node, "RNN", x, [state], (params, *args), "Tanh")
+
+
+@translates(aten.rnn_relu.input)
+def rnn_relu(e: Emitter, node: fx.Node, x: Any, state: Any, params: Any, *args: Any) -> Any:
+    return _stack(e, node, "RNN", x, [state], (params, *args), "Relu")

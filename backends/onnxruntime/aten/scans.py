@@ -29,9 +29,15 @@ class Body:
 
     def op(self, kind: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
         """Adds a node and returns its output."""
-        output = ir.Value(name=self._e.name(f"step.{kind}"))
-        self._nodes.append(ir.node(kind, list(inputs), attributes, outputs=[output]))
-        return output
+        return self.several(kind, 1, *inputs, **attributes)[0]
+
+    def several(
+        self, kind: str, count: int, *inputs: ir.Value, **attributes: Any
+    ) -> list[ir.Value]:
+        """Adds a node with `count` outputs and returns them."""
+        outputs = [ir.Value(name=self._e.name(f"step.{kind}")) for _ in range(count)]
+        self._nodes.append(ir.node(kind, list(inputs), attributes, outputs=outputs))
+        return outputs
 
     def number(self, value: float | int, dtype: torch.dtype) -> ir.Value:
         """A constant without axes."""
