@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.files.torchscript import ScriptedModule
 from graphwright.ir.signature import flatten, leaf_names, rebuild
+from graphwright.ir.trace.known_values import KnownValues
 from graphwright.ir.trace.state import State, put
 from graphwright.ir.trace.untouched import untouched
 
@@ -97,7 +99,8 @@ class FlatModel(nn.Module):
         positional, arguments = self._arguments(tensors)
         leaves: list[torch.Tensor] = []
         record = _Record()
-        output = self.model(*positional, **arguments)
+        with KnownValues() if torch.compiler.is_exporting() else nullcontext():
+            output = self.model(*positional, **arguments)
         record.structure = flatten(_nameable(output, "", record.dropped), leaves)
         if not leaves:
             raise ModelError("the model returns no tensors")

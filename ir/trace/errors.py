@@ -14,6 +14,8 @@ from graphwright.ir.errors import ModelError
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _LIBRARY = os.path.dirname(os.path.abspath(traceback.__file__)) + os.sep + "contextlib"
 _OWN = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_WITHIN = _OWN + "known_values.py"
+"""Ours, and called by the model's code as it runs."""
 
 REMEDIES = (
     (
@@ -63,7 +65,8 @@ def user_line(error: BaseException) -> tuple[str, str]:
     is the model's own code, or that of the library the model comes from.
     """
     frames = list(traceback.extract_tb(error.__traceback__))
-    ours = [i for i, f in enumerate(frames) if os.path.abspath(f.filename).startswith(_OWN)]
+    files = [os.path.abspath(f.filename) for f in frames]
+    ours = [i for i, file in enumerate(files) if file.startswith(_OWN) and file != _WITHIN]
     # What called `trace` lies outside our own innermost frame; the model's code lies inside.
     inner = frames[ours[-1] + 1 :] if ours else frames
     model = [frame for frame in inner if is_users(frame.filename)]

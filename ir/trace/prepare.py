@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from graphwright.ir.graph.recurrent import whole_recurrent_layers
 from graphwright.ir.trace.untouched import same_attributes
@@ -29,6 +29,7 @@ def traceable(model: nn.Module) -> Iterator[None]:
         stack.enter_context(_no_cache(model))
         stack.enter_context(_batched_experts(model))
         stack.enter_context(_given_masks())
+        stack.enter_context(_calls_that_raise())
         stack.enter_context(whole_recurrent_layers())
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.no_grad())
@@ -117,6 +118,30 @@ def _batched_experts(model: nn.Module) -> Iterator[None]:
         for module, before in reversed(restore):
             with contextlib.suppress(ValueError, RuntimeError):
                 module.set_experts_implementation(before)
+
+
+@contextlib.contextmanager
+def _calls_that_raise() -> Iterator[None]:
+    """A model may catch what a module raises and call it another way (`except TypeError`).
+
+    torch.fx keeps the modules that are being called on a stack, and would leave that one on it.
+    """
+    call = fx.Tracer.call_module
+
+    def call_module(self: Any, *arguments: Any) -> Any:
+        depth = len(self.module_stack)
+        try:
+            return call(self, *arguments)
+        except BaseException:
+            while len(self.module_stack) > depth:
+                self.module_stack.popitem(last=True)
+            raise
+
+    fx.Tracer.call_module = call_module  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        fx.Tracer.call_module = call  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

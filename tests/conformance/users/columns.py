@@ -229,8 +229,8 @@ class _Examination:
         groups = gw.channel_groups(program)
         picks = {g: range(0, g.units - 1, 2) for g in groups if g.prunable and g.units > 1}
         if not picks:
-            reasons = [g.reason for g in groups if g.reason]
-            raise Differs(f"no group can be pruned: {reasons[0] if reasons else 'no group'}")
+            reasons = dict.fromkeys(g.reason for g in groups if g.reason)
+            raise NotApplicable(f"no group can be pruned: {'; '.join(reasons) or 'there is none'}")
         zeroed, smaller = gw.zero(program, picks), gw.cut(program, picks)
         values = self.inputs(BATCH)
         result = gw.compare(zeroed(**values), smaller(**values))
