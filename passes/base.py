@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Generic, Literal, cast, get_args, get_origin
 from pydantic import ValidationError
 from typing_extensions import TypeVar
 
+from graphwright.ir.action import Action
 from graphwright.ir.check.promise import EXACT, Promise
 from graphwright.ir.context import Batch, Context
 from graphwright.ir.errors import ArgumentError, ContractError
@@ -28,28 +29,6 @@ OptionsT = TypeVar("OptionsT", bound=Options, default=Options)
 
 __all__ = ["Action", "Context", "Contract", "Need", "Options", "Pass", "Result", "all_passes",
            "find_pass", "register"]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Action:
-    """A pass's report on one layer: `("fc1", "int8")`.
-
-    Attributes:
-        layer: its name.
-        what: what it is now.
-        reason: why it was left alone, or a remark on what was done.
-        changed: whether the pass did something to it.
-    """
-
-    layer: str
-    what: str
-    reason: str = ""
-    changed: bool = True
-
-    @classmethod
-    def left(cls, layer: str, reason: str, what: str = "left alone") -> Action:
-        """A layer that the pass did nothing to, and why."""
-        return cls(layer, what, reason, changed=False)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from graphwright.backends.triton.activations import activation_name, is_activation
 from graphwright.backends.triton.values import same_kind
 from graphwright.ir.edit import Editor
+from graphwright.ir.graph.constants import constant_value, depends_on_input
 from graphwright.ir.graph.nodes import full_arguments
 from graphwright.ir.ops.blocks import dequantize_blocks
 from graphwright.ir.ops.blocks_linear import blocks_linear
@@ -166,19 +167,11 @@ def _leaves(node: fx.Node) -> Iterator[fx.Node]:
         yield from _leaves(source)
 
 
-def _constant(editor: Editor, node: Any) -> Tensor | None:
+def _constant(editor: Editor, node: fx.Node) -> Tensor | None:
     """The value of a node that depends on stored tensors only."""
-    if node.op == "get_attr":
-        return editor.tensor(node)
-    if node.op != "call_function" or not node.all_input_nodes:
+    if depends_on_input(node) or not any(n.op == "get_attr" for n in (node, *node.all_input_nodes)):
         return None
-    values = {source: _constant(editor, source) for source in node.all_input_nodes}
-    if any(found is None for found in values.values()):
-        return None
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
-    with torch.no_grad():
-        result: Tensor = node.target(*args, **kwargs)
-    return result.detach()
+    return constant_value(editor, node)
 
 
 class LowBitEmbedding(Rewrite):

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_aggregate
 
+import graphwright.ir.channels.norm_literals  # noqa: F401  registers the handlers of norms
 from graphwright.ir.channels.analysis import Analysis, analyse
 from graphwright.ir.channels.classes import Ids
 from graphwright.ir.channels.extents import Extents

@@ -27,19 +27,8 @@ Norm = Literal["exact", "pin"]
 Labels = Sequence[Hashable | None]
 Rule = Callable[["Walk", "Call"], Result]
 
-__all__ = [
-    "RULES",
-    "Call",
-    "Linked",
-    "Norm",
-    "Rule",
-    "Unit",
-    "UnknownCallError",
-    "Walk",
-    "arguments",
-    "only_added",
-    "rule",
-]  # fmt: skip
+__all__ = ["RULES", "Call", "Linked", "Norm", "Rule", "Unit", "UnknownCallError", "Walk",
+           "arguments", "only_added", "rule"]  # fmt: skip
 
 RULES: dict[str, Rule] = {}
 """Operator rules by base name, filled by the `rules_*` modules."""

@@ -15,6 +15,7 @@ from graphwright.ir.files.coded.forms import Blocks
 from graphwright.ir.files.coded.written import Written, awq, compressed_tensors, gptq
 from graphwright.ir.graph.constants import constant_value
 from graphwright.ir.graph.nodes import gw_meta
+from graphwright.ir.layers.kinds import MATRICES
 from graphwright.ir.layers.selectors import layers
 from graphwright.ir.ops.blocks import unpack_codes
 from graphwright.ir.program import Program
@@ -29,9 +30,6 @@ WRITERS: dict[str, Callable[[Written], tuple[dict[str, Tensor], dict[str, Any]]]
     "awq": awq,
     "compressed-tensors": compressed_tensors,
 }
-
-PRODUCTS = ("linear", "matmul", "addmm")
-"""Kinds of layers that other loaders take for linear ones."""
 
 
 def export_checkpoint(
@@ -90,7 +88,7 @@ def _written(program: Program) -> Written:
             "layers differ in bits or block, and a checkpoint has one of each",
             details=tuple(sorted(f"{bits} bits, block {block}" for bits, block in grids)),
         )
-    names = [name for layer in layers(program, PRODUCTS) for name in layer.names]
+    names = [name for layer in layers(program, MATRICES) for name in layer.names]
     return Written(coded, [name for name in dict.fromkeys(names) if name not in coded])
 
 

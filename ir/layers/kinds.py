@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 
 aten = torch.ops.aten
 
@@ -105,6 +106,12 @@ BIAS_ARGUMENT = {
 
 OUTPUT_AXIS = {kind.name: kind.out_axis for kind in TABLE.values()}
 INPUT_AXIS = {kind.name: kind.in_axis for kind in TABLE.values() if kind.in_axis is not None}
+
+
+def matrix_product(node: fx.Node) -> Kind | None:
+    """The kind of a call that multiplies rows with a matrix; None for any other node."""
+    name = KINDS.get(node.target, "")
+    return TABLE[name] if name in MATRICES else None
 
 
 def operators(names: tuple[str, ...]) -> frozenset[Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from graphwright.ir.graph.nodes import full_arguments
+from graphwright.ir.layers.kinds import MATRICES, operators
 from graphwright.ir.ops.blocks import dequantize_blocks
 from graphwright.ir.ops.codebook import dequantize_codebook
 from graphwright.ir.ops.low_rank import add_low_rank
@@ -21,7 +22,7 @@ from graphwright.ir.ops.table import dequantize_table
 
 aten = torch.ops.aten
 
-PRODUCTS = (aten.linear.default, aten.matmul.default, aten.addmm.default)
+PRODUCTS = tuple(operators(MATRICES))
 """Calls that may be a product with a weight."""
 
 

@@ -16,6 +16,7 @@ from graphwright.ir.graph.cost import Cost, cost
 from graphwright.ir.graph.nodes import VIEWS, op_name
 from graphwright.ir.graph.sizes import dimension_names
 from graphwright.ir.program import Program
+from graphwright.ir.view.families import _OTHER_KINDS, family_of
 
 MAX_BLOCKS = 26
 """Blocks that the coarse drawing shows at most, where the model's modules allow it."""
@@ -81,9 +82,6 @@ def to_networkx(program: Program) -> nx.DiGraph:
         for name, places in operands.items():
             graph.add_edge(name, node.name, operands=places)
     return graph
-
-
-_OTHER_KINDS = {"placeholder": "input", "get_attr": "state", "output": "output"}
 
 
 def layer_table(program: Program, counted: Cost | None = None) -> list[LayerRow]:
@@ -306,38 +304,7 @@ def _numbered(first: str, last: str) -> str:
     return ".".join(a if a == b else f"{a}–{b}" for a, b in pairs)
 
 
-_FAMILIES = {
-    "product": {
-        "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d", "conv2d",
-        "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "lstm", "gru",
-        "bilinear",
-    },
-    "attention": {"scaled_dot_product_attention"},
-    "norm": {
-        "layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm", "softmax",
-        "log_softmax",
-    },
-    "activation": {
-        "relu", "relu6", "gelu", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "elu",
-        "leaky_relu", "mish", "softplus", "hardtanh", "prelu",
-    },
-    "lookup": {"embedding", "gather", "index", "index_select", "take"},
-}  # fmt: skip
-
 _WEIGHT = {"attention": 6, "own": 5, "product": 4, "lookup": 3, "norm": 2, "activation": 1}
-
-
-def family_of(node: fx.Node) -> str:
-    """Kind of work, for the colour: product, attention, norm, activation, lookup, own, other.
-
-    `own` are this package's operators: compressed weights and fused calls.
-    """
-    if node.op != "call_function":
-        return _OTHER_KINDS.get(node.op, "other")
-    if getattr(node.target, "namespace", "") == "graphwright":
-        return "own"
-    name = op_name(node)
-    return next((family for family, names in _FAMILIES.items() if name in names), "other")
 
 
 # --- small readers -----------------------------------------------------------------------------

@@ -9,10 +9,10 @@ from pydantic import Field, model_validator
 from graphwright.ir.layers.kinds import PRODUCTS
 from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.program import Program
+from graphwright.ir.repair.options import RepairOptions
+from graphwright.ir.repair.round import quantizable, quantized
+from graphwright.ir.repair.walk import Compressed, Plan, compress, metrics, repair_text
 from graphwright.passes.base import Action, Context, Effect, Pass, Result
-from graphwright.passes.prune._udfc.options import RepairOptions
-from graphwright.passes.prune._udfc.round import quantizable, quantized
-from graphwright.passes.prune._udfc.walk import Compressed, Plan, compress, metrics, repair_text
 
 
 class UdfcOptions(RepairOptions):

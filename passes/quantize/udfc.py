@@ -10,11 +10,11 @@ from graphwright.ir.errors import ModelError
 from graphwright.ir.layers.kinds import PRODUCTS
 from graphwright.ir.layers.selectors import select
 from graphwright.ir.program import Program
+from graphwright.ir.repair.closed_form import Repair
+from graphwright.ir.repair.options import RepairOptions
+from graphwright.ir.repair.round import quantizable, quantized
+from graphwright.ir.repair.walk import Plan, compress, metrics
 from graphwright.passes.base import Context, Pass, Result
-from graphwright.passes.prune._udfc.closed_form import Repair
-from graphwright.passes.prune._udfc.options import RepairOptions
-from graphwright.passes.prune._udfc.round import quantizable, quantized
-from graphwright.passes.prune._udfc.walk import Plan, compress, metrics
 
 
 class UdfcOptions(RepairOptions):

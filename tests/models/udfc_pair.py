@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import graphwright as gw
 from graphwright.ir.context import Context
+from graphwright.ir.repair.closed_form import Channels
 from graphwright.passes.prune import Udfc
-from graphwright.passes.prune._udfc.closed_form import Channels
 
 
 class Pair(nn.Module):

@@ -10,7 +10,7 @@ import torch.onnx.ops  # registers the symbolic ops
 from torch import fx
 from torch.onnx.ops._symbolic_impl import EncodedAttrs
 
-from graphwright.backends.onnxruntime.aten import translates
+from graphwright.backends.onnxruntime.aten.registry import translates
 from graphwright.backends.onnxruntime.emitter import Emitter, Untranslatable
 
 symbolic = torch.ops.onnx_symbolic

@@ -10,7 +10,7 @@ import sympy
 import torch
 from torch import fx
 
-from graphwright.backends.onnxruntime.aten import translates
+from graphwright.backends.onnxruntime.aten.registry import translates
 from graphwright.backends.onnxruntime.emitter import Emitter, Untranslatable, sizes_of
 
 aten = torch.ops.aten

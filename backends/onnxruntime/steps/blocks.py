@@ -36,6 +36,7 @@ from graphwright.backends.onnxruntime.steps.graph import (
 )
 from graphwright.ir.edit import Editor
 from graphwright.ir.graph.nodes import set_gw_meta
+from graphwright.ir.layers.kinds import matrix_product
 from graphwright.ir.ops.blocks import dequantize_blocks, pack_codes, unpack_codes
 
 aten = torch.ops.aten
@@ -49,13 +50,6 @@ FORMS_FACT = "lower.blocks.forms"
 EXACT = 1
 """accuracy_level of a product in float32; the check raises it where the options ask for more."""
 
-PRODUCTS: dict[Any, tuple[int, int, int | None, bool]] = {
-    aten.linear.default: (0, 1, 2, False),
-    aten.matmul.default: (0, 1, None, True),
-    aten.addmm.default: (1, 2, 0, True),
-}
-"""Matrix products: places of activation, weight and bias; whether the weight is (in, out)."""
-
 
 def lower_blocks(editor: Editor, options: OnnxRuntimeOptions) -> int:
     """Replaces every matrix product and table with such a weight; returns how many."""
@@ -64,7 +58,7 @@ def lower_blocks(editor: Editor, options: OnnxRuntimeOptions) -> int:
     for node in list(editor.graph.nodes):
         if node.op != "call_function" or not node.users:
             continue
-        if node.target in PRODUCTS:
+        if matrix_product(node) is not None:
             count += made.product(node)
         elif is_call(node, aten.embedding.default):
             count += made.table(node)
@@ -88,9 +82,11 @@ class _Forms:
     # ---- matrix products
 
     def product(self, node: fx.Node) -> int:
-        x_place, weight_place, bias_place, transposed = PRODUCTS[node.target]
-        stored = stored_blocks(node.args[weight_place], transposed=transposed)
-        x = node.args[x_place]
+        kind = matrix_product(node)
+        assert kind is not None
+        bias_place, transposed = kind.bias, kind.out_axis == 1
+        stored = stored_blocks(node.args[kind.weight], transposed=transposed)
+        x = node.args[kind.input]
         if stored is None or not isinstance(x, fx.Node) or not is_float32(node):
             return 0
         if node.kwargs or len(node.args) > 3 or len(sizes_of(x)) < 2 or not kernel_block(stored):

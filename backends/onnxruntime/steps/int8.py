@@ -28,6 +28,7 @@ from graphwright.backends.onnxruntime.steps.graph import (
     size,
 )
 from graphwright.ir.edit import Editor
+from graphwright.ir.layers.kinds import matrix_product
 
 aten = torch.ops.aten
 ours = torch.ops.graphwright
@@ -37,13 +38,6 @@ TAPS = "lower.int8.taps"
 
 REPLACED = "lower.int8.replaced"
 """Fact: node of a matrix product -> node of the contrib op in its place."""
-
-PRODUCTS: dict[Any, tuple[int, int, int | None]] = {
-    aten.linear.default: (0, 1, 2),
-    aten.matmul.default: (0, 1, None),
-    aten.addmm.default: (1, 2, 0),
-}
-"""Matrix products: places of activation, weight and bias in the call."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,7 @@ def lower_int8(editor: Editor) -> int:
     for node in list(editor.graph.nodes):
         if node.op != "call_function" or not node.users:
             continue
-        if node.target in PRODUCTS:
+        if matrix_product(node) is not None:
             count += _product(editor, node, activations)
         elif is_call(node, aten.embedding.default):
             count += _embedding(editor, node)
@@ -91,10 +85,11 @@ def _stored(node: Any, *axes: int) -> Codes | None:
 
 
 def _product(editor: Editor, node: fx.Node, activations: dict[fx.Node, tuple[fx.Node, ...]]) -> int:
-    places = PRODUCTS[node.target]
+    kind = matrix_product(node)
+    assert kind is not None
     is_linear = node.target is aten.linear.default
-    x = node.args[places[0]]
-    weight = _stored(node.args[places[1]], 0 if is_linear else 1)
+    x = node.args[kind.input]
+    weight = _stored(node.args[kind.weight], 0 if is_linear else 1)
     if weight is None or node.kwargs or not is_float32(node) or len(sizes_of(node)) < 2:
         return 0
     if not is_call(x, ours.fake_quantize.default, ours.fake_quantize_dynamic.default):
@@ -104,7 +99,7 @@ def _product(editor: Editor, node: fx.Node, activations: dict[fx.Node, tuple[fx.
         activations[x] = _codes_of(editor, x)
     codes, scale, zero_point = activations[x]
     matrix = _as_columns(editor, weight.codes) if is_linear else weight.codes
-    place = places[2]
+    place = kind.bias
     bias = node.args[place] if place is not None and len(node.args) > place else None
     fused: fx.Node | None = None
     if isinstance(bias, fx.Node) and bias.op == "get_attr" and len(sizes_of(bias)) == 1:

@@ -26,6 +26,7 @@ from graphwright.backends.onnxruntime.steps.graph import (
 )
 from graphwright.ir.edit import Editor
 from graphwright.ir.graph.constants import constant_value
+from graphwright.ir.layers.kinds import matrix_product
 from graphwright.ir.ops.table import BITS, dequantize_table, levels, unpack
 
 aten = torch.ops.aten
@@ -35,13 +36,6 @@ BLOCKS = (16, 32, 64, 128, 256)
 
 TYPES = {"fp4": 0, "nf4": 1}
 """Its attribute quant_type."""
-
-PRODUCTS: dict[Any, tuple[int, int, int | None, bool]] = {
-    aten.linear.default: (0, 1, 2, False),
-    aten.matmul.default: (0, 1, None, True),
-    aten.addmm.default: (1, 2, 0, True),
-}
-"""Matrix products: places of activation, weight and bias; whether the weight is (in, out)."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +55,7 @@ def lower_table(editor: Editor) -> int:
     for node in list(editor.graph.nodes):
         if node.op != "call_function" or not node.users or not is_float32(node):
             continue
-        if node.target in PRODUCTS:
+        if matrix_product(node) is not None:
             count += _product(editor, node)
         elif is_call(node, aten.embedding.default):
             count += _embedding(editor, node)
@@ -93,9 +87,11 @@ def _scale(editor: Editor, stored: Stored) -> fx.Node:
 
 
 def _product(editor: Editor, node: fx.Node) -> int:
-    x_place, weight_place, bias_place, transposed = PRODUCTS[node.target]
-    stored = _stored(node.args[weight_place], transposed=transposed)
-    x = node.args[x_place]
+    kind = matrix_product(node)
+    assert kind is not None
+    bias_place, transposed = kind.bias, kind.out_axis == 1
+    stored = _stored(node.args[kind.weight], transposed=transposed)
+    x = node.args[kind.input]
     if stored is None or node.kwargs or stored.block not in BLOCKS or not isinstance(x, fx.Node):
         return 0
     if len(node.args) > 3 or len(sizes_of(node)) < 2:

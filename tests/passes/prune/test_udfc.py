@@ -14,9 +14,9 @@ import graphwright as gw
 from graphwright.ir.channels import channel_groups
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError, ModelError
+from graphwright.ir.repair.chains import Chain, find_chain
+from graphwright.ir.repair.closed_form import Channels, candidates, diagonal, nonneg, ridge
 from graphwright.passes.prune import Udfc
-from graphwright.passes.prune._udfc.chains import Chain, find_chain
-from graphwright.passes.prune._udfc.closed_form import Channels, candidates, diagonal, nonneg, ridge
 
 
 def settled(model: nn.Module, seed: int = 0) -> nn.Module:

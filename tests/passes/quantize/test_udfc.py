@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import graphwright as gw
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ModelError
-from graphwright.passes.prune._grid import grid_codes
+from graphwright.ir.stored.grid import grid_codes
 from graphwright.passes.quantize import Udfc
 
 

@@ -23,10 +23,8 @@ from graphwright.ir.graph.nodes import full_arguments, op_name
 from graphwright.ir.layers.kinds import BIAS_ARGUMENT, OUTPUT_AXIS
 from graphwright.ir.layers.selectors import Layer, layers
 from graphwright.ir.program import Program
-from graphwright.ir.stored.insert import rebuild_channels, replace_weight
-from graphwright.passes.prune._grid import rounded
-from graphwright.passes.prune._udfc.chains import Chain, Reader, find_chain
-from graphwright.passes.prune._udfc.closed_form import (
+from graphwright.ir.repair.chains import Chain, Reader, find_chain
+from graphwright.ir.repair.closed_form import (
     Channels,
     Choice,
     Repair,
@@ -34,7 +32,9 @@ from graphwright.passes.prune._udfc.closed_form import (
     choose,
     feature_candidates,
 )
-from graphwright.passes.prune._udfc.merging import merge
+from graphwright.ir.repair.merging import merge
+from graphwright.ir.stored.grid import rounded
+from graphwright.ir.stored.insert import rebuild_channels, replace_weight
 
 
 @dataclass(frozen=True)

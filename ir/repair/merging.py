@@ -26,7 +26,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graphwright.passes.prune._udfc.closed_form import Channels, pruned
+from graphwright.ir.repair.closed_form import Channels, pruned
 
 
 def merge(

@@ -9,13 +9,13 @@ from torch import Tensor
 
 import graphwright as gw
 from graphwright.ir.channels import channel_groups
-from graphwright.passes.prune._udfc.chains import Chain, find_chain
-from graphwright.passes.prune._udfc.closed_form import (
+from graphwright.ir.repair.chains import Chain, find_chain
+from graphwright.ir.repair.closed_form import (
     Channels,
     feature_candidates,
     gaussian_activations,
 )
-from graphwright.passes.prune._udfc.walk import _affine
+from graphwright.ir.repair.walk import _affine
 
 
 def shifted(seed: int) -> gw.Program:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from graphwright.ir.options import Bounded, Targets
-from graphwright.passes.prune._udfc.closed_form import Repair
+from graphwright.ir.repair.closed_form import Repair
 
 UNREAD = {"merge": ("offsets", "shrinkage"), "features": ("offsets",)}
 """Options that a repair does not read."""

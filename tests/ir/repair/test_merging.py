@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import graphwright as gw
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError
+from graphwright.ir.repair.closed_form import Channels
+from graphwright.ir.repair.merging import merge
 from graphwright.passes.prune import Udfc
-from graphwright.passes.prune._udfc.closed_form import Channels
-from graphwright.passes.prune._udfc.merging import merge
 from graphwright.passes.quantize import Udfc as QuantizeUdfc
 
 

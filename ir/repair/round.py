@@ -7,13 +7,13 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+from graphwright.ir.action import Action
 from graphwright.ir.errors import ModelError
 from graphwright.ir.layers.kinds import OUTPUT_AXIS, PRODUCTS, TURNED
 from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.program import Program
-from graphwright.passes.base import Action
-from graphwright.passes.prune._grid import grid_codes
-from graphwright.passes.prune._udfc.walk import Compressed, repair_text, with_codes
+from graphwright.ir.repair.walk import Compressed, repair_text, with_codes
+from graphwright.ir.stored.grid import grid_codes
 
 
 def quantizable(program: Program, layers: Sequence[Layer]) -> tuple[set[str], list[Action]]:

@@ -1,1 +1,0 @@
-"""Closed-form repair of UDFC and its baselines."""
