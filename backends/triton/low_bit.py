@@ -169,9 +169,7 @@ def _leaves(node: fx.Node) -> Iterator[fx.Node]:
 
 def _constant(editor: Editor, node: fx.Node) -> Tensor | None:
     """The value of a node that depends on stored tensors only."""
-    if depends_on_input(node) or not any(n.op == "get_attr" for n in (node, *node.all_input_nodes)):
-        return None
-    return constant_value(editor, node)
+    return None if depends_on_input(node) else constant_value(editor, node)
 
 
 class LowBitEmbedding(Rewrite):

@@ -273,6 +273,7 @@ def _mean(literals: Literals, node: fx.Node) -> None:
 
 
 def scale_literal(literals: Literals, node: fx.Node, ratio: float) -> None:
+    """Multiplies what a call gives with a number behind it; nothing is put in for 1."""
     if ratio == 1.0:
         return
     literals.stand_in(node, literals.put(node.next, aten.mul.Tensor, node, ratio))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from itertools import islice
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -15,7 +14,6 @@ import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize and i
 from graphwright.ir.calibration.observe import bound_batches, observe
 from graphwright.ir.calibration.ranges import RangeObserver, range_observer
 from graphwright.ir.context import Batch
-from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.layers.kinds import (
     CONVOLUTIONS,
@@ -26,11 +24,12 @@ from graphwright.ir.layers.kinds import (
     TURNED,
     WEIGHT_ARGUMENT,
 )
+from graphwright.ir.layers.products import input_node
 from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.options import Bounded, Targets
 from graphwright.ir.program import Program
-from graphwright.ir.stored.insert import rebuild_channels, replace_stored, replace_weight
 from graphwright.passes.base import Action, Context, Need, Pass, Result
+from graphwright.passes.quantize._activations.integers import Inserter, Quantized, conv_bias
 from graphwright.passes.quantize._activations.sites import Sites, find_sites
 from graphwright.passes.quantize._math import int8 as int8_math
 
@@ -73,19 +72,6 @@ class Int8Options(Bounded, Targets):
     """Store embedding tables as int8 too, one scale per row."""
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """Codes of one stored weight, as `graphwright::dequantize` takes them."""
-
-    codes: Tensor
-    scale: Tensor
-    axis: int
-
-    def value(self) -> Tensor:
-        """The weight that the codes stand for."""
-        return ops.dequantize(self.codes, self.scale, None, self.axis)  # type: ignore[no-any-return]
-
-
 class Int8(Pass[Int8Options]):
     """Quantizes weights to int8, one symmetric scale per output channel, and activations to uint8.
 
@@ -126,7 +112,7 @@ class Int8(Pass[Int8Options]):
         ranges = self._ranges(program, sites, context) if is_static else {}
         weights = quantize_weights(program, layers, ranges, options)
         errors = layer_errors(program, layers, weights, ranges, context.calibration)
-        edited = _Inserter(program, self.id, sites, ranges, is_static).run(layers, weights)
+        edited = Inserter(program, self.id, sites, ranges, is_static).run(layers, weights)
         return Result(edited, self._actions(chosen, refused, errors), _metrics(errors))
 
     def _ranges(
@@ -222,23 +208,6 @@ def overflow_rule(kinds: set[str]) -> str:
     return "half" if kinds & set(CONVOLUTIONS) else "pairs"
 
 
-def conv_bias(program: Program, layer: Layer) -> Tensor | None:
-    """The stored bias of a convolution; None for anything else."""
-    if layer.kind not in CONVOLUTIONS or len(layer.node.args) < 3:
-        return None
-    bias = layer.node.args[2]
-    if not isinstance(bias, fx.Node) or bias.op != "get_attr":
-        return None
-    return program.state[str(bias.target)].detach()
-
-
-def input_node(layer: Layer) -> fx.Node:
-    """The activation that a layer reads."""
-    node = layer.node.args[INPUT_ARGUMENT[layer.kind]]
-    assert isinstance(node, fx.Node)
-    return node
-
-
 def layer_errors(
     program: Program,
     layers: list[Layer],
@@ -295,78 +264,3 @@ def _metrics(errors: dict[fx.Node, float]) -> dict[str, float]:
         "layer_error_mean": sum(values) / len(values),
         "layer_error_max": max(values),
     }
-
-
-class _Inserter:
-    """Puts codes and quantizers into a copy of the program."""
-
-    def __init__(
-        self,
-        program: Program,
-        by: str,
-        sites: Sites,
-        ranges: dict[fx.Node, tuple[float, int]],
-        is_static: bool,
-    ) -> None:
-        self.editor = Editor(program, by=by)
-        self.twin = dict(zip(program.graph.nodes, self.editor.graph.nodes, strict=True))
-        self.sites = sites
-        self.ranges = ranges
-        self.is_static = is_static
-
-    def run(self, layers: list[Layer], weights: dict[tuple[str, int], Quantized]) -> Program:
-        self._weights(layers, weights)
-        for x, readers in self.sites.inputs.items():
-            node = self.twin[x]
-            quantized = self._quantizer(node, x)
-            for user in list(node.users):
-                if user.name in readers:
-                    user.replace_input_with(node, quantized)
-        for y in self.sites.outputs:
-            node = self.twin[y]
-            quantized = self._quantizer(node, y)
-            node.replace_all_uses_with(quantized, delete_user_cb=lambda u, q=quantized: u is not q)
-        return self.editor.finish()
-
-    def _quantizer(self, node: fx.Node, original: fx.Node) -> fx.Node:
-        before = _behind(node)
-        if not self.is_static:
-            return self.editor.call(
-                ops.fake_quantize_dynamic.default, node, before=before, like=node
-            )
-        scale, zero_point = self.ranges[original]
-        return self.editor.call(
-            ops.fake_quantize.default, node, scale, zero_point, 0, 255, before=before, like=node
-        )
-
-    def _weights(self, layers: list[Layer], weights: dict[tuple[str, int], Quantized]) -> None:
-        """Codes in the place of every weight; layers that read one along one axis share them."""
-        readers: dict[tuple[str, int], list[Layer]] = {}
-        for layer in layers:
-            readers.setdefault((layer.weight, OUTPUT_AXIS[layer.kind]), []).append(layer)
-        for key, members in readers.items():
-            made = weights[key]
-            nodes = {self.twin[layer.node] for layer in members}
-            make = rebuild_channels(made.codes, made.scale, made.axis)
-            replace_weight(self.editor, members[0], make, matrix=False, readers=nodes)
-            for layer in members:
-                self._bias(layer, made)
-
-    def _bias(self, layer: Layer, quantized: Quantized) -> None:
-        bias = conv_bias(self.editor.program, layer)
-        if bias is None:
-            return
-        scale = quantized.scale * self.ranges[input_node(layer)][0]
-        node = self.twin[layer.node]
-        old = node.args[2]
-        assert isinstance(old, fx.Node)
-        make = rebuild_channels(int8_math.bias_codes(bias, scale), scale, 0)
-        replace_stored(self.editor, node, old, make)
-
-
-def _behind(node: fx.Node) -> fx.Node:
-    """Right behind the node; behind all inputs when it is one."""
-    following = node.next
-    while following.op == "placeholder":
-        following = following.next
-    return following

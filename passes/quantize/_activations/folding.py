@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from graphwright.ir.edit import Editor
 from graphwright.ir.graph.nodes import full_arguments
-from graphwright.ir.layers.kinds import INPUT_AXIS, MATRICES, WEIGHT_ARGUMENT
+from graphwright.ir.layers.kinds import INPUT_AXIS, MATRICES, TABLE, WEIGHT_ARGUMENT
 from graphwright.ir.layers.products import input_node
 from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.program import Program
@@ -24,7 +24,11 @@ from graphwright.ir.program import Program
 aten = torch.ops.aten
 
 
-NORMS = {aten.layer_norm.default: (2, 3), aten.rms_norm.default: (2,)}
+NORMS = {
+    op: tuple(place for place in (kind.weight, kind.bias) if place is not None)
+    for kind in (TABLE["layer_norm"], TABLE["rms_norm"])
+    for op in kind.operators
+}
 """Norms whose affine parameters can take the factors, and the places of these."""
 
 HOMOGENEOUS = frozenset({aten.relu.default, aten.leaky_relu.default, aten.contiguous.default})
