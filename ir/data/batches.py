@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from graphwright.ir.data.checks import RawBatch, check_batch, check_names, without_padding
+from graphwright.ir.data.pieces import pieces_of, wanted_samples
 from graphwright.ir.data.sources import Column, Table, TextSource, open_source
 from graphwright.ir.data.synthetic import (
     draw_size,
@@ -209,8 +210,8 @@ def _from_table(
     if len(set(rows.values())) > 1:
         raise ArgumentError(f"the arrays have different numbers of samples: {rows}", where=data)
     available = next(iter(rows.values()), 1)
-    count = _wanted_samples(data, samples, available)
-    pieces = _pieces(data, signature, count, size)
+    count = wanted_samples(data, samples, available)
+    pieces = pieces_of(data, signature, count, size)
 
     def read() -> Iterator[RawBatch]:
         for start, stop in pieces:
@@ -244,9 +245,9 @@ def _from_text(
     fixed = length if isinstance(length, int) else None
     bounds = signature.dims.get(str(length), DimRange())
     limits = [limit for limit in (fixed, bounds.max, max_length) if limit is not None]
-    count = _wanted_samples(data, samples, len(source.texts))
+    count = wanted_samples(data, samples, len(source.texts))
     names = [spec.name for spec in signature.inputs]
-    pieces = _pieces(data, signature, count, size)
+    pieces = pieces_of(data, signature, count, size)
 
     def take(indices: Sequence[int]) -> RawBatch:
         texts = [source.texts[index] for index in indices]
@@ -320,29 +321,8 @@ def _named(item: Any, signature: Signature, where: str) -> dict[str, Tensor]:
         raise ArgumentError(f"holds something that is no tensor: {error}", where=where) from error
 
 
-def _wanted_samples(data: str, samples: int | None, available: int) -> int:
-    if available == 0:
-        raise ArgumentError("holds no samples", where=data)
-    if samples is not None and samples > available:
-        raise ArgumentError(f"holds {available} samples, {samples} were asked for", where=data)
-    return available if samples is None else samples
-
-
 def _is_input(name: str, signature: Signature) -> bool:
     return any(spec.name == name for spec in signature.inputs)
-
-
-def _pieces(data: str, signature: Signature, count: int, size: int) -> list[tuple[int, int]]:
-    """(start, stop) of each batch; a rest smaller than the model takes is left out."""
-    first = next((s.shape[0] for s in signature.inputs if s.shape), size)
-    least = first if isinstance(first, int) else signature.dims.get(first, DimRange()).min
-    spans = [(start, min(start + size, count)) for start in range(0, count, size)]
-    pieces = [(start, stop) for start, stop in spans if stop - start >= least]
-    if not pieces:
-        raise ArgumentError(
-            f"holds {count} samples, and the model takes batches of {least} or more", where=data
-        )
-    return pieces
 
 
 def _is_batched(name: str, column: Column, signature: Signature) -> bool:
