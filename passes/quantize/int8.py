@@ -41,6 +41,9 @@ KERNELS = (*MATRICES, *CONVOLUTIONS, "embedding")
 NO_KERNEL = TRANSPOSED_CONVOLUTIONS
 """Layers with a weight that no runtime has an integer kernel for: reported, left in float."""
 
+GROUPS = 6
+"""Position of a convolution's groups."""
+
 MEASURED_BATCHES = 2
 """Batches that the error of every layer is measured on."""
 
@@ -66,7 +69,9 @@ class Int8Options(Bounded, Targets):
 
     any_cpu: bool = True
     """Keep weight codes where CPUs without VNNI instructions (AVX2, older AVX-512) compute
-    them exactly: their 16-bit sums saturate otherwise. Costs part of a bit."""
+    them exactly: their 16-bit sums of two products saturate otherwise. Pairs of codes beyond it
+    are moved, and scales are searched for channels that have any: docs/benchmarks.md says what
+    this costs."""
 
     embeddings: bool = True
     """Store embedding tables as int8 too, one scale per row."""
@@ -177,10 +182,10 @@ def quantize_weights(
     options: Int8Options,
 ) -> dict[tuple[str, int], Quantized]:
     """Codes of every weight, by (name, axis): tied layers share them."""
-    kinds: dict[tuple[str, int], set[str]] = {}
+    readers: dict[tuple[str, int], list[Layer]] = {}
     layers = list(layers)
     for layer in layers:
-        kinds.setdefault((layer.weight, OUTPUT_AXIS[layer.kind]), set()).add(layer.kind)
+        readers.setdefault((layer.weight, OUTPUT_AXIS[layer.kind]), []).append(layer)
     found: dict[tuple[str, int], Quantized] = {}
     for layer in layers:
         axis = OUTPUT_AXIS[layer.kind]
@@ -189,23 +194,25 @@ def quantize_weights(
         bias = conv_bias(program, layer)
         floor = None if bias is None else int8_math.least_scale(bias, ranges[input_node(layer)][0])
         weight = program.state[layer.weight].detach()
-        overflow = overflow_rule(kinds[layer.weight, axis]) if options.any_cpu else "any"
+        hold_pairs = options.any_cpu and any(map(can_overflow, readers[layer.weight, axis]))
         codes, scale = int8_math.quantize_weight(
-            weight, axis, options.weight_range, overflow, floor
+            weight, axis, options.weight_range, hold_pairs, floor
         )
         found[layer.weight, axis] = Quantized(codes, scale, axis)
     return found
 
 
-def overflow_rule(kinds: set[str]) -> str:
-    """Which codes cannot overflow a CPU's 16-bit sums, for a weight that layers of `kinds` read.
+def can_overflow(layer: Layer) -> bool:
+    """Whether kernels of CPUs without VNNI add neighbouring products of the layer in 16 bits.
 
-    The order in which a convolution sums is the runtime's choice, so that half the range is safe
-    and no pairing is; a table is multiplied with nothing.
+    A table is multiplied with nothing, and a depthwise convolution is summed in 32 bits.
     """
-    if kinds == {"embedding"}:
-        return "any"
-    return "half" if kinds & set(CONVOLUTIONS) else "pairs"
+    if layer.kind not in CONVOLUTIONS:
+        return layer.kind != "embedding"
+    weight = layer.node.args[WEIGHT_ARGUMENT[layer.kind]]
+    assert isinstance(weight, fx.Node)
+    groups = layer.node.args[GROUPS] if len(layer.node.args) > GROUPS else 1
+    return not (weight.meta["val"].shape[1] == 1 and weight.meta["val"].shape[0] == groups)
 
 
 def layer_errors(

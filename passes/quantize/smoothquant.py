@@ -119,7 +119,7 @@ def int8_error(weights: Sequence[Tensor], rows: Tensor, low: Tensor, high: Tenso
     quantized = (codes - zero_point) * scale
     total = 0.0
     for w in weights:
-        w_codes, w_scale = int8_math.quantize_weight(w, 0, overflow="half")
+        w_codes, w_scale = int8_math.quantize_weight(w, 0, hold_pairs=True)
         other = quantized @ (w_codes.float() * w_scale[:, None]).T
         total += float((rows @ w.T - other).double().square().sum())
     return total

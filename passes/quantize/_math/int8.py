@@ -8,11 +8,20 @@ from torch import Tensor
 INT8 = 127
 """Largest weight code; -128 is left out, so that the grid is symmetric."""
 
-HALF = 64
-"""Largest code of which two, times 255, still fit a signed 16-bit sum: 2 * 64 * 255 < 2**15."""
-
 PAIR = 128
-"""Largest sum of two codes of one sign, likewise."""
+"""Largest sum of two codes of one sign that, times 255, fits a signed 16-bit sum."""
+
+SMALLER = tuple(torch.linspace(0.98, 0.6, 20).tolist())
+"""Shares of a scale that the estimate `mse` tries."""
+
+WIDER = torch.linspace(1.0, 2.0, 17)
+"""Multiples of a scale that are tried where codes would overflow; at twice no pair does."""
+
+FEW = 512
+"""Channels of so many weights are coded at every scale; for longer ones errors are estimated."""
+
+CHUNK = 1 << 20
+"""Weights that are coded at a time, which keeps temporaries in the cache."""
 
 INT32 = 2**31 - 1
 
@@ -28,44 +37,28 @@ def weight_codes(w: Tensor, scale: Tensor, axis: int, largest: int = INT8) -> Te
     return codes.clamp(-largest, largest).to(torch.int8)
 
 
-def without_overflow(codes: Tensor, axis: int) -> Tensor:
-    """Codes of a matrix whose products with uint8 cannot overflow 16-bit sums of two.
-
-    CPUs without VNNI instructions add neighbouring products along the inner dimension in 16 bits,
-    with saturation: 255 (|a| + |b|) must stay below 2**15 wherever a and b have one sign. Pairs
-    beyond it are moved to the nearest pair that fits.
-
-    Args:
-        codes: (out, in) for axis 0, (in, out) for axis 1; int8.
-        axis: the axis of the output channels.
-    """
-    rows = codes.to(torch.int16) if axis == 0 else codes.to(torch.int16).T
-    width = rows.shape[1]
-    pairs = torch.nn.functional.pad(rows, (0, width % 2)).reshape(rows.shape[0], -1, 2)
-    size = pairs.abs()
-    excess = torch.where(pairs[..., 0] * pairs[..., 1] > 0, size.sum(-1) - PAIR, 0).clamp(min=0)
-    cut = torch.stack([(excess + 1) // 2, excess // 2], -1)
-    fitted = (pairs.sign() * (size - cut)).reshape(rows.shape[0], -1)[:, :width].to(torch.int8)
-    return (fitted if axis == 0 else fitted.T).contiguous()
-
-
 def quantize_weight(
     w: Tensor,
     axis: int,
     estimate: str = "min_max",
-    overflow: str = "any",
+    hold_pairs: bool = False,
     floor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Symmetric int8 codes and the scale of every channel of `axis`.
 
+    CPUs without VNNI instructions add neighbouring products with uint8 along the inner dimension
+    in 16 bits, with saturation: 255 (|a| + |b|) must stay below 2**15 wherever neighbours a and b
+    have one sign. The inner dimension of a convolution is the windows' places, and the input
+    channels within each: ONNX Runtime sums in this order whatever the layout.
+
     Args:
-        w: any shape, float32.
+        w: any shape, float32; (out, in, ...) for a convolution.
         axis: the channels' axis.
         estimate: `min_max` (max|w| / 127) or `mse` (also tries smaller scales, down to 0.6 of it,
             and takes the least squared rounding and clipping error).
-        overflow: `any` (nothing to hold), `pairs` (a matrix, see `without_overflow`; larger
-            scales, up to twice, are tried and the least squared error is taken) or `half`
-            (codes in [-64, 64], safe in any order of summation).
+        hold_pairs: move pairs of codes that could overflow to the nearest that cannot. Where a
+            channel has such pairs, larger scales, up to twice, are tried too, and the least
+            squared error is taken.
         floor: (channels,) least scale, or None.
 
     Returns:
@@ -73,52 +66,150 @@ def quantize_weight(
         zeros.
     """
     rows = w if axis % w.dim() == 0 else w.movedim(axis, 0)
+    if rows.dim() > 2:
+        rows = rows.movedim(1, -1)
     flat = rows.reshape(rows.shape[0], -1)
-    largest = HALF if overflow == "half" else INT8
-    peak = flat.abs().amax(1) if flat.shape[1] else flat.new_zeros(flat.shape[0])
-    base = torch.where(peak > 0, peak / largest, torch.ones_like(peak))
-    base = base.clamp(min=torch.finfo(torch.float32).tiny)
-    if floor is not None:
-        base = torch.maximum(base, floor)
-    codes, error = _coded(flat, base, largest, overflow)
-    scale = base.clone()
-    smaller = torch.linspace(0.98, 0.6, 20).tolist() if estimate == "mse" else []
-    larger = torch.linspace(1.05, 2.0, 20).tolist() if overflow == "pairs" else []
-    for shares in (smaller, larger):
-        # A channel drops out after two steps that were no better: the error has one valley.
-        active, misses = torch.arange(flat.shape[0]), torch.zeros(flat.shape[0])
-        if shares is larger and larger:
-            active = active[_overflows(flat, base, largest)]
-        for share in shares:
-            if not len(active):
-                break
-            tried = base[active] * share
-            if floor is not None:
-                tried = torch.maximum(tried, floor[active])
-            new_codes, new_error = _coded(flat[active], tried, largest, overflow)
-            better = new_error < error[active]
-            winners = active[better]
-            scale[winners], error[winners] = tried[better], new_error[better]
-            codes[winners] = new_codes[better]
-            misses[active] = torch.where(better, 0.0, misses[active] + 1)
-            active = active[misses[active] < 2]
+    codes = torch.empty(flat.shape, dtype=torch.int8)
+    scale = torch.empty(flat.shape[0])
+    step = max(1, CHUNK // max(flat.shape[1], 1))
+    for i in range(0, flat.shape[0], step):
+        part = slice(i, i + step)
+        least = None if floor is None else floor[part]
+        codes[part], scale[part] = _rows(flat[part], estimate, hold_pairs, least)
     shaped = codes.reshape(rows.shape)
-    return (shaped if rows is w else shaped.movedim(0, axis)).contiguous(), scale
+    if rows.dim() > 2:
+        shaped = shaped.movedim(-1, 1)
+    return shaped.movedim(0, axis % w.dim()).contiguous(), scale
 
 
-def _coded(rows: Tensor, scale: Tensor, largest: int, overflow: str) -> tuple[Tensor, Tensor]:
-    """Codes of (channels, n) rows at one scale each, and every row's squared error."""
-    codes = weight_codes(rows, scale, 0, largest)
-    if overflow == "pairs":
-        codes = without_overflow(codes, 0)
-    error = (codes.to(rows.dtype) * scale[:, None] - rows).square().sum(1)
-    return codes, error
+def _rows(
+    flat: Tensor, estimate: str, hold_pairs: bool, floor: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`quantize_weight` of (channels, n): codes and scales."""
+    peak = flat.abs().amax(1) if flat.shape[1] else flat.new_zeros(flat.shape[0])
+    scale = torch.where(peak > 0, peak / INT8, torch.ones_like(peak))
+    scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
+    if floor is not None:
+        scale = torch.maximum(scale, floor)
+    codes, error = _coded(flat, scale)
+    if estimate == "mse":
+        codes, error, scale = _search_smaller(flat, codes, error, scale, floor)
+    if hold_pairs:
+        codes, scale = _held(flat, codes, error, scale)
+    return codes.to(torch.int8), scale
 
 
-def _overflows(rows: Tensor, scale: Tensor, largest: int) -> Tensor:
-    """Rows (bool) with a pair of codes that `without_overflow` has to move."""
-    codes = weight_codes(rows, scale, 0, largest)
-    return (without_overflow(codes, 0) != codes).any(1)
+def _coded(rows: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of (channels, n) rows at one scale each, as floats, and every row's squared error."""
+    codes = torch.round(rows / scale[:, None]).clamp_(-INT8, INT8)
+    return codes, _error(rows, codes, scale)
+
+
+def _error(rows: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    return (codes * scale[:, None]).sub_(rows).square_().sum(1)
+
+
+def _search_smaller(
+    rows: Tensor, codes: Tensor, error: Tensor, scale: Tensor, floor: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, errors and scales with smaller scales where they lower the error."""
+    base, scale = scale, scale.clone()
+    # A channel drops out after two steps that were no better: the error has one valley.
+    active, misses = torch.arange(len(rows)), torch.zeros(len(rows))
+    for share in SMALLER:
+        if not len(active):
+            break
+        tried = base[active] * share
+        if floor is not None:
+            tried = torch.maximum(tried, floor[active])
+        new_codes, new_error = _coded(rows[active], tried)
+        better = new_error < error[active]
+        winners = active[better]
+        scale[winners], error[winners] = tried[better], new_error[better]
+        codes[winners] = new_codes[better]
+        misses[active] = torch.where(better, 0.0, misses[active] + 1)
+        active = active[misses[active] < 2]
+    return codes, error, scale
+
+
+def _held(rows: Tensor, codes: Tensor, error: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes without a pair that overflows, and their scales.
+
+    Channels that have such a pair take the scale of `WIDER` that is best for them.
+    """
+    over = _overflowing(codes)
+    row, place = over.nonzero(as_tuple=True)
+    if not len(row):
+        return codes, scale
+    if rows.shape[1] <= FEW:
+        tried = torch.stack([_fitted(rows, scale * multiple)[1] for multiple in WIDER], -1)
+    else:
+        tried = _estimated(rows, codes, error, scale, row, place)
+    best = tried.argmin(1)
+    _move(codes, row, place)
+    wide = best.nonzero().squeeze(1)
+    if len(wide):
+        wider = scale[wide] * WIDER[best[wide]]
+        new, new_error = _fitted(rows[wide], wider)
+        is_better = new_error < _error(rows[wide], codes[wide], scale[wide])
+        codes[wide[is_better]] = new[is_better]
+        scale = scale.index_put((wide[is_better],), wider[is_better])
+    return codes, scale
+
+
+def _fitted(rows: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_coded`, with the pairs that overflow moved."""
+    codes, _ = _coded(rows, scale)
+    _move(codes, *_overflowing(codes).nonzero(as_tuple=True))
+    return codes, _error(rows, codes, scale)
+
+
+def _estimated(
+    rows: Tensor, codes: Tensor, error: Tensor, scale: Tensor, row: Tensor, place: Tensor
+) -> Tensor:
+    """Errors (channels, multiples) of the rows at every scale of `WIDER`.
+
+    Few pairs overflow, and only they are coded at every scale: the rounding error of the other
+    weights of a row grows with the square of the scale.
+
+    Args:
+        rows, codes, error, scale: the rows as they are coded now, with pairs that overflow.
+        row, place: of those pairs.
+    """
+    pairs = _pairs(rows, row, place)
+    free = (_pairs(codes, row, place) * scale[row, None] - pairs).square().sum(-1)
+    others = error - torch.zeros_like(error).index_add_(0, row, free)
+    total = others.clamp(min=0)[:, None] * WIDER.square()
+    for i, multiple in enumerate(WIDER):
+        steps = scale[row, None] * multiple
+        tried = _moved(torch.round(pairs / steps).clamp_(-INT8, INT8))
+        cost = (tried * steps - pairs).square().sum(-1)
+        total[:, i].index_add_(0, row, cost)
+    return total
+
+
+def _overflowing(codes: Tensor) -> Tensor:
+    """Pairs (channels, n // 2) that are beyond `PAIR`: two signs never are."""
+    even = codes.shape[1] // 2 * 2
+    return (codes[:, :even:2] + codes[:, 1:even:2]).abs() > PAIR
+
+
+def _pairs(rows: Tensor, row: Tensor, place: Tensor) -> Tensor:
+    """Pairs (.., 2) of the rows."""
+    return torch.stack([rows[row, 2 * place], rows[row, 2 * place + 1]], -1)
+
+
+def _move(codes: Tensor, row: Tensor, place: Tensor) -> None:
+    """Moves pairs of codes to where they fit, in place."""
+    fitted = _moved(_pairs(codes, row, place))
+    codes[row, 2 * place], codes[row, 2 * place + 1] = fitted.unbind(-1)
+
+
+def _moved(pairs: Tensor) -> Tensor:
+    """Pairs of codes (.., 2) on their way to zero, as far as they have to go to fit."""
+    excess = (pairs.sum(-1).abs() - PAIR).clamp(min=0)
+    cut = torch.stack([torch.ceil(excess / 2), torch.floor(excess / 2)], -1)
+    return pairs - pairs.sign() * cut
 
 
 def activation_parameters(low: float, high: float) -> tuple[float, int]:

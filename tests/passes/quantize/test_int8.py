@@ -192,3 +192,21 @@ def test_a_constant_activation_has_a_scale_of_its_own(cnn: gw.Program) -> None:
     batches = [(torch.zeros(2, 3, 8, 8),)]
     quantized = gw.passes.quantize.Int8(activations="static")(cnn, calibration=batches, check=False)
     assert bool(torch.isfinite(quantized(torch.zeros(2, 3, 8, 8))).all())
+
+
+def test_only_layers_that_can_overflow_give_up_codes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 16, 3), nn.Linear(6, 6))
+    x = torch.randn(4, 8, 10, 10)
+    program = gw.trace(model.eval(), {"input": x})
+    held, free = (
+        gw.passes.quantize.Int8(activations="static", any_cpu=any_cpu)(
+            program, calibration=[{"input": x}]
+        ).state
+        for any_cpu in (True, False)
+    )
+    same = {n: torch.equal(held[n], free[n]) for n in held if n.endswith("weight_codes")}
+    assert same == {"0.weight_codes": True, "1.weight_codes": False, "2.weight_codes": False}
+    # Neighbours of the sum are the input channels of one place of the window.
+    rows = held["1.weight_codes"].movedim(1, -1).reshape(16, -1, 2).int()
+    assert int((rows.sum(-1)).abs().max()) <= 128
