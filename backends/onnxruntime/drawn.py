@@ -13,7 +13,7 @@ import torch
 from graphwright.backends.onnxruntime.check import Case, case_of
 from graphwright.ir.program import Program
 
-SPREAD, SHIFT = 0.2, 3.0
+SPREAD, SHIFT = 0.3, 2.0
 """A drawn input is SPREAD times the example, moved by SHIFT times its root mean square."""
 
 
