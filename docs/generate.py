@@ -60,6 +60,10 @@ def catalogue(schema: Schema, names: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+USUAL = 3
+"""Optional settings that an example shows, beside those that all passes share."""
+
+
 def pass_page(name: str, doc: str, schema: Schema) -> str:
     """The page of one pass: what it does, what it promises, its options, a spec that uses it."""
     entry = schema["$defs"][name]
@@ -81,9 +85,12 @@ def pass_page(name: str, doc: str, schema: Schema) -> str:
     code, test = f"passes/{family}/{method}.py", f"tests/passes/{family}/test_{method}.py"
     lines.append(f"| source | [`{code}`](../../{code}), tested by [`{test}`](../../{test}) |")
     lines += ["", "## Options", "", *_options(entry, schema)]
-    for key, option in entry["properties"].items():
-        if "$ref" in option and (inner := _resolve(option, schema)).get("properties"):
-            lines += ["", f"### Under `{key}`", "", *_options(inner, schema)]
+    if "tune" in entry["properties"]:
+        link = "Under `tune`: the [options of training](../spec-reference.md#options-under-tune)."
+        lines += [
+            "",
+            link,
+        ]
     lines += ["", "## In a spec", "", "```yaml", *example_spec(name, schema), "```"]
     return "\n".join(lines) + "\n"
 
@@ -106,6 +113,9 @@ def spec_reference(schema: Schema) -> str:
             "",
             *_options(entry, schema),
         ]
+    lines += ["", "## Options under `tune`", "", "Every pass that trains embeds them.", ""]
+    tune = schema["$defs"]["tune.finetune"]["properties"]["tune"]
+    lines += _options(_resolve(tune, schema), schema)
     for name, entry in schema["$defs"].items():
         if "backend" in entry.get("x-graphwright", {}):
             lines += ["", f"## `lower: {name}`", "", entry["description"], ""]
@@ -129,7 +139,8 @@ def _options(entry: Schema, schema: Schema) -> list[str]:
         return ["None."]
     rows = ["| option | type | default | meaning |", "| --- | --- | --- | --- |"]
     required = entry.get("required", [])
-    for key, option in entry["properties"].items():
+    # The bound on the whole result comes last, wherever it is declared.
+    for key, option in sorted(entry["properties"].items(), key=lambda item: item[0] == "max_error"):
         default = "required" if key in required else _default(option)
         meaning = option.get("description") or _resolve(option, schema).get("description", "")
         rows.append(f"| `{key}` | {type_text(option, schema)} | {default} | {_cell(meaning)} |")
@@ -174,11 +185,9 @@ def _number(value: float) -> str:
 
 
 def example_spec(name: str, schema: Schema) -> list[str]:
-    """A spec with this pass alone, its options written out."""
+    """A spec with this pass alone, and the options that one would set, a line each."""
     entry = schema["$defs"][name]
-    required = entry.get("required", [])
-    options = {key: _example(name, key, option) for key, option in entry["properties"].items()
-               if key in required or option.get("default") not in (None, [], {})}  # fmt: skip
+    options = {key: _example(name, key, entry["properties"][key]) for key in _usual(entry)}
     for key in [key for key, value in options.items() if isinstance(value, dict)]:
         (options[key],) = _resolve(entry["properties"][key], schema)["examples"]
     lines = ["version: 1"]
@@ -188,8 +197,19 @@ def example_spec(name: str, schema: Schema) -> list[str]:
     elif needs != "nothing":
         lines.append("calibration: {data: synthetic}")
     lines.append("passes:")
-    written = ", ".join(f"{key}: {_yaml(value)}" for key, value in options.items())
-    return [*lines, f"  - {name}: {{{written}}}" if written else f"  - {name}"]
+    if not options:
+        return [*lines, f"  - {name}"]
+    written = [f"      {key}: {_yaml(value)}" for key, value in options.items()]
+    return [*lines, f"  - {name}:", *written]
+
+
+def _usual(entry: Schema) -> list[str]:
+    """Required options, the first ones that a pass declares, its targets, and how it trains."""
+    required, shared = entry.get("required", []), ("targets", "tune")
+    optional = [key for key, option in entry["properties"].items()
+                if key not in required and option.get("default") not in (None, [], {})]  # fmt: skip
+    own = [key for key in optional if key not in shared]
+    return [*required, *own[:USUAL], *(key for key in shared if key in optional)]
 
 
 def _yaml(value: Any) -> str:
