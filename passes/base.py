@@ -78,6 +78,8 @@ class Pass(Generic[OptionsT]):
             with those that compression started from. Where absent: `trained` for a pass that
             trains, `compressed` for a lossy one, else `kept`.
         changes_interface: its result may have other inputs or outputs than the given program.
+        stores_weights: weights that plain operators compute from stored tensors (weight norm,
+            spectral norm) are stored before it runs.
     """
 
     id: ClassVar[str] = ""
@@ -93,6 +95,7 @@ class Pass(Generic[OptionsT]):
     lowers_to: ClassVar[tuple[str, ...]] = ("onnxruntime", "triton")
     weights: ClassVar[Effect | None] = None
     changes_interface: ClassVar[bool] = False
+    stores_weights: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -165,7 +168,11 @@ class Pass(Generic[OptionsT]):
         if self.needed != "nothing":
             source = "training" if self.needed == "training" else "calibration"
             context.require(source, f"{self.id} needs {source} data")
-        result = self.run(program, context)
+        result = (
+            self._run_on_stored(program, context)
+            if self.stores_weights
+            else self.run(program, context)
+        )
         if not self.changes_interface:
             _same_interface(self.id, program, result.program)
         from graphwright.ir.graph.digest import digest
@@ -175,6 +182,14 @@ class Pass(Generic[OptionsT]):
         )
         changed = result.program.replace(provenance=(*program.provenance, record))
         return replace(result, program=changed)
+
+    def _run_on_stored(self, program: Program, context: Context) -> Result:
+        from graphwright.ir.stored.parametrized import store_weights
+
+        stored, names = store_weights(program, self.id)
+        result = self.run(stored, context)
+        said = tuple(Action(n, "weight stored", "it was computed from parameters") for n in names)
+        return replace(result, actions=(*said, *result.actions))
 
     def effect(self, result: Result) -> Effect:
         """What a run did to weights: as its result says, or as the pass declares."""

@@ -81,13 +81,13 @@ def trace(
         ArgumentError: `dynamic` names an input, an axis or a size that is not there.
     """
     flat = FlatModel(model, example_inputs)
-    with traceable(model):
+    with traceable(model) as said:
         flat.settle()
         noted = _take_state(flat, state)
         asked = batch_axes(flat) if dynamic == "batch" else dynamic
         wanted: Dynamic = normalize(flat.inputs, asked or {})
         program, notes = _right_at_every_size(flat, wanted, dict(dims or {}), ranges or {}, check)
-    notes = [*noted, *notes]
+    notes = [*noted, *said, *notes]
     for name, kind in flat.record.dropped.items():
         notes.append(f"output {name!r} is a {kind}, which holds no tensors; it is left out")
     for note in notes:

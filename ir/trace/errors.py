@@ -14,10 +14,17 @@ from graphwright.ir.errors import ModelError
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _LIBRARY = os.path.dirname(os.path.abspath(traceback.__file__)) + os.sep + "contextlib"
 _OWN = os.path.dirname(os.path.abspath(__file__)) + os.sep
-_WITHIN = _OWN + "known_values.py"
+_WITHIN = (_OWN + "known_values.py", _OWN + "prepare.py")
 """Ours, and called by the model's code as it runs."""
 
 REMEDIES = (
+    (
+        r"PackedSequenceError",
+        "packed sequences cannot be traced, for their sizes are values of a tensor",
+        "Run the layer on the padded batch and mask what lies behind the lengths; for a last state "
+        "gather the output at lengths - 1. A backward direction needs each sequence turned round "
+        "within its length (gather) before and after.",
+    ),
     (
         r"data-dependent|DataDependent|Eq\(u\d+|\bu\d+\b",
         "a branch or a size depends on the values of a tensor, which a graph cannot hold",
@@ -66,7 +73,7 @@ def user_line(error: BaseException) -> tuple[str, str]:
     """
     frames = list(traceback.extract_tb(error.__traceback__))
     files = [os.path.abspath(f.filename) for f in frames]
-    ours = [i for i, file in enumerate(files) if file.startswith(_OWN) and file != _WITHIN]
+    ours = [i for i, file in enumerate(files) if file.startswith(_OWN) and file not in _WITHIN]
     # What called `trace` lies outside our own innermost frame; the model's code lies inside.
     inner = frames[ours[-1] + 1 :] if ours else frames
     model = [frame for frame in inner if is_users(frame.filename)]

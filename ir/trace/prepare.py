@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import warnings
@@ -17,11 +18,13 @@ from graphwright.ir.trace.untouched import same_attributes
 
 
 @contextlib.contextmanager
-def traceable(model: nn.Module) -> Iterator[None]:
+def traceable(model: nn.Module) -> Iterator[list[str]]:
     """Eval mode, no key-value cache, experts as batched products, no gradients, no chatter.
 
-    Everything is put back on the way out, training flags module by module.
+    Everything is put back on the way out, training flags module by module. Gives a list, in which
+    stands afterwards what was done to the model's own ways and can be seen in its results.
     """
+    said: list[str] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(same_attributes(model))
         stack.enter_context(_inference_mode(model))
@@ -30,10 +33,12 @@ def traceable(model: nn.Module) -> Iterator[None]:
         stack.enter_context(_batched_experts(model))
         stack.enter_context(_given_masks())
         stack.enter_context(_calls_that_raise())
+        stack.enter_context(_no_nested_tensors(model, said))
+        stack.enter_context(_no_packed_sequences())
         stack.enter_context(whole_recurrent_layers())
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.no_grad())
-        yield
+        yield said
 
 
 @contextlib.contextmanager
@@ -164,3 +169,61 @@ def _given_masks() -> Iterator[None]:
         yield
     finally:
         module._detect_is_causal_mask = before
+
+
+@contextlib.contextmanager
+def _no_nested_tensors(model: nn.Module, said: list[str]) -> Iterator[None]:
+    """nn.TransformerEncoder drops padded positions where a mask allows, which no graph can hold.
+
+    Its layers compute the same at all other positions without.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    encoder = nn.TransformerEncoder
+    before = encoder.forward
+
+    @functools.wraps(before)
+    def forward(
+        self: nn.TransformerEncoder,
+        src: Any,
+        mask: Any = None,
+        src_key_padding_mask: Any = None,
+        is_causal: bool | None = None,
+    ) -> Any:
+        if src_key_padding_mask is not None and getattr(self, "use_nested_tensor", False):
+            self.use_nested_tensor = False
+            note = (
+                f"nn.TransformerEncoder {names.get(id(self), '')!r} is traced without nested "
+                "tensors: where its padding mask is set, eager gives zeros, and the program what "
+                "the layers compute there"
+            )
+            if note not in said:
+                said.append(note)
+        return before(self, src, mask, src_key_padding_mask, is_causal)
+
+    encoder.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        encoder.forward = before  # type: ignore[method-assign]
+
+
+class PackedSequenceError(RuntimeError):
+    """A model packs sequences while it is traced."""
+
+
+@contextlib.contextmanager
+def _no_packed_sequences() -> Iterator[None]:
+    """The sizes of a packed sequence are values of a tensor: a trace stops where it is packed."""
+    functions: Any = torch._VF
+    before = functions._pack_padded_sequence
+
+    def pack(*args: Any) -> Any:
+        if torch.compiler.is_exporting():
+            raise PackedSequenceError("pack_padded_sequence")
+        return before(*args)
+
+    functions._pack_padded_sequence = pack
+    try:
+        yield
+    finally:
+        functions._pack_padded_sequence = before

@@ -12,14 +12,9 @@ from graphwright.ir.edit import Editor
 from graphwright.ir.graph.constants import constant_nodes, constant_value, is_static
 from graphwright.ir.graph.nodes import op_name
 from graphwright.ir.program import Program
+from graphwright.ir.stored.parametrized import PLAIN_MOVES
 from graphwright.passes.base import Action, Context, Options, Pass, Result
 from graphwright.passes.cleanup.eliminate_common_subexpressions import is_repeatable
-
-PLAIN_MOVES = frozenset(
-    {"transpose", "t", "permute", "reshape", "unsqueeze", "squeeze", "expand", "to", "slice",
-     "select", "flatten", "unflatten", "alias"}
-)  # fmt: skip
-"""Moves of one tensor. Folding them alone stores a second copy and saves next to nothing."""
 
 
 class FoldConstantsOptions(Options):

@@ -119,6 +119,7 @@ class Adaquant(Pass[AdaquantOptions]):
     """
 
     contract = "lossy"
+    stores_weights = True
     needs = "calibration"
     papers = ("P47",)
     after = ("cleanup.*", "prune.*", "tune.*", "quantize.smoothquant")

@@ -91,6 +91,7 @@ class Awq(Pass[AwqOptions]):
     """
 
     contract = "lossy"
+    stores_weights = True
     needs = "calibration"
     after = ("cleanup.*", "prune.*", "tune.*", "quantize.smoothquant")
 

@@ -112,6 +112,7 @@ class BitAllocation(Pass[BitAllocationOptions]):
     """
 
     contract = "lossy"
+    stores_weights = True
     needs = "calibration"
     papers = ("P47",)
     after = ("cleanup.*", "prune.*", "tune.*", "quantize.smoothquant")

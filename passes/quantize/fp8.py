@@ -54,6 +54,7 @@ class Fp8(Pass[Fp8Options]):
     """
 
     contract = "lossy"
+    stores_weights = True
     after = ("cleanup.*", "prune.*", "tune.*", "quantize.smoothquant")
     needs_with: ClassVar[Mapping[tuple[str, Any], Need]] = {
         ("activations", "static"): "calibration"

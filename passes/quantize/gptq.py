@@ -103,6 +103,7 @@ class Gptq(Pass[GptqOptions]):
     """
 
     contract = "lossy"
+    stores_weights = True
     needs = "calibration"
     after = ("cleanup.*", "prune.*", "tune.*", "quantize.smoothquant")
 

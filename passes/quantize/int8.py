@@ -91,6 +91,7 @@ class Int8(Pass[Int8Options]):
     """
 
     contract = "lossy"
+    stores_weights = True
     after = ("cleanup.*", "quantize.smoothquant")
     lowers_to = ("onnxruntime", "triton")
     needs_with: ClassVar[Mapping[tuple[str, Any], Need]] = {

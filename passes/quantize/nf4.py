@@ -60,6 +60,7 @@ class Nf4(Pass[Nf4Options]):
     """
 
     contract = "lossy"
+    stores_weights = True
     after = ("cleanup.*", "quantize.smoothquant")
     lowers_to = ("onnxruntime", "triton")
 

@@ -101,6 +101,7 @@ class Pv(Pass[PvOptions]):
     """
 
     contract = "lossy"
+    stores_weights = True
     needs = "training"
     papers = ("P50",)
     after = ("cleanup.*", "quantize.*", "compensate.*", "prune.*")

@@ -38,6 +38,7 @@ class Rtn(Pass[RtnOptions]):
     """
 
     contract = "lossy"
+    stores_weights = True
     after = ("cleanup.*", "prune.*", "tune.*", "quantize.smoothquant")
 
     def run(self, program: Program, context: Context) -> Result:

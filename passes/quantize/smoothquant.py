@@ -58,6 +58,7 @@ class Smoothquant(Pass[SmoothquantOptions]):
     """
 
     contract = "exact"
+    stores_weights = True
     weights = "reformed"
     needs = "calibration"
 

@@ -47,6 +47,7 @@ class Udfc(Pass[UdfcOptions]):
     """
 
     contract = "lossy"
+    stores_weights = True
     papers = ("P69",)
     before = ("cleanup.fold_batch_norm",)  # batch norm tells how channels are distributed
 

@@ -139,6 +139,7 @@ class Vptq(Pass[VptqOptions]):
     """
 
     contract = "lossy"
+    stores_weights = True
     needs = "calibration"
     papers = ("P63",)
     after = ("cleanup.*", "prune.*", "quantize.smoothquant")
