@@ -1,4 +1,4 @@
-"""What a backend is: it lowers a program to something that runs and can be saved."""
+"""The base class of backends, which lower a program to something that runs and can be saved."""
 
 from __future__ import annotations
 

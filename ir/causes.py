@@ -15,7 +15,7 @@ _QUOTED = re.compile(r"got \w+(?:Error|Exception)\((['\"])(.+?)\1\)")
 
 
 def innermost(error: BaseException) -> str:
-    """What failed, where the error quotes another or tells nothing itself.
+    """The innermost cause of an error that quotes another one or says nothing itself.
 
     TorchScript puts the message of the operator below a listing of its own code; other engines
     chain exceptions. The type is named where the text is empty.

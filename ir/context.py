@@ -1,4 +1,4 @@
-"""What a pass is given besides the program: seed, data, device, folders. No global state."""
+"""The surroundings of a pass: seed, data, device, folders. There is no global state."""
 
 from __future__ import annotations
 

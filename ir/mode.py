@@ -25,7 +25,7 @@ FLAG_ARGUMENT = {
     aten.rnn_tanh.input: 6,
     aten.rnn_relu.input: 6,
 }
-"""Which argument of an op says that it trains."""
+"""Position of the argument that says that an op trains."""
 
 NORMS = (aten.batch_norm.default, aten.instance_norm.default)
 

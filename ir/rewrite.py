@@ -104,7 +104,7 @@ def one_of(*patterns: Pattern) -> OneOf:
 
 @dataclass
 class Match:
-    """What a pattern found.
+    """A place in a graph that fits a pattern.
 
     Attributes:
         root: the last call of the pattern.

@@ -1,4 +1,4 @@
-"""What goes into a program and what comes out: names, dtypes, symbolic sizes, structure.
+"""The interface of a program: names, dtypes, symbolic sizes and structure of inputs and outputs.
 
 Everything here is plain data that goes to JSON and back, so that a saved program needs no class
 of the user's to rebuild the model's own output.

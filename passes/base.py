@@ -1,4 +1,4 @@
-"""What a pass is: one class that declares its options, needs and contract, and runs."""
+"""The base class of passes: it declares options, needs and contract, and runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from graphwright.ir.program import Program, Provenance
 Contract = Literal["exact", "identity_at_init", "lossy"]
 Need = Literal["nothing", "calibration", "gradients", "training"]
 Effect = Literal["kept", "reformed", "compressed", "trained"]
-"""What becomes of weights: the same values; new originals (norms folded, factors moved, channels
+"""The effect on weights: the same values; new originals (norms folded, factors moved, channels
 cut); approximations of what they were; values found by training."""
 
 OptionsT = TypeVar("OptionsT", bound=Options, default=Options)
@@ -33,7 +33,7 @@ __all__ = ["Action", "Context", "Contract", "Need", "Options", "Pass", "Result",
 
 @dataclass(frozen=True)
 class Result:
-    """What a pass hands back.
+    """The result of a pass.
 
     Attributes:
         program: the new program, or the very same object when nothing changed.
@@ -192,7 +192,7 @@ class Pass(Generic[OptionsT]):
         return replace(result, actions=(*said, *result.actions))
 
     def effect(self, result: Result) -> Effect:
-        """What a run did to weights: as its result says, or as the pass declares."""
+        """The effect of a run on weights: as its result says, or as the pass declares."""
         declared = result.effect or self.weights
         if declared == "reformed" and not any(action.changed for action in result.actions):
             return "kept"
@@ -203,13 +203,13 @@ class Pass(Generic[OptionsT]):
         return "compressed" if self.contract == "lossy" else "kept"
 
     def promise(self) -> Promise:
-        """What this pass, with these options, says of its effect on the function."""
+        """The promise of this pass, with these options, about its effect on the function."""
         bound = getattr(self.options, "max_error", None)
         return Promise(self.id, self.contract, self.tolerance, bound)
 
     @property
     def needed(self) -> Need:
-        """What this instance needs, given its options."""
+        """The needs of this instance, given its options."""
         for (option, value), need in self.needs_with.items():
             if getattr(self.options, option) == value:
                 return need

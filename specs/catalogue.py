@@ -32,7 +32,7 @@ def list_passes() -> str:
 
 
 def explain_pass(name: str) -> str:
-    """What a pass does, its options with types and defaults, and a minimal spec.
+    """Text about a pass: its work, its options with types and defaults, and a minimal spec.
 
     Raises:
         ArgumentError: there is no such pass; names the nearest.

@@ -49,7 +49,7 @@ def chain_findings(root: Node, schema: Schema) -> Iterator[Finding]:
 
 
 def _pair(earlier: _Link, later: _Link) -> Finding | None:
-    """What is wrong with two passes in this order."""
+    """The problem with two passes in this order."""
     first, second = earlier.facts, later.facts
     path = ("passes", later.index)
     if _among(second.id, first.conflicts) or _among(first.id, second.conflicts):
@@ -62,7 +62,7 @@ def _pair(earlier: _Link, later: _Link) -> Finding | None:
 
 
 def _wish(one: PassFacts, other: PassFacts) -> int:
-    """How much is said for `one` before `other`: 2 by name, 1 by a family, 0 nothing.
+    """The weight of what is declared for `one` before `other`: 2 by name, 1 by a family, 0 nothing.
 
     A name outweighs a family, and two families that say opposite things leave the order free.
     """

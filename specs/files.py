@@ -1,4 +1,4 @@
-"""Where specs and the data they name are found."""
+"""Finds specs and the data that they name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a value of the wrong type was most likely meant to be: `"4"` -> 4, `20 min` -> 20."""
+"""The likely meaning of a value of the wrong type: `"4"` -> 4, `20 min` -> 20."""
 
 from __future__ import annotations
 

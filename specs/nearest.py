@@ -18,7 +18,7 @@ _ALSO_CALLED = {
     "maxhours": "max_minutes", "maxseconds": "max_minutes", "maxtime": "max_minutes",
     "maxloss": "max_drop", "maxmemory": "max_rss_gb", "maxsize": "max_file_mb",
 }  # fmt: skip
-"""What other tools call the same thing. Used only where the right-hand name is valid."""
+"""Other tools' words for the same thing. Used only where the right-hand name is valid."""
 
 
 def nearest(written: str, valid: Iterable[str], *, unlikely: Iterable[str] = ()) -> str:
@@ -48,7 +48,7 @@ def nearest(written: str, valid: Iterable[str], *, unlikely: Iterable[str] = ())
 
 
 def distance(written: str, name: str) -> float:
-    """How unlikely it is that `written` is a misspelling of `name`; 0 for equal texts.
+    """The distance of `written` from `name` as a misspelling; 0 for equal texts.
 
     Edits of letters (insert, drop, replace, swap neighbours: Damerau 1964) count one each, a
     doubled or halved letter a little less; case, dashes and underscores count next to nothing.

@@ -16,7 +16,7 @@ FILE = Path(__file__).with_name("schema.json")
 
 @dataclass(frozen=True)
 class PassFacts:
-    """What the class of a pass says about it; see `graphwright.passes.base.Pass`."""
+    """The declarations of a pass's class; see `graphwright.passes.base.Pass`."""
 
     id: str
     contract: str
@@ -28,7 +28,7 @@ class PassFacts:
     lowers_to: tuple[str, ...]
 
     def needed(self, options: dict[str, Any], defaults: dict[str, Any]) -> str:
-        """What the pass needs when it has these options."""
+        """The needs of the pass when it has these options."""
         for option, value, needs in self.needs_with:
             if options.get(option, defaults.get(option)) == value:
                 return needs
@@ -68,7 +68,7 @@ class Schema:
         return {key: copy.deepcopy(opt["default"]) for key, opt in options if "default" in opt}
 
     def facts(self, name: str) -> PassFacts | None:
-        """What is known about a pass, or None when there is no such pass."""
+        """The facts about a pass, or None when there is no such pass."""
         found = self.definitions.get(name, {}).get("x-graphwright", {})
         if "pass" not in found:
             return None

@@ -47,7 +47,7 @@ class InputSection(Options):
 
 
 class ModelSection(Options):
-    """What the model file does not say itself."""
+    """Facts that the model file does not hold itself."""
 
     inputs: dict[str, InputSection] = Field(default={})
     """Inputs by name, in the order the model takes them."""
@@ -59,15 +59,15 @@ class ModelSection(Options):
     """Keyword arguments of the factory."""
 
     key: Text | None = None
-    """Where in a training checkpoint the weights are, as `model_ema` or `state.model`; found by
+    """Place of the weights in a training checkpoint, as `model_ema` or `state.model`; found by
     itself where only one group of tensors fits the factory's module."""
 
     strip_prefix: Text | None = None
-    """What to take off the front of the tensors' names; those without it are left aside. `module.`,
+    """Prefix to take off the tensors' names; those without it are left aside. `module.`,
     `_orig_mod.` and `model.` are found by themselves."""
 
     state: Literal["frozen", "explicit"] = "frozen"
-    """What becomes of tensors that the model writes as it runs and reads at its next call: `frozen`
+    """Treatment of tensors that the model writes as it runs and reads at its next call: `frozen`
     as they were before the first call, or `explicit`, inputs and outputs of the artifact."""
 
 
@@ -80,7 +80,7 @@ class CalibrationSection(Options):
     the spec's folder."""
 
     samples: Size | None = None
-    """How many samples to use, the first ones; all when left out (32 when synthetic)."""
+    """Number of samples to use, the first ones; all when left out (32 when synthetic)."""
 
     batch_size: Size = 8
     """Samples per batch."""
@@ -93,12 +93,12 @@ class CalibrationSection(Options):
 
 
 class TrainingSection(CalibrationSection):
-    """What passes that train learn from: samples with their labels (an array `labels`, or one
+    """Data that passes train on: samples with their labels (an array `labels`, or one
     value more in each batch). Batches are per process."""
 
 
 class EvaluateSection(CalibrationSection):
-    """How good the result is, on data that no pass has seen."""
+    """Measures the result on data that no pass has seen."""
 
     metric: Literal["cosine", "accuracy", "perplexity", "snr_db"] | Function = "cosine"
     """Metric, of the original and of the result; `module:function` is one of your own."""
@@ -143,16 +143,16 @@ class Document(Options):
     """Version of the spec language."""
 
     model: ModelSection = ModelSection()
-    """What the model file does not say itself."""
+    """Facts that the model file does not hold itself."""
 
     calibration: CalibrationSection | None = None
     """Inputs that passes may look at while they change the program."""
 
     training: TrainingSection | None = None
-    """What passes that train learn from."""
+    """Data that passes train on."""
 
     evaluate: EvaluateSection | None = None
-    """How good the result is, on data that no pass has seen."""
+    """Measures the result on data that no pass has seen."""
 
     require: RequireSection = RequireSection()
     """Bounds the result has to keep; a missed one ends the run with exit status 6."""

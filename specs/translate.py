@@ -115,7 +115,8 @@ class Translator:
             )
 
     def _hint(self, path: Path, key: str, known: list[str], meant: str) -> str:
-        """Where the key belongs, or what could stand here, when no name is near."""
+        """The place where the key belongs, or the keys that could stand here, when no name is
+        near."""
         if meant:
             return ""
         homes = self._homes(key) if not _chain_role(path) else []
@@ -339,7 +340,7 @@ def _owner(path: Path) -> str:
 
 
 def _subject(path: Path) -> str:
-    """What has no such key, as the start of a sentence."""
+    """The thing that has no such key, as the start of a sentence."""
     if not path:
         return "a spec has no section"
     if role := _chain_role(path):

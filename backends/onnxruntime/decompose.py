@@ -24,7 +24,7 @@ def _decompositions() -> dict[Any, Any]:
 
 
 def taken_apart(node: fx.Node, known: Collection[Any]) -> tuple[fx.Graph, list[fx.Node]] | None:
-    """What a call does in terms of other operators; None where torch knows no other terms.
+    """A call in terms of other operators; None where torch knows no other terms.
 
     Args:
         node: a call of an operator on nodes with `meta["val"]`.
@@ -111,7 +111,7 @@ def _without_writing(node: fx.Node) -> bool:
 
 
 def value_of_numbers(node: fx.Node) -> torch.Tensor | None:
-    """What a call of fixed numbers gives every time; None for any other call."""
+    """The result of a call of fixed numbers; None for any other call."""
     fake = node.meta["val"]
     random = isinstance(node.target, torch._ops.OpOverload) and (
         torch.Tag.nondeterministic_seeded in node.target.tags

@@ -41,7 +41,7 @@ MOST_AXES = 5
 
 @dataclass(frozen=True)
 class Found:
-    """What the runtime shows of one quantizer.
+    """The values of one quantizer that the runtime shows.
 
     Attributes:
         value: codes, or the float tensor that is quantized when `scale` is None.
@@ -58,7 +58,7 @@ Part = str | Tensor
 
 
 class Taps:
-    """Where the codes of every quantizer of a program are in an optimized graph.
+    """The places of the codes of a program's quantizers in an optimized graph.
 
     Args:
         quantizers: quantizer -> its codes, scale and zero point in the model as it was written.

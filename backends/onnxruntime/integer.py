@@ -1,4 +1,4 @@
-"""Which of the layers that were quantized run as integer kernels."""
+"""Counts the quantized layers that run as integer kernels."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def _holds_codes(weight: Any) -> bool:
 def integer_kernels(
     quantized: list[Layer], values: Mapping[str, ir.Value], graph: OptimizedGraph
 ) -> dict[str, Any]:
-    """How many layers were quantized, how many of them are integer kernels, and which are not.
+    """The number of quantized layers, the number of integer kernels among them, and the others'
+    names.
 
     Args:
         quantized: the layers.

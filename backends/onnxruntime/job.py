@@ -247,7 +247,7 @@ class Job:
             raise Differs(f"its weights take {written:,} bytes, the program's {stored:,}")
 
     def _taps(self, made: Attempt, graph: OptimizedGraph) -> Taps | None:
-        """Where a program's quantizers are in a graph; None for a program without."""
+        """The places of a program's quantizers in a graph; None for a program without."""
         quantizers = made.program.facts.get(TAPS)
         if not quantizers:
             return None
@@ -267,7 +267,7 @@ class Job:
 
     @property
     def _optimized(self) -> Path:
-        """Where the session writes the graph that it runs."""
+        """File to which the session writes the graph that it runs."""
         return Path(self.folder.name) / "optimized.onnx"
 
     def _write(self, model: ir.Model, made: Attempt) -> bytes | Path:

@@ -82,7 +82,7 @@ class Lowering(Backend):
 
 
 def _warnings(notes: dict[str, Any]) -> list[str]:
-    """What the user asked for and did not get, one line each."""
+    """The things that the user asked for and did not get, one line each."""
     found = [f"step {name} was left out: {why}" for name, why in notes["dropped"].items()]
     if notes["translator"] != "direct":
         found.append(f"translated by {notes['translator']}")

@@ -22,7 +22,7 @@ from graphwright.backends.onnxruntime.runtime import SessionSettings, feeds_for,
 from graphwright.ir.signature import Signature
 
 SUFFIX = re.compile(r"(/duplicated|_token_\d+)+$")
-"""What ONNX Runtime appends to the name of a node that it rewrites."""
+"""Suffix that ONNX Runtime appends to the name of a node that it rewrites."""
 
 INTEGER_KERNELS = frozenset(
     {"QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat",

@@ -10,13 +10,13 @@ from graphwright.ir.options import Options
 
 
 class OnnxRuntimeOptions(Options):
-    """How a program is lowered to ONNX Runtime."""
+    """Options of the lowering to ONNX Runtime."""
 
     opset: Annotated[int, Field(ge=18, le=23)] = 21
     """Version of the standard ONNX operator set."""
 
     provider: Literal["cpu", "cuda", "auto"] = "cpu"
-    """Where the artifact runs; `auto` takes CUDA when there is a usable device."""
+    """Device of the artifact; `auto` takes CUDA when there is a usable one."""
 
     threads: Annotated[int, Field(ge=0)] = 0
     """Threads within an operator; 0 takes torch's current number."""
@@ -33,7 +33,7 @@ class OnnxRuntimeOptions(Options):
     standard blocked DequantizeLinear + MatMul (opset 21), which it fuses to the same kernel."""
 
     accuracy_level: Literal[1, 4] = 4
-    """How those products compute: 4 rounds activations to 8 bits, block by block, as they come
+    """Arithmetic of those products: 4 rounds activations to 8 bits, block by block, as they come
     (fast; adds about 0.5% error to each product), 1 in float32."""
 
     skip: tuple[str, ...] = ()

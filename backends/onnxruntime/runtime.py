@@ -26,7 +26,7 @@ APART_ENTRY = "session.optimized_model_external_initializers_min_size_in_bytes"
 
 @dataclass(frozen=True)
 class SessionSettings:
-    """What a session is made with; goes into the notes.
+    """The settings of a session; they go into the notes.
 
     Attributes:
         provider: `cpu`, `cuda` or `auto`.

@@ -71,7 +71,7 @@ def fuse(program: Program) -> Program:
 
 
 def count_ops(graph: fx.Graph) -> dict[str, int]:
-    """How often each of our ops is called, by name."""
+    """The number of calls of each of our ops, by name."""
     ours = {op.overload: name for name, op in OPS.items()}
     found = Counter(ours[node.target] for node in graph.nodes if node.target in ours)
     return dict(sorted(found.items()))

@@ -1,4 +1,4 @@
-"""What the toolbox commands open: a model file, a saved program, or an artifact."""
+"""Opens the files of the toolbox commands: a model file, a saved program, or an artifact."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the bytes of a result depend on beside the spec and the model."""
+"""The environment that the bytes of a result depend on, beside the spec and the model."""
 
 from __future__ import annotations
 

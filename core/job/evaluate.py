@@ -1,4 +1,4 @@
-"""How good the result is beside the original, on data that no pass has seen."""
+"""Compares the result with the original on data that no pass has seen."""
 
 from __future__ import annotations
 

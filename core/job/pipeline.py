@@ -33,7 +33,7 @@ __all__ = ["JobSettings", "Outcome", "run"]
 
 @dataclass
 class Outcome:
-    """What a run produced.
+    """The products of a run.
 
     Attributes:
         folder: the output folder.

@@ -1,4 +1,4 @@
-"""Where a run writes: the output folder, and a work folder beside it."""
+"""The folders of a run: the output folder, and a work folder beside it."""
 
 from __future__ import annotations
 

@@ -139,5 +139,5 @@ class _Stage:
 
     @property
     def label(self) -> str:
-        """What stands before the bar."""
+        """The text before the bar."""
         return f"{self.name}: {self.detail}" if self.detail else self.name

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class JobSettings:
-    """How to run, as opposed to what to do.
+    """Settings of a run that do not change its result.
 
     Attributes:
         out: folder for the results; replaced as a whole when it holds an earlier result.
@@ -41,7 +41,7 @@ class JobSettings:
 
 @dataclass
 class Run:
-    """What all stages of a run share.
+    """The state that all stages of a run share.
 
     Attributes:
         spec: what to do. settings: how. place: where. progress: shown to the user.

@@ -1,1 +1,1 @@
-"""What a run says of itself: report.json and report.html."""
+"""The report of a run: report.json and report.html."""

@@ -126,7 +126,7 @@ def _write_atomically(path: Path, text: str) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine that the figures were measured on."""
     import torch
 
     facts: dict[str, Any] = {

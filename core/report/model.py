@@ -1,4 +1,4 @@
-"""What `report.json` holds. Keys declared here are stable; further ones may be added."""
+"""The content of `report.json`. Keys declared here are stable; further ones may be added."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class Report(_Part):
     latency: list[LatencyPart]
     layers: list[LayerPart] = []
     notes: dict[str, Any] = {}
-    """What each backend did: fusions, kernel counts, what stayed and why."""
+    """Notes of each backend: fusions, kernel counts, nodes that stayed, with the reason."""
     require: list[RequirePart] = []
     warnings: list[str] = []
     seconds: float = 0.0

@@ -1,4 +1,4 @@
-"""What a walk over a program's layers hands to a method, and gets back from it."""
+"""The data that a walk over a program's layers exchanges with a method."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from graphwright.ir.layers.selectors import Layer
 
 @dataclass(frozen=True)
 class Solved:
-    """What a method found for one layer.
+    """A method's result for one layer.
 
     Attributes:
         weight: its value from here on, of the layer's own shape; None: as it was.
@@ -111,10 +111,10 @@ def _without_padding(geometry: Geometry, x: Tensor, real: Tensor) -> Tensor:
 
 
 class Method(Protocol):
-    """How layers are solved."""
+    """A way to solve layers."""
 
     def gather(self, site: Site) -> Any:
-        """What `solve` needs of an activation; called once per activation."""
+        """Gathers from an activation the data that `solve` needs; called once per activation."""
 
     def solve(self, task: Task) -> Solved:
         """The new weight of one layer. Runs wherever `Workers` puts it."""

@@ -43,7 +43,7 @@ class LayerStore:
         return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.pt"
 
     def load(self, name: str) -> Solved | None:
-        """What was found for a layer; a damaged file counts as none."""
+        """The result that was kept for a layer; a damaged file counts as none."""
         from graphwright.ir.calibration.site import Solved
 
         if self.folder is None:

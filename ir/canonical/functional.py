@@ -185,7 +185,7 @@ def _fake_values(editor: Editor) -> dict[fx.Node, Any]:
 
 
 def _functional_call(editor: Editor, node: fx.Node, target: fx.Node) -> fx.Node:
-    """What `node` writes, as the result of a call that writes nothing."""
+    """The value that `node` writes, as the result of a call that writes nothing."""
     op: Any = node.target
     name = op._schema.name.split("::")[1].rstrip("_")
     rest = node.args[1:]

@@ -16,7 +16,7 @@ from graphwright.ir.graph.aliasing import writes
 aten = torch.ops.aten
 
 LAST = 2**63 - 1
-"""How torch writes the end of a slice that goes to the end."""
+"""Torch's number for the end of a slice that goes to the end."""
 
 NO_OPS = {
     "contiguous", "detach", "alias", "lift_fresh", "lift_fresh_copy", "clone", "positive",

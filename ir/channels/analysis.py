@@ -44,7 +44,7 @@ class Term:
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """What the walk found, with equalities resolved.
+    """The findings of the walk, with equalities resolved.
 
     Attributes:
         program: the program that was walked, parameter-only subgraphs folded.
@@ -83,7 +83,7 @@ class Analysis:
         return build_groups(self)
 
     def reason(self, classes: Ids) -> str:
-        """Why pinned classes are pinned: the first cause of the first of them."""
+        """The reason for pinned classes: the first cause of the first of them."""
         return next((self.reasons[int(c)] for c in classes if int(c) in self.reasons), "pinned")
 
     @cached_property

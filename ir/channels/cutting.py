@@ -71,7 +71,7 @@ def zero(program: Program, picks: Picks) -> Program:
 
 
 def masked_outputs(program: Program, picks: Picks) -> tuple[torch.Tensor, ...]:
-    """What `zero(program, picks)` gives on the examples; one zeroed tensor in memory at a time.
+    """Outputs of `zero(program, picks)` on the examples; one zeroed tensor in memory at a time.
 
     Args and raises as `zero`.
     """

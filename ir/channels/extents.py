@@ -13,7 +13,7 @@ from graphwright.ir.errors import ModelError
 
 
 class Extents:
-    """What is kept of each dimension of each value.
+    """The kept part of each dimension of each value.
 
     Attributes:
         removed: flag per class.

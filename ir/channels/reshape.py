@@ -1,4 +1,4 @@
-"""What a change of shape does to ids: blocks of dimensions with equal products."""
+"""Effect of a change of shape on ids: blocks of dimensions with equal products."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of one tensor: which ids its dimensions carry."""
+"""The ids that the dimensions of one tensor carry."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Value:
 
 
 Result = Value | list["Value | None"] | None
-"""What a node produces: a tensor, several, or something that is no tensor."""
+"""The product of a node: a tensor, several, or something that is no tensor."""
 
 
 def factor(dims: Iterable[int], ids: Ids, zero: bool) -> Factor:

@@ -1,4 +1,4 @@
-"""Which stored tensors units are slices of, and which of them `zero` sets to zero."""
+"""Stored tensors that units are slices of, and those of them that `zero` sets to zero."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def _outputs(program: Program) -> list[fx.Node]:
 def difference(
     node: fx.Node, error: Fidelity, allowed: float, others: tuple[fx.Node, ...] = ()
 ) -> Difference:
-    """What a message says of a node that differs."""
+    """The words of a message about a node that differs."""
     scope = next(reversed(node.meta.get("nn_module_stack", {})), "")
     by = gw_meta(node).get("by", "trace")
     names = tuple(other.name for other in others)

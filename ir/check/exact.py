@@ -25,7 +25,7 @@ from graphwright.ir.graph.aliasing import unstable_nodes
 from graphwright.ir.program import Program
 
 SMALL_MULTIPLE = 8.0
-"""How many times what a program's own precision loses counts as rounding."""
+"""Multiple of the loss of a program's own precision that counts as rounding."""
 
 OWN_OPS = "graphwright."
 """Ops of our own; some of them compute in float32, whatever they are given."""

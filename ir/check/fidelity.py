@@ -1,4 +1,4 @@
-"""How far one set of outputs is from another, accumulated in float64."""
+"""The distance between two sets of outputs, accumulated in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the error of a chain of passes arises: layer outputs of two programs side by side."""
+"""Layer outputs of two programs side by side: the place where a chain's error arises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pass promises of its effect on the function."""
+"""The promise of a pass about its effect on the function."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ EXACT = 1e-9
 
 @dataclass(frozen=True)
 class Promise:
-    """What a pass says of its effect on the function.
+    """The promise of a pass about its effect on the function.
 
     Attributes:
         by: id of the pass.

@@ -1,4 +1,4 @@
-"""Where data is read from. Nothing here unpickles, and files are mapped, not read whole."""
+"""Sources of data. Nothing here unpickles, and files are mapped, not read whole."""
 
 from __future__ import annotations
 
@@ -271,7 +271,7 @@ def _iterate(value: Any, data: str) -> Iterable[Any]:
 
 
 def import_object(name: str, root: str | Path = ".") -> Any:
-    """What `package.module:name` refers to; modules in `root` are found too.
+    """The object that `package.module:name` refers to; modules in `root` are found too.
 
     Raises:
         ArgumentError: the module cannot be imported or has no such name.

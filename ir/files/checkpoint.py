@@ -24,7 +24,7 @@ _RESAVE = (
 
 
 def read_checkpoint(path: Path, kind: Kind, *, allow_pickle: bool) -> Any:
-    """What torch.save wrote: tensors by name, or, where pickles are allowed, anything.
+    """Reads files of torch.save: tensors by name, or, where pickles are allowed, anything.
 
     Raises:
         ModelError: damaged, or it would run code and `allow_pickle` is off; lists what it would

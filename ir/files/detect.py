@@ -1,4 +1,4 @@
-"""What kind of model file this is, told from its bytes; a suffix proves nothing."""
+"""Tells the kind of a model file from its bytes; a suffix proves nothing."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ def _anything(dtype: str) -> str:
 
 @dataclass(frozen=True)
 class DtypeChoice:
-    """How the dtype is chosen.
+    """The choice of a dtype.
 
     Attributes:
         asked: the spec's `model.dtype`; None for the stored one where it runs.

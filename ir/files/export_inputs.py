@@ -1,4 +1,4 @@
-"""What an ExportedProgram says about its own inputs, in the words of a spec's `inputs`."""
+"""The inputs of an ExportedProgram, in the words of a spec's `inputs`."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from graphwright.ir.errors import ModelError
 
 
 def build_module(factory: str, kwargs: Mapping[str, Any]) -> nn.Module:
-    """What `package.module:function(**kwargs)` returns, in eval mode.
+    """Calls `package.module:function(**kwargs)` and returns its model in eval mode.
 
     The module is found on the import path and in the current folder. Naming it in a spec is the
     permission to run it.

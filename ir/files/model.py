@@ -41,7 +41,7 @@ _WITH_GRAPH = (Kind.EXPORT, Kind.EXPORT_OLD, Kind.TORCHSCRIPT)
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What a model file held.
+    """The content of a model file.
 
     Attributes:
         source: file or folder it came from.
@@ -145,7 +145,7 @@ def load_model(
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What a spec's `model` section says of the file."""
+    """The part of a spec's `model` section that is about the file."""
 
     factory: str | None
     kwargs: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""What a pickle would import and call, read from its opcodes without executing any of them."""
+"""Reads from a pickle's opcodes, without executing any, the names it would import and call."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HARMLESS = re.compile(
 """Globals that hold data only. What passes here is still opened with `weights_only=True`."""
 
 LEGACY_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
-"""How torch.save began before 1.6, after the protocol bytes: five pickles in a row."""
+"""The start of torch.save's files before 1.6, after the protocol bytes: five pickles in a row."""
 
 MAX_OPCODES = 20_000_000
 """A pickle of more opcodes than this is refused; a checkpoint of 100 000 tensors has 4 million."""

@@ -78,7 +78,7 @@ def _refuse_missing(missing: Iterable[str], unexpected: list[str], what: str, fo
 
 
 def _prefix(missing: list[str], unexpected: list[str]) -> str:
-    """What all unexpected names have in front of missing ones; empty when it is not that."""
+    """The prefix that all unexpected names have before missing ones; empty when there is none."""
     found = next((n.removesuffix(m) for n in unexpected for m in missing if n.endswith(m)), "")
     if found and all(n.startswith(found) and n.removeprefix(found) in missing for n in unexpected):
         return found

@@ -63,7 +63,7 @@ class _Writer:
         return self.call(torch.sym_max, x, self.call(operator.neg, x))
 
     def fraction(self, x: fx.Node) -> fx.Node:
-        """How far `x` lies above the next whole number below it."""
+        """The distance of `x` from the next whole number below it."""
         return self.call(operator.mod, x, 1.0)
 
 

@@ -12,7 +12,7 @@ from graphwright.ir.errors import ModelError
 from graphwright.ir.files.pickles import listed
 
 PREFIXES = ("module.", "_orig_mod.", "model.")
-"""What DataParallel, torch.compile and Lightning put in front of every name."""
+"""Prefixes that DataParallel, torch.compile and Lightning put in front of every name."""
 
 WRAPPERS = ("module.", "_orig_mod.")
 """Those of them that are no part of any model's own names."""
@@ -26,7 +26,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Target:
-    """What a module wants.
+    """The tensors that a module expects.
 
     Attributes:
         state: its own tensors by name.

@@ -134,7 +134,7 @@ def _common_root(names: list[str]) -> str:
 
 
 def _data_offset(file: object, info: zipfile.ZipInfo, path: Path) -> int:
-    """Where a member's bytes begin: behind its local header, which has its own name length."""
+    """Offset of a member's bytes: behind its local header, which has its own name length."""
     file.seek(info.header_offset)  # type: ignore[attr-defined]
     signature, name_length, extra_length = _LOCAL_HEADER.unpack(
         file.read(_LOCAL_HEADER.size)  # type: ignore[attr-defined]

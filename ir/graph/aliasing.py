@@ -1,4 +1,4 @@
-"""Which values a graph writes to in place, so that passes leave them and their readers alone."""
+"""Values that a graph writes to in place; passes leave them and their readers alone."""
 
 from __future__ import annotations
 

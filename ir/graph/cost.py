@@ -1,4 +1,4 @@
-"""What a program costs: weight values, bytes as stored, and multiply-accumulates per layer."""
+"""The cost of a program: weight values, stored bytes, and multiply-accumulates per layer."""
 
 from __future__ import annotations
 

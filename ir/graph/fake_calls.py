@@ -108,7 +108,8 @@ class FakeCalls:
         return self._dtypes[key] == first.dtype
 
     def _describe(self, value: Any) -> Any:
-        """What of an argument a result's sizes, strides and dtype can depend on; has a hash."""
+        """The part of an argument that a result's sizes, strides and dtype can depend on; it has a
+        hash."""
         if isinstance(value, torch.Tensor):
             known = self._described.get(id(value))
             if known is None:

@@ -44,7 +44,8 @@ SHAPES = {
 
 
 def shape_function(target: Any) -> Any:
-    """What to call on fake tensors in place of `target`: itself but for recurrent layers."""
+    """The function to call on fake tensors in place of `target`: itself but for recurrent
+    layers."""
     return SHAPES.get(target, target)
 
 

@@ -1,4 +1,4 @@
-"""What the kernels share: activation in the epilogue, and how tensors are seen as rows."""
+"""Parts shared by the kernels: activation in the epilogue, tensors seen as rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What follows a product of inputs and a compressed weight: bias, low-rank term, sum, activation.
+"""The epilogue of a product with a compressed weight: bias, low-rank term, sum, activation.
 
     y = activation(product + bias + low @ b.T + added)
 
@@ -104,7 +104,7 @@ def sum_parts_kernel(
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What is done to the product; the tensors are contiguous, `low` (m, rank), `added` (m, n)."""
+    """Operands of the epilogue; the tensors are contiguous, `low` (m, rank), `added` (m, n)."""
 
     bias: Tensor | None
     low: Tensor | None

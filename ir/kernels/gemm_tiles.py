@@ -1,4 +1,4 @@
-"""What the tiled products share: which tile a program has, how k is divided, what is multiplied."""
+"""Parts shared by the tiled products: a program's tile, the division of k, the precision."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def precision() -> str:
 
 
 def compute_type(x: Tensor) -> tl.dtype:
-    """What is multiplied, for inputs like `x`."""
+    """The precision of the multiplication, for inputs like `x`."""
     if x.dtype == torch.float16:
         return tl.float16
     # the interpreter (the only way a CPU tensor gets here) multiplies bfloat16 bit patterns

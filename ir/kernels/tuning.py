@@ -1,4 +1,4 @@
-"""Which tile sizes a kernel runs with: measured once on a device, then read from a file.
+"""Tile sizes of kernels: measured once on a device, then read from a file.
 
 Every kernel names a few candidates, the best guess first. Without a measurement the first one
 runs, so that results are the same on every machine. With `GRAPHWRIGHT_TUNE=1` the first call of
@@ -57,7 +57,7 @@ def bucket(m: int) -> int:
 
 
 def cache_file(device: str) -> Path:
-    """Where the choices of a device are kept."""
+    """File that keeps the choices of a device."""
     folder = os.environ.get(FOLDER)
     if not folder:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

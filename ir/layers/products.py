@@ -22,7 +22,7 @@ from graphwright.ir.program import Program
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a layer's rows are made from its input. Plain data, so that it travels to a worker.
+    """The way a layer's rows are made from its input. Plain data, so that it travels to a worker.
 
     Attributes:
         kind: one of `PRODUCTS`.
@@ -130,7 +130,7 @@ def rows(geometry: Geometry, x: Tensor) -> Tensor:
 
 
 def product(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What the layer computes of x, differentiable."""
+    """The layer's result for x, differentiable."""
     if geometry.kind == "linear":
         return torch.nn.functional.linear(x, weight, bias)
     if not geometry.is_convolution:

@@ -27,7 +27,8 @@ def packed_bytes(count: int, bits: int) -> int:
 
 
 def bit_places(count: int, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where code i lies: (first byte, its right shift, second byte, its left shift), each (count,).
+    """The place of code i: (first byte, its right shift, second byte, its left shift), each
+    (count,).
 
     code = ((first >> right) | (second << left)) & mask in 8-bit arithmetic. A code that begins
     at the low bit of a byte never needs a second one, and gets the same byte unshifted.

@@ -20,7 +20,7 @@ from graphwright.ir.ops.registry import declare
 def block_rows(
     indices: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What is stored of the rows that `indices` (of any shape) names, one row after the other."""
+    """The stored parts of the rows that `indices` (of any shape) names, one row after the other."""
     flat = indices.reshape(-1)
     return codes[flat], scale[flat], None if zero_point is None else zero_point[flat]
 

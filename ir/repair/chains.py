@@ -33,7 +33,7 @@ SPATIAL = {
     "mean", "flatten", "reshape", "view", "squeeze", "unsqueeze", "contiguous", "dropout",
     "permute", "transpose", "clone", "upsample_nearest2d", "upsample_bilinear2d",
 }  # fmt: skip
-"""What channels may go through on their way to a reader, each by itself."""
+"""Calls that channels may go through on their way to a reader, each by itself."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Chain:
     units: Tensor
 
     def activation(self, x: Tensor) -> Tensor:
-        """What the elementwise calls make of pre-activations."""
+        """The elementwise calls, as a function of pre-activations."""
         for node in self.activations:
             x = node.target(x, *node.args[1:], **node.kwargs)  # type: ignore[operator]
         return x

@@ -195,7 +195,8 @@ def feature_candidates(
 
 @dataclass(frozen=True)
 class Choice:
-    """What was taken: its name, S, and the relative error on Gaussian inputs without and with."""
+    """The repair that was taken: its name, S, and the relative error on Gaussian inputs without and
+    with it."""
 
     name: str
     mixture: Tensor

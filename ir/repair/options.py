@@ -14,10 +14,10 @@ UNREAD = {"merge": ("offsets", "shrinkage"), "features": ("offsets",)}
 
 
 class RepairOptions(Bounded, Targets):
-    """How the readers of damaged channels are repaired."""
+    """Options of the repair of readers of damaged channels."""
 
     repair: Literal[Repair, "merge"] = "auto"
-    """How lost channels are made up for: `ridge`, any mixture of the kept ones, from the filters;
+    """The compensation of lost channels: `ridge`, any mixture of the kept ones, from the filters;
     `nonneg`, mixtures without negative coefficients; `features`, any mixture, fitted to activations
     on Gaussian inputs; `diagonal`, kept channels are only scaled (rounded weights); `auto`, all of
     these; `none`. Of every kind several strengths are tried, and what has the least error on other

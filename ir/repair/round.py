@@ -1,4 +1,4 @@
-"""Which weights can become codes of an integer grid, and putting them there."""
+"""Chooses the weights that can become codes of an integer grid, and puts the codes in."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ from graphwright.ir.stored.insert import rebuild_channels, replace_weight
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked for.
+    """Settings of one walk.
 
     Attributes:
         ratio: share of the channels of every chain that goes.
@@ -63,7 +63,7 @@ class Plan:
 
 @dataclass
 class Done:
-    """What was done to the channels of a chain, and why the readers were not repaired."""
+    """The changes to the channels of a chain, and the reason where readers were not repaired."""
 
     kept: int
     units: int
@@ -86,7 +86,7 @@ class Compressed:
     groups: dict[ChannelGroup, str] = field(default_factory=dict)
 
     def reason(self, layer: Layer) -> str:
-        """Why the output channels of a layer are left as they are."""
+        """The reason why the output channels of a layer stay as they are."""
         axis = OUTPUT_AXIS[layer.kind]
         for group, reason in self.groups.items():
             if any(m.parameter == layer.weight and m.dim == axis for m in group.members):
@@ -275,7 +275,7 @@ def _repair(state: dict[str, Tensor], reader: Reader, mixture: Tensor, kept: Ten
 
 
 def repair_text(done: Done) -> str:
-    """What was done to the readers."""
+    """A text on the changes to the readers."""
     choice = done.choice
     if choice is None:
         return "as it was"

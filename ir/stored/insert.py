@@ -25,7 +25,7 @@ Make = Callable[["Insertion"], fx.Node]
 
 
 class Insertion:
-    """Where nodes that rebuild one weight go, and how their tensors are called.
+    """The place for nodes that rebuild one weight, and the names of their tensors.
 
     Attributes:
         editor: of the copy that is edited.

@@ -1,4 +1,4 @@
-"""How a compressed weight is put together in a graph, and which product reads it.
+"""Reads from a graph the form of a compressed weight, and the product that uses it.
 
 A weight may be codes in blocks, codes of a table, or codebooks, which a method adds up, lays side
 by side, permutes and scales; on top may lie low-rank corrections.
@@ -28,7 +28,7 @@ PRODUCTS = tuple(operators(MATRICES))
 
 @dataclass
 class Form:
-    """How a weight (out, columns) is stored.
+    """The stored form of a weight (out, columns).
 
     Attributes:
         parts: stretches of columns, each (first column, end, the calls that rebuild it: they are
@@ -51,14 +51,14 @@ def is_call(node: Any, *targets: Any) -> bool:
 
 
 def _turned(node: Any) -> Any:
-    """What a call turns by exchanging its two dimensions; None for any other node."""
+    """The operand of a call that exchanges its two dimensions; None for any other node."""
     if not is_call(node, aten.transpose.int) or node.args[0].meta["val"].dim() != 2:
         return None
     return node.args[0] if sorted(axis % 2 for axis in node.args[1:]) == [0, 1] else None
 
 
 def plain(node: Any) -> Any:
-    """What stands before casts between floating-point types, and before turns and their inverse."""
+    """The node before casts between floating-point types, and before turns and their inverse."""
     while True:
         if is_call(node, aten.to.dtype) and node.args[0].meta["val"].is_floating_point():
             node = node.args[0]
@@ -69,7 +69,7 @@ def plain(node: Any) -> Any:
 
 
 def form_of(weight: Any) -> Form | None:
-    """How a weight is stored; None when it is not compressed in one of our three ways."""
+    """The stored form of a weight; None when it is not compressed in one of our three ways."""
     form = Form()
     node = plain(weight)
     while is_call(node, add_low_rank):
@@ -133,7 +133,7 @@ def product_of(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
 
 
 CODED = "graphwright::dequantize"
-"""How the names of our ops begin that rebuild a weight from codes."""
+"""The start of the names of our ops that rebuild a weight from codes."""
 
 
 def is_coded(weight: fx.Node) -> bool:

@@ -1,4 +1,4 @@
-"""Why a layer's weight stays as it is, for passes that put codes in its place."""
+"""Reasons why a layer's weight stays as it is, for passes that put codes in its place."""
 
 from __future__ import annotations
 

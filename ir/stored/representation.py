@@ -37,7 +37,7 @@ each operand that holds codes, and linearly."""
 
 @dataclass(frozen=True)
 class CodePlace:
-    """Where codes act: the node whose value they choose, and how."""
+    """A node whose value codes choose, and the encoder of these."""
 
     node: fx.Node
     encoder: Encoder

@@ -112,7 +112,7 @@ def _asked(node: ast.AST) -> tuple[ast.expr, int] | None:
 
 
 def _leaf(trees: Mapping[str, Any], source: ast.expr) -> int:
-    """Which tensor `L['batch']['x']` or `L['args'][0]` is."""
+    """The tensor that `L['batch']['x']` or `L['args'][0]` names."""
     keys: list[Any] = []
     while isinstance(source, ast.Subscript) and isinstance(source.slice, ast.Constant):
         keys.insert(0, source.slice.value)

@@ -23,7 +23,7 @@ POSITIONAL = "*"
 
 
 class _Record:
-    """What a trace saw. Held in an object, since torch resets attributes of a traced module."""
+    """A record of a trace. It is an object, since torch resets attributes of a traced module."""
 
     def __init__(self) -> None:
         self.structure: Any = None

@@ -26,7 +26,7 @@ TOLERANCE = 1e-4
 
 @dataclass
 class Verdict:
-    """What running the program taught: dimensions to fix, ranges to narrow, what to tell."""
+    """The result of runs: dimensions to fix, ranges to narrow, notes for the user."""
 
     fixed: set[str] = field(default_factory=set)
     ranges: dict[str, DimRange] = field(default_factory=dict)
@@ -61,7 +61,7 @@ def check_against_model(
 
 
 def _drawn(program: Program) -> str:
-    """Which calls draw random numbers, and that nothing was compared."""
+    """A note that names the calls that draw random numbers, and says that nothing was compared."""
     nodes = random_nodes(program.graph)
     if not nodes:
         return "; it was not compared"
@@ -104,7 +104,7 @@ def narrowed_by_torch(
     asked: Mapping[str, DimRange],
     found: Mapping[str, DimRange],
 ) -> list[str]:
-    """What to tell of the branches that torch itself has turned into ranges."""
+    """Notes on the branches that torch itself has turned into ranges."""
     notes = []
     for guard in guards:
         if guard.by_model and len(guard.dims) == 1 and guard.dims[0] in found:

@@ -77,7 +77,7 @@ def resized(
 
 
 def _grown(tensor: Tensor, axis: int, count: int) -> Tensor:
-    """Which slices follow the last one."""
+    """The slices that follow the last one."""
     size = tensor.shape[axis]
     if not tensor.is_complex():
         steps = tensor.narrow(axis, 1, size - 1).to(torch.float64)
@@ -134,7 +134,8 @@ def specialized(exported: Any, inputs: Mapping[str, Tensor], dynamic: Dynamic) -
 
 
 def _place_of(size: Any) -> str:
-    """Where a size became a number, as far as torch remembers (private there, so with care)."""
+    """The place where a size became a number, as far as torch remembers (private there, so with
+    care)."""
     node = getattr(size, "node", None)
     places = getattr(getattr(node, "shape_env", None), "replacements_slocs", {})
     place = places.get(getattr(node, "_expr", None))
@@ -150,7 +151,7 @@ def user_placeholders(exported: Any) -> list[fx.Node]:
 
 
 def shape_environment(exported: Any) -> Any:
-    """What torch knows of the sizes in an export; None where all of them are fixed."""
+    """Torch's knowledge of the sizes in an export; None where all of them are fixed."""
     for node in user_placeholders(exported):
         for size in node.meta["val"].shape:
             if isinstance(size, torch.SymInt):

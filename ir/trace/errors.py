@@ -1,4 +1,4 @@
-"""What torch.export says, in the user's terms: which of their lines, why, what to do instead."""
+"""Errors of torch.export in the user's terms: the line of their code, the reason, the way out."""
 
 from __future__ import annotations
 

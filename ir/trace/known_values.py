@@ -60,7 +60,7 @@ class KnownValues(TorchFunctionMode):
         return known[1] if known is not None and known[0]() is tensor else None
 
     def _real(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        """What the call gives, when it and all that goes into it follow from numbers alone."""
+        """The result of a call that follows, with all its operands, from numbers alone."""
         leaves, tree = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if _writes(func, kwargs) or not (tensors or func in FACTORIES):

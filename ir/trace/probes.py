@@ -12,7 +12,7 @@ from graphwright.ir.signature import DimRange
 from graphwright.ir.trace.dims import Dynamic
 
 LARGEST = 4.0
-"""How many times the example's elements the inputs of one run may have."""
+"""Largest number of elements of a run's inputs, in multiples of the example's."""
 
 SMALL = 2**16
 """Elements of inputs that are always small enough."""
@@ -24,7 +24,7 @@ runs at the example's sizes; an upper bound of multiply-accumulates."""
 
 @dataclass
 class Budget:
-    """How much may still be run, in multiples of a run at the example's sizes.
+    """The work that is left for runs, in multiples of a run at the example's sizes.
 
     Counted, not timed, so that two runs of a spec look at the same sizes.
     """

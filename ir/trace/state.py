@@ -35,7 +35,7 @@ class Slot:
     attribute: str
 
     def get(self) -> Any:
-        """What it holds."""
+        """The value that it holds."""
         return self._place().get(self.attribute)
 
     def put(self, value: Any) -> None:
@@ -54,7 +54,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class State:
-    """What a model carries from one call to the next.
+    """The state that a model carries from one call to the next.
 
     Attributes:
         tensors: places of tensors, each with the value before the first call.
@@ -70,7 +70,8 @@ class State:
 
 
 def carried_over(model: nn.Module, call: Any, inputs: Sequence[Tensor]) -> Writes:
-    """What a call writes that a later one reads; empty where calls do not depend on earlier ones.
+    """State that a call writes and a later one reads; empty where calls do not depend on earlier
+    ones.
 
     Args:
         model: left as it was.
@@ -163,7 +164,7 @@ def put(state: State, values: Sequence[Tensor]) -> None:
 
 
 def frozen_note(names: Sequence[str]) -> str:
-    """What to tell of state that stays in the program as it was before the first call."""
+    """Notes on state that stays in the program as it was before the first call."""
     listed = ", ".join(repr(name) for name in names)
     return (
         f"the model writes {listed} as it runs and reads it at the next call: frozen at its value "

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 DEPTH = 3
-"""How deep containers and plain objects in a module's attributes are looked into."""
+"""Depth to which containers and plain objects in a module's attributes are searched."""
 
 
 @dataclass
 class Writes:
-    """What a run wrote to its model, by qualified name.
+    """Values that a run wrote to its model, by qualified name.
 
     Attributes:
         tensors: buffers, parameters and tensors in plain attributes, with their value before.

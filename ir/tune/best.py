@@ -1,4 +1,4 @@
-"""Which evaluation was the best, and whether to go on."""
+"""The best evaluation so far, and early stopping."""
 
 from __future__ import annotations
 

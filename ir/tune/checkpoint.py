@@ -54,7 +54,7 @@ class Checkpoint:
         self._cost = self._last - begin
 
     def load(self) -> dict[str, Any] | None:
-        """What was saved by a run with the same key; None if nothing was.
+        """The state that a run with the same key saved; None if there is none.
 
         A stale or damaged file counts as none: it is never worth an error.
         """

@@ -29,7 +29,7 @@ from graphwright.ir.tune.processes import Processes
 from graphwright.ir.tune.working import Working, choose, frozen, own_random_numbers
 
 Evaluate = Callable[[Program], float]
-"""How good a program is; lower is better. It runs on live tensors: nothing of it may be kept."""
+"""Measures a program; lower is better. It runs on live tensors: nothing of it may be kept."""
 
 SHOWN_EVERY = 0.2
 """Seconds between two looks at the loss; each waits for the device."""

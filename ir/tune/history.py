@@ -1,4 +1,4 @@
-"""What a training run gives back."""
+"""The result of a training run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from graphwright.ir.program import Program
 
 @dataclass(frozen=True)
 class History:
-    """How a training run went.
+    """The course of a training run.
 
     Attributes:
         losses: loss of every optimizer step, averaged over its batches and processes.

@@ -1,4 +1,4 @@
-"""Where a recipe acts on the training loop."""
+"""Hooks: the places at which a recipe acts on the training loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Values = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Moment:
-    """Where the loop stands.
+    """The state of the loop at a hook.
 
     Attributes:
         step: optimizer steps done so far; the one under way has this number, counted from 0.
@@ -40,7 +40,7 @@ class Hook:
     """
 
     def on_parameters(self, at: Moment, values: Values) -> Values:
-        """What the forward pass uses instead of the parameters: masked or noisy values, say.
+        """Values that the forward pass uses instead of the parameters: masked or noisy ones, say.
 
         Gradients flow through it to the parameters. Evaluations use it too; the result holds the
         parameters themselves, and the recipe says what becomes of them.
@@ -75,7 +75,7 @@ class Hook:
         """Called after the optimizer's step, with the gradients still there."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What must survive a kill: tensors, numbers, texts, and lists and dicts of them."""
+        """State that must survive a kill: tensors, numbers, texts, and lists and dicts of them."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What is minimized."""
+"""Losses of the training loop."""
 
 from __future__ import annotations
 

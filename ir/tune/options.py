@@ -1,4 +1,4 @@
-"""How to train: the options that every pass with `needs: training` embeds as `tune`."""
+"""Options of training, which every pass with `needs: training` embeds as `tune`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class TuneOptions(Options):
-    """How to train; the data is the spec's `training` section."""
+    """Options of training; the data is the spec's `training` section."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"epochs": 3, "lr": 1e-3}]})
 
@@ -57,10 +57,10 @@ class TuneOptions(Options):
     """Gradients that `mfac` keeps; its memory is so many times that of the parameters."""
 
     fisher_damp: Annotated[float, Field(gt=0)] = 1e-5
-    """What `mfac` adds to the diagonal of the Fisher matrix."""
+    """Number that `mfac` adds to the diagonal of the Fisher matrix."""
 
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the learning rate goes from `lr` (after the warm-up) to 0 (at the end), or stays."""
+    """Course of the learning rate from `lr` (after the warm-up) to 0 (at the end), or constant."""
 
     warmup: Annotated[int, Field(ge=0)] = 0
     """Steps in which the learning rate rises linearly to `lr`."""
@@ -68,7 +68,7 @@ class TuneOptions(Options):
     loss: Literal["cross_entropy", "next_token", "mse", "kl", "teacher_mse"] | Function = (
         "cross_entropy"
     )
-    """What is minimized: `cross_entropy` with class labels (-100 does not count), `next_token` of a
+    """The loss: `cross_entropy` with class labels (-100 does not count), `next_token` of a
     language model, `mse` to float labels; with the model before the first pass as the teacher, `kl`
     of logits from its own, or `teacher_mse`, the relative squared difference of any output;
     `module:function` is a `function(outputs, batch)` of one's own."""

@@ -61,7 +61,7 @@ class Working(nn.Module):
         return tuple(self.module(*inputs))
 
     def values(self) -> dict[str, Tensor]:
-        """What the forward pass uses for the trained parameters."""
+        """Values that the forward pass uses for the trained parameters."""
         assert self.at is not None  # the loop sets it before it calls
         return dict(self.hooks.on_parameters(self.at, self.trained))
 

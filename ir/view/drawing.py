@@ -49,7 +49,7 @@ FAMILY_TITLES = {
     "own": "compressed or fused",
     "other": "everything else",
 }
-"""What the colours mean."""
+"""The meaning of the colours."""
 
 Level = Literal["module", "op"]
 

@@ -19,7 +19,7 @@ _BEND = 10.0  # width that a passing edge takes up
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things go, in pixels.
+    """The places of boxes and arrows, in pixels.
 
     Attributes:
         centers: centre of every node.

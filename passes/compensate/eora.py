@@ -73,7 +73,7 @@ class Eora(Pass[EoraOptions]):
 
 
 class _Stats(NamedTuple):
-    """What the layers of one activation share, and the weight that each had at first."""
+    """The statistics that the layers of one activation share, and the first weight of each."""
 
     h: Tensor
     basis: Tensor

@@ -76,7 +76,7 @@ class DsnotOptions(SparsityOptions):
 
 @dataclass(frozen=True)
 class Stats:
-    """What a layer needs of its input; the matrices of weights that can come back by layer."""
+    """The statistics of a layer's input; the matrices of weights that can come back by layer."""
 
     features: Features
     hessian: Tensor | None

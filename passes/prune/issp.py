@@ -60,7 +60,7 @@ class IsspOptions(Bounded):
     The paper leaves the first and last layers of SwinIR out, and no layer of EDSR or CAT."""
 
     tune: TuneOptions = TuneOptions()
-    """How to train. Evaluations measure the program with its smallest weights at zero."""
+    """Options of training. Evaluations measure the program with its smallest weights at zero."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -170,7 +170,7 @@ def _adjusted(pattern: tuple[int, int], weights: list[Tensor]) -> tuple[int, int
 
 
 def _too_small(weight: Tensor, sparsity: float | None, pattern: tuple[int, int] | None) -> str:
-    """Why a weight cannot be pruned; empty when it can."""
+    """The reason why a weight cannot be pruned; empty when it can."""
     if pattern is not None:
         fits = weight.numel() % pattern[1] == 0
         return "" if fits else f"its {weight.numel()} weights do not divide by {pattern[1]}"

@@ -24,9 +24,9 @@ class MfacOptions(SparsityOptions):
     pattern: Annotated[
         str, Field(pattern=r"^(unstructured|[1-9][0-9]*:[1-9][0-9]*|1x[1-9][0-9]*)$")
     ] = "unstructured"
-    """Where zeros may lie: `unstructured`, anywhere; `N:M` such as `2:4`, N of every M consecutive
-    weights along a layer's inputs stay; `1xB` such as `1x4`, B consecutive weights along the inputs
-    go or stay together."""
+    """Allowed places of zeros: `unstructured`, anywhere; `N:M` such as `2:4`, N of every M
+    consecutive weights along a layer's inputs stay; `1xB` such as `1x4`, B consecutive weights
+    along the inputs go or stay together."""
 
     steps: Annotated[int, Field(ge=1)] = 16
     """Sub-steps, each with gradients of its own; every one removes the same share of what is
@@ -42,7 +42,7 @@ class MfacOptions(SparsityOptions):
     """Length of the blocks that the Fisher matrix is restricted to; the full matrix when null."""
 
     damp: Annotated[float, Field(gt=0)] = 1e-5
-    """What is added to the diagonal of the Fisher matrix."""
+    """Number added to the diagonal of the Fisher matrix."""
 
     loss: LossName = "auto"
     """Loss whose gradients they are: `cross_entropy` with the labels in the data, `next_token` of a
@@ -57,7 +57,7 @@ class MfacOptions(SparsityOptions):
         return self
 
     def structure(self) -> Structure:
-        """What may go together."""
+        """The unit of removal."""
         if self.pattern.startswith("1x"):
             return Structure(block=int(self.pattern[2:]))
         pattern = Pattern.parse(self.pattern, self.sparsity)

@@ -60,7 +60,7 @@ class NmOptions(Bounded):
     the straight-through baselines, with N:M from the first masked step."""
 
     decay: Literal["exponential", "linear"] = "exponential"
-    """How the mask value falls: exp(-c t) or max(0, 1 - c t), t steps into the masked phase."""
+    """Course of the mask value: exp(-c t) or max(0, 1 - c t), t steps into the masked phase."""
 
     decay_rate: Annotated[float, Field(gt=0)] = 2e-4
     """The c of `decay`, per step. The default is for runs of tens of thousands of steps; in a run
@@ -101,7 +101,7 @@ class NmOptions(Bounded):
     The papers leave classifiers and embeddings out."""
 
     tune: TuneOptions = TuneOptions()
-    """How to train. Evaluations measure the program under its final N:M masks."""
+    """Options of training. Evaluations measure the program under its final N:M masks."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -75,7 +75,7 @@ class Otov2(Pass[Otov2Options]):
 def _actions(
     units: Units, picks: Mapping[ChannelGroup, list[int]], zero: torch.Tensor, hook: ShrinkHook
 ) -> list[Action]:
-    """What became of every group in training."""
+    """The report on every group after training."""
     pending = units.by_group((hook.redundant & ~zero).numpy())
     zeros = units.by_group(zero.numpy())
     actions = []

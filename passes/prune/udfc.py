@@ -94,7 +94,7 @@ class Udfc(Pass[UdfcOptions]):
 
 
 def _actions(found: Compressed, chosen: list[Layer]) -> list[Action]:
-    """What was done to the output channels of every selected layer, and why nothing was."""
+    """The report on the output channels of every selected layer."""
     actions = []
     for layer in chosen:
         done = found.done.get(layer.name)

@@ -29,7 +29,7 @@ class ZigOptions(Bounded):
     """Share to remove, of what `of` says."""
 
     of: Literal["groups", "parameters", "macs"] = "groups"
-    """What the share is counted in: removable units (zero-invariant groups), the program's
+    """The unit of the share: removable units (zero-invariant groups), the program's
     parameters, or its multiply-accumulates at the example sizes."""
 
     score: Literal[
@@ -45,7 +45,7 @@ class ZigOptions(Bounded):
     """Samples of such a mini-batch at most; fewer where the data is not enough."""
 
     damp: Annotated[float, Field(gt=0)] = 1e-5
-    """What is added to the diagonal of the Fisher matrix."""
+    """Number added to the diagonal of the Fisher matrix."""
 
     scope: Literal["global", "group"] = "global"
     """Compare scores over the whole program, or take the same share of every group."""

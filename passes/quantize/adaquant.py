@@ -61,10 +61,10 @@ class AdaquantOptions(Bounded, Targets):
     """Learn from what the quantized layers before really give; else from the float inputs."""
 
     method: adaquant.How = "adam"
-    """How a layer learns: `adam`, weight, bias and ranges by gradients; `nelder_mead`, a search for
-    the ranges alone, the weight and bias as they are: one scale and one shift for all rows of the
-    weight, one of each for the input. It is meant for 8 bits, where rounding to nearest is good
-    and the ranges are what can be wrong."""
+    """The optimizer of a layer: `adam`, weight, bias and ranges by gradients; `nelder_mead`, a
+    search for the ranges alone, the weight and bias as they are: one scale and one shift for all
+    rows of the weight, one of each for the input. It is meant for 8 bits, where rounding to nearest
+    is good and the ranges are what can be wrong."""
 
     iterations: Annotated[int, Field(ge=0)] = 1000
     """Steps per layer; with 0 the result is plain rounding to nearest. Of `nelder_mead`, the most:

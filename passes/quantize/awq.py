@@ -55,7 +55,7 @@ class AwqOptions(BlockOptions):
 
 @dataclass(frozen=True)
 class Choice:
-    """What the search found for a group.
+    """The result of the search for a group.
 
     Attributes:
         alpha: exponent; 0 for none.
@@ -160,7 +160,7 @@ class Awq(Pass[AwqOptions]):
 
 @dataclass(frozen=True)
 class Trial:
-    """What the search for a group's factors needs; plain data, so that it travels to a worker.
+    """The data for the search of a group's factors; plain, so that it travels to a worker.
 
     Attributes:
         ends: computes what is compared from what the region reads and the weights.
@@ -301,7 +301,7 @@ def spread_batches(sizes: Sequence[int], limit: int) -> list[int]:
 
 
 def _described(layer: Layer, scaling: tuple[Choice, str] | None) -> tuple[str, str]:
-    """What is said of a layer's scaling, and why it is not what was asked for."""
+    """The report on a layer's scaling, and the reason where it is not as asked for."""
     if scaling is None:
         return "", "rounded to nearest: " + _why_plain(layer)
     choice, how = scaling

@@ -48,7 +48,7 @@ class BitAllocationOptions(Bounded, Targets):
     """Whether a layer's inputs get the width of its weight (the quantizer's `activation_bits`)."""
 
     measure: Literal["size", "bit_ops", "latency"] = "size"
-    """What the budget bounds: `size`, bits of the weights; `bit_ops`, multiply-accumulates times
+    """The bounded quantity: `size`, bits of the weights; `bit_ops`, multiply-accumulates times
     the bits of both operands; `latency`, from `table`."""
 
     budget: Annotated[float, Field(gt=0)] = 0.15
@@ -60,7 +60,7 @@ class BitAllocationOptions(Bounded, Targets):
     each layer takes at each width; relative to the spec's folder."""
 
     loss: Literal["kl", "mse", "cross_entropy"] = "kl"
-    """What is measured: `kl` of the outputs, as logits, from the model's own; `mse` of the outputs,
+    """The measure: `kl` of the outputs, as logits, from the model's own; `mse` of the outputs,
     relative to their size; `cross_entropy` with the labels of the calibration data."""
 
     @model_validator(mode="after")

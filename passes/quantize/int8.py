@@ -58,14 +58,14 @@ class Int8Options(Bounded, Targets):
     activation_range: Literal["min_max", "moving_average", "percentile", "entropy", "mse"] = (
         "min_max"
     )
-    """How `static` finds a range: extremes, their moving average, percentile, least KL divergence,
-    or least squared error."""
+    """The estimator of ranges for `static`: extremes, their moving average, percentile, least KL
+    divergence, or least squared error."""
 
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     """Share of the values, in percent, that the estimator `percentile` keeps."""
 
     weight_range: Literal["min_max", "mse"] = "min_max"
-    """How the scale of a weight's channel is found: its largest value, or least squared error."""
+    """The scale of a weight's channel: from its largest value, or of least squared error."""
 
     any_cpu: bool = True
     """Keep weight codes where CPUs without VNNI instructions (AVX2, older AVX-512) compute
@@ -155,7 +155,7 @@ class Int8(Pass[Int8Options]):
 
 
 def refusal(layer: Layer, program: Program, options: Int8Options) -> str:
-    """Why a layer stays in float32; empty when it can be quantized."""
+    """The reason why a layer stays in float32; empty when it can be quantized."""
     if layer.kind in NO_KERNEL:
         return f"no integer kernel for {layer.kind}"
     if not layer.weight:

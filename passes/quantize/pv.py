@@ -27,7 +27,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 RECIPE: dict[str, Any] = {
     "loss": "kl", "lr": 3e-4, "betas": (0.90, 0.95), "optimizer": "adam", "schedule": "constant",
 }  # fmt: skip
-"""How the released code trains."""
+"""The training of the released code."""
 
 
 class PvOptions(Bounded):
@@ -71,9 +71,9 @@ class PvOptions(Bounded):
     """Quantized layers to train: selector patterns over names and kinds."""
 
     tune: TuneOptions = TuneOptions(**RECIPE)
-    """How to train. `lr` is that of scales and codebooks (with `lamb`, a share of their norm) and,
-    by the named rule, of what is not quantized. What is not given is as in the released code: kl,
-    Adam at a constant rate of 3e-4. The last step is the result."""
+    """Options of training. `lr` is that of scales and codebooks (with `lamb`, a share of their
+    norm) and, by the named rule, of what is not quantized. What is not given is as in the released
+    code: kl, Adam at a constant rate of 3e-4. The last step is the result."""
 
     @field_validator("tune", mode="before")
     @classmethod

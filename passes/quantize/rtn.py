@@ -57,7 +57,7 @@ class Rtn(Pass[RtnOptions]):
 
 
 def _remark(blocks: Blocks, asked: int) -> str:
-    """What is unusual about a weight's blocks."""
+    """A remark on a weight's blocks."""
     if 0 < asked != blocks.block:
         return f"a smaller block: its rows have {blocks.columns} weights"
     if blocks.columns % blocks.block:

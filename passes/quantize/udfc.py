@@ -24,7 +24,7 @@ class UdfcOptions(RepairOptions):
     """Bits of a weight code; codes are stored as int8."""
 
     repair: Repair = "auto"
-    """How rounded channels are made up for: `ridge`, any mixture of the rounded ones, from the
+    """The compensation of rounded channels: `ridge`, any mixture of the rounded ones, from the
     filters; `features`, any mixture, fitted to activations on Gaussian inputs; `diagonal`, they are
     only scaled; `auto`, all of these; `none`. Of every kind several strengths are tried, and what
     has the least error on other Gaussian inputs is taken, which may be to change nothing. `nonneg`

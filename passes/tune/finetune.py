@@ -22,7 +22,7 @@ class FinetuneOptions(Bounded):
     no layer, such as a class token, goes by its own name."""
 
     tune: TuneOptions = TuneOptions()
-    """How to train."""
+    """Options of training."""
 
 
 class Finetune(Pass[FinetuneOptions]):

@@ -87,7 +87,7 @@ def index_order(picked: Sequence[Picked], rank: int) -> list[int]:
 
 
 def result_order(picked: Sequence[Picked], rank: int) -> list[int]:
-    """Where the axes of what was gathered (index axes in front) stand in torch's result.
+    """The places in torch's result of the axes of a gathered tensor (index axes in front).
 
     Adjacent index axes stay where they were; others come to the front.
     """

@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 def _factors(node: fx.Node, x: fx.Node, factors: Any) -> list[float] | None:
-    """How much every axis grows, where that is one number at every size."""
+    """The growth of every axis, where that is one number at every size."""
     if factors is not None:
         fixed = all(isinstance(f, float | int) for f in factors)
         return [float(f) for f in factors] if fixed else None

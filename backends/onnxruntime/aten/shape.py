@@ -18,7 +18,7 @@ from graphwright.backends.onnxruntime.emitter import (
 
 aten = torch.ops.aten
 END = 2**63 - 1
-"""What torch writes for an open slice end."""
+"""Torch's number for an open slice end."""
 
 
 @translates(

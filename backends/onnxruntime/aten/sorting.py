@@ -154,7 +154,7 @@ def bucketize(
 def places_among(
     e: Emitter, node: fx.Node, boundaries: fx.Node, value: Any, right: bool
 ) -> ir.Value:
-    """How many boundaries lie below each value (or are equal to it, with `right`)."""
+    """The number of boundaries below each value (or equal to it, with `right`)."""
     dtype = boundaries.meta["val"].dtype
     if isinstance(value, fx.Node):
         dtype = torch.promote_types(dtype, value.meta["val"].dtype)

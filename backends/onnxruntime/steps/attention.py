@@ -33,7 +33,7 @@ CLOSED = torch.finfo(torch.float32).min
 
 @dataclass(frozen=True)
 class Visibility:
-    """Which keys each query sees, as operands of the kernel.
+    """The keys that each query sees, as operands of the kernel.
 
     Attributes:
         causal: the kernel's own causal mode.

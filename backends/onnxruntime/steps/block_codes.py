@@ -57,7 +57,7 @@ class Stored:
 
     @property
     def name(self) -> str:
-        """What to call the weight."""
+        """The name of the weight in messages."""
         return self.codes.removesuffix("_codes").removesuffix(".codes")
 
     def tensors(self, state: Any) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -1,4 +1,4 @@
-"""What every step needs: matching single calls, sizes as nodes, and ONNX ops as graph nodes."""
+"""Parts shared by the steps: matches of single calls, sizes as nodes, ONNX ops as graph nodes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the steps left as ordinary ops although a fused kernel exists for its kind."""
+"""Lists ordinary ops that the steps left although a fused kernel exists for their kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an attention mask says, read from the index arithmetic that builds it.
+"""Reads the meaning of an attention mask from the index arithmetic that builds it.
 
 A mask is an expression over the indices (batch, head, query, key). Frameworks write the same
 few masks in many ways: buffers of positions, arange and compare, advanced indexing, expand.

@@ -20,7 +20,7 @@ from graphwright.ir.files.coded.layout import Layer, Layout
 from graphwright.ir.files.coded.words import from_fields, to_fields
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which of eight outputs each nibble of a word holds, low nibble first."""
+"""The output that each of a word's eight nibbles holds, low nibble first."""
 
 
 class Awq(Layout):

@@ -135,7 +135,7 @@ def floats8(codes: Tensor, scale: Tensor, tile: tuple[int, int]) -> Floats8:
 
 
 def _rounding(args: Args | None, parts: Mapping[str, Tensor], layout: Layout) -> Rounding | None:
-    """How a scheme rounds inputs.
+    """The rounding of inputs that a scheme asks for.
 
     Raises:
         ModelError: in a way that is not read.

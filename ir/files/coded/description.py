@@ -1,4 +1,4 @@
-"""Where a checkpoint says how its weights are stored, and which layout that is."""
+"""Descriptions of quantized checkpoints: the file that holds one, and the layout it names."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ _NAMES = re.compile(
 
 
 def description_beside(folder: Path) -> tuple[dict[str, Any], str] | None:
-    """What a folder says of its quantized weights, and the file that says it; None for nothing."""
+    """A folder's description of its quantized weights, and the file that holds it; None without
+    one."""
     for name in FILES:
         file = folder / name
         found = read_json(file) if file.is_file() else None

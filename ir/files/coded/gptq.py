@@ -21,7 +21,7 @@ from graphwright.ir.files.coded.layout import Layer, Layout, group_order
 from graphwright.ir.files.coded.words import bytes_of, from_planes, from_string, to_string
 
 VERSIONS = {"gptq": 1, "gptq_v2": 0, "gptq_p": 0}
-"""What stored zero points are less by, for every `checkpoint_format`."""
+"""Number that stored zero points are less by, for every `checkpoint_format`."""
 
 PLANED = (5, 6, 7)
 """Bits that GPTQModel stores in planes always; auto-round does not."""

@@ -100,7 +100,7 @@ class Parts:
         setattr(module.get_submodule(above), attribute, new)
 
     def notes(self) -> list[str]:
-        """What the user should know of the layers in codes, a line each."""
+        """Notes for the user on the layers in codes, a line each."""
         notes = list(self.layout.notes)
         for why in dict.fromkeys(self._as_floats.values()):
             names = [name for name, reason in self._as_floats.items() if reason == why]
@@ -177,7 +177,7 @@ def fill_module(module: nn.Module, parts: Parts) -> list[str]:
 
 
 def _placeholder(parts: Parts, owner: str, old: nn.Module) -> Tensor:
-    """What fills the weight of a layer until it is replaced: zeros, which take no memory."""
+    """A filler for the weight of a layer until it is replaced: zeros, which take no memory."""
     weight: Any = getattr(old, "weight", None)
     dtype = weight.dtype if isinstance(weight, Tensor) else torch.float32
     if not is_linear(old):

@@ -1,4 +1,4 @@
-"""What all layouts of coded checkpoints have in common."""
+"""Parts shared by all layouts of coded checkpoints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Layer:
 
 
 class Layout(ABC):
-    """How a checkpoint stores its layers, as its description says.
+    """The stored form of a checkpoint's layers, as its description says.
 
     Attributes:
         name: of the format, as in a message.

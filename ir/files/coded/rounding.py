@@ -15,7 +15,7 @@ ours = torch.ops.graphwright
 
 @dataclass(frozen=True)
 class Rounding:
-    """How the inputs of a quantized layer are rounded as the layer runs.
+    """The rounding of a quantized layer's inputs as the layer runs.
 
     Attributes:
         type: of the codes; 8 bits.

@@ -1,4 +1,4 @@
-"""Which scheme of a compressed-tensors description a layer is stored by."""
+"""Schemes of a compressed-tensors description, and the layers they apply to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantize
 
 @dataclass(frozen=True)
 class Args:
-    """How the weights or the inputs of a layer are quantized.
+    """The quantization of the weights or the inputs of a layer.
 
     Attributes:
         bits: of a code.
@@ -46,7 +46,7 @@ class Args:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a layer is stored.
+    """The stored form of a layer.
 
     Attributes:
         format: on disk, one of `FORMATS`.

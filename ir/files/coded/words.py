@@ -1,4 +1,4 @@
-"""How codes lie in 32-bit words: as a string of bits, as fields, or as planes.
+"""Orders of codes in 32-bit words: as a string of bits, as fields, or as planes.
 
     string   code i has bits i * bits .. (i + 1) * bits - 1 of the words, low first; a code may
              cross from one word to the next.

@@ -1,4 +1,4 @@
-"""What a checkpoint in codes says of itself, so that other loaders read what was written."""
+"""The description that a written checkpoint carries, so that other loaders read it right."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def statistics(editor: Editor, norm: fx.Node) -> dict[str, list[float]]:
 
 
 def refuse_output_fold(editor: Editor, layer: fx.Node, norm: fx.Node) -> str | None:
-    """Why the norm cannot go into `layer`, which feeds it; None when it can."""
+    """The reason why the norm cannot go into `layer`, which feeds it; None when it can."""
     if layer.target not in {*CONVOLUTIONS, *TRANSPOSED, LINEAR}:
         return "no layer with a weight feeds it"
     if len(layer.users) > 1:
@@ -107,7 +107,7 @@ def fold_into_outputs(editor: Editor, layer: fx.Node, scale: Tensor, shift: Tens
 def refuse_input_fold(
     editor: Editor, norm: fx.Node, users: list[fx.Node], shift: Tensor
 ) -> str | None:
-    """Why the norm cannot go into the one layer that reads it; None when it can."""
+    """The reason why the norm cannot go into the one layer that reads it; None when it can."""
     if len(users) != 1:
         return f"{len(users)} nodes read it"
     layer = users[0]

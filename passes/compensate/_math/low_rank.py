@@ -1,4 +1,4 @@
-"""What the low-rank compensations share: originals, factors, and their place in the graph."""
+"""Parts shared by the low-rank compensations: originals, factors, and their place in the graph."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def relative_error(delta: Tensor, weight: Tensor, h: Tensor | None) -> float:
 
 
 def action(name: str, rank: int, before: float, after: float) -> Action:
-    """What was done to a layer."""
+    """The report on a layer."""
     return Action(name, f"rank {rank}, relative error {before:.2e} -> {after:.2e}")
 
 

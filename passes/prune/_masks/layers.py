@@ -1,4 +1,4 @@
-"""Which layers can be masked, and how new weights are put into a program."""
+"""Chooses the layers that can be masked, and puts new weights into a program."""
 
 from __future__ import annotations
 

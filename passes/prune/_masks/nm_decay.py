@@ -1,4 +1,4 @@
-"""How an N:M pattern comes in during training: which pattern and which mask value in each step."""
+"""Schedules of N:M training: the pattern and the mask value of each step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Decay = Literal["linear", "exponential"]
 
 @dataclass(frozen=True)
 class Stage:
-    """What a step trains with: the weights outside the `n`:`m` mask count `value` times."""
+    """The mask of a step: the weights outside the `n`:`m` mask count `value` times."""
 
     n: int
     m: int
@@ -53,7 +53,7 @@ class NmSchedule:
         return max(m for _, m in self.frames)
 
     def at(self, step: int, total: int) -> Stage | None:
-        """What step `step` of `total` trains with; None for dense weights.
+        """The mask of step `step` of `total`; None for dense weights.
 
         Raises:
             ArgumentError: there are fewer steps than patterns to go through.

@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
-    """Which entries stay when every group of `m` along the last dimension keeps its `n` largest.
+    """A mask of the entries that stay when every group of `m` along the last dimension keeps its
+    `n` largest.
 
     Args:
         scores: any floating shape (..., k); NaN counts as largest.

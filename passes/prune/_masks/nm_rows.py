@@ -1,4 +1,4 @@
-"""How a layer's weight is laid out in rows that N:M groups run along."""
+"""The layout of a layer's weight in rows that N:M groups run along."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class NmTraining(Hook):
         pull: float = 0.0,
         accumulate: int = 1,
     ) -> None:
-        """Which weights, by name, and how.
+        """Settings of the masked training.
 
         Args:
             rows: layout of every weight.

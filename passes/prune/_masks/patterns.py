@@ -1,4 +1,4 @@
-"""What a mask has to look like: a share of the weights, or N of every M."""
+"""Patterns of masks: a share of the weights, or N of every M."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Scope = Literal["row", "layer"]
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which share of a matrix becomes zero, and where.
+    """The share of a matrix that becomes zero, and the allowed places.
 
     Attributes:
         sparsity: share of zeros.
@@ -42,7 +42,8 @@ class Pattern:
         return math.floor(size * self.sparsity + 1e-9)
 
     def keep(self, score: Tensor, scope: Scope = "row") -> Tensor:
-        """Which entries of a matrix stay; the lowest scores go, of equal ones the first.
+        """A mask of the entries of a matrix that stay; the lowest scores go, of equal ones the
+        first.
 
         Args:
             score: (rows, columns).
@@ -59,7 +60,8 @@ class Pattern:
         return torch.ones_like(score, dtype=torch.bool).scatter_(1, lowest, False)
 
     def misfit(self, columns: int) -> str:
-        """Why a matrix of that many columns cannot have the pattern; empty when it can."""
+        """The reason why a matrix of that many columns cannot have the pattern; empty when it
+        can."""
         if self.m and columns % self.m:
             return f"its {columns} inputs do not divide into groups of {self.m}"
         return ""
@@ -99,9 +101,9 @@ class SparsityOptions(Bounded, Targets):
     pattern: Annotated[str, Field(pattern=r"^(unstructured|[1-9][0-9]*:[1-9][0-9]*)$")] = (
         "unstructured"
     )
-    """Where zeros may lie: `unstructured`, anywhere; `N:M` such as `2:4`, N of every M consecutive
-    weights along a layer's inputs stay (a convolution's inputs are counted channel by channel,
-    each with all its kernel positions)."""
+    """Allowed places of zeros: `unstructured`, anywhere; `N:M` such as `2:4`, N of every M
+    consecutive weights along a layer's inputs stay (a convolution's inputs are counted channel by
+    channel, each with all its kernel positions)."""
 
     sparsity: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Share of weights that become zero; 0.5 when absent. An N:M pattern says its own, 1 - N/M."""

@@ -25,7 +25,7 @@ class SoftShrinkage(Hook):
     """
 
     def __init__(self, names: Sequence[str], pick: Pick, rho: float, share: float) -> None:
-        """Which weights, and how.
+        """Settings of the shrinkage.
 
         Args:
             names: weights.

@@ -1,4 +1,4 @@
-"""What the passes that train under a mask share: which weights they can take, and the baking."""
+"""Parts shared by passes that train under a mask: the choice of weights, and the baking."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def trainable_layers(program: Program, targets: Sequence[str]) -> tuple[list[Lay
 
 
 def _shared(program: Program, layer: Layer, chosen: Mapping[fx.Node, Layer]) -> str:
-    """Why a tied weight cannot be masked: a use that is not selected, or reads it otherwise."""
+    """The reason why a tied weight cannot be masked: a use that is not selected, or reads it
+    otherwise."""
     for node in program.graph.find_nodes(op="get_attr", target=layer.weight):
         for user in node.users:
             other = chosen.get(user)

@@ -12,7 +12,7 @@ from graphwright.passes.prune._masks.patterns import Pattern
 
 @dataclass(frozen=True)
 class DsnotSettings:
-    """How long and how boldly weights trade places; the fields are options of prune.dsnot."""
+    """Settings of the trade of places; the fields are options of prune.dsnot."""
 
     threshold: float = 0.1
     cycles: int = 50

@@ -1,4 +1,4 @@
-"""What the input features of a layer are like: mean, variance and size, in one pass."""
+"""Statistics of a layer's input features: mean, variance and size, in one pass."""
 
 from __future__ import annotations
 

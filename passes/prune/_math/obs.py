@@ -1,4 +1,5 @@
-"""Which weights an optimal brain surgeon removes with an inverse Fisher, and how the rest moves.
+"""The optimal brain surgeon with an inverse Fisher: the weights it removes, and the moves of the
+rest.
 
 Weights are one vector in which N:M groups and blocks lie side by side. A weight that is gone stays
 gone: its place is left out of the Fisher matrix.
@@ -58,7 +59,7 @@ class Vector:
 
 @dataclass(frozen=True)
 class Structure:
-    """What may go together.
+    """The unit of removal.
 
     Attributes:
         n, m: every m consecutive weights keep n of them; m is 0 where any weight may go.

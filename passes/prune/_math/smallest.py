@@ -1,4 +1,4 @@
-"""Which weights of a layer are the smallest: exactly, in groups, or by a threshold of a sample."""
+"""Finds the smallest weights of a layer: exactly, in groups, or by a threshold of a sample."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MOST = 0.995
 
 
 def count_of(share: float, size: int) -> int:
-    """How many of `size` weights a share is: rounded up, and `MOST` of them at most."""
+    """The number of weights that a share of `size` is: rounded up, and `MOST` of them at most."""
     return min(math.ceil(share * size), int(MOST * size))
 
 

@@ -39,7 +39,7 @@ class Otov2Options(Bounded):
     """Options of prune.otov2."""
 
     method: Literal["hesso", "hesso_cric", "dhspg"] = "hesso"
-    """How units are brought to zero: `hesso` picks them by a score and lets them decay;
+    """The way units go to zero: `hesso` picks them by a score and lets them decay;
     `hesso_cric` tries that out in cycles first; `dhspg` pulls them by a penalty and projects."""
 
     sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.5
@@ -72,7 +72,7 @@ class Otov2Options(Bounded):
     """Share of the units by which more than `sparsity` are pulled towards zero (`dhspg`)."""
 
     epsilon: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """How far a step may turn a unit before it is set to zero: where its product with the unit
+    """Largest turn of a unit in a step before it is set to zero: where its product with the unit
     before the step is below epsilon times the square (`dhspg`). Published runs use 0.95."""
 
     penalty: Annotated[float, Field(gt=0)] | None = None
@@ -80,7 +80,7 @@ class Otov2Options(Bounded):
     absent."""
 
     amplify: Annotated[float, Field(ge=1)] | None = None
-    """How many times the smallest effective lambda is taken (`dhspg`); 2 with `sgd`, else 20."""
+    """Multiple of the smallest effective lambda that is taken (`dhspg`); 2 with `sgd`, else 20."""
 
     hat_coefficient: Annotated[float, Field(ge=1)] | None = None
     """Largest lambda as a multiple of `penalty` (`dhspg`); 10 with `sgd`, else 1000."""
@@ -96,8 +96,8 @@ class Otov2Options(Bounded):
     holds output channels of another layer stays."""
 
     tune: TuneOptions = TuneOptions()
-    """How to train. The result is that of the last step, whatever `keep_best` says: an earlier one
-    is not sparse yet; for the same reason there is no `patience`."""
+    """Options of training. The result is that of the last step, whatever `keep_best` says: an
+    earlier one is not sparse yet; for the same reason there is no `patience`."""
 
     @model_validator(mode="after")
     def _belong_together(self) -> Otov2Options:
@@ -116,7 +116,8 @@ class Otov2Options(Bounded):
 
 @dataclass(frozen=True)
 class OtoSettings:
-    """How units are brought to zero; the options of `prune.otov2` with every default filled in."""
+    """Settings of the sparse optimizers: the options of `prune.otov2` with every default filled
+    in."""
 
     method: str
     sparsity: float

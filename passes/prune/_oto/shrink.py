@@ -1,4 +1,5 @@
-"""What the three sparse optimizers share: when they act, which units they take, what they keep."""
+"""Parts shared by the three sparse optimizers: their schedule, their choice of units, their
+state."""
 
 from __future__ import annotations
 
@@ -70,7 +71,7 @@ class Shrink(ABC):
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs; tensors and numbers."""
+        """The state for a checkpoint; tensors and numbers."""
         return {"pruned": self.pruned, "redundant": self.redundant}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -143,7 +143,7 @@ class Units:
         return np.split(values, self.ends)
 
     def picks(self, units: Tensor, divisible: int) -> dict[ChannelGroup, list[int]]:
-        """What to cut: the flagged units, but for those that a group's kept number needs.
+        """The units to cut: the flagged ones, but for those that a group's kept number needs.
 
         A group keeps a multiple of `divisible`, and a dimension keeps at least one position, so
         that some zero units may stay.
@@ -178,7 +178,7 @@ def _rest(values: Tensor, dim: int) -> Tensor:
 
 
 def untrainable(group: ChannelGroup, names: Mapping[str, str], read: set[Key]) -> str:
-    """Why training cannot bring a group's units to zero; empty when it can.
+    """The reason why training cannot bring a group's units to zero; empty when it can.
 
     Args:
         group: a prunable group.

@@ -1,4 +1,4 @@
-"""Which channel groups a pass may cut, and the check that a cut changes nothing more."""
+"""Chooses the channel groups that a pass may cut, and checks that a cut changes nothing more."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def check_cut(masked: Program, smaller: Program, where: str) -> float:
 
 
 def outputs(program: Program) -> tuple[Tensor, ...]:
-    """What the program gives on its examples."""
+    """The program's outputs on its examples."""
     with torch.no_grad():
         return program.run_flat(program.examples)
 

@@ -1,4 +1,4 @@
-"""Which units go: the lowest scores first, until a target is met, within limits per group."""
+"""Selects units: the lowest scores first, until a target is met, within limits per group."""
 
 from __future__ import annotations
 

@@ -269,7 +269,8 @@ def _alone_input(node: fx.Node) -> fx.Node | None:
 
 
 def _swapped(node: fx.Node | None) -> fx.Node | None:
-    """What a node turned from (.., a, b, size) to (.., b, a, size); None for any other node."""
+    """The operand that a node turned from (.., a, b, size) to (.., b, a, size); None for any
+    other."""
     node = _moved(node)
     if node is None or not isinstance(node.args[0], fx.Node):
         return None

@@ -26,7 +26,7 @@ PAIRS = frozenset({aten.matmul.default, aten.bmm.default})
 SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
 SCORED = MOVES | {aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.masked_fill.Scalar,
                   aten.where.self, aten.to.dtype, aten.sub.Tensor}  # fmt: skip
-"""What lies between the product of queries and keys and its softmax."""
+"""Calls between the product of queries and keys and its softmax."""
 
 LARGEST = 96
 """Nodes of a region; a group whose results meet later is judged by the results themselves."""

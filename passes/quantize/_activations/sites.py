@@ -1,4 +1,4 @@
-"""Where activations are quantized so that integer kernels fuse: one quantizer per tensor."""
+"""Places of activation quantizers at which integer kernels fuse: one quantizer per tensor."""
 
 from __future__ import annotations
 

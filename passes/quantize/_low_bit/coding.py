@@ -1,4 +1,5 @@
-"""What passes share that put codes in the place of weights: which layers, and how codes get in."""
+"""Parts shared by passes that put codes in the place of weights: the choice of layers,
+insertion."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from graphwright.ir.stored.refusals import refusals
 from graphwright.passes.base import Action
 
 Find = Callable[[Layer], tuple[Make, Action]]
-"""What makes the nodes of a layer's weight, and what to report of it."""
+"""Gives the maker of the nodes of a layer's weight, and the report on it."""
 
 
 def choose(

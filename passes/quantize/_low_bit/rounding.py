@@ -1,4 +1,4 @@
-"""What passes share that cut weights into blocks: their options, and rounding to nearest."""
+"""Parts shared by passes that cut weights into blocks: options, and rounding to nearest."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ How = Literal["adam", "nelder_mead"]
 
 @dataclass(frozen=True)
 class AdaquantSettings:
-    """How a layer learns; rates and counts as in the paper's code.
+    """Settings of a layer's training; rates and counts as in the paper's code.
 
     Attributes:
         bits: of a weight's code.
@@ -147,7 +147,7 @@ class Student(torch.nn.Module):
         return parameters(self.input_low, self.input_span, self.settings.activation_bits, False)
 
     def ranges(self) -> list[Range]:
-        """What `nelder_mead` scales and shifts."""
+        """The ranges that `nelder_mead` scales and shifts."""
         found = [Range(self.low, self.span, not self.settings.symmetric)]
         if self.settings.activation_bits is not None:
             found.append(Range(self.input_low, self.input_span, shifts=True))
@@ -166,7 +166,7 @@ class Student(torch.nn.Module):
         return self.output(x, self.rounded())
 
     def output(self, x: Tensor, rounded: Tensor) -> Tensor:
-        """What it computes with a weight that is on its grid already."""
+        """The layer's result with a weight that is on its grid already."""
         if self.settings.activation_bits is not None:
             x = fake(x, *self.input_grid(), self.settings.activation_bits)
         return product(self.geometry, x, rounded, self.bias)

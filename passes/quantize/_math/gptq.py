@@ -42,7 +42,7 @@ class Rounded:
 
 @dataclass(frozen=True)
 class GptqSettings:
-    """What a matrix is rounded to, and how.
+    """The grid that a matrix is rounded to, and the order.
 
     Attributes:
         bits: 2 to 8.

@@ -13,7 +13,7 @@ CHUNK = 1 << 17
 
 
 class Clusters(NamedTuple):
-    """What k-means found.
+    """The result of k-means.
 
     Attributes:
         centroids: (k, width); fewer than asked for where there are fewer distinct vectors.

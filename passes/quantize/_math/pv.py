@@ -18,7 +18,7 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class PvSettings:
-    """How continuous parts and codes move; defaults are in the pass's options.
+    """Settings of the moves of continuous parts and codes; defaults are in the pass's options.
 
     Attributes:
         betas: of the continuous part's moments.

@@ -32,7 +32,7 @@ class Size:
 
 @dataclass(frozen=True)
 class VptqSettings:
-    """What a matrix is stored as.
+    """The stored form of a matrix.
 
     Attributes:
         main: codebooks of the columns.
