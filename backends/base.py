@@ -35,6 +35,8 @@ class Compiled:
         backend: name of the backend that made it.
         signature: inputs, outputs and structure, as the program's.
         notes: what the backend did: fusions and kernel counts, and what stayed and why; JSON.
+            `warnings` in it are lines for the summary: kernels that a pass was for and that were
+            lost.
     """
 
     backend: ClassVar[str] = ""
@@ -79,6 +81,10 @@ class Backend:
             LoweringError: it cannot be lowered, or computes something else.
         """
         raise TypeError(f"{type(self).__name__} defines no lower(program, context)")
+
+    def refusal(self, dtype: str) -> str:
+        """Why programs in a floating-point dtype cannot be run here; empty where they can."""
+        return ""
 
     @classmethod
     def open(cls, path: Path) -> Compiled | None:

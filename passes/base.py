@@ -80,6 +80,7 @@ class Pass(Generic[OptionsT]):
         changes_interface: its result may have other inputs or outputs than the given program.
         stores_weights: weights that plain operators compute from stored tensors (weight norm,
             spectral norm) are stored before it runs.
+        computes_in: floating-point dtypes of the programs it takes.
     """
 
     id: ClassVar[str] = ""
@@ -96,6 +97,7 @@ class Pass(Generic[OptionsT]):
     weights: ClassVar[Effect | None] = None
     changes_interface: ClassVar[bool] = False
     stores_weights: ClassVar[bool] = False
+    computes_in: ClassVar[tuple[str, ...]] = ("float64", "float32", "float16", "bfloat16")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -54,13 +54,32 @@ def _inputs(model: Any, sound: Callable[..., bool]) -> Iterator[Finding]:
         path: Path = ("model", "inputs", name)
         if not sound(*path):
             continue
+        yield from _scalar(path, tensor)
         low_high = tensor.get("range")
-        if low_high and low_high[0] >= low_high[1]:
+        is_pinned = tensor.get("shape") == [] and low_high and low_high[0] == low_high[1]
+        if low_high and low_high[0] >= low_high[1] and not is_pinned:
             swapped = yaml_text(low_high[::-1]) if low_high[0] > low_high[1] else ""
             message = f"expected [low, high) with low < high, got {yaml_text(low_high)}"
             yield Finding((*path, "range"), message, swapped)
-        if tensor.get("example") is not None:
+        if tensor.get("example") is not None and tensor.get("shape") is not None:
             yield from _example(path, tensor["shape"], tensor["example"], sizes)
+
+
+def _scalar(path: Path, tensor: dict[str, Any]) -> Iterator[Finding]:
+    """A tensor has a dtype and a shape; a pinned scalar may have both, of no dimension."""
+    absent = [key for key in ("dtype", "shape") if tensor.get(key) is None]
+    if tensor.get("value") is None:
+        for key in absent:
+            yield Finding(path, f"'{'.'.join(map(str, path))}' needs {show(key)}", at_key=True)
+        return
+    if len(absent) == 1:
+        message = f"a pinned tensor needs {show(absent[0])} too; a plain number has neither"
+        yield Finding(path, message, at_key=True)
+    if tensor.get("shape"):
+        yield Finding((*path, "shape"), "only a scalar can be pinned by 'value'", "[]")
+    for key in ("range", "example"):
+        if tensor.get(key) is not None:
+            yield Finding((*path, key), f"'value' leaves nothing to {key}", at_key=True)
 
 
 def _example(

@@ -33,10 +33,10 @@ def _unit(unit: str) -> dict[str, Any]:
 class InputSection(Options):
     """One input tensor of the model."""
 
-    dtype: Dtype
-    """Element type."""
+    dtype: Dtype | None = None
+    """Element type; left out for a number that is no tensor."""
 
-    shape: tuple[Size | DimName, ...]
+    shape: tuple[Size | DimName, ...] | None = None
     """Sizes; a name in place of a number is a dynamic dimension, shared by the inputs using it."""
 
     example: tuple[Size, ...] | None = None
@@ -44,6 +44,21 @@ class InputSection(Options):
 
     range: tuple[float, float] | None = None
     """Values lie in [low, high): token ids below the size of the vocabulary, for instance."""
+
+    value: bool | int | float | str | None = None
+    """A scalar that is always this: part of the program, and no input of it. With `dtype` and
+    `shape: []` the model is given a tensor (a number, where it says int, float or bool); then
+    `range: [v, v]` says the same."""
+
+    @property
+    def pinned(self) -> bool | int | float | str | None:
+        """What a scalar is fixed at; None for an input."""
+        if self.value is not None or self.shape != () or self.range is None:
+            return self.value
+        low, high = self.range
+        if low != high:
+            return None
+        return low if str(self.dtype).startswith(("float", "bfloat")) else int(low)
 
 
 class ModelSection(Options):
@@ -57,6 +72,10 @@ class ModelSection(Options):
 
     kwargs: dict[str, Any] = Field(default={})
     """Keyword arguments of the factory."""
+
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Floating-point type that the model is traced and compiled in; when left out the stored one,
+    or float32 where a backend or a pass of the spec cannot run that."""
 
     key: Text | None = None
     """Place of the weights in a training checkpoint, as `model_ema` or `state.model`; found by

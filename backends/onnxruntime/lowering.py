@@ -17,6 +17,9 @@ from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.program import Program
 
+RUN_DTYPES = ("float64", "float32", "float16")
+"""Floating-point dtypes whose kernels and arrays ONNX Runtime has."""
+
 
 class Lowering(Backend):
     """Lowers a program to an ONNX model with dynamic dimensions that ONNX Runtime runs fast."""
@@ -24,6 +27,10 @@ class Lowering(Backend):
     name = "onnxruntime"
     summary = "ONNX model with fused attention, norms and activations, run by ONNX Runtime."
     Options = OnnxRuntimeOptions
+
+    def refusal(self, dtype: str) -> str:
+        """bfloat16 has next to no kernels on a CPU, and arrays of it cannot be handed over."""
+        return f"onnxruntime does not run {dtype}" if dtype not in RUN_DTYPES else ""
 
     @classmethod
     def open(cls, path: Path) -> OnnxCompiled | None:

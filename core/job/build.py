@@ -27,31 +27,48 @@ def build_program(loaded: LoadedModel, section: ModelSection, seed: int) -> Prog
     Raises:
         ModelError: it cannot be traced, or needs inputs that the spec does not declare.
     """
-    if loaded.program is not None:
-        return loaded.program
+    program = loaded.program
+    if program is None:
+        program = _traced(loaded, section.inputs or _own_inputs(loaded), seed, section.state)
+    if loaded.is_fixed and loaded.change.dtype is not None:
+        from graphwright.passes.cast.dtype import in_float32
+
+        program = in_float32(program)
+    return program
+
+
+def _traced(
+    loaded: LoadedModel,
+    inputs: Mapping[str, InputSection],
+    seed: int,
+    state: Literal["frozen", "explicit"],
+) -> Program:
+    from graphwright.ir.trace.capture import trace
+    from graphwright.job.pinned import pinned_arguments
+
     if loaded.module is None:
         raise ModelError(f"{loaded.source} holds no model that can be traced")
-    from graphwright.ir.trace.capture import trace
-
-    inputs = section.inputs
-    if not inputs:
-        return _from_own_inputs(loaded, seed, section.state)
+    pinned = pinned_arguments(loaded.module, inputs)
+    if not loaded.is_fixed:
+        inputs = {name: _following(spec, loaded.change.replaced) for name, spec in inputs.items()}
+    free = {name: spec for name, spec in inputs.items() if name not in pinned}
     dynamic = {
-        name: {axis: dim for axis, dim in enumerate(spec.shape) if isinstance(dim, str)}
-        for name, spec in inputs.items()
+        name: {axis: dim for axis, dim in enumerate(spec.shape or ()) if isinstance(dim, str)}
+        for name, spec in free.items()
     }
-    ranges = {name: spec.range for name, spec in inputs.items() if spec.range is not None}
-    examples = example_inputs(inputs, seed)
-    return trace(loaded.module, examples, dynamic=dynamic, ranges=ranges, state=section.state)
+    ranges = {name: spec.range for name, spec in free.items() if spec.range is not None}
+    examples = example_inputs(free, seed)
+    arguments = {name: pinned[name] if name in pinned else examples[name] for name in inputs}
+    return trace(loaded.module, arguments, dynamic=dynamic, ranges=ranges, state=state)
 
 
-def _from_own_inputs(
-    loaded: LoadedModel, seed: int, state: Literal["frozen", "explicit"]
-) -> Program:
+def _following(spec: InputSection, replaced: Mapping[str, str]) -> InputSection:
+    """An input declared in the dtype that the weights were stored in follows them."""
+    return spec.model_copy(update={"dtype": replaced.get(str(spec.dtype), spec.dtype)})
+
+
+def _own_inputs(loaded: LoadedModel) -> dict[str, InputSection]:
     """A model file that carries example inputs (or whose kind tells them) needs no section."""
-    from graphwright.ir.trace.capture import trace
-
-    assert loaded.module is not None
     if loaded.inputs is None:
         raise ModelError(
             "the file does not say what inputs the model takes",
@@ -59,14 +76,7 @@ def _from_own_inputs(
             fix="Declare them in the spec: model: {inputs: {x: {dtype: float32, shape: "
             "[batch, 3, 32, 32]}}}.",
         )
-    section = {name: _as_section(spec) for name, spec in loaded.inputs.items()}
-    dynamic = {
-        name: {axis: dim for axis, dim in enumerate(spec.shape) if isinstance(dim, str)}
-        for name, spec in section.items()
-    }
-    ranges = {name: spec.range for name, spec in section.items() if spec.range is not None}
-    examples = example_inputs(section, seed)
-    return trace(loaded.module, examples, dynamic=dynamic, ranges=ranges, state=state)
+    return {name: _as_section(spec) for name, spec in loaded.inputs.items()}
 
 
 def _as_section(spec: Any) -> InputSection:
@@ -84,7 +94,8 @@ def example_inputs(inputs: Mapping[str, InputSection], seed: int) -> dict[str, A
 
     sizes = example_sizes(inputs)
     specs = tuple(
-        TensorSpec(name, spec.dtype, spec.shape, spec.range) for name, spec in inputs.items()
+        TensorSpec(name, str(spec.dtype), spec.shape or (), spec.range)
+        for name, spec in inputs.items()
     )
     generator = torch.Generator().manual_seed(seed)
     return dict(synthetic_inputs(Signature(specs, (), None), sizes, generator))
@@ -98,7 +109,7 @@ def example_sizes(inputs: Mapping[str, InputSection]) -> dict[str, int]:
     """
     sizes: dict[str, int] = {}
     for name, spec in inputs.items():
-        for axis, dim in enumerate(spec.shape):
+        for axis, dim in enumerate(spec.shape or ()):
             if not isinstance(dim, str):
                 continue
             if spec.example is None:

@@ -17,7 +17,7 @@ from graphwright.job.chain import run_chain
 from graphwright.job.environment import deterministic, environment
 from graphwright.job.memory import reset_peak
 from graphwright.job.place import OutputPlace
-from graphwright.job.rules import check_rules
+from graphwright.job.rules import check_rules, dtype_refusal
 from graphwright.job.run import JobSettings, Run
 
 if TYPE_CHECKING:
@@ -112,6 +112,7 @@ class _Job:
                 source,
                 section=self.spec.model,
                 allow_pickle=self.run.settings.allow_pickle,
+                refusal=dtype_refusal(self.spec),
             )
         for text in loaded.warnings:
             self.run.warn(text)
@@ -209,14 +210,16 @@ class _Job:
         from torch import nn
 
         from graphwright.job.latency import measure_latency
+        from graphwright.job.pinned import as_arguments, pinned_arguments
 
         device = self.run.settings.device
         examples = [tensor.to(device) for tensor in original.examples]
-        if loaded.module is None:
+        if loaded.module is None or (loaded.is_fixed and loaded.change.dtype is not None):
             before: Any = original
         else:
             loaded.module.to(device)
-            before = loaded.runner(original.signature)
+            pinned = as_arguments(pinned_arguments(loaded.module, self.spec.model.inputs))
+            before = loaded.runner(original.signature, pinned)
         for lowered in compiled.values():
             if isinstance(lowered, nn.Module):
                 lowered.to(device)

@@ -6,7 +6,7 @@ Only passes and backends that have such rules are imported for it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -28,10 +28,33 @@ def check_rules(spec: Spec) -> None:
         raise SpecError(problems)
 
 
+def dtype_refusal(spec: Spec) -> Callable[[str], str]:
+    """Why a dtype cannot be what the spec's model is compiled in; empty where it can.
+
+    Asks every backend and every pass of the spec.
+    """
+    from graphwright.backends.base import find_backend
+    from graphwright.passes.base import find_pass
+
+    def refusal(dtype: str) -> str:
+        for call in spec.lower:
+            if why := find_backend(call.id)(**call.options).refusal(dtype):
+                return why
+        for item in spec.passes:
+            if dtype not in find_pass(item.id).computes_in:
+                return f"{item.id} does not take {dtype}"
+        return ""
+
+    return refusal
+
+
 def _problems(spec: Spec) -> Iterator[Problem]:
     sections: dict[str, tuple[PassCall | BackendCall, ...]] = {
         "passes": spec.passes, "lower": spec.lower,
     }  # fmt: skip
+    asked = spec.model.dtype
+    if asked is not None and (why := dtype_refusal(spec)(asked)):
+        yield spec.problem(("model", "dtype"), why, "float32")
     for section, calls in sections.items():
         for index, call in enumerate(calls):
             facts = spec.schema.definitions[call.id].get("x-graphwright", {})

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -11,6 +11,22 @@ from torch import nn
 
 def _anything(dtype: str) -> str:
     return ""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What to do about a model's dtype.
+
+    Attributes:
+        dtype: to convert its floats to; None for nothing to do.
+        replaced: names of stored dtypes, and of the one in their place; inputs that are declared
+            in a stored one follow.
+        notes: a line that says so.
+    """
+
+    dtype: torch.dtype | None = None
+    replaced: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -25,8 +41,8 @@ class DtypeChoice:
     asked: str | None = None
     refusal: Callable[[str], str] = _anything
 
-    def decide(self, stored: Iterable[torch.dtype]) -> tuple[torch.dtype | None, list[str]]:
-        """The dtype to convert to, None for none, and a line that says so.
+    def decide(self, stored: Iterable[torch.dtype]) -> Change:
+        """The change for a model.
 
         Args:
             stored: dtypes of the model's tensors; those of floats count.
@@ -35,17 +51,18 @@ class DtypeChoice:
         if self.asked is not None:
             wanted = getattr(torch, self.asked)
             if floats <= {wanted}:
-                return None, []
-            return wanted, [
-                f"the model is stored in {_names(floats)} and compiled in {self.asked}, as asked"
-            ]
+                return Change()
+            text = f"the model is stored in {_names(floats)} and compiled in {self.asked}, as asked"
+            return Change(wanted, {_name(d): self.asked for d in floats}, (text,))
         why = next((text for d in _sorted(floats) if (text := self.refusal(_name(d)))), "")
         if not why:
-            return None, []
-        return torch.float32, [
-            f"the model is stored in {_names(floats)} and compiled in float32: {why} "
-            "(model: {dtype: ...} chooses)"
-        ]
+            return Change()
+        text = f"the model is stored in {_names(floats)} and compiled in float32: {why}"
+        return Change(
+            torch.float32,
+            {_name(d): "float32" for d in floats},
+            (f"{text} (model: {{dtype: ...}} chooses)",),
+        )
 
 
 STORED = DtypeChoice()

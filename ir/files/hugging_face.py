@@ -17,7 +17,7 @@ from graphwright.ir.files.coded.description import (
     refuse_undescribed,
 )
 from graphwright.ir.files.detect import Kind, detect, read_json
-from graphwright.ir.files.dtypes import STORED, DtypeChoice
+from graphwright.ir.files.dtypes import STORED, Change, DtypeChoice
 from graphwright.ir.files.pretrained import build_pretrained
 from graphwright.ir.files.safetensor_files import read_safetensors, shards_of
 from graphwright.ir.files.target import WRAPPERS, stripped
@@ -58,8 +58,8 @@ def read_folder(
     choice: DtypeChoice = STORED,
     *,
     strip_prefix: str | None = None,
-) -> tuple[nn.Module, list[str]]:
-    """The model of a folder, in eval mode, and warnings.
+) -> tuple[nn.Module, Change, list[str]]:
+    """The model of a folder, in eval mode, what became of its dtype, and warnings.
 
     Args:
         folder: with config.json and the weights.
@@ -81,22 +81,25 @@ def read_folder(
     inner, more = _wrapped(weights, strip_prefix, folder)
     described = description_beside(folder)
     if described is not None:
-        model, notes = _read_coded(cls, described[0], inner or weights, folder, kind, choice)
-        return model, [*more, *notes]
+        model, change, notes = _read_coded(
+            cls, described[0], inner or weights, folder, kind, choice
+        )
+        return model, change, [*more, *notes]
     refuse_undescribed(weights, str(folder))
     stored = _stored_dtype(config, weights)
-    dtype, notes = choice.decide({stored})
+    change = choice.decide({stored})
+    dtype = change.dtype or stored
     key = "dtype" if kind is Kind.HUGGING_FACE else "torch_dtype"
-    arguments: dict[str, Any] = {key: dtype or stored}
+    arguments: dict[str, Any] = {key: dtype}
     if inner is None:
         model, warnings = build_pretrained(cls, folder, **arguments)
     elif kind is Kind.HUGGING_FACE:
         model, warnings = build_pretrained(cls, folder, inner, **arguments)
     else:
-        model = cls.from_config(cls.load_config(str(folder))).to(dtype or stored).eval()
-        given = {n: t.to(dtype or stored) if t.is_floating_point() else t for n, t in inner.items()}
+        model = cls.from_config(cls.load_config(str(folder))).to(dtype).eval()
+        given = {n: t.to(dtype) if t.is_floating_point() else t for n, t in inner.items()}
         warnings = fill(model, given, str(folder))
-    return model, [*notes, *more, *warnings]
+    return model, change, [*more, *warnings]
 
 
 def _weights(folder: Path, kind: Kind) -> dict[str, torch.Tensor]:
@@ -130,7 +133,7 @@ def _wrapped(
 def _read_coded(
     cls: Any, description: dict[str, Any], weights: dict[str, torch.Tensor], folder: Path,
     kind: Kind, choice: DtypeChoice,
-) -> tuple[nn.Module, list[str]]:  # fmt: skip
+) -> tuple[nn.Module, Change, list[str]]:  # fmt: skip
     """A model whose weights are stored in codes, which stay codes in its linear layers."""
     from graphwright.ir.files.coded.folder import load_coded
     from graphwright.ir.files.coded.insert import Parts
@@ -144,8 +147,8 @@ def _read_coded(
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     stored = getattr(config, "dtype", None) or torch.float32
-    dtype, notes = choice.decide({stored})
-    dtype = dtype or stored
+    change = choice.decide({stored})
+    dtype = change.dtype or stored
     warnings: list[str] = []
 
     def build(state: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -155,7 +158,7 @@ def _read_coded(
     with torch.device("meta"):
         blank = cls(config)
     model = load_coded(parts, build, blank, dtype)
-    return model.eval(), [*notes, *warnings, *parts.notes()]
+    return model.eval(), change, [*warnings, *parts.notes()]
 
 
 def input_hints(module: nn.Module) -> dict[str, dict[str, Any]] | None:

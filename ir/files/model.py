@@ -23,7 +23,7 @@ from graphwright.ir.files.coded.description import (
 )
 from graphwright.ir.files.coded.insert import Parts, fill_module
 from graphwright.ir.files.detect import Kind, detect
-from graphwright.ir.files.dtypes import DtypeChoice, convert, float_dtypes
+from graphwright.ir.files.dtypes import Change, DtypeChoice, convert, float_dtypes
 from graphwright.ir.files.export_file import quiet, read_export
 from graphwright.ir.files.export_inputs import declared_inputs
 from graphwright.ir.files.factory import build_module
@@ -31,12 +31,10 @@ from graphwright.ir.files.nested import module_in, weights_in
 from graphwright.ir.files.safetensor_files import read_safetensors, read_shards, shards_of
 from graphwright.ir.files.size_expressions import is_plain_guard
 from graphwright.ir.files.target import Target
+from graphwright.ir.files.wanted import WITH_GRAPH, Wanted
 from graphwright.ir.files.weights import fill, not_finite
 from graphwright.ir.program import Program
 from graphwright.ir.signature import Signature
-
-_CHECKPOINTS = (Kind.CHECKPOINT, Kind.CHECKPOINT_OLD, Kind.PICKLE)
-_WITH_GRAPH = (Kind.EXPORT, Kind.EXPORT_OLD, Kind.TORCHSCRIPT)
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,8 @@ class LoadedModel:
         exported: the ExportedProgram of another's `.pt2` file, whose `module` is its module.
         inputs: what the file says about its inputs, by name: dtype, shape, example, range.
         tokenizer: folder of a text model's tokenizer.
-        cast: dtype that the traced program is converted to, where the file holds a graph whose
-            dtypes are fixed; None for none.
+        change: what became of the stored dtype. `is_fixed` tells that the file holds a graph
+            whose dtypes are fixed, so that the traced program has to be converted.
         warnings: what the user should know, one line each.
     """
 
@@ -67,13 +65,20 @@ class LoadedModel:
     exported: ExportedProgram | None = None
     inputs: dict[str, dict[str, Any]] | None = None
     tokenizer: Path | None = None
-    cast: str | None = None
+    change: Change = field(default_factory=Change)
+    is_fixed: bool = False
     warnings: list[str] = field(default_factory=list)
 
-    def runner(self, signature: Signature) -> Callable[..., Any]:
+    def runner(
+        self, signature: Signature, pinned: Mapping[str, Any] | None = None
+    ) -> Callable[..., Any]:
         """The original model as a function of the program's inputs, in signature order.
 
         Inputs that are its state are left out of the call: the module has its own.
+
+        Args:
+            signature: the program's.
+            pinned: arguments that are no inputs, as the model takes them.
         """
         own = [spec.name for spec in signature.inputs if spec.name not in signature.state]
         module, names = self.module, own
@@ -82,12 +87,13 @@ class LoadedModel:
         by_name = _takes_names(module, names)
         if not by_name and not signature.state:
             return module
+        constants = {**signature.constants, **(pinned or {})}
 
         def run(*inputs: torch.Tensor) -> Any:
             own = inputs[: len(names)]
             if not by_name:
                 return module(*own)
-            return module(**dict(zip(names, own, strict=True)), **signature.constants)
+            return module(**dict(zip(names, own, strict=True)), **constants)
 
         return run
 
@@ -117,7 +123,7 @@ def load_model(
     """
     path = Path(source)
     kind = detect(path)
-    wanted = _Wanted.of(section, refusal)
+    wanted = Wanted.of(section, refusal)
     wanted.check(path, kind)
     files = _files(path, kind)
     if kind in (Kind.EXPORT, Kind.EXPORT_OLD):
@@ -134,6 +140,7 @@ def load_model(
     else:
         parts = _load_checkpoint(path, kind, wanted, allow_pickle)
     notes = [*parts.pop("warnings", []), *_convert(parts, kind, wanted.choice, path)]
+    parts["is_fixed"] = kind in WITH_GRAPH
     if parts.get("module") is not None and "exported" not in parts:
         parts["module"] = parts["module"].to(device).eval()
     sha256, size = _identity(files)
@@ -143,67 +150,23 @@ def load_model(
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """The part of a spec's `model` section that is about the file."""
-
-    factory: str | None
-    kwargs: Mapping[str, Any]
-    key: str | None
-    strip_prefix: str | None
-    choice: DtypeChoice
-
-    @classmethod
-    def of(cls, section: Any, refusal: Callable[[str], str] | None) -> _Wanted:
-        def entry(key: str) -> Any:
-            is_mapping = isinstance(section, Mapping)
-            return section.get(key) if is_mapping else getattr(section, key, None)
-
-        choice = DtypeChoice(entry("dtype"))
-        return cls(
-            entry("factory"), entry("kwargs") or {}, entry("key"), entry("strip_prefix"),
-            choice if refusal is None else replace(choice, refusal=refusal),
-        )  # fmt: skip
-
-    def check(self, path: Path, kind: Kind) -> None:
-        """Refuses options that have no meaning for a kind of file.
-
-        Raises:
-            ModelError: `key` or `strip_prefix` is given for a file without such.
-        """
-        if self.key is not None and kind not in _CHECKPOINTS:
-            raise ModelError(
-                f"model.key names a part of a training checkpoint, and this is {kind.value}",
-                where=str(path),
-                fix="Take it out of the spec.",
-            )
-        if self.strip_prefix is not None and kind in _WITH_GRAPH:
-            raise ModelError(
-                f"model.strip_prefix is for files of weights, and this is {kind.value}",
-                where=str(path),
-                fix="Take it out of the spec.",
-            )
-
-
 def _convert(parts: dict[str, Any], kind: Kind, choice: DtypeChoice, path: Path) -> list[str]:
     """Brings the model into the chosen dtype: a module now, a fixed graph once it is traced."""
     if kind in (Kind.HUGGING_FACE, Kind.DIFFUSERS):
         # Built in the dtype asked for already; what the library keeps wider stays so where it runs.
         choice = replace(choice, asked=None)
-    dtype, notes = choice.decide(float_dtypes(_tensors(parts).values()))
-    if dtype is None:
-        return notes
-    if kind not in _WITH_GRAPH:
-        convert(parts["module"], dtype)
-    elif dtype is torch.float32:
-        parts["cast"] = "float32"
-    else:
+    before: Change = parts.pop("change", Change())
+    change = choice.decide(float_dtypes(_tensors(parts).values()))
+    parts["change"] = change if before.dtype is None else before
+    if kind not in WITH_GRAPH and change.dtype is not None:
+        convert(parts["module"], change.dtype)
+    elif change.dtype not in (None, torch.float32):
         raise ModelError(
             f"the dtypes of {kind.value} are fixed, and model.dtype asks for {choice.asked}",
             where=str(path),
             fix=f"Leave it out, and begin the passes with cast.dtype: {{to: {choice.asked}}}.",
         )
-    return notes
+    return list(before.notes or change.notes)
 
 
 def _load_export(path: Path, kind: Kind, allow_pickle: bool, device: str) -> dict[str, Any]:
@@ -256,14 +219,17 @@ def _module_of(exported: ExportedProgram, guards: tuple[str, ...]) -> nn.Module:
     return fresh
 
 
-def _load_folder(path: Path, kind: Kind, wanted: _Wanted) -> dict[str, Any]:
+def _load_folder(path: Path, kind: Kind, wanted: Wanted) -> dict[str, Any]:
     from graphwright.ir.files.hugging_face import input_hints, read_folder
 
-    module, notes = read_folder(path, kind, wanted.choice, strip_prefix=wanted.strip_prefix)
-    return {"module": module, "inputs": input_hints(module), "tokenizer": path, "warnings": notes}
+    module, change, notes = read_folder(path, kind, wanted.choice, strip_prefix=wanted.strip_prefix)
+    return {
+        "module": module, "inputs": input_hints(module), "tokenizer": path, "warnings": notes,
+        "change": change,
+    }  # fmt: skip
 
 
-def _load_checkpoint(path: Path, kind: Kind, wanted: _Wanted, allow_pickle: bool) -> dict[str, Any]:
+def _load_checkpoint(path: Path, kind: Kind, wanted: Wanted, allow_pickle: bool) -> dict[str, Any]:
     value = read_checkpoint(path, kind, allow_pickle=allow_pickle)
     module, notes = module_in(value, str(path), wanted.key)
     if module is not None:
@@ -273,7 +239,7 @@ def _load_checkpoint(path: Path, kind: Kind, wanted: _Wanted, allow_pickle: bool
     return _fill(value, wanted, path)
 
 
-def _fill(value: Any, wanted: _Wanted, path: Path) -> dict[str, Any]:
+def _fill(value: Any, wanted: Wanted, path: Path) -> dict[str, Any]:
     """The factory's module with the tensors by name, or with those of a checkpoint."""
     if wanted.factory is None:
         tensors, _ = weights_in(value, str(path), key=wanted.key)
@@ -299,8 +265,8 @@ def _fill(value: Any, wanted: _Wanted, path: Path) -> dict[str, Any]:
 def _takes_names(module: nn.Module, names: list[str]) -> bool:
     import inspect
 
-    parameters = inspect.signature(module.forward).parameters
-    return all(name in parameters for name in names)
+    known = getattr(module, "argument_kinds", None) or inspect.signature(module.forward).parameters
+    return all(name in known for name in names)
 
 
 def _tensors(parts: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -29,6 +29,9 @@ from graphwright.ir.files.zips import Archive
 _OPERATOR = re.compile(r"\bops\.(\w+)\.(\w+)")
 _TORCH_CALL = re.compile(r"\btorch\.(save|load|from_file|_load\w*|_save\w*)\s*\(")
 _CLASS = re.compile(r"__torch__\.torch\.classes\.[\w.]+")
+NUMBERS = ("int", "float", "bool", "number")
+"""TorchScript's types of plain numbers."""
+
 _NAMESPACES = {"aten", "prim", "quantized", "torchvision", "torchaudio"}
 _SIDE_EFFECTS = {"save", "load", "from_file", "rpc_async", "rpc_sync", "rpc_remote"}
 
@@ -67,6 +70,11 @@ class ScriptedModule(nn.Module):
         """The archived module."""
         return self._hidden[0]
 
+    @property
+    def argument_kinds(self) -> dict[str, str]:
+        """TorchScript types of the arguments of `forward`, by name and in order."""
+        return {argument.name: str(argument.type) for argument in self._schema()}
+
     def settle(self, *inputs: Any, **named: Any) -> None:
         """Gives written attributes the values of `settled_values` for these arguments of a call.
 
@@ -74,14 +82,18 @@ class ScriptedModule(nn.Module):
             ModelError: the first call makes its state in a way that no value stands for.
         """
         if self._written:
-            arguments = (*inputs, *self._in_order(named).values())
+            arguments = self._in_order(inputs, named)
             found = settled_values(self.archived_script, self._written, arguments)
             for name, value in found.items():
                 self._hold(name, value)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """Calls the archived module; arguments by name are put in its own order."""
-        named = self._in_order(named)
+        """Calls the archived module.
+
+        Raises:
+            ModelError: a tensor is given where its code wants a number.
+        """
+        arguments = self._in_order(inputs, named)
         parameters = dict(self.named_parameters(remove_duplicate=False))
         buffers = dict(self.named_buffers(remove_duplicate=False))
         before = self._put({**parameters, **buffers})
@@ -90,19 +102,28 @@ class ScriptedModule(nn.Module):
         try:
             # The profiling executor writes down the sizes it sees, which fixes them in a trace.
             with torch.jit.optimized_execution(not exporting):  # type: ignore[attr-defined]
-                result = self.archived_script(*inputs, *named.values())
+                result = self.archived_script(*arguments)
             for name in self._written:
                 self._keep(name, buffers.get(name), exporting)
             return result
         finally:
             self._put({**before, **constants} if exporting else before)
 
-    def _in_order(self, named: dict[str, Any]) -> dict[str, Any]:
-        """Arguments by name in the order of the archived module's own."""
-        order = [argument.name for argument in self.archived_script.forward.schema.arguments[1:]]  # type: ignore[attr-defined]
-        if set(named) <= set(order):
-            return {name: named[name] for name in order if name in named}
-        return named
+    def _schema(self) -> list[Any]:
+        return list(self.archived_script.forward.schema.arguments[1:])  # type: ignore[attr-defined]
+
+    def _in_order(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+        """All arguments by position; names that are not the module's are in its order already."""
+        schema = self._schema()
+        if not set(named) <= {argument.name for argument in schema}:
+            inputs, named = (*inputs, *named.values()), {}
+        given = list(inputs)
+        last = max((i for i, a in enumerate(schema) if a.name in named), default=-1)
+        rest = schema[len(given) : last + 1]
+        given += [named.get(argument.name, argument.default_value) for argument in rest]
+        for argument, value in zip(schema, given, strict=False):
+            _refuse_tensor_for_number(argument.name, str(argument.type), value)
+        return tuple(given)
 
     def _hold(self, name: str, value: Any) -> None:
         """A tensor becomes a buffer (of no state dict, if it is new); all else stays there."""
@@ -131,6 +152,14 @@ class ScriptedModule(nn.Module):
             before[name] = read_attribute(self.archived_script, name)
             set_attribute(self.archived_script, name, value)
         return before
+
+
+def _refuse_tensor_for_number(name: str, kind: str, value: Any) -> None:
+    if isinstance(value, torch.Tensor) and kind in NUMBERS:
+        raise ModelError(
+            f"the model's code takes {name!r} as a number ({kind}), which an input cannot be",
+            fix=f"Pin it in the spec: model: {{inputs: {{{name}: {{value: ...}}}}}}.",
+        )
 
 
 def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,18 @@ from graphwright.ir.trace.untouched import untouched
 
 POSITIONAL = "*"
 """Key of arguments that have no name, as those of `forward(*inputs)`."""
+
+
+@dataclass(frozen=True)
+class Constant:
+    """An argument that is a scalar tensor of one value: part of the program, and no input."""
+
+    value: bool | int | float
+    dtype: torch.dtype
+
+    def tensor(self) -> torch.Tensor:
+        """The argument, of no dimension."""
+        return torch.full((), self.value, dtype=self.dtype)
 
 
 class _Record:
@@ -49,9 +62,9 @@ class FlatModel(nn.Module):
         self.trees = {name: _flatten_argument(v, tensors) for name, v in arguments.items()}
         self.inputs = dict(zip(_input_names(self.trees), tensors, strict=True))
         self.constants = {
-            name: value
+            name: value.value if isinstance(value, Constant) else value
             for name, value in arguments.items()
-            if isinstance(value, bool | int | float | str)
+            if isinstance(value, bool | int | float | str | Constant)
         }
         self.record = _Record()
         self.state = State()
@@ -92,6 +105,7 @@ class FlatModel(nn.Module):
 
     def _arguments(self, tensors: Sequence[torch.Tensor]) -> tuple[Any, dict[str, Any]]:
         arguments = {name: rebuild(tree, tensors) for name, tree in self.trees.items()}
+        arguments = {n: v.tensor() if isinstance(v, Constant) else v for n, v in arguments.items()}
         return arguments.pop(POSITIONAL, ()), arguments
 
     def _call(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[torch.Tensor, ...], Any]:
@@ -137,6 +151,8 @@ def named_arguments(
 
 def _flatten_argument(value: Any, leaves: list[Any]) -> Any:
     """As `flatten`; an object that is no container is baked in as it is."""
+    if isinstance(value, Constant):
+        return {"value": value}
     try:
         return flatten(value, leaves)
     except TypeError:

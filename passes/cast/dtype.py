@@ -1,7 +1,8 @@
-"""cast.dtype: half precision, with what needs range or digits kept in float32."""
+"""cast.dtype: half precision, with what needs range or digits kept in float32; or all of it."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from graphwright.ir.graph.nodes import op_name
 from graphwright.ir.layers.selectors import select
 from graphwright.ir.options import Bounded, Selector
 from graphwright.ir.program import Program
+from graphwright.ir.signature import TensorSpec
 from graphwright.passes.base import Action, Context, Pass, Result
 
 aten = torch.ops.aten
@@ -26,11 +28,16 @@ FLOAT32_OPS = frozenset(
 """Ops that overflow or lose their digits in half precision; the usual autocast list."""
 
 
+HALF = ("float16", "bfloat16")
+_HALVES = (torch.float16, torch.bfloat16)
+_FLOATS = ("float32", *HALF)
+
+
 class DtypeOptions(Bounded):
     """Options of cast.dtype."""
 
-    to: Literal["float16", "bfloat16"] = "float16"
-    """Type of weights and arithmetic."""
+    to: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Type of weights and arithmetic; `float32` takes half precision out of a program."""
 
     keep: Selector = ()
     """Layers that stay in float32: selector patterns over names and kinds."""
@@ -40,12 +47,12 @@ class DtypeOptions(Bounded):
 
 
 class Dtype(Pass[DtypeOptions]):
-    """Computes in float16 or bfloat16; inputs and outputs keep their types.
+    """Computes in float16, bfloat16 or float32; inputs and outputs keep their types.
 
     Weights are stored in the new type. Norms, softmax, exponentials, logarithms, powers and sums
     stay in float32 (the usual autocast list), and so do the layers in `keep`; casts are put where
     a value crosses. Constants beyond the range of the type (the -3.4e38 of masks) are clamped to
-    its largest finite value, so that a masked row gives no NaN.
+    its largest finite value, so that a masked row gives no NaN. With `to: float32` everything is.
     """
 
     contract = "lossy"
@@ -62,12 +69,43 @@ class Dtype(Pass[DtypeOptions]):
         return Result(editor.finish(propagate=True), actions)
 
 
+def in_float32(program: Program) -> Program:
+    """The program with no half precision in it, inputs, outputs and examples included."""
+    signature = program.signature
+    editor = Editor(program, by="cast.dtype")
+    for node in editor.graph.find_nodes(op="placeholder"):
+        value: Any = node.meta.get("val")
+        if _is_half(value):
+            with value.fake_mode:
+                node.meta["val"] = value.to(torch.float32)
+    _Caster(editor, torch.float32, set(), frozenset(), interface=True).run()
+    return editor.finish(propagate=True).replace(
+        signature=replace(
+            signature,
+            inputs=tuple(_wide(spec) for spec in signature.inputs),
+            outputs=tuple(_wide(spec) for spec in signature.outputs),
+        ),
+        examples=tuple(t.float() if _is_half(t) else t for t in program.examples),
+    )
+
+
+def _wide(spec: TensorSpec) -> TensorSpec:
+    return replace(spec, dtype="float32") if spec.dtype in HALF else spec
+
+
 class _Caster:
     """One walk over the graph; every value has the type its producer computed in."""
 
     def __init__(
-        self, editor: Editor, dtype: torch.dtype, kept: set[str], float32_ops: frozenset[str]
+        self,
+        editor: Editor,
+        dtype: torch.dtype,
+        kept: set[str],
+        float32_ops: frozenset[str],
+        *,
+        interface: bool = False,
     ) -> None:
+        self.interface = interface
         self.editor = editor
         self.dtype = dtype
         self.kept = kept
@@ -96,15 +134,12 @@ class _Caster:
             (node.args, node.kwargs), lambda n: self._as(n, dtype, node)
         )
         node.args = _map_plain(node.args, lambda v: self._constant(v, dtype))
-        node.kwargs = {
-            k: dtype if v is torch.float32 and k == "dtype" else self._constant(v, dtype)
-            for k, v in node.kwargs.items()
-        }
+        node.kwargs = {k: self._constant(v, dtype) for k, v in node.kwargs.items()}
         node.meta["val"] = self.editor.evaluate(node)
         self.editor.changed = True
 
     def _constant(self, value: Any, dtype: torch.dtype) -> Any:
-        if value is torch.float32:
+        if value is torch.float32 or (self.dtype is torch.float32 and value in _HALVES):
             return dtype
         if isinstance(value, float) and abs(value) != float("inf"):
             limit = torch.finfo(dtype).max
@@ -130,8 +165,10 @@ class _Caster:
         if key not in self.casts:
             name = str(operand.target)
             tensor = self.editor.state[name]
-            limit = torch.finfo(dtype)
-            value = tensor.detach().clamp(limit.min, limit.max).to(dtype)
+            value, limit = tensor.detach(), torch.finfo(dtype)
+            if torch.finfo(value.dtype).max > limit.max:
+                value = value.clamp(limit.min, limit.max)
+            value = value.to(dtype)
             if isinstance(tensor, nn.Parameter):
                 value = nn.Parameter(value, requires_grad=tensor.requires_grad)
             suffix = str(dtype).removeprefix("torch.")
@@ -152,7 +189,7 @@ class _Caster:
         specs = self.editor.program.signature.outputs
         restored = [
             self._as(out, getattr(torch, spec.dtype), node)
-            if isinstance(out, fx.Node) and spec.dtype == "float32"
+            if isinstance(out, fx.Node) and not self.interface and spec.dtype in _FLOATS
             else out
             for out, spec in zip(outputs, specs, strict=True)
         ]
@@ -169,9 +206,11 @@ def _is_operator(node: fx.Node) -> bool:
 
 
 def _is_float(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dtype in (
-        torch.float32, torch.float16, torch.bfloat16,
-    )  # fmt: skip
+    return isinstance(value, torch.Tensor) and value.dtype in (torch.float32, *_HALVES)
+
+
+def _is_half(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype in _HALVES
 
 
 def _map_plain(value: Any, change: Any) -> Any:

@@ -94,6 +94,7 @@ class Int8(Pass[Int8Options]):
     stores_weights = True
     after = ("cleanup.*", "quantize.smoothquant")
     lowers_to = ("onnxruntime", "triton")
+    computes_in = ("float32",)
     needs_with: ClassVar[Mapping[tuple[str, Any], Need]] = {
         ("activations", "static"): "calibration"
     }

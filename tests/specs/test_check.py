@@ -152,8 +152,8 @@ PINNED = {
          "mean 'activations'?"),
     "unknown option, nothing near":
         ("version: 1\npasses:\n  - cast.dtype: {colour: red}\n",
-         "spec.yaml:3:18: passes[0].colour: cast.dtype has no option 'colour'; there are to, keep, "
-         "keep_ops, max_error"),
+         "spec.yaml:3:18: passes[0].colour: cast.dtype has no option 'colour'; there are "
+         "max_error, to, keep, keep_ops"),
     "option of a pass that has none":
         ("version: 1\npasses:\n  - cleanup.canonicalize: {x: 1}\n",
          "spec.yaml:3:28: passes[0].x: cleanup.canonicalize has no option 'x'; it takes none"),

@@ -104,6 +104,23 @@ def test_shards(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+def test_a_folder_in_half_precision(stored: str, tmp_path: Path) -> None:
+    """It stays as it is where that runs; else the library builds it in float32."""
+    llama(tmp_path / "float").to(getattr(torch, stored)).save_pretrained(tmp_path / stored)  # type: ignore[operator]
+    kept = load_model(tmp_path / stored).module
+    assert kept is not None
+    assert {p.dtype for p in kept.parameters()} == {getattr(torch, stored)}
+    loaded = load_model(tmp_path / stored, refusal=lambda dtype: f"no {dtype} here")
+    wide = type(kept).from_pretrained(tmp_path / stored, dtype=torch.float32)  # type: ignore[attr-defined]
+    assert loaded.module is not None
+    assert torch.equal(loaded.module(IDS).logits, wide(IDS).logits)
+    assert [w for w in loaded.warnings if f"in float32: no {stored} here" in w]
+    asked = load_model(tmp_path / stored, section={"dtype": "float32"})
+    assert asked.module is not None
+    assert torch.equal(asked.module(IDS).logits, wide(IDS).logits)
+
+
 def test_a_diffusers_folder_that_lacks_a_tensor(tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
     model = diffusers.AutoencoderTiny(

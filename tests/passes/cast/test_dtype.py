@@ -48,6 +48,20 @@ def test_weights_shrink_and_the_signature_stays(program: gw.Program, to: str, bo
     assert after.state["norm.weight"].dtype is torch.float32
 
 
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+def test_half_precision_is_taken_out(program: gw.Program, stored: str) -> None:
+    """Weights keep the values they were rounded to; all arithmetic is in float32."""
+    half = gw.passes.cast.Dtype(to=stored)(program)
+    after = gw.passes.cast.Dtype(to="float32")(half)
+    values = [n.meta["val"].dtype for n in after.graph.nodes if n.op == "call_function"]
+    assert not {torch.float16, torch.bfloat16} & {*values, *(t.dtype for t in after.state.values())}
+    state = {n: t.to(getattr(torch, stored)).float() for n, t in program.state.items()}
+    state |= {n: t for n, t in program.state.items() if n.startswith("norm")}
+    exact = program.replace(state={n: state[n] if t.is_floating_point() else t
+                                   for n, t in program.state.items()})  # fmt: skip
+    assert measure(exact, after).relative < 1e-6
+
+
 def test_norms_and_softmax_run_in_float32(program: gw.Program) -> None:
     after = gw.passes.cast.Dtype(to="float16")(program)
     for node in after.graph.nodes:
