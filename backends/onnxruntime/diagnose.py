@@ -90,9 +90,8 @@ def _first(
 ) -> fx.Node | None:
     """The first node whose value the runtime does not give, up to rounding."""
     own, exact = (Walk(program, inputs, wide=wide) for wide in (False, True))
-    for node in program.graph.nodes:
-        if node.op != "call_function":
-            continue
+    calls: list[fx.Node] = [n for n in program.graph.nodes if n.op == "call_function"]
+    for node in calls:
         value, reference = own.step(node), exact.step(node)
         got = shown.get(node.name)
         if isinstance(value, Tensor) and got is not None:

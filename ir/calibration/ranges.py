@@ -160,7 +160,7 @@ def _divergence(magnitude: np.ndarray[Any, Any], bins: int) -> float:
     width = np.bincount(level, weights=filled, minlength=LEVELS)
     q = np.where(filled, mass[level] / np.maximum(width[level], 1), 0.0)
     both = (p > 0) & (q > 0)
-    if p[both].sum() == 0 or p[both].sum() < 0.5 * p.sum():
+    if not both.any():
         return np.inf
     p, q = p / p.sum(), q / q.sum()
     # A bin with clipped mass only has no counterpart; the usual floor keeps it finite.
@@ -182,9 +182,7 @@ def mse_range(histogram: Histogram) -> tuple[float, float]:
     low, high = min(histogram.extremes.low, 0.0), max(histogram.extremes.high, 0.0)
 
     def error(ends: tuple[float, float]) -> float:
-        step = (ends[1] - ends[0]) / 255
-        if step == 0:
-            return float((weights * centers**2).sum())
+        step = (ends[1] - ends[0]) / 255  # above 0: some value is, and the range holds zero
         zero = np.clip(np.rint(-ends[0] / step), 0, 255)
         codes = np.clip(np.rint(centers / step) + zero, 0, 255)
         return float((weights * (centers - (codes - zero) * step) ** 2).sum())

@@ -105,8 +105,8 @@ class Walk:
             args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._wide_argument)
             try:
                 return fx.node.map_aggregate(target(*args, **kwargs), widened)
-            except (RuntimeError, NotImplementedError):
-                pass  # no float64 form: as the program itself computes it, below
+            except Exception:  # however an op says that it has no float64 form
+                pass  # as the program itself computes it, below
         self.narrow.add(node)
         args, kwargs = fx.map_arg(
             (node.args, node.kwargs), lambda n: own_precision(self.value(n), n.meta.get("val"))

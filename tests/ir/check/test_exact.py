@@ -255,6 +255,27 @@ def test_no_cast_in_a_program_shortens_its_float64_run() -> None:
     assert program.run_flat((x,))[0].dtype == torch.float32
 
 
+def only_float32(x: Tensor) -> Tensor:
+    if x.dtype == torch.float64:
+        raise TypeError("no float64 kernel")
+    return x * 1.1
+
+
+def test_an_op_without_a_float64_form_runs_in_its_own_precision() -> None:
+    before, after = folded("mlp", 2)
+    made = []
+    for program in (before, after):
+        editor = Editor(program, by="test.op")
+        tanh = next(n for n in editor.graph.nodes if n.target is aten.tanh.default)
+        call = editor.call(only_float32, tanh, before=tanh.next)
+        tanh.replace_all_uses_with(call, delete_user_cb=lambda user, call=call: user is not call)
+        made.append(editor.finish())
+    (got,) = run_in_double(made[0], made[0].examples)
+    assert got.dtype == torch.float64
+    assert measure(*made).relative > FIRST_LOOK  # so the look in float64 is taken
+    check_contract(made[0], made[1], PROMISE)
+
+
 def test_a_value_can_be_replaced_for_those_that_read_it() -> None:
     program, _ = folded("mlp", 2)
     first = next(n.name for n in program.graph.nodes if n.target is aten.tanh.default)
