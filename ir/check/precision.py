@@ -6,7 +6,8 @@ shorter type is left out: the function that the program stands for, without roun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -42,6 +43,20 @@ def widened(value: Any) -> Any:
     return WIDE.get(value, value) if isinstance(value, torch.dtype) else value
 
 
+@contextmanager
+def same_draws(seed: int = 0) -> Iterator[None]:
+    """Random numbers drawn inside on the CPU are the same at every entry, and move no stream."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def draws(target: Any) -> bool:
+    """Whether an operator draws random numbers."""
+    tags = target.tags if isinstance(target, torch._ops.OpOverload) else ()
+    return torch.Tag.nondeterministic_seeded in tags
+
+
 class Walk:
     """One run of a program whose steps the caller takes, one node after the other.
 
@@ -51,12 +66,15 @@ class Walk:
         values: results of the nodes that are still to be read.
         narrow: nodes with an op that has no float64 form, or one behind which it was run in its
             own precision.
+        drawn: calls so far that draw random numbers; each has draws of its own, the same in
+            every walk.
     """
 
     def __init__(self, program: Program, inputs: tuple[Tensor, ...], *, wide: bool) -> None:
         self.program, self.wide = program, wide
         self.values: dict[fx.Node, Any] = {}
         self.narrow: set[fx.Node] = set()
+        self.drawn = 0
         self.readers = {node: len(node.users) for node in program.graph.nodes}
         for node, tensor in zip(program.graph.find_nodes(op="placeholder"), inputs, strict=True):
             self.values[node] = widened(tensor) if wide else tensor
@@ -67,7 +85,8 @@ class Walk:
             return self.values.get(node)
         target = node.target
         assert callable(target)
-        with torch.no_grad():
+        self.drawn += draws(target)
+        with torch.no_grad(), same_draws(self.drawn) if draws(target) else nullcontext():
             if self.wide:
                 self.values[node] = self._wide(node, target)
             else:

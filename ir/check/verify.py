@@ -11,7 +11,7 @@ import torch
 from graphwright.ir.check.difference import Difference, difference, first_difference
 from graphwright.ir.check.exact import disagreements
 from graphwright.ir.check.fidelity import Fidelity, compare, merge
-from graphwright.ir.check.precision import Walk, roundoff
+from graphwright.ir.check.precision import Walk, roundoff, same_draws
 from graphwright.ir.check.promise import Promise
 from graphwright.ir.context import Batch
 from graphwright.ir.errors import ContractError
@@ -107,8 +107,9 @@ def measure(before: Program, after: Program, batches: Iterable[Batch] | None = N
 
 @torch.no_grad()
 def run(program: Program, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """The flat outputs, without recording gradients."""
-    return program.run_flat(inputs)
+    """The flat outputs, without recording gradients; random draws are the same at every call."""
+    with same_draws():
+        return program.run_flat(inputs)
 
 
 def _inputs(

@@ -9,7 +9,7 @@ from torch import nn
 import graphwright as gw
 from graphwright.ir.check.difference import first_difference
 from graphwright.ir.check.promise import Promise
-from graphwright.ir.check.verify import Checker, check_contract
+from graphwright.ir.check.verify import Checker, check_contract, run
 from graphwright.ir.context import Context
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ArgumentError, ContractError
@@ -67,6 +67,26 @@ def test_an_exact_pass_that_is_not_exact_is_refused(program: gw.Program) -> None
     assert caught.value.exit_code == 4
     assert text.startswith("a.b broke its contract (exact): relative error ")
     assert "first node that differs: linear_2 (aten.linear.default) in layers.2" in text
+
+
+def test_a_program_that_draws_random_numbers_is_checked_with_the_same_draws() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x)) + torch.randn(x.shape[0], 4)
+
+    with pytest.warns(UserWarning, match="other results on every call"):
+        noisy = gw.trace(Noisy(), {"x": torch.randn(3, 4)}, dynamic={"x": {0: "batch"}})
+    merged = gw.passes.cleanup.MergeLinear()(noisy)
+    assert len(merged.state) == 2
+    before = torch.get_rng_state()
+    assert torch.equal(run(noisy, noisy.examples)[0], run(noisy, noisy.examples)[0])
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(ContractError):
+        check_contract(noisy, scaled(noisy, "first.weight", 1.01), Promise("a.b", "exact"))
 
 
 def test_a_lossy_pass_is_bounded_only_by_its_own_bound(program: gw.Program) -> None:
