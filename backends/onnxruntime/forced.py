@@ -89,7 +89,7 @@ class Taps:
         for quantizer, parts in self.parts.items():
             tensors = [found[part] if isinstance(part, str) else part for part in parts]
             # A layer that was not fused with the quantizer behind it gives floats, no codes.
-            if len(tensors) == 1 or not tensors[0].is_floating_point():
+            if tensors[0].is_floating_point() == (len(tensors) == 1):
                 shown[quantizer] = Found(*tensors)
         return outputs, shown
 
@@ -158,7 +158,8 @@ class _Forced(fx.Interpreter):
         """The runtime's own input, quantized as the program does."""
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         theirs = n.target(x.reshape(value.shape), *args[1:], **kwargs)  # type: ignore[operator]
-        return _accepted(n, value, theirs, (theirs.amax() - theirs.amin()) / 255)
+        spread = (theirs.amax() - theirs.amin()) / 255
+        return _accepted(n, value, theirs, spread if len(args) == 1 else torch.tensor(args[1]))
 
 
 def _accepted(n: fx.Node, value: Tensor, theirs: Tensor, scale: Tensor) -> Tensor:

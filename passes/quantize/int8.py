@@ -26,6 +26,7 @@ from graphwright.ir.layers.kinds import (
 )
 from graphwright.ir.layers.products import input_node
 from graphwright.ir.layers.selectors import Layer, select
+from graphwright.ir.layers.transposed import sub_pixel
 from graphwright.ir.options import Bounded, Targets
 from graphwright.ir.program import Program
 from graphwright.passes.base import Action, Context, Need, Pass, Result
@@ -35,11 +36,10 @@ from graphwright.passes.quantize._math import int8 as int8_math
 
 ops = torch.ops.graphwright
 
-KERNELS = (*MATRICES, *CONVOLUTIONS, "embedding")
-"""Layers that runtimes compute on integers, and tables."""
+KERNELS = (*MATRICES, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, "embedding")
+"""Layers that can be quantized: integer kernels, tables, and weights that are stored as int8."""
 
-NO_KERNEL = TRANSPOSED_CONVOLUTIONS
-"""Layers with a weight that no runtime has an integer kernel for: reported, left in float."""
+WINDOWED = (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
 
 GROUPS = 6
 """Position of a convolution's groups."""
@@ -84,7 +84,9 @@ class Int8(Pass[Int8Options]):
     goes through `graphwright::fake_quantize` (static) or `graphwright::fake_quantize_dynamic`,
     once per tensor. In static programs the results of convolutions, and sums and concatenations
     of them, are quantized too, behind their ReLU, and their biases are int32 codes: integer
-    convolutions exist in no other form. Biases of matrix products stay in float32.
+    convolutions exist in no other form. Biases of matrix products stay in float32. A transposed
+    convolution is computed on integers where it can be written as a plain one (two dimensions, one
+    group, one stride, no dilation); any other stores an int8 weight and is computed in float32.
 
     Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference".
@@ -107,18 +109,17 @@ class Int8(Pass[Int8Options]):
                 f"{self.id} with static activations needs calibration data",
                 fix="Give the spec a `calibration` section, or use activations: dynamic.",
             )
-        chosen = select(program, options.targets, {*KERNELS, *NO_KERNEL})
+        chosen = select(program, options.targets, KERNELS)
         refused = {layer.node: why for layer in chosen if (why := refusal(layer, program, options))}
         layers = [layer for layer in chosen if layer.node not in refused]
         if not layers:
             reasons = sorted({f"{layer.name}: {refused[layer.node]}" for layer in chosen})
             raise ModelError(f"{self.id} can quantize none of its targets", details=tuple(reasons))
-        sites = find_sites(
-            program.graph, {layer.node: layer.kind for layer in layers}, outputs=is_static
-        )
+        computed = {n.node: n.kind for n in layers if not is_storage(n, options)}
+        sites = find_sites(program.graph, computed, outputs=is_static)
         ranges = self._ranges(program, sites, context) if is_static else {}
-        weights = quantize_weights(program, layers, ranges, options)
-        errors = layer_errors(program, layers, weights, ranges, context.calibration)
+        weights = quantize_weights(program, layers, sites, ranges, options)
+        errors = layer_errors(program, layers, weights, sites, ranges, context.calibration)
         edited = Inserter(program, self.id, sites, ranges, is_static).run(layers, weights)
         return Result(edited, self._actions(chosen, refused, errors), _metrics(errors))
 
@@ -149,16 +150,18 @@ class Int8(Pass[Int8Options]):
             if layer.node in refused:
                 actions.append(Action.left(layer.name, refused[layer.node], "float32"))
                 continue
-            how = "weight" if layer.kind == "embedding" else self.options.activations
+            how = f"int8 {self.options.activations}"
+            if layer.kind == "embedding":
+                how = "int8 weight"
+            elif is_storage(layer, self.options):
+                how = f"int8 weight, stored only: {layer.kind} like this is computed in float32"
             error = errors[layer.node]
-            actions.append(Action(layer.name, f"int8 {how}, relative error {error:.2e}"))
+            actions.append(Action(layer.name, f"{how}, relative error {error:.2e}"))
         return tuple(actions)
 
 
 def refusal(layer: Layer, program: Program, options: Int8Options) -> str:
     """The reason why a layer stays in float32; empty when it can be quantized."""
-    if layer.kind in NO_KERNEL:
-        return f"no integer kernel for {layer.kind}"
     if not layer.weight:
         return "its weight is computed in the graph (compressed or adapted before)"
     weight = program.state[layer.weight]
@@ -170,16 +173,31 @@ def refusal(layer: Layer, program: Program, options: Int8Options) -> str:
         return f"its weight has {weight.dim()} dimensions, not 2"
     if layer.kind == "addmm" and (len(layer.node.args) > 3 or layer.node.kwargs):
         return "addmm with factors alpha or beta"
-    if layer.kind in CONVOLUTIONS and options.activations == "dynamic":
+    if layer.kind in WINDOWED and options.activations == "dynamic":
         return "no fast integer convolution with dynamic ranges; use activations: static"
     if not bool(torch.isfinite(weight).all()):
         return "its weight holds NaN or infinity"
     return ""
 
 
+def is_storage(layer: Layer, options: Int8Options) -> bool:
+    """Whether only the weight of a layer is quantized, for no runtime has an integer kernel.
+
+    A transposed convolution that can be written as a plain one has a kernel; with an odd number of
+    input channels its sums pair places of the window, which depends on how it is written.
+    """
+    if layer.kind not in TRANSPOSED_CONVOLUTIONS:
+        return False
+    weight = layer.node.args[WEIGHT_ARGUMENT[layer.kind]]
+    assert isinstance(weight, fx.Node)
+    is_odd = options.any_cpu and weight.meta["val"].shape[0] % 2 == 1
+    return is_odd or sub_pixel(layer.node) is None
+
+
 def quantize_weights(
     program: Program,
     layers: Iterable[Layer],
+    sites: Sites,
     ranges: dict[fx.Node, tuple[float, int]],
     options: Int8Options,
 ) -> dict[tuple[str, int], Quantized]:
@@ -194,7 +212,9 @@ def quantize_weights(
         if (layer.weight, axis) in found:
             continue
         bias = conv_bias(program, layer)
-        floor = None if bias is None else int8_math.least_scale(bias, ranges[input_node(layer)][0])
+        floor = None
+        if bias is not None and layer.node in sites.layers:
+            floor = int8_math.least_scale(bias, ranges[input_node(layer)][0])
         weight = program.state[layer.weight].detach()
         hold_pairs = options.any_cpu and any(map(can_overflow, readers[layer.weight, axis]))
         codes, scale = int8_math.quantize_weight(
@@ -221,6 +241,7 @@ def layer_errors(
     program: Program,
     layers: list[Layer],
     weights: dict[tuple[str, int], Quantized],
+    sites: Sites,
     ranges: dict[fx.Node, tuple[float, int]],
     calibration: Iterable[Batch] | None,
 ) -> dict[fx.Node, float]:
@@ -239,7 +260,7 @@ def layer_errors(
                 changed = list(args)
                 quantized = weights[layer.weight, OUTPUT_AXIS[layer.kind]]
                 changed[WEIGHT_ARGUMENT[layer.kind]] = quantized.value()
-                if layer.kind != "embedding":
+                if layer.kind != "embedding" and layer.node in sites.layers:
                     place = INPUT_ARGUMENT[layer.kind]
                     changed[place] = fake_quantized(args[place], ranges.get(input_node(layer)))
                 other = n.target(*changed, **kwargs)  # type: ignore[operator]

@@ -4,6 +4,7 @@
     linear(fake_quantize(x), W)           QuantizeLinear + MatMulIntegerToFloat
     conv(fake_quantize(x), W, b)          Q/DQ around Conv, which the runtime makes QLinearConv
     embedding(W, ids)                     Gather of codes and of scales
+    conv_transpose(..)                    the same by a plain convolution (`transposed.py`)
 
 Matrix products are written as the contrib op that the runtime's own fusion would make, so that no
 fusion can miss; several layers that read one activation share its quantizer. Convolutions are left
@@ -27,6 +28,7 @@ from graphwright.backends.onnxruntime.steps.graph import (
     onnx_calls,
     size,
 )
+from graphwright.backends.onnxruntime.steps.transposed import split_transposed
 from graphwright.ir.edit import Editor
 from graphwright.ir.layers.kinds import matrix_product
 
@@ -53,6 +55,9 @@ def lower_int8(editor: Editor) -> int:
     """Replaces every quantized layer and every other quantizer; returns how many."""
     activations: dict[fx.Node, tuple[fx.Node, ...]] = {}
     count = 0
+    for layer, plain in split_transposed(editor).items():
+        editor.facts.setdefault(REPLACED, {})[layer] = plain
+        count += 1
     for node in list(editor.graph.nodes):
         if node.op != "call_function" or not node.users:
             continue

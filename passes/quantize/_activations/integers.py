@@ -8,10 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from graphwright.ir.edit import Editor
-from graphwright.ir.layers.kinds import (
-    CONVOLUTIONS,
-    OUTPUT_AXIS,
-)
+from graphwright.ir.layers.kinds import CONVOLUTIONS, OUTPUT_AXIS, TRANSPOSED_CONVOLUTIONS
 from graphwright.ir.layers.products import input_node
 from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.program import Program
@@ -37,7 +34,7 @@ class Quantized:
 
 def conv_bias(program: Program, layer: Layer) -> Tensor | None:
     """The stored bias of a convolution; None for anything else."""
-    if layer.kind not in CONVOLUTIONS or len(layer.node.args) < 3:
+    if layer.kind not in (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS) or len(layer.node.args) < 3:
         return None
     bias = layer.node.args[2]
     if not isinstance(bias, fx.Node) or bias.op != "get_attr":
@@ -102,7 +99,7 @@ class Inserter:
 
     def _bias(self, layer: Layer, quantized: Quantized) -> None:
         bias = conv_bias(self.editor.program, layer)
-        if bias is None:
+        if bias is None or layer.node not in self.sites.layers:
             return
         scale = quantized.scale * self.ranges[input_node(layer)][0]
         node = self.twin[layer.node]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from graphwright.ir.layers.kinds import CONVOLUTIONS, INPUT_ARGUMENT
+from graphwright.ir.layers.kinds import CONVOLUTIONS, INPUT_ARGUMENT, TRANSPOSED_CONVOLUTIONS
 
 aten = torch.ops.aten
 
@@ -28,11 +28,13 @@ class Sites:
     """Tensors that get a quantizer.
 
     Attributes:
+        layers: calls that are computed on codes.
         inputs: tensor -> layers (node names) that read its quantized form.
         outputs: results of integer kernels; every reader takes the quantized form.
         same: a moved tensor -> the output it takes its parameters from.
     """
 
+    layers: set[fx.Node] = field(default_factory=set)
     inputs: dict[fx.Node, set[str]] = field(default_factory=dict)
     outputs: list[fx.Node] = field(default_factory=list)
     same: dict[fx.Node, fx.Node] = field(default_factory=dict)
@@ -54,7 +56,7 @@ def find_sites(graph: fx.Graph, layers: dict[fx.Node, str], *, outputs: bool) ->
         layers: call of each layer to be quantized, and its kind.
         outputs: quantize results of convolutions (static quantization).
     """
-    sites = Sites()
+    sites = Sites(set(layers))
     quantized: set[fx.Node] = set()
     for node in graph.nodes:
         kind = layers.get(node)
@@ -65,7 +67,7 @@ def find_sites(graph: fx.Graph, layers: dict[fx.Node, str], *, outputs: bool) ->
         if is_bridge:
             for operand in _operands(node):
                 _read(sites, operand, node.name, quantized)
-        if is_bridge or (outputs and kind in CONVOLUTIONS):
+        if is_bridge or (outputs and kind in (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)):
             last = _activated(node)
             sites.outputs.append(last)
             quantized.add(last)

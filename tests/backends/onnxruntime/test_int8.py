@@ -122,3 +122,32 @@ def test_a_wrong_scale_drops_the_step_and_says_where(
     lowered = gw.lower(blocks, "onnxruntime")
     assert "quantizer fake_quantize_default_3" in lowered.notes["dropped"]["int8"]
     assert any("step int8 was left out" in text for text in lowered.notes["warnings"])
+
+
+@pytest.mark.parametrize(
+    "up",
+    [
+        nn.ConvTranspose2d(16, 8, 2, 2),
+        nn.ConvTranspose2d(16, 8, 3, 2, padding=1, output_padding=1, bias=False),
+        nn.Sequential(nn.ConvTranspose2d(16, 8, 4, 2, padding=1), nn.ReLU()),
+        nn.ConvTranspose2d(16, 8, 3, padding=1),
+    ],
+)
+def test_transposed_convolutions_are_integer_kernels(up: nn.Module) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), up, nn.Conv2d(8, 4, 3))
+    notes = compiled(model, torch.randn(4, 3, 8, 8)).notes
+    assert notes["integer_kernels"] == {"quantized": 3, "integer": 3, "float": {}}
+    assert notes["kernels"]["QLinearConv"] == 3
+    assert "ConvTranspose" not in notes["kernels"]
+
+
+def test_one_without_a_plain_form_is_stored_and_said_so() -> None:
+    torch.manual_seed(0)
+    up = nn.ConvTranspose2d(16, 8, 2, 2, groups=2)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), up, nn.Conv2d(8, 4, 3))
+    notes = compiled(model, torch.randn(4, 3, 8, 8)).notes
+    assert notes["integer_kernels"] == {
+        "quantized": 3, "integer": 2, "float": {"2": "ConvTranspose"},
+    }  # fmt: skip
+    assert any("1 of 3 layers" in text for text in notes["warnings"])
