@@ -44,13 +44,15 @@ class Found:
     """The values of one quantizer that the runtime shows.
 
     Attributes:
-        value: codes, or the float tensor that is quantized when `scale` is None.
+        value: codes; without a scale, the float tensor that is quantized, or the result of that.
         scale, zero_point: of the codes.
+        is_result: whether `value` is what the quantizer gives.
     """
 
     value: Tensor
     scale: Tensor | None = None
     zero_point: Tensor | None = None
+    is_result: bool = False
 
 
 Part = str | Tensor
@@ -61,7 +63,8 @@ class Taps:
     """The places of the codes of a program's quantizers in an optimized graph.
 
     Args:
-        quantizers: quantizer -> its codes, scale and zero point in the model as it was written.
+        quantizers: quantizer -> its codes, scale and zero point in the model as it was written;
+            its result alone where no step took it apart.
         state: tensors of the lowered program, for scales that are stored.
         graph: what the session runs.
     """
@@ -74,8 +77,12 @@ class Taps:
     ) -> None:
         self.graph = graph
         self.parts: dict[str, list[Part]] = {}
+        self.results = {quantizer for quantizer, values in quantizers.items() if len(values) == 1}
         for quantizer, values in quantizers.items():
-            parts = _codes(values, state, graph) or _input(values[0], graph)
+            if quantizer in self.results:
+                parts: list[Part] = [str(v.name) for v in values if v.name in graph.values]
+            else:
+                parts = _codes(values, state, graph) or _input(values[0], graph)
             if parts:
                 self.parts[quantizer] = parts
         self.names = [p for parts in self.parts.values() for p in parts if isinstance(p, str)]
@@ -90,7 +97,7 @@ class Taps:
             tensors = [found[part] if isinstance(part, str) else part for part in parts]
             # A layer that was not fused with the quantizer behind it gives floats, no codes.
             if tensors[0].is_floating_point() == (len(tensors) == 1):
-                shown[quantizer] = Found(*tensors)
+                shown[quantizer] = Found(*tensors, is_result=quantizer in self.results)
         return outputs, shown
 
 
@@ -148,16 +155,18 @@ class _Forced(fx.Interpreter):
         if found is None or not isinstance(value, Tensor):
             return value
         if found.scale is None or found.zero_point is None:
-            self.taken[n.name] = self._quantized(n, value, found.value)
+            self.taken[n.name] = self._whole(n, value, found)
         else:
             codes = found.value.to(torch.float32) - found.zero_point.to(torch.float32)
             self.taken[n.name] = _accepted(n, value, codes * found.scale, found.scale)
         return self.taken[n.name]
 
-    def _quantized(self, n: fx.Node, value: Tensor, x: Tensor) -> Tensor:
-        """The runtime's own input, quantized as the program does."""
+    def _whole(self, n: fx.Node, value: Tensor, found: Found) -> Tensor:
+        """The runtime's own result, or its own input, quantized as the program does."""
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        theirs = n.target(x.reshape(value.shape), *args[1:], **kwargs)  # type: ignore[operator]
+        theirs = found.value.reshape(value.shape)
+        if not found.is_result:
+            theirs = n.target(theirs, *args[1:], **kwargs)  # type: ignore[operator]
         spread = (theirs.amax() - theirs.amin()) / 255
         return _accepted(n, value, theirs, spread if len(args) == 1 else torch.tensor(args[1]))
 

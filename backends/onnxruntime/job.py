@@ -44,6 +44,11 @@ from graphwright.ir.edit import Editor
 from graphwright.ir.errors import LoweringError
 from graphwright.ir.program import Program
 
+QUANTIZERS = (
+    torch.ops.graphwright.fake_quantize.default,
+    torch.ops.graphwright.fake_quantize_dynamic.default,
+)
+
 MOST_GROWTH, SLACK = 1.3, 1 << 16
 """Bytes of a model's weights, at most, for each byte of a program whose weights are compressed;
 and bytes for constants of its steps."""
@@ -122,7 +127,7 @@ class Job:
 
     def _watched(self, made: Attempt) -> list[str]:
         """Nodes of the lowered program whose values the checks ask for."""
-        taps = [name for names in made.program.facts.get(TAPS, {}).values() for name in names]
+        taps = [name for names in _quantizers(made.program).values() for name in names]
         return [*dict.fromkeys([*taps, *self._layer_nodes(made).values()])]
 
     def _layer_nodes(self, made: Attempt) -> dict[str, str]:
@@ -142,7 +147,7 @@ class Job:
             plain = self._check_plain(made)
             made.session, outputs, made.kernels = open_and_count(
                 made.model, self.settings, self.program.signature, self.cases[0].inputs,
-                self._optimized if self.quantized or made.program.facts.get(TAPS) else None,
+                self._optimized if self.quantized or _quantizers(made.program) else None,
             )  # fmt: skip
         except Differs:
             raise
@@ -189,7 +194,7 @@ class Job:
     ) -> None:
         """The session that is handed over against the program and the model as it was written."""
         taps = None
-        if self.quantized or made.program.facts.get(TAPS):
+        if self.quantized or _quantizers(made.program):
             graph = OptimizedGraph(self._optimized)
             nodes = self._layer_nodes(made)
             values = {n: made.values[m] for n, m in nodes.items() if m in made.values}
@@ -248,7 +253,7 @@ class Job:
 
     def _taps(self, made: Attempt, graph: OptimizedGraph) -> Taps | None:
         """The places of a program's quantizers in a graph; None for a program without."""
-        quantizers = made.program.facts.get(TAPS)
+        quantizers = _quantizers(made.program)
         if not quantizers:
             return None
         marked = {q: [made.values[name] for name in names] for q, names in quantizers.items()}
@@ -308,6 +313,15 @@ class Job:
             self.program, self.options.opset, self.settings, self.bound, error.inputs
         )
         return LoweringError(str(error), details=(node,) if node else ())
+
+
+def _quantizers(program: Program) -> dict[str, list[str]]:
+    """Every quantizer with the nodes that show what it gives: codes, or its own result."""
+    left = [
+        node.name for node in program.graph.nodes
+        if node.op == "call_function" and node.target in QUANTIZERS and node.users
+    ]  # fmt: skip
+    return {**{name: [name] for name in left}, **program.facts.get(TAPS, {})}
 
 
 def _weight_bytes(model: ir.Model) -> int:
