@@ -12,7 +12,7 @@ from graphwright.backends.onnxruntime.job import Job
 from graphwright.backends.onnxruntime.options import OnnxRuntimeOptions
 from graphwright.backends.onnxruntime.steps.blocks import FORMS_FACT
 from graphwright.backends.onnxruntime.steps.catalog import STEPS
-from graphwright.backends.onnxruntime.steps.leftovers import leftovers
+from graphwright.backends.onnxruntime.steps.leftovers import leftovers, rebuilt_warnings
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.program import Program
@@ -95,6 +95,7 @@ def _warnings(notes: dict[str, Any]) -> list[str]:
         found.append(f"translated by {notes['translator']}")
     if "unoptimized" in notes:
         found.append(f"runs with graph optimizations only: {notes['unoptimized']}")
+    found += rebuilt_warnings(notes["left"])
     integer = notes.get("integer_kernels", {})
     if integer.get("float"):
         names = ", ".join(f"{name} ({kernel})" for name, kernel in integer["float"].items())

@@ -30,7 +30,6 @@ from graphwright.backends.onnxruntime.steps.block_codes import (
 from graphwright.backends.onnxruntime.steps.graph import (
     argument,
     is_call,
-    is_float32,
     onnx_call,
     size,
 )
@@ -46,6 +45,9 @@ PRODUCTS_FACT = "lower.blocks.products"
 
 FORMS_FACT = "lower.blocks.forms"
 """Fact: weight -> the form it has in the ONNX model, for the notes."""
+
+KERNEL_DTYPES = (torch.float32, torch.float16)
+"""Floats that MatMulNBits and GatherBlockQuantized compute with on a CPU."""
 
 EXACT = 1
 """accuracy_level of a product in float32; the check raises it where the options ask for more."""
@@ -87,7 +89,7 @@ class _Forms:
         bias_place, transposed = kind.bias, kind.out_axis == 1
         stored = stored_blocks(node.args[kind.weight], transposed=transposed)
         x = node.args[kind.input]
-        if stored is None or not isinstance(x, fx.Node) or not is_float32(node):
+        if stored is None or not isinstance(x, fx.Node) or not _has_kernel(node, stored):
             return 0
         if node.kwargs or len(node.args) > 3 or len(sizes_of(x)) < 2 or not kernel_block(stored):
             return 0
@@ -119,6 +121,7 @@ class _Forms:
         return onnx_call(
             self.editor, "MatMulNBits", [x, codes, scale, zero_point, None, bias],
             [*self._leading(x, node), out], before=node,
+            dtype=node.meta["val"].dtype,
             K=stored.columns, N=out, bits=bits, block_size=block, accuracy_level=EXACT,
         )  # fmt: skip
 
@@ -157,7 +160,7 @@ class _Forms:
         scales = put(editor, f"{stored.scale}_columns", scale.t().contiguous())
         return onnx_call(
             editor, "DequantizeLinear", [parts[0], scales, parts[1]], list(q.shape),
-            before=_head(editor), domain="", axis=0, block_size=block,
+            before=_head(editor), domain="", dtype=scale.dtype, axis=0, block_size=block,
         )  # fmt: skip
 
     # ---- tables
@@ -167,7 +170,8 @@ class _Forms:
         ids = argument(node, 1, "indices")
         if stored is None or not isinstance(ids, fx.Node):
             return 0
-        if stored.bits in (2, 4, 8) and stored.block in BLOCKS and is_float32(node):
+        is_packed = stored.bits in (2, 4, 8) and stored.block in BLOCKS
+        if is_packed and _has_kernel(node, stored):
             new = self.block_gathered(node, ids, stored)
         else:
             new = self.gathered(node, ids, stored)
@@ -190,7 +194,7 @@ class _Forms:
         width = blocks * stored.block
         new = onnx_call(
             editor, "GatherBlockQuantized", [flat, ids, editor.get(stored.scale), zero],
-            [*self._leading(ids, node, 0), width], before=node,
+            [*self._leading(ids, node, 0), width], before=node, dtype=node.meta["val"].dtype,
             bits=stored.bits, block_size=stored.block, gather_axis=0, quantize_axis=1,
         )  # fmt: skip
         self.note(stored, f"GatherBlockQuantized, {stored.bits} bits, block {stored.block}")
@@ -223,6 +227,13 @@ class _Forms:
     def _leading(self, x: fx.Node, before: fx.Node, last: int = 1) -> list[Any]:
         """Sizes of x without the last ones, as ints and nodes."""
         return [size(self.editor, x, axis, before) for axis in range(len(sizes_of(x)) - last)]
+
+
+def _has_kernel(node: fx.Node, stored: Stored) -> bool:
+    """Whether the runtime's kernels take the node's dtype, which is that of the scales too."""
+    value, scale = node.meta["val"], stored.node.args[1]
+    assert isinstance(scale, fx.Node)
+    return value.dtype in KERNEL_DTYPES and scale.meta["val"].dtype == value.dtype
 
 
 def _is_stored_vector(bias: Any) -> bool:

@@ -53,7 +53,7 @@ def lower_table(editor: Editor) -> int:
     """Replaces every matrix product and embedding with a 4-bit weight; returns how many."""
     count = 0
     for node in list(editor.graph.nodes):
-        if node.op != "call_function" or not node.users or not is_float32(node):
+        if node.op != "call_function" or not node.users or not _is_float(node):
             continue
         if matrix_product(node) is not None:
             count += _product(editor, node)
@@ -68,21 +68,23 @@ def _stored(node: Any, *, transposed: bool = False) -> Stored | None:
         if not is_call(node, aten.transpose.int) or {a % 2 for a in node.args[1:]} != {0, 1}:
             return None
         node = node.args[0]
+    if is_call(node, aten.to.dtype) and node.args[1] is torch.float16:
+        node = node.args[0]  # of a half-precision program; the kernel reads codes and scales
     if not is_call(node, dequantize_table):
         return None
     codes, scale, table, block, shape = node.args
-    fits = codes.op == "get_attr" and BITS[table] == 4 and len(shape) == 2 and is_float32(scale)
+    fits = codes.op == "get_attr" and BITS[table] == 4 and len(shape) == 2 and _is_float(scale)
     return Stored(codes, scale, table, block, (shape[0], shape[1])) if fits else None
 
 
 def _scale(editor: Editor, stored: Stored) -> fx.Node:
     """The scales as a stored float32 tensor."""
-    if stored.scale.op == "get_attr":
+    if stored.scale.op == "get_attr" and is_float32(stored.scale):
         return stored.scale
     name = f"{stored.codes.target}.scale"
     if name not in editor.state:
         program = editor.program.replace(state=editor.state)
-        editor.add_state(name, constant_value(program, stored.scale))
+        editor.add_state(name, constant_value(program, stored.scale).float())
     return editor.get(name)
 
 
@@ -98,10 +100,13 @@ def _product(editor: Editor, node: fx.Node) -> int:
         return 0
     out, depth = stored.shape
     leading = [size(editor, x, axis, node) for axis in range(len(sizes_of(x)) - 1)]
+    dtype = node.meta["val"].dtype
+    x = _in(editor, x, torch.float32, node)
     new = onnx_call(
         editor, "MatMulBnb4", [x, stored.codes, _scale(editor, stored)], [*leading, out],
         before=node, K=depth, N=out, block_size=stored.block, quant_type=TYPES[stored.table],
     )  # fmt: skip
+    new = _in(editor, new, dtype, node)
     bias = node.args[bias_place] if bias_place is not None and len(node.args) > bias_place else None
     if bias is not None:
         new = editor.call(aten.add.Tensor, new, bias, before=node)
@@ -131,8 +136,21 @@ def _embedding(editor: Editor, node: fx.Node) -> int:
     value = call(aten.reshape.default, value, [*leading, width // stored.block, stored.block])
     factor = call(aten.unsqueeze.default, call(aten.embedding.default, scale, ids), -1)
     value = call(aten.mul.Tensor, value, factor)
-    editor.replace(node, call(aten.reshape.default, value, [*leading, width]))
+    value = call(aten.reshape.default, value, [*leading, width])
+    editor.replace(node, _in(editor, value, node.meta["val"].dtype, node))
     return 1
+
+
+def _is_float(node: Any) -> bool:
+    """Whether the node is float32, which the kernel takes, or float16, which is cast to it."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return isinstance(value, torch.Tensor) and value.dtype in (torch.float32, torch.float16)
+
+
+def _in(editor: Editor, node: fx.Node, dtype: torch.dtype, before: fx.Node) -> fx.Node:
+    if node.meta["val"].dtype == dtype:
+        return node
+    return editor.call(aten.to.dtype, node, dtype, before=before)
 
 
 def _view(editor: Editor, stored: fx.Node, name: str, shape: tuple[int, int]) -> fx.Node:

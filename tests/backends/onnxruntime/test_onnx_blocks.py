@@ -231,29 +231,79 @@ def test_convolutions_stay_small_in_the_file(bits: int) -> None:
 
 
 def test_weights_that_come_out_as_floats_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from graphwright.backends.onnxruntime import lowering
+    from graphwright.backends.onnxruntime import job
 
     program = Rtn(bits=4, block=32)(product(512, 512))
-    plain = lowering.translate
+    plain = job.translate_with_values
 
-    def folded(given: gw.Program, opset: int) -> ir.Model:
-        model = plain(given, opset)
+    def folded(given: gw.Program, opset: int) -> Any:
+        model, values = plain(given, opset)
         data = ir.Value(name="folded", const_value=ir.Tensor(torch.zeros(512, 512).numpy()))
         model.graph.initializers["folded"] = data
-        return model
+        return model, values
 
-    monkeypatch.setattr(lowering, "translate", folded)
+    monkeypatch.setattr(job, "translate_with_values", folded)
     with pytest.raises(gw.ir.errors.LoweringError, match="its weights take"):
         lowered(program)
 
 
-def test_half_weights_have_no_kernel_and_still_run() -> None:
-    layer = nn.Linear(64, 32).half().eval()
-    program = Rtn(bits=4, block=32)(gw.trace(layer, (torch.randn(2, 64).half(),)))
-    compiled = lowered(program)
-    x = torch.randn(2, 64).half()
-    assert relative(compiled(x), program(x)) < 5e-3
-    assert len(compiled.notes["left"]) == 1
+class Half(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.up, self.down = nn.Embedding(20, 64), nn.Linear(64, 96), nn.Linear(96, 32)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.up(self.table(ids))))
+
+
+@pytest.mark.parametrize(
+    ("quantize", "options", "wanted"),
+    [
+        (Rtn(bits=4, block=32), {}, ["GatherBlockQuantized", "MatMulNBits", "MatMulNBits"]),
+        (
+            Rtn(bits=8, block=32, symmetric=False),
+            {},
+            ["GatherBlockQuantized", *["MatMulNBits"] * 2],
+        ),
+        (Rtn(bits=4, block=32), {"weights": "qdq"}, ["DequantizeLinear", "DequantizeLinear"]),
+        (gw.passes.quantize.Nf4(), {}, ["MatMulBnb4", "MatMulBnb4"]),
+    ],
+)
+def test_half_precision_keeps_its_kernels(quantize: Any, options: Any, wanted: list[str]) -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(0, 20, (2, 7))
+    program = quantize(gw.trace(Half().half().eval(), (ids,), {"ids": {0: "batch"}}))
+    compiled = lowered(program, **options)
+    assert all(kinds(compiled).count(kind) >= wanted.count(kind) for kind in wanted)
+    y = compiled(ids)
+    assert y.dtype == torch.float16
+    bound = 1e-2 if compiled.notes["products"].get("accuracy_level") == 4 else 2e-3
+    assert relative(y, program(ids)) < bound
+    assert compiled.notes["warnings"] == []
+
+
+def test_a_wrong_product_in_half_precision_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound allows the rounding of the result to 11 bits, and no more."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 96, bias=False).half().eval()
+    program = Rtn(bits=4, block=32)(gw.trace(layer, (torch.randn(8, 64).half(),)))
+    assert lowered(program).notes["products"]["accuracy_level"] == 4
+    plain = rounded.dequantize_blocks
+
+    def other(codes: Any, scale: Any, *rest: Any) -> torch.Tensor:
+        return plain(codes, scale * 1.002, *rest)
+
+    monkeypatch.setattr(rounded, "dequantize_blocks", other)
+    products = lowered(program).notes["products"]
+    assert products["accuracy_level"] == 1
+    assert "relative error" in products["why"]
+
+
+def test_weights_without_a_kernel_are_in_the_summary() -> None:
+    program = Rtn(bits=4, block=20)(product(80))
+    (text,) = lowered(program).notes["warnings"]
+    assert "1 weights of few bits are rebuilt as floats" in text
+    assert text.endswith("no kernel has blocks of 20: weight")
 
 
 def test_saved_and_opened_again(tmp_path: Any) -> None:
