@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.files.torchscript import ScriptedModule
 from graphwright.ir.signature import flatten, leaf_names, rebuild
+from graphwright.ir.trace.inactive_dropout import KeepInputsApart
 from graphwright.ir.trace.known_values import KnownValues
 from graphwright.ir.trace.state import State, put
 from graphwright.ir.trace.untouched import untouched
@@ -113,7 +114,9 @@ class FlatModel(nn.Module):
         positional, arguments = self._arguments(tensors)
         leaves: list[torch.Tensor] = []
         record = _Record()
-        with KnownValues() if torch.compiler.is_exporting() else nullcontext():
+        with ExitStack() as stack:
+            for mode in (KnownValues, KeepInputsApart) if torch.compiler.is_exporting() else ():
+                stack.enter_context(mode())
             output = self.model(*positional, **arguments)
         record.structure = flatten(_nameable(output, "", record.dropped), leaves)
         if not leaves:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -71,6 +73,28 @@ def test_dropout_is_out_of_inference_and_back_in_training_for_its_own_readers_on
     names = {node.name: op_name(node) for node in training.graph.nodes}
     returned = training.graph.output_node().args[0]
     assert [names[node.name] for node in returned] == ["linear", "mean"]
+
+
+@pytest.mark.parametrize(
+    "drop",
+    [
+        lambda x, on: F.dropout(x, 0.5, on),
+        lambda x, on: F.dropout(input=x, p=0.5, training=on),
+        lambda x, on: torch.dropout(x, 0.5, on),
+        lambda x, on: F.alpha_dropout(x, 0.5, on),
+        lambda x, on: F.dropout2d(x, 0.5, on),
+        lambda x, on: F.feature_alpha_dropout(x, 0.5, on),
+    ],
+)
+def test_a_residual_stream_goes_past_the_dropout(drop: Callable[[Tensor, bool], Tensor]) -> None:
+    class Residual(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 2
+            return y + torch.sin(drop(y, self.training))
+
+    training = traced(Residual(), torch.randn(2, 3, 4, 4)).train()
+    dropped = [n for n in training.graph.nodes if "dropout" in op_name(n)]
+    assert [[op_name(user) for user in node.users] for node in dropped] == [["sin"]]
 
 
 @pytest.mark.parametrize("p", [0.25, 0.5])
