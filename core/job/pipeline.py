@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from graphwright.ir.errors import RequirementError
 from graphwright.job.chain import run_chain
 from graphwright.job.environment import deterministic, environment
+from graphwright.job.left import left_as_they_are
 from graphwright.job.memory import reset_peak
 from graphwright.job.place import OutputPlace
 from graphwright.job.rules import check_rules, dtype_refusal
@@ -88,6 +89,9 @@ class _Job:
         program, records, checker = run_chain(self.run, original, calibration, training)
         if not self.run.place.is_main:
             return Outcome(self.run.place.out, {}, program)
+        left = left_as_they_are(program, records)
+        if left is not None:
+            self.run.warn(left)
         compiled = self._lower(program)
         staging = self.run.place.fresh_staging()
         artifacts = self._save(program, compiled, staging)

@@ -101,13 +101,13 @@ def _has_nested_graph(node: fx.Node, program: Program) -> bool:
 
 
 def layer_name(node: fx.Node, program: Program) -> str:
-    """Innermost module of a call: from its scope, its weight's name, or the node's own name."""
+    """Innermost module of a call, or its weight where the root owns it, or the node itself."""
     scopes = [path for path in node.meta.get("nn_module_stack", {}) if not path.startswith("_")]
     if scopes:
         return str(scopes[-1])
     for operand in node.all_input_nodes:
         if operand.op == "get_attr" and str(operand.target) in program.state:
-            return str(operand.target).rpartition(".")[0] or node.name
+            return str(operand.target).rpartition(".")[0] or str(operand.target)
     return node.name
 
 

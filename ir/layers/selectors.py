@@ -94,7 +94,8 @@ def select(
     for pattern in targets:
         bare = pattern.removeprefix("!")
         if not any(_matches(layer, bare) for layer in everything):
-            raise ModelError(f"selector {pattern!r} matches no layer", fix=_near(bare, everything))
+            fix = _near(bare, everything, program)
+            raise ModelError(f"selector {pattern!r} matches no layer", fix=fix)
     including = [p for p in targets if not p.startswith("!")]
     if not including:
         raise ModelError(f"targets {list(targets)} only exclude", fix="Put '*' in front.")
@@ -109,7 +110,7 @@ def select(
         wanted = f" of kind {', '.join(sorted(kinds))}" if kinds else ""
         raise ModelError(
             f"targets {list(targets)} select no layer{wanted}",
-            fix=_near(including[0], candidates or everything),
+            fix=_near(including[0], candidates or everything, program),
         )
     return chosen
 
@@ -120,12 +121,23 @@ def _matches(layer: Layer, pattern: str) -> bool:
     return any(fnmatchcase(name, pattern) for name in {layer.name, *layer.names})
 
 
-def _near(pattern: str, candidates: list[Layer]) -> str:
+def _near(pattern: str, candidates: list[Layer], program: Program) -> str:
     names = sorted({layer.name for layer in candidates})
     if not names:
-        return "The program has no layer with a weight."
+        return _others(program)
     plain = pattern.strip("*.!")
     by_part = {part for name in names for part in name.split(".")}
     near = difflib.get_close_matches(plain, [*names, *by_part], n=3, cutoff=0.5)
     shown = near or names[:3]
     return f"Did you mean one of {', '.join(repr(n) for n in shown)}? ({len(names)} layers in all)"
+
+
+def _others(program: Program) -> str:
+    """Where the weights are of a program that has no layer of a known kind."""
+    from graphwright.ir.graph.cost import cost
+
+    owners = dict.fromkeys(f"{c.name} ({c.kind})" for c in cost(program).layers if c.parameters)
+    if not owners:
+        return "The program has no weights."
+    shown = ", ".join(list(owners)[:4])
+    return f"Passes have no form for the weights that are here: {shown}."
