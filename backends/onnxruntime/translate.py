@@ -115,7 +115,7 @@ def _translate_node(e: Emitter, table: dict[Any, Any], node: fx.Node) -> None:
     if not isinstance(fake, torch.Tensor | list | tuple):
         return  # A size: computed from its expression where it is used.
     own = _own_op(node)
-    if own is not None:
+    if own is not None and node.target not in table:
         result = by_face(e, node, own.onnx)
     else:
         try:
