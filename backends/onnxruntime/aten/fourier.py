@@ -16,8 +16,8 @@ import torch
 from torch import fx
 from torch.utils._sympy.functions import FloorDiv
 
-from graphwright.backends.onnxruntime.aten import translates
 from graphwright.backends.onnxruntime.aten.complex_numbers import Pair, pair_of
+from graphwright.backends.onnxruntime.aten.registry import translates
 from graphwright.backends.onnxruntime.emitter import Emitter, Untranslatable, expression, sizes_of
 
 aten = torch.ops.aten

@@ -8,9 +8,9 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from graphwright.backends.onnxruntime.aten import translates
 from graphwright.backends.onnxruntime.aten.complex_numbers import Pair, pair_of
 from graphwright.backends.onnxruntime.aten.fourier import basis, mirrored
+from graphwright.backends.onnxruntime.aten.registry import translates
 from graphwright.backends.onnxruntime.emitter import Emitter, Untranslatable, sizes_of
 
 aten = torch.ops.aten
