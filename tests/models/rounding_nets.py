@@ -7,9 +7,14 @@ with it. `nets()` names them; `with_statistics` sets the statistics as published
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
+
+import graphwright as gw
+from graphwright.ir.context import Context
+from graphwright.passes.cleanup.fold_batch_norm import FoldBatchNorm
 
 
 def conv_norm(a: int, b: int, k: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -137,3 +142,13 @@ def with_statistics(model: nn.Module, shape: tuple[int, ...], seed: int, count: 
     model.train()
     model(torch.randn(count, *shape, generator=generator))
     return model.eval()
+
+
+@cache
+def folded(name: str, count: int) -> tuple[gw.Program, gw.Program]:
+    """A net whose norm statistics are those of `count` inputs, and the same net without norms."""
+    make, shape = nets()[name]
+    torch.manual_seed(count)
+    model = with_statistics(make(), shape, count, count)
+    program = gw.trace(model, (torch.randn(3, *shape),))
+    return program, FoldBatchNorm().execute(program, Context()).program

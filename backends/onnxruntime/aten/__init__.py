@@ -15,12 +15,10 @@ def load() -> dict[Any, Callable[..., Any]]:
     from graphwright.backends.onnxruntime.aten import (  # noqa: F401
         activations,
         choice,
-        complex_numbers,
         contrib,
         copies,
         factories,
         formulas,
-        fourier,
         index,
         layers,
         pointwise,
@@ -32,7 +30,6 @@ def load() -> dict[Any, Callable[..., Any]]:
         scatter,
         shape,
         sorting,
-        spectrograms,
         windows,
     )
 

@@ -151,7 +151,7 @@ def test_what_a_pass_did_is_recorded(program: gw.Program, tmp_path: Path) -> Non
     first, second = records
     assert first["options"] == {"factor": 1.25, "max_error": None}
     assert first["contract"] == "lossy"
-    assert first["actions"] == [["b", "scaled", "asked for"]]
+    assert first["actions"] == [["b", "scaled", "asked for", True]]
     assert first["metrics"] == {"seen": 2.0}
     assert 0 <= first["seconds"] < 60
     assert first["peak_rss_bytes"] > 1e6

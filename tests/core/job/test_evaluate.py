@@ -61,6 +61,19 @@ def test_cosine_is_the_mean_over_samples():
     assert found.what == "logits, one vector per sample"
 
 
+def test_cosine_does_not_depend_on_the_size_of_the_vectors():
+    data, _, _ = plain_data(labels=False)
+    plain = evaluate(before, after, data, "cosine").after
+    for scale in (1e-3, 1e3):
+        small = evaluate(
+            lambda x, s=scale: {"logits": before(x)["logits"] * s},
+            lambda x, s=scale: {"logits": after(x)["logits"] * s},
+            data,
+            "cosine",
+        )
+        assert small.after == pytest.approx(plain, rel=1e-6)
+
+
 def test_cosine_of_hidden_states_averages_kept_tokens():
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
     ids = torch.ones(2, 3, dtype=torch.int64)
