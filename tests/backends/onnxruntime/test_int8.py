@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models import int8_nets
 from torch import fx, nn
 
 import graphwright as gw
@@ -12,6 +13,7 @@ from graphwright.backends.onnxruntime import job
 from graphwright.backends.onnxruntime.emitter import Untranslatable
 from graphwright.backends.onnxruntime.steps import int8
 from graphwright.ir.edit import Editor
+from graphwright.passes.cleanup import FoldBatchNorm
 
 
 def compiled(model: nn.Module, x: torch.Tensor) -> Compiled:
@@ -151,3 +153,19 @@ def test_one_without_a_plain_form_is_stored_and_said_so() -> None:
         "quantized": 3, "integer": 2, "float": {"2": "ConvTranspose"},
     }  # fmt: skip
     assert any("1 of 3 layers" in text for text in notes["warnings"])
+
+
+@pytest.mark.parametrize(("name", "layers"), [("resnet", 7), ("unet", 9)])
+def test_every_layer_of_a_net_is_an_integer_kernel(name: str, layers: int) -> None:
+    model = int8_nets.trained(name, epochs=1, images=192)
+    x, _ = int8_nets.samples(name, test=False)
+    program = FoldBatchNorm()(gw.trace(model, {"x": x[:8]}, {"x": {0: "n"}}))
+    quantize = gw.passes.quantize.Int8(activations="static")
+    lowered = gw.lower(quantize(program, calibration=[{"x": x[:128]}]), "onnxruntime")
+    assert lowered.notes["integer_kernels"] == {"quantized": layers, "integer": layers, "float": {}}
+    assert lowered.notes["warnings"] == []
+    assert not {"Conv", "FusedConv", "ConvTranspose"} & set(lowered.notes["kernels"])
+    x_test, y_test = int8_nets.samples(name, test=True)
+    with torch.no_grad():
+        before = int8_nets.accuracy(model(x_test), y_test)
+    assert int8_nets.accuracy(lowered(x_test), y_test) > before - 0.01
