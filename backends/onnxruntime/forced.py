@@ -97,7 +97,8 @@ class Taps:
             tensors = [found[part] if isinstance(part, str) else part for part in parts]
             # A layer that was not fused with the quantizer behind it gives floats, no codes.
             if tensors[0].is_floating_point() == (len(tensors) == 1):
-                shown[quantizer] = Found(*tensors, is_result=quantizer in self.results)
+                scale, zero_point = ([*tensors[1:], None, None])[:2]
+                shown[quantizer] = Found(tensors[0], scale, zero_point, quantizer in self.results)
         return outputs, shown
 
 

@@ -50,7 +50,7 @@ def _stored_axes(node: ir.Node, rank: int) -> ir.Value:
     name = f"pad.axes_{rank}"
     if name not in graph.initializers:
         tensor = ir.tensor(list(range(rank)), dtype=ir.DataType.INT64, name=name)
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+        value = ir.Value(name=name, shape=ir.Shape([rank]), type=ir.TensorType(tensor.dtype))
         value.const_value = tensor
         graph.initializers[name] = value
     return graph.initializers[name]

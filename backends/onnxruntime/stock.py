@@ -89,7 +89,7 @@ def _with_outputs(program: Program, watched: Sequence[str]) -> tuple[Program, di
     }  # fmt: skip
     calls = [name for name in watched if name not in stored]
     output = editor.graph.output_node()
-    output.args = ((*output.args[0], *(nodes[name] for name in calls)),)  # type: ignore[misc, union-attr]
+    output.args = ((*output.args[0], *(nodes[name] for name in calls)),)  # type: ignore[misc]
     editor.changed = True
     specs = tuple(
         TensorSpec(f"watched.{i}", str(nodes[name].meta["val"].dtype).removeprefix("torch."), ())

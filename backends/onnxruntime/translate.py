@@ -110,6 +110,7 @@ def _translate_node(e: Emitter, table: dict[Any, Any], node: fx.Node) -> None:
     e.begin(node)
     if node.target in (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default):
         source = node.args[0]
+        assert isinstance(source, fx.Node)
         e.place_number(node, e.values[source], source.meta["val"].dtype)
         return
     if not isinstance(fake, torch.Tensor | list | tuple):

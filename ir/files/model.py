@@ -215,7 +215,8 @@ def _module_of(exported: ExportedProgram, guards: tuple[str, ...]) -> nn.Module:
     """
     module = exported.module(check_guards=False)
     fresh = torch.fx.GraphModule(module, module.graph).eval()
-    fresh.size_guards = tuple(guard for guard in guards if is_plain_guard(guard))
+    plain: Any = tuple(guard for guard in guards if is_plain_guard(guard))
+    fresh.size_guards = plain
     return fresh
 
 

@@ -155,7 +155,11 @@ def is_plain_guard(text: str) -> bool:
     if tree is None:
         return False
     callees = {id(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
-    modules = {id(n.value) for n in ast.walk(tree) if _is_module_function(n)}
+    modules = {
+        id(n.value)
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Attribute) and _is_module_function(n)
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             plain = not node.keywords

@@ -142,11 +142,12 @@ def _calls_that_raise() -> Iterator[None]:
                 self.module_stack.popitem(last=True)
             raise
 
-    fx.Tracer.call_module = call_module  # type: ignore[method-assign]
+    tracer: Any = fx.Tracer
+    tracer.call_module = call_module
     try:
         yield
     finally:
-        fx.Tracer.call_module = call  # type: ignore[method-assign]
+        tracer.call_module = call
 
 
 @contextlib.contextmanager

@@ -160,7 +160,7 @@ class _KeepFirst(TorchDispatchMode):
     """Keeps the value that a tensor had before an operator first wrote to its storage."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.by_storage: dict[int, list[tuple[str, Tensor]]] = {}
         for name, tensor in tensors.items():
             if tensor.layout is torch.strided:

@@ -42,8 +42,8 @@ def _is_quantized(node: fx.Node) -> bool:
     """Whether input, weight and bias are codes."""
     operands = [node.args[1], *(a for a in node.args[2:3] if a is not None)]
     return is_call(node.args[0], ours.fake_quantize.default) and all(
-        is_call(a, ours.dequantize.default) and a.args[2] is None
-        for a in operands  # type: ignore[union-attr]
+        isinstance(a, fx.Node) and is_call(a, ours.dequantize.default) and a.args[2] is None
+        for a in operands
     )
 
 
