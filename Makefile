@@ -15,7 +15,7 @@ USERS_NEED := tests/conformance/users/requirements
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install demo test lint bench docs conformance conformance-users clean
+.PHONY: help install demo test lint bench docs loading conformance conformance-users clean
 
 help:
 	@echo "make demo         compile a pretrained sentence encoder to int8 and compare it with the original"
@@ -23,6 +23,7 @@ help:
 	@echo "make lint         ruff check, ruff format --check, mypy --strict"
 	@echo "make bench        measure the compiled models against their peers (see docs/benchmarks.md)"
 	@echo "make docs         regenerate the pass catalogue, the spec reference and the JSON schema"
+	@echo "make loading      regenerate the tables of docs/loading.md"
 	@echo "make conformance  regenerate docs/conformance.md"
 	@echo "make conformance-users  regenerate docs/conformance-users.md, in an environment of its own"
 	@echo "make install      make .venv with everything the other targets need"
@@ -56,6 +57,9 @@ bench: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python docs/generate.py
+
+loading: $(STAMP)
+	$(BIN)/python tests/conformance/loading.py --write
 
 conformance: $(STAMP)
 	$(BIN)/python tests/conformance/run.py

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from graphwright.ir.program import Program
     from graphwright.ir.rewrite import Rewrite
     from graphwright.ir.trace.capture import trace
-    from graphwright.passes.base import Action, Pass, Result, register
+    from graphwright.passes.base import Action, Pass, Result
     from graphwright.passes.prune._oto.loop import oto
+    from graphwright.passes.registry import register
     from graphwright.specs.spec import load_spec
 
 __version__ = "0.1.0"

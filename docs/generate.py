@@ -29,7 +29,7 @@ NOTE = "<!-- Made by `make docs` from the option models; do not edit. -->\n"
 
 def outputs() -> dict[Path, str]:
     """Every generated file and its text."""
-    from graphwright.passes.base import find_pass, pass_ids
+    from graphwright.passes.registry import find_pass, pass_ids
     from graphwright.specs.generate import current_schema, schema_text
 
     schema = current_schema()

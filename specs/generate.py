@@ -139,7 +139,7 @@ def current_schema() -> dict[str, Any]:
     """The schema of the passes and backends that come with the package."""
     from graphwright.backends.base import all_backends
     from graphwright.ir.layers.kinds import KINDS
-    from graphwright.passes.base import find_pass, pass_ids
+    from graphwright.passes.registry import find_pass, pass_ids
 
     passes = {name: find_pass(name) for name in pass_ids()}
     return build_schema(passes, all_backends(), sorted(set(KINDS.values())))

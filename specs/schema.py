@@ -111,7 +111,7 @@ def _find_own(name: str) -> Any:
         return registered[name]
     if name not in _entry_point_names():
         return None
-    from graphwright.passes.base import find_pass
+    from graphwright.passes.registry import find_pass
 
     return find_pass(name)
 
@@ -123,8 +123,8 @@ def own_names() -> list[str]:
 
 def _registered() -> dict[str, Any]:
     """Passes registered in this process; none as long as nothing imported the passes."""
-    base = sys.modules.get("graphwright.passes.base")
-    return base.registered_passes() if base is not None else {}
+    registry = sys.modules.get("graphwright.passes.registry")
+    return registry.registered_passes() if registry is not None else {}
 
 
 @lru_cache(maxsize=1)

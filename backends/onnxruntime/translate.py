@@ -70,7 +70,7 @@ def translate_with_values(program: Program, opset: int) -> tuple[ir.Model, dict[
             packed = gw_meta(node).get("packed")
             if packed is not None:
                 e.values[node] = e.packed_weight(str(node.target), *packed)
-            elif not _only_transposed(node):
+            elif not node.meta["val"].dtype.is_complex and not _only_transposed(node):
                 e.values[node] = e.weight(str(node.target))
         elif node.op == "call_function":
             _translate_node(e, table, node)
@@ -116,7 +116,7 @@ def _translate_node(e: Emitter, table: dict[Any, Any], node: fx.Node) -> None:
     if not isinstance(fake, torch.Tensor | list | tuple):
         return  # A size: computed from its expression where it is used.
     own = _own_op(node)
-    if own is not None:
+    if own is not None and node.target not in table:
         result = by_face(e, node, own.onnx)
     else:
         try:
@@ -124,7 +124,9 @@ def _translate_node(e: Emitter, table: dict[Any, Any], node: fx.Node) -> None:
         except Untranslatable as why:
             result = _by_parts(e, table, node, why)
     e.values[node] = result
-    if isinstance(fake, torch.Tensor):
+    if isinstance(fake, torch.Tensor) and fake.dtype.is_complex:
+        e.place(node, result[0])
+    elif isinstance(fake, torch.Tensor):
         e.typed(result, node)
         e.place(node, result)
 

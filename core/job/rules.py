@@ -34,7 +34,7 @@ def dtype_refusal(spec: Spec) -> Callable[[str], str]:
     Asks every backend and every pass of the spec.
     """
     from graphwright.backends.base import find_backend
-    from graphwright.passes.base import find_pass
+    from graphwright.passes.registry import find_pass
 
     def refusal(dtype: str) -> str:
         for call in spec.lower:
@@ -70,6 +70,6 @@ def _problems(spec: Spec) -> Iterator[Problem]:
 
 def _options(section: str, name: str) -> Any:
     from graphwright.backends.base import find_backend
-    from graphwright.passes.base import find_pass
+    from graphwright.passes.registry import find_pass
 
     return (find_pass(name) if section == "passes" else find_backend(name)).Options

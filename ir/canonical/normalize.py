@@ -9,6 +9,7 @@ from __future__ import annotations
 from graphwright.ir.canonical.complex_pairs import split_complex
 from graphwright.ir.canonical.functional import make_functional
 from graphwright.ir.canonical.respell import respell
+from graphwright.ir.canonical.sizes import divide_whole
 from graphwright.ir.edit import Editor
 from graphwright.ir.graph.nodes import op_name
 from graphwright.ir.mode import take_out_dropout
@@ -28,6 +29,7 @@ def canonicalize(program: Program) -> Program:
     editor = Editor(program, by="trace")
     editor.changed = True
     _erase_assertions(editor)
+    divide_whole(editor)
     lost = make_functional(editor)
     split_complex(editor)
     respell(editor)

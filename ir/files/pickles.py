@@ -119,6 +119,11 @@ def is_module(names: Iterable[str]) -> bool:
     return any(name.startswith("torch.nn.modules.") for name in names)
 
 
+def counted(number: int, what: str) -> str:
+    """A number and its noun: `1 tensor`, `2 tensors`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def listed(names: Iterable[str], limit: int = 8) -> Iterator[str]:
     """Lines for an error message: the first few names, and how many more there are."""
     names = list(names)

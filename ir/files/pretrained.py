@@ -12,7 +12,7 @@ from torch import nn
 
 from graphwright.ir.causes import innermost
 from graphwright.ir.errors import ModelError
-from graphwright.ir.files.pickles import listed
+from graphwright.ir.files.pickles import counted, listed
 from graphwright.ir.files.weights import unexpected_note
 
 
@@ -64,7 +64,7 @@ def _refuse_missing(missing: Iterable[str], unexpected: list[str], what: str, fo
         return
     prefix = _prefix(names, unexpected)
     raise ModelError(
-        f"{len(names)} tensors of {what} are missing in the folder, and would be random numbers",
+        f"{counted(len(names), 'tensor')} of {what} missing in the folder would be random numbers",
         where=str(folder),
         fix=f"They are there with the prefix {prefix!r}: say model: {{strip_prefix: {prefix}}}."
         if prefix
@@ -92,7 +92,7 @@ def _refuse_other_shapes(mismatched: Iterable[tuple[str, Any, Any]], folder: Pat
     ]
     if wrong:
         raise ModelError(
-            f"{len(wrong)} tensors have another shape than config.json asks for",
+            f"{counted(len(wrong), 'tensor')} of another shape than config.json asks for",
             where=str(folder),
             fix="Download config.json and the weights from one place.",
             details=tuple(listed(wrong, 5)),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from graphwright.ir.errors import ModelError
-from graphwright.ir.files.pickles import listed
+from graphwright.ir.files.pickles import counted, listed
 
 PREFIXES = ("module.", "_orig_mod.", "model.")
 """Prefixes that DataParallel, torch.compile and Lightning put in front of every name."""
@@ -146,5 +146,5 @@ def stripped(
         return inner, [f"the prefix {prefix!r} was taken off all names"]
     return inner, [
         f"the prefix {prefix!r} was taken off {len(inner)} names; "
-        f"{len(rest)} tensors without it were left aside: {', '.join(listed(rest, 4))}"
+        f"{counted(len(rest), 'tensor')} without it left aside: {', '.join(listed(rest, 4))}"
     ]

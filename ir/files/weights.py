@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from graphwright.ir.errors import ModelError
-from graphwright.ir.files.pickles import listed
+from graphwright.ir.files.pickles import counted, listed
 from graphwright.ir.files.target import Target, prefix_that_fits, without_prefix
 
 
@@ -104,9 +104,9 @@ def _check_names(weights: Mapping[str, torch.Tensor], target: Target, where: str
     if not missing:
         return
     unexpected = [name for name in weights if name not in target.state]
-    what = f"{len(missing)} of its {len(target.state)} tensors are missing in the file"
+    what = f"{len(missing)} of its {counted(len(target.state), 'tensor')} missing in the file"
     if unexpected:
-        what += f", and {len(unexpected)} tensors of the file are unknown to it"
+        what += f", and {counted(len(unexpected), 'tensor')} of the file unknown to it"
     prefix = prefix_that_fits(weights, target)
     raise ModelError(
         f"the weights do not belong to the factory's module: {what}",
@@ -131,7 +131,7 @@ def _check_shapes(
     ]
     if wrong:
         raise ModelError(
-            f"{len(wrong)} tensors have another shape than in the factory's module",
+            f"{counted(len(wrong), 'tensor')} of another shape than in the factory's module",
             where=where,
             fix="Check `kwargs` in the spec's model section.",
             details=tuple(listed(wrong, 5)),

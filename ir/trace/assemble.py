@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -66,6 +67,19 @@ def assemble(
     carried = tuple(structure["state"][1]["dict"]) if "state" in structure else ()
     signature = Signature(specs, results, structure, found, dict(constants or {}), carried)
     return Program(graph, state, signature, tuple(inputs.values()), aliases)
+
+
+def with_own_outputs(program: Program) -> Program:
+    """The program with the shapes of its outputs as its graph has them now."""
+    signature = program.signature
+    symbols = _symbol_names(program.graph, signature.inputs)
+    outputs = program.graph.output_node().args[0]
+    assert isinstance(outputs, tuple)
+    results = tuple(
+        replace(spec, shape=_symbolic(node.meta["val"].shape, symbols))
+        for spec, node in zip(signature.outputs, outputs, strict=True)
+    )
+    return program.replace(signature=replace(signature, outputs=results))
 
 
 def output_names(structure: Any, inputs: Mapping[str, Any]) -> dict[int, str]:

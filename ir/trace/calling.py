@@ -52,6 +52,7 @@ class FlatModel(nn.Module):
         inputs: example tensors by input name, in call order.
         constants: arguments that are no tensors, by name; baked in.
         state: what the model carries from call to call, where that is an input and an output.
+        keeps_sizes: whether an export keeps the numbers that the model's code makes of sizes.
         record: structure of the last output, and parts of it that hold no tensors we can name.
     """
 
@@ -69,6 +70,7 @@ class FlatModel(nn.Module):
         }
         self.record = _Record()
         self.state = State()
+        self.keeps_sizes = False
 
     def take_state(self, state: State) -> None:
         """Makes state inputs, behind the model's own, and outputs, behind its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,10 +15,11 @@ from graphwright.ir.canonical.normalize import canonicalize
 from graphwright.ir.program import Program
 from graphwright.ir.signature import DimRange
 from graphwright.ir.trace.archived_guards import archived_guards
-from graphwright.ir.trace.assemble import assemble
+from graphwright.ir.trace.assemble import assemble, with_own_outputs
 from graphwright.ir.trace.attention_dropout import note_attention_dropout
 from graphwright.ir.trace.calling import FlatModel
 from graphwright.ir.trace.check import (
+    AS_NUMBER,
     apply_guards,
     batch_axes,
     check_against_model,
@@ -37,6 +39,7 @@ from graphwright.ir.trace.errors import explain
 from graphwright.ir.trace.guards import Guard, guards_of
 from graphwright.ir.trace.prepare import quiet, traceable
 from graphwright.ir.trace.state import carried_over, frozen_note, state_of
+from graphwright.ir.trace.symbolic_numbers import symbolic_numbers
 
 __all__ = ["Dynamic", "TraceWarning", "trace"]
 
@@ -122,20 +125,51 @@ def _right_at_every_size(
 ) -> tuple[Program, list[str]]:
     """A program whose free dimensions are right all over their ranges, and what was given up.
 
+    Where the model's code makes numbers of sizes, and a dimension is lost to that, it is traced
+    once more with these numbers kept as sizes.
+    """
+    program, notes = _settled(flat, wanted, dims, ranges, check)
+    if not check or not any(AS_NUMBER in note for note in notes):
+        return program, notes
+    flat.keeps_sizes = True
+    try:
+        other, said = _settled(flat, wanted, dims, ranges, check)
+    except Exception:
+        return program, notes  # the code takes numbers only
+    finally:
+        flat.keeps_sizes = False
+    return (other, said) if _freedom(other) > _freedom(program) else (program, notes)
+
+
+def _freedom(program: Program) -> tuple[int, ...]:
+    bounds = program.signature.dims.values()
+    return len(bounds), sum(b.max is None for b in bounds), -sum(b.min for b in bounds)
+
+
+def _settled(
+    flat: FlatModel,
+    wanted: Dynamic,
+    dims: Mapping[str, DimRange],
+    ranges: Mapping[str, tuple[float, float]],
+    check: bool,
+) -> tuple[Program, list[str]]:
+    """One trace, checked, and repeated without the dimensions that have to be fixed.
+
     A dimension that has to be fixed is fixed in another trace, where others may have to follow.
     """
     notes: list[str] = []
     while True:
         program, wanted, guards = _capture(flat, wanted, dims, ranges, notes)
         sizes = example_sizes(flat.inputs, wanted)
-        said = narrowed_by_torch(guards, sizes, dims, program.signature.dims)
         if check:
-            verdict = check_against_model(program, flat, wanted, guards)
+            verdict = check_against_model(program, flat, wanted, guards, dims)
         else:
             verdict = apply_guards(guards, sizes, program.signature.dims)
+        found = {**program.signature.dims, **verdict.ranges}
+        silent = [g for g in guards if not any(g.text in note for note in verdict.notes)]
+        said = narrowed_by_torch(silent, sizes, dims, found)
         notes += [note for note in (*said, *verdict.notes) if note not in notes]
         if not verdict.fixed:
-            found = {**program.signature.dims, **verdict.ranges}
             return program.replace(signature=replace(program.signature, dims=found)), notes
         wanted = without(wanted, verdict.fixed)
         dims = {**dims, **{d: r for d, r in verdict.ranges.items() if d not in verdict.fixed}}
@@ -162,7 +196,7 @@ def _capture(
             dynamic = without(dynamic, set(fixed))
         for dim, size in sizes.items():
             place = f"{fixed[dim]}: " if fixed[dim] else ""
-            notes.append(_note(dim, size, f"{place}the model computes with it as a number"))
+            notes.append(_note(dim, size, f"{place}{AS_NUMBER}"))
     program = assemble(
         exported, flat.model, flat.inputs, flat.record.structure,
         dynamic=dynamic, dims=dims, ranges=ranges, constants=flat.constants,
@@ -170,7 +204,7 @@ def _capture(
     note_attention_dropout(program.graph, flat)
     guards = guards_of(exported, flat.inputs, dynamic)
     guards += archived_guards(flat, dynamic, guards)
-    return canonicalize(program), dynamic, guards
+    return with_own_outputs(canonicalize(program)), dynamic, guards
 
 
 def _note(dim: str, size: int, why: str) -> str:
@@ -222,7 +256,8 @@ def _run_eagerly(flat: FlatModel) -> None:
 
 def _export(flat: FlatModel, dynamic: Dynamic) -> torch.export.ExportedProgram:
     examples = traceable_examples(flat.inputs, dynamic)
-    with quiet():
+    numbers = symbolic_numbers(flat.model) if flat.keeps_sizes else contextlib.nullcontext()
+    with quiet(), numbers:
         return torch.export.export(
             flat, tuple(examples.values()), dynamic_shapes=shapes_for_export(examples, dynamic)
         )

@@ -23,6 +23,11 @@ from graphwright.ir.trace.probes import Budget, probes
 TOLERANCE = 1e-4
 """Relative error that still counts as rounding: the same operations, other kernels and orders."""
 
+CLOSE = 8
+"""Sizes below a lower end that are all tried."""
+
+AS_NUMBER = "the model computes with it as a number"
+
 
 @dataclass
 class Verdict:
@@ -34,7 +39,11 @@ class Verdict:
 
 
 def check_against_model(
-    program: Program, flat: FlatModel, dynamic: Dynamic, guards: Sequence[Guard]
+    program: Program,
+    flat: FlatModel,
+    dynamic: Dynamic,
+    guards: Sequence[Guard],
+    asked: Mapping[str, DimRange],
 ) -> Verdict:
     """Compares outputs at the example's sizes, where a guard does not hold, and at other sizes.
 
@@ -52,6 +61,7 @@ def check_against_model(
         verdict.notes.append(f"the model gives other results on every call{_drawn(program)}")
         return verdict
     checker = _SizeChecker(program, flat, dynamic, verdict)
+    checker.try_below(asked)
     checker.try_guards(guards)
     if not verdict.fixed:
         checker.try_sizes()
@@ -125,8 +135,8 @@ def _extent(bounds: DimRange) -> str:
 
 def _said(guard: Guard, dim: str, extent: str) -> str:
     return (
-        f"dimension {dim!r} is {extent}: {guard.place}: the model computes with it as a number, "
-        f"and the trace holds where {guard.text}"
+        f"dimension {dim!r} is {extent}: {guard.place}: {AS_NUMBER}, and the trace holds where "
+        f"{guard.text}"
     )
 
 
@@ -163,6 +173,20 @@ class _SizeChecker:
         return self.known[key]
 
     # ---- guards
+
+    def try_below(self, asked: Mapping[str, DimRange]) -> None:
+        """Takes back lower ends that torch asked for and the model does not.
+
+        An operator's shape rule often holds from some size on, and the operator at all sizes.
+        """
+        for dim, found in self.verdict.ranges.items():
+            least, low = asked.get(dim, DimRange()).min, found.min
+            while low > least and low > found.min - CLOSE and self.agree({dim: low - 1}):
+                low -= 1
+            if low == found.min - CLOSE:
+                others = {n for n in (least, 2, 3, low // 2) if least <= n < low}
+                low = least if all(self.agree({dim: n}) for n in others) else low
+            self.verdict.ranges[dim] = DimRange(low, found.max)
 
     def try_guards(self, guards: Sequence[Guard]) -> None:
         """Narrows or fixes dimensions by the guards that matter, the model's own first."""

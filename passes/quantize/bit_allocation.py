@@ -24,9 +24,10 @@ from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.options import Bounded, Targets
 from graphwright.ir.program import Program
 from graphwright.ir.tune.losses import main_output
-from graphwright.passes.base import Action, Pass, Result, find_pass
+from graphwright.passes.base import Action, Pass, Result
 from graphwright.passes.quantize._low_bit.transplant import transplant
 from graphwright.passes.quantize._math.allocate import allocate
+from graphwright.passes.registry import find_pass
 
 LEAST = 1e-6
 """Smallest increase of the loss that a layer counts with (P47, the released code)."""

@@ -21,7 +21,7 @@ from models import digits
 import graphwright as gw
 from graphwright.ir.context import Context
 from graphwright.ir.program import Program
-from graphwright.passes.base import find_pass
+from graphwright.passes.registry import find_pass
 
 IMAGES = 256
 LEARN: dict[str, Any] = {"iterations": 400, "lr": 1e-4}

@@ -26,7 +26,7 @@ from models import encoder, gpt
 
 from graphwright.ir.context import Context
 from graphwright.ir.program import Program
-from graphwright.passes.base import find_pass
+from graphwright.passes.registry import find_pass
 
 
 @dataclass(frozen=True)

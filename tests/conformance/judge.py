@@ -116,7 +116,7 @@ def _expect_free(program: Any) -> None:
 
 
 def _clean(program: Any) -> Any:
-    from graphwright.passes.base import find_pass
+    from graphwright.passes.registry import find_pass
 
     for name in CLEANUP:
         program = find_pass(name)()(program)

@@ -11,7 +11,8 @@ from torch import nn
 import graphwright as gw
 from graphwright.ir.errors import ContractError
 from graphwright.ir.graph.digest import digest
-from graphwright.passes.base import Action, Context, Pass, Result, all_passes
+from graphwright.passes.base import Action, Context, Pass, Result
+from graphwright.passes.registry import all_passes
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from graphwright.ir.errors import ArgumentError
-from graphwright.passes.base import pass_ids
+from graphwright.passes.registry import pass_ids
 from graphwright.specs import shipped_schema
 from graphwright.specs.catalogue import explain_pass, list_passes, schema_json
 

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from graphwright.backends.base import all_backends
 from graphwright.ir.options import Options
-from graphwright.passes.base import Pass, find_pass, pass_ids, register
+from graphwright.passes.base import Pass
+from graphwright.passes.registry import find_pass, pass_ids, register
 from graphwright.specs import parse_spec, shipped_schema
 from graphwright.specs.check import make_validator
 from graphwright.specs.generate import (
@@ -143,7 +144,7 @@ def test_an_entry_point_that_cannot_be_imported_is_a_problem(problems, monkeypat
         raise ImportError("no module named nothing")
 
     monkeypatch.setattr(schema, "_entry_point_names", lambda: ("far.away",))
-    monkeypatch.setattr("graphwright.passes.base._from_entry_point", broken)
+    monkeypatch.setattr("graphwright.passes.registry._from_entry_point", broken)
     first, *_ = problems("version: 1\npasses: [far.away]\n")
     assert first == (
         "spec.yaml:2:10: passes[0]: the package that provides far.away cannot be imported: "

@@ -15,10 +15,12 @@ def load() -> dict[Any, Callable[..., Any]]:
     from graphwright.backends.onnxruntime.aten import (  # noqa: F401
         activations,
         choice,
+        complex_numbers,
         contrib,
         copies,
         factories,
         formulas,
+        fourier,
         index,
         layers,
         pointwise,
@@ -30,6 +32,7 @@ def load() -> dict[Any, Callable[..., Any]]:
         scatter,
         shape,
         sorting,
+        spectrograms,
         windows,
     )
 

@@ -226,3 +226,12 @@ def nan_to_num(
     ):
         value = e.op("Where", special, e.constant(float(number), dtype), value)
     return value
+
+
+@translates(aten.angle.default)
+def angle(e: Emitter, node: fx.Node, a: Any) -> Any:
+    dtype = node.meta["val"].dtype
+    x = e.tensor(a, dtype)
+    below = e.op("Less", x, e.constant(0.0, dtype))
+    turned = e.op("Where", below, e.constant(math.pi, dtype), e.constant(0.0, dtype))
+    return e.op("Where", e.op("IsNaN", x), x, turned)

@@ -6,7 +6,7 @@ import torch
 
 from graphwright.backends.onnxruntime.steps.block_codes import kernel_block, stored_blocks
 from graphwright.backends.onnxruntime.steps.graph import is_float32
-from graphwright.ir.files.pickles import listed
+from graphwright.ir.files.pickles import counted, listed
 from graphwright.ir.ops.blocks import dequantize_blocks
 from graphwright.ir.ops.table import dequantize_table
 from graphwright.ir.program import Program
@@ -60,8 +60,8 @@ def rebuilt_warnings(left: list[dict[str, str]]) -> list[str]:
         if row["op"] == REBUILT:
             reasons.setdefault(row["why"], []).append(row["weight"])
     return [
-        f"{len(names)} weights of few bits are rebuilt as floats when the model is loaded, for "
-        f"{why}: {', '.join(listed(names, 4))}"
+        f"{counted(len(names), 'weight')} of few bits rebuilt as floats when the model is loaded, "
+        f"for {why}: {', '.join(listed(names, 4))}"
         for why, names in reasons.items()
     ]
 

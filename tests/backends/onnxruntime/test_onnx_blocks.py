@@ -302,7 +302,7 @@ def test_a_wrong_product_in_half_precision_is_found(monkeypatch: pytest.MonkeyPa
 def test_weights_without_a_kernel_are_in_the_summary() -> None:
     program = Rtn(bits=4, block=20)(product(80))
     (text,) = lowered(program).notes["warnings"]
-    assert "1 weights of few bits are rebuilt as floats" in text
+    assert "1 weight of few bits rebuilt as floats" in text
     assert text.endswith("no kernel has blocks of 20: weight")
 
 

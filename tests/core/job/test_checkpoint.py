@@ -1,65 +1,100 @@
-"""A checkpoint only saves time: one that cannot be written or read is told of, and no more."""
+"""A checkpoint is used when it is whole and of this very chain, and never otherwise."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import graphwright as gw
-from graphwright.ir.errors import ArgumentError
-from graphwright.job.checkpoint import Checkpoints, file_sha256
+from graphwright.job.checkpoint import Checkpoints, chain_key, file_sha256
 
-SPEC = "version: 1\npasses: [cleanup.canonicalize, prune.magnitude]\nlower: []\n"
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
-    gw.trace(model, (torch.randn(4, 8),), "batch").save("model.pt2")
-    Path("spec.yaml").write_text(SPEC)
-    return tmp_path
+KEYS = ["a" * 64, "b" * 64, "c" * 64]
 
 
-def warned(folder: Path, out: str = "out") -> list[str]:
-    warnings: list[str] = json.loads((folder / out / "report.json").read_text())["warnings"]
-    return warnings
+@pytest.fixture(scope="module")
+def programs() -> list[gw.Program]:
+    torch.manual_seed(0)
+    return [gw.trace(nn.Linear(3, 2), (torch.randn(4, 3),)) for _ in range(2)]
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_no_run(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+def weight(program: gw.Program | None) -> torch.Tensor:
+    assert program is not None
+    return program.state["weight"]
+
+
+def no_warning(text: str) -> None:
+    raise AssertionError(text)
+
+
+def test_the_stored_step_comes_back_with_its_records(
+    tmp_path: Path, programs: list[gw.Program]
 ) -> None:
-    def refuse(*_: Any) -> None:
-        raise ArgumentError("the program cannot be written: node 'odd'")
+    found = Checkpoints(tmp_path / "c")
+    assert found.load(KEYS, no_warning) is None
+    found.save(0, KEYS[0], programs[1], [], None)
+    found.save(1, KEYS[1], programs[0], [{"id": "x"}], None)
+    loaded = found.load(KEYS, no_warning)
+    assert loaded is not None
+    index, program, records, uncompressed = loaded
+    assert (index, records, uncompressed) == (1, [{"id": "x"}], None)
+    assert torch.equal(weight(program), weight(programs[0]))
+    assert len(list((tmp_path / "c").glob("*.pt2"))) == 1  # the older step is gone
+    assert found.load([KEYS[0], KEYS[2]], no_warning) is None
 
-    monkeypatch.setattr(Checkpoints, "save", refuse)
-    gw.optimize("model.pt2", "spec.yaml", out="out", checkpoint_seconds=0.0)
-    said = [line for line in warned(folder) if "no checkpoint behind pass" in line]
-    assert len(said) == 2
-    assert "pass 1 (prune.magnitude): the program cannot be written: node 'odd'" in said[1]
 
-
-def test_a_checkpoint_that_cannot_be_read_is_told_of(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_uncompressed_program_is_kept_where_it_is_another(
+    tmp_path: Path, programs: list[gw.Program]
 ) -> None:
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
+    found = Checkpoints(tmp_path)
+    one, two = programs
+    found.save(2, KEYS[2], one, [], two)
+    loaded = found.load(KEYS, no_warning)
+    assert loaded is not None
+    assert torch.equal(weight(loaded[1]), weight(one))
+    assert torch.equal(weight(loaded[3]), weight(two))
+    found.save(2, KEYS[2], one, [], one)
+    loaded = found.load(KEYS, no_warning)
+    assert loaded is not None
+    assert torch.equal(weight(loaded[3]), weight(one))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(gw.passes.prune.Magnitude, "run", killed)
-        with pytest.raises(KeyboardInterrupt):
-            gw.optimize("model.pt2", "spec.yaml", out="out", checkpoint_seconds=0.0)
 
-    (checkpoint,) = (folder / ".out.graphwright" / "checkpoints").glob("*.pt2")
-    manifest = checkpoint.with_name("manifest.json")
-    entry = json.loads(manifest.read_text())
-    checkpoint.write_bytes(b"no archive")
-    entry["files"] = [[checkpoint.name, file_sha256(checkpoint)]]
-    manifest.write_text(json.dumps(entry))
-    gw.optimize("model.pt2", "spec.yaml", out="out", checkpoint_seconds=0.0)
-    assert any("checkpoint of an earlier run cannot be read" in line for line in warned(folder))
+def test_a_damaged_checkpoint_counts_as_none(tmp_path: Path, programs: list[gw.Program]) -> None:
+    found = Checkpoints(tmp_path)
+    found.save(0, KEYS[0], programs[0], [], None)
+    (file,) = tmp_path.glob("*.pt2")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert found.load(KEYS, no_warning) is None
+    file.write_bytes(whole)
+    assert found.load(KEYS, no_warning) is not None
+    manifest = tmp_path / "manifest.json"
+    for text in ("{", "[]", json.dumps({"key": KEYS[0]}), json.dumps({"key": "other"})):
+        manifest.write_text(text)
+        assert found.load(KEYS, no_warning) is None
+
+
+def test_a_file_that_cannot_be_read_is_told(tmp_path: Path, programs: list[gw.Program]) -> None:
+    found = Checkpoints(tmp_path)
+    found.save(0, KEYS[0], programs[0], [], None)
+    (file,) = tmp_path.glob("*.pt2")
+    file.write_bytes(b"no archive")
+    entry = json.loads((tmp_path / "manifest.json").read_text())
+    entry["files"] = [[file.name, file_sha256(file)]]
+    (tmp_path / "manifest.json").write_text(json.dumps(entry))
+    told: list[str] = []
+    assert found.load(KEYS, told.append) is None
+    assert len(told) == 1
+    assert "cannot be read" in told[0]
+
+
+def test_a_key_depends_on_all_that_it_is_given() -> None:
+    keys = {
+        chain_key("", a=1), chain_key("x", a=1), chain_key("", a=2), chain_key("", b=1),
+        chain_key("", a=1, b=1), chain_key(""),
+    }  # fmt: skip
+    assert len(keys) == 6
+    assert chain_key("x", a=1, b=2) == chain_key("x", b=2, a=1)

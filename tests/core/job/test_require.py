@@ -1,36 +1,70 @@
+"""Every bound of `require` at its limit and just beyond, in its own unit."""
+
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
 
-from graphwright.job.require import check_bounds
+from graphwright.job.require import Bound, check_bounds
 from graphwright.specs.sections import RequireSection
 
+MEASURED: dict[str, Any] = {
+    "drop": 0.02,
+    "latency": [{"backend": "a", "speedup": 1.5}, {"backend": "b", "speedup": 3.0}],
+    "artifacts": [{"backend": "a", "file_bytes": 2_000_000}, {"backend": "b", "file_bytes": 10}],
+    "peak_rss_bytes": 4_000_000_000,
+    "seconds": 90.0,
+    "notes": {},
+}
 
-def bounds(notes: dict[str, dict[str, Any]]) -> list[tuple[bool, str]]:
-    found = check_bounds(
-        RequireSection(integer_kernels="all"), drop=None, latency=[], artifacts=[],
-        peak_rss_bytes=0, seconds=0.0, notes=notes,
-    )  # fmt: skip
-    return [(bound.is_met, str(bound)) for bound in found]
+
+@pytest.mark.parametrize(("name", "met", "missed", "measured"), [
+    ("max_drop", 0.02, 0.019, [0.02]),
+    ("min_speedup", 1.5, 1.51, [1.5, 3.0]),
+    ("max_file_mb", 2.0, 1.99, [2.0, 1e-5]),
+    ("max_rss_gb", 4.0, 3.99, [4.0]),
+    ("max_minutes", 1.5, 1.49, [1.5]),
+])  # fmt: skip
+def test_a_bound_is_kept_at_its_limit_and_missed_beyond(
+    name: str, met: float, missed: float, measured: list[float]
+) -> None:
+    kept = check_bounds(RequireSection(**{name: met}), **MEASURED)
+    assert [bound.measured for bound in kept] == pytest.approx(measured)
+    assert all(bound.is_met for bound in kept)
+    assert [bound.name for bound in kept] == [name] * len(measured)
+    broken = check_bounds(RequireSection(**{name: missed}), **MEASURED)
+    assert [bound.is_met for bound in broken] == [False, True][: len(measured)]
 
 
-def counts(integer: int, *left: str) -> dict[str, Any]:
-    return {"integer_kernels": {"quantized": integer + len(left), "integer": integer,
-                                "float": dict.fromkeys(left, "Conv")}}  # fmt: skip
+def test_what_was_not_measured_is_missed() -> None:
+    nothing = {**MEASURED, "drop": None, "latency": []}
+    (drop,) = check_bounds(RequireSection(max_drop=1.0), **nothing)
+    (speedup,) = check_bounds(RequireSection(min_speedup=1.0), **nothing)
+    (kernels,) = check_bounds(RequireSection(integer_kernels="all"), **nothing)
+    assert [bound.is_met for bound in (drop, speedup, kernels)] == [False] * 3
+    assert str(drop) == "max_drop: not measured, bound 1"
+    assert str(speedup) == "min_speedup: not measured (no artifact), bound 1"
 
 
 def test_all_layers_have_to_be_integer_kernels() -> None:
-    ((met, _),) = bounds({"onnxruntime": counts(3)})
-    assert met
-    ((met, text),) = bounds({"onnxruntime": counts(2, "stem", "head.0")})
-    assert not met
-    assert text == "integer_kernels: 2 (onnxruntime; in float: stem, head.0), bound 4"
+    notes = {
+        "a": {"integer_kernels": {"quantized": 3, "integer": 3, "float": []}},
+        "b": {"integer_kernels": {"quantized": 3, "integer": 2, "float": ["fc"]}},
+        "c": {},
+    }
+    found = check_bounds(RequireSection(integer_kernels="all"), **{**MEASURED, "notes": notes})
+    assert [bound.is_met for bound in found] == [True, False, False]
+    assert [bound.what for bound in found][:2] == ["a", "b; in float: fc"]
 
 
-@pytest.mark.parametrize("notes", [{}, {"triton": {}}])
-def test_what_no_backend_tells_is_missed(notes: dict[str, dict[str, Any]]) -> None:
-    ((met, text),) = bounds(notes)
-    assert not met
-    assert "not measured" in text
+def test_no_section_and_an_empty_one_ask_for_nothing() -> None:
+    assert check_bounds(None, **MEASURED) == []
+    assert check_bounds(RequireSection(), **MEASURED) == []
+
+
+def test_a_row_of_the_report() -> None:
+    assert Bound("max_drop", 0.1, 0.05, "x").to_json() == {
+        "name": "max_drop", "bound": 0.1, "measured": 0.05, "what": "x", "met": True,
+    }  # fmt: skip
+    assert str(Bound("max_drop", 0.1, 0.05, "x")) == "max_drop: 0.05 (x), bound 0.1"

@@ -201,15 +201,56 @@ def test_rotary_embeddings_in_complex_numbers_become_real_ones() -> None:
         torch.testing.assert_close(program(x), model(x), rtol=1e-6, atol=1e-6)
 
 
-def test_a_complex_operation_without_a_rule_leaves_the_graph_alone() -> None:
-    class Spectrum(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.fft.rfft(x).abs()
+def test_a_complex_operation_without_a_rule_stays_and_the_others_become_real() -> None:
+    class Filter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, 2, generator=generator()))
 
-    model, x = Spectrum(), torch.randn(2, 8)
+        def forward(self, x: Tensor) -> Tensor:
+            spectrum = torch.fft.rfft(x) * torch.view_as_complex(self.weight)
+            spectrum = torch.cat([spectrum[..., :2] * 1j, spectrum[..., 2:] / (2 + 1j)], -1)
+            return torch.fft.irfft(spectrum + spectrum.conj() * 0.5) + spectrum.angle().sum()
+
+    model, x = Filter(), torch.randn(2, 8)
     program = gw.trace(model, (x,), {"x": {0: "n"}})
-    assert "fft_rfft" in [op_name(n) for n in program.graph.nodes]
-    torch.testing.assert_close(program(x[:1]), model(x[:1]))
+    complexes = [
+        op_name(n)
+        for n in program.graph.nodes
+        if isinstance(n.meta.get("val"), Tensor) and n.meta["val"].dtype.is_complex
+    ]
+    assert complexes == ["fft_rfft", "complex"]
+    for size in (1, 2, 5):
+        x = torch.randn(size, 8)
+        torch.testing.assert_close(program(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda z: z @ z.T,
+        lambda z: torch.einsum("ij,kj->ik", z, z),
+        lambda z: z.exp() + 2.0,
+        lambda z: 1.5 - z,
+        lambda z: z.reciprocal() - z.real,
+        lambda z: z.imag * z.square(),
+        lambda z: torch.stack([z, z.roll(1, 0)]).sum(1),
+        lambda z: nn.functional.pad(z, (1, 2), value=3.0).mean(1),
+        lambda z: torch.log(z) * z.abs(),
+        lambda z: torch.sqrt(z),
+        lambda z: torch.linalg.inv(z[:, :2].mT @ z[:, :2]),
+    ],
+)
+def test_complex_arithmetic_gives_what_torch_gives(function: Callable[[Tensor], Tensor]) -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.view_as_real(function(torch.view_as_complex(x.unflatten(-1, (-1, 2)))))
+
+    model, x = Net(), torch.randn(5, 8, generator=generator())
+    program = gw.trace(model, (x,), {"x": {0: "n"}})
+    for size in (3, 5, 9):
+        x = torch.randn(size, 8, generator=generator())
+        torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_distances_to_a_codebook_are_products() -> None:

@@ -61,7 +61,7 @@ def loaded(value: Any, tmp_path: Path, **section: Any) -> Any:
         ({"student": OWN, "teacher": OTHER}, {"key": "student"}, "from 'student'"),
         (prefixed("module.module."), {}, "'module.module.' was taken off all"),
         ({"state_dict": {**prefixed("model."), "loss.weight": torch.ones(2)}}, {},
-         "1 tensors without it were left aside: loss.weight"),
+         "1 tensor without it left aside: loss.weight"),
         ({"n_averaged": torch.tensor(3), **prefixed("module.")}, {}, "left aside: n_averaged"),
         ({**prefixed("net.backbone."), "net.head": torch.ones(2)},
          {"strip_prefix": "net.backbone."}, "left aside: net.head"),

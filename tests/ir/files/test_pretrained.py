@@ -47,7 +47,7 @@ NORM, TABLE = "model.norm.weight", "model.embed_tokens.weight"
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (without(NORM), ["1 tensors of LlamaForCausalLM are missing", f"missing: {NORM}"]),
+        (without(NORM), ["1 tensor of LlamaForCausalLM missing", f"missing: {NORM}"]),
         (without(TABLE), [f"missing: {TABLE}"]),
         (lambda t: {**without(NORM)(t), "model.norm.gain": t[NORM]},
          [f"missing: {NORM}", "unexpected: model.norm.gain"]),

@@ -10,7 +10,7 @@ from torch import nn
 
 import graphwright as gw
 from graphwright.ir.layers.selectors import layers, select
-from graphwright.passes.base import find_pass
+from graphwright.passes.registry import find_pass
 
 
 @pytest.fixture(scope="module")

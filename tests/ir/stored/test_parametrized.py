@@ -14,7 +14,7 @@ import graphwright as gw
 from graphwright.ir.errors import ModelError
 from graphwright.ir.layers.selectors import layers
 from graphwright.ir.stored.parametrized import store_weights
-from graphwright.passes.base import all_passes
+from graphwright.passes.registry import all_passes
 
 
 def old_weight_norm(module: nn.Module) -> nn.Module:

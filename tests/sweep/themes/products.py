@@ -90,7 +90,7 @@ def _paired(x: Tensor) -> Tensor:
 
 def _rotary(x: Tensor) -> Tensor:
     t = torch.arange(x.shape[0], dtype=torch.float32)
-    turns = torch.polar(torch.ones(x.shape[0], 4), torch.outer(t, torch.rand(4).fill_(0.3)))
+    turns = torch.polar(torch.ones(x.shape[0], 4), torch.outer(t, torch.full((4,), 0.3)))
     return torch.view_as_real(_paired(x) * turns).flatten(1)
 
 

@@ -180,9 +180,7 @@ def test_what_the_folder_lacks_is_named(described: bool, tmp_path: Path) -> None
         del config["quantization_config"]
         (tmp_path / "config.json").write_text(json.dumps(config))
     says = (
-        "1 tensors of LlamaForCausalLM are missing"
-        if described
-        else "nothing says how they are stored"
+        "1 tensor of LlamaForCausalLM missing" if described else "nothing says how they are stored"
     )
     with pytest.raises(ModelError, match=says):
         load_model(tmp_path)
