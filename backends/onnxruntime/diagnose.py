@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import onnx_ir as ir
 import torch
 from torch import Tensor, fx
@@ -58,6 +60,8 @@ def first_differing_node(
     node = _first(program, inputs, shown, bound)
     if node is None:
         return "no node differs once it is an output: what ONNX Runtime fuses does"
+    if node.target is operator.getitem:
+        node = node.args[0]  # a result of the operator that is meant
     scope = next(reversed(node.meta.get("nn_module_stack", {})), "")
     return f"first node that differs: {node.name} ({node.target}){f' in {scope}' if scope else ''}"
 
@@ -81,8 +85,14 @@ def _model(program: Program, opset: int) -> tuple[ir.Model, dict[str, ir.Value]]
     return model, {
         node.name: value
         for node, value in values.items()
-        if isinstance(value, ir.Value) and value.producer() is not None
+        if isinstance(value, ir.Value) and _is_in(model, value)
     }
+
+
+def _is_in(model: ir.Model, value: ir.Value) -> bool:
+    """Whether a node of the model gives it; what nothing reads is no longer there."""
+    producer = value.producer()
+    return producer is not None and producer.graph is model.graph
 
 
 def _first(

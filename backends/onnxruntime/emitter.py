@@ -284,10 +284,10 @@ class Emitter:
             return self.op("Shape", value, start=axis, end=axis + 1)  # type: ignore[no-any-return]
         if isinstance(expr, sympy.Integer):
             return self.ints(int(expr))
-        assert self._node is not None
         try:
             return whole(self, expr)
         except NoFormError as error:
+            assert self._node is not None
             raise Untranslatable(self._node, f"no ONNX form for the size {error}") from error
 
     def size_of(self, expr: Any) -> ir.Value:

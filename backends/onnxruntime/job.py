@@ -38,6 +38,7 @@ from graphwright.backends.onnxruntime.steps.blocks import EXACT, PRODUCTS_FACT
 from graphwright.backends.onnxruntime.steps.catalog import Step
 from graphwright.backends.onnxruntime.steps.int8 import REPLACED, TAPS
 from graphwright.backends.onnxruntime.steps.leftovers import has_compressed_weights
+from graphwright.backends.onnxruntime.ties import with_settled_ties
 from graphwright.backends.onnxruntime.translate import translate_with_values
 from graphwright.ir.check.exact import SMALL_MULTIPLE
 from graphwright.ir.edit import Editor
@@ -55,17 +56,23 @@ and bytes for constants of its steps."""
 
 
 class Job:
-    """One lowering: the program, its expected outputs, and the folder for large weights."""
+    """One lowering: the program, its expected outputs, and the folder for large weights.
+
+    Attributes:
+        source: what is translated.
+        program: what the models are compared with: `source`, with its ties settled.
+    """
 
     def __init__(
         self, program: Program, options: OnnxRuntimeOptions, folder: TemporaryDirectory[str]
     ) -> None:
-        self.program = program
+        self.source = program
+        self.program = with_settled_ties(program)
         self.options = options
         self.folder = folder
         self.settings = SessionSettings(options.provider, options.threads, EXACT)
         self.settings.providers()
-        self.cases: list[Case] = [*check_cases(program), *drawn_cases(program)]
+        self.cases: list[Case] = [*check_cases(self.program), *drawn_cases(self.program)]
         self.bound = tolerance_for(program, options.tolerance)
         self.quantized = quantized_layers(program)
 
@@ -88,7 +95,7 @@ class Job:
         Raises:
             Differs: the model does not load, or computes something else.
         """
-        made = Attempt(self.program, {})
+        made = Attempt(self.source, {})
         with torch.no_grad():
             for step in steps:
                 self._apply(step, made)
@@ -312,7 +319,11 @@ class Job:
         node = first_differing_node(
             self.program, self.options.opset, self.settings, self.bound, error.inputs
         )
-        return LoweringError(str(error), details=(node,) if node else ())
+        return LoweringError(
+            str(error),
+            fix="Leave that operation out of what is compiled, or use the backend triton.",
+            details=(node,) if node else (),
+        )
 
 
 def _quantizers(program: Program) -> dict[str, list[str]]:

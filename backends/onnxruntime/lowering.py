@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,6 +11,8 @@ from graphwright.backends.base import Backend
 from graphwright.backends.onnxruntime.compiled import FILE, OnnxCompiled, load
 from graphwright.backends.onnxruntime.job import Job
 from graphwright.backends.onnxruntime.options import OnnxRuntimeOptions
+from graphwright.backends.onnxruntime.runtime import run_session
+from graphwright.backends.onnxruntime.smallest import from_two, too_small
 from graphwright.backends.onnxruntime.steps.blocks import FORMS_FACT
 from graphwright.backends.onnxruntime.steps.catalog import STEPS
 from graphwright.backends.onnxruntime.steps.leftovers import leftovers, rebuilt_warnings
@@ -60,6 +63,11 @@ class Lowering(Backend):
             job.folder.cleanup()
             raise
         assert attempt.session is not None
+        run = partial(run_session, attempt.session, program.signature)
+        wrong = too_small(job.program, run, job.bound)
+        if wrong:
+            job.folder.cleanup()
+            return self._from_two(program, wrong, context)
         notes = {
             "translator": attempt.translator,
             "steps": attempt.applied,
@@ -86,6 +94,14 @@ class Lowering(Backend):
         if keep is None:
             job.folder.cleanup()
         return OnnxCompiled(attempt.model, program.signature, attempt.session, notes, keep)
+
+    def _from_two(self, program: Program, dims: dict[str, str], context: Context) -> OnnxCompiled:
+        """The model for sizes of 2 or more of these dimensions; says so."""
+        compiled = self.lower(from_two(program, dims), context)
+        found = [f"dimension {dim!r} is 2 or more: {why}" for dim, why in sorted(dims.items())]
+        warnings = [*found, *compiled.notes["warnings"]]
+        compiled.notes = {**compiled.notes, "narrowed": found, "warnings": warnings}
+        return compiled
 
 
 def _warnings(notes: dict[str, Any]) -> list[str]:

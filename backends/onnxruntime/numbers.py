@@ -47,7 +47,7 @@ def number(e: Emitter, expr: Any) -> ir.Value:
         return e.constant([float(expr)], torch.float64)
     if expr in e.numbers:
         return e.numbers[expr]
-    if expr.is_integer:
+    if expr.is_integer or any(isinstance(expr, kinds) for kinds, _ in WHOLE):
         return e.cast(e.size_of(expr), torch.int64, torch.float64)
     for kinds, make in (*SHARED, *FRACTIONS):
         if isinstance(expr, kinds):

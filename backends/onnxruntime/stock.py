@@ -60,9 +60,12 @@ def export_with_torch(
                 verbose=False,
             )
     except (torch.onnx.OnnxExporterError, ModelError, RuntimeError, NotImplementedError) as error:
+        from graphwright.backends.onnxruntime.blame import without_form
+
+        culprit = without_form(program, opset, why)
         raise LoweringError(
-            f"{why.node.target} has no ONNX form ({why.why})",
-            where=f"node {why.node.name!r}",
+            f"{culprit.node.target} has no ONNX form ({culprit.why})",
+            where=f"node {culprit.node.name!r}",
             fix="Rewrite that operation in the model, or use another backend.",
             details=(f"the standard exporter: {innermost(error.__cause__ or error)}",),
         ) from error

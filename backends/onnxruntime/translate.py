@@ -51,8 +51,16 @@ def translate(program: Program, opset: int) -> ir.Model:
     return translate_with_values(program, opset)[0]
 
 
-def translate_with_values(program: Program, opset: int) -> tuple[ir.Model, dict[fx.Node, Any]]:
-    """As `translate`, with the ONNX value of every node of the program's graph."""
+def translate_with_values(
+    program: Program, opset: int, without: list[Untranslatable] | None = None
+) -> tuple[ir.Model, dict[fx.Node, Any]]:
+    """As `translate`, with the ONNX value of every node of the program's graph.
+
+    Args:
+        program, opset: as for `translate`.
+        without: takes the nodes that have no translation, instead of the first being raised; the
+            model is then of no use.
+    """
     table = aten.load()
     e = Emitter(program.state, dimension_names(program), opset)
     inputs = []
@@ -73,7 +81,13 @@ def translate_with_values(program: Program, opset: int) -> tuple[ir.Model, dict[
             elif not node.meta["val"].dtype.is_complex and not _only_transposed(node):
                 e.values[node] = e.weight(str(node.target))
         elif node.op == "call_function":
-            _translate_node(e, table, node)
+            try:
+                _translate_node(e, table, node)
+            except Untranslatable as why:
+                if without is None:
+                    raise
+                without.append(why)
+                e.values[node] = _stand_in(e, node)
     outputs = _outputs(e, program)
     domains = dict(e.domains)
     graph = ir.Graph(
@@ -88,6 +102,13 @@ def translate_with_values(program: Program, opset: int) -> tuple[ir.Model, dict[
     return model, e.values
 
 
+def untranslatable(program: Program, opset: int) -> list[Untranslatable]:
+    """Every node that has no translation of its own here, in order; those behind it are tried."""
+    found: list[Untranslatable] = []
+    translate_with_values(program, opset, found)
+    return found
+
+
 def _only_transposed(node: fx.Node) -> bool:
     linear = torch.ops.aten.linear.default
     return node.meta["val"].dim() == 2 and all(
@@ -96,6 +117,21 @@ def _only_transposed(node: fx.Node) -> bool:
         and node not in (user.args[0], *user.args[2:])
         for user in node.users
     )
+
+
+def _stand_in(e: Emitter, node: fx.Node) -> Any:
+    """Values of the right types for a node that has none."""
+    fakes = node.meta["val"]
+    one = isinstance(fakes, torch.Tensor)
+    made = []
+    for fake in [fakes] if one else fakes:
+        value = e.op("Identity", None)
+        value.shape = ir.Shape(e.shape_names(fake.shape))
+        value.type = ir.TensorType(onnx_dtype(fake.dtype))
+        made.append(value)
+    if one:
+        e.place(node, made[0])
+    return made[0] if one else made
 
 
 def _own_op(node: fx.Node) -> Any:

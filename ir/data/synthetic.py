@@ -50,7 +50,7 @@ def other_size_inputs(program: Program, seed: int) -> tuple[Tensor, ...] | None:
         specs = program.signature.inputs
         for inputs in (
             tuple(drawn[spec.name] for spec in specs),
-            tuple(_resized(t, s, sizes) for t, s in zip(program.examples, specs, strict=True)),
+            tuple(resized(t, s, sizes) for t, s in zip(program.examples, specs, strict=True)),
         ):
             outputs = _outputs(program, inputs)
             if outputs is not None and not any(_has_nan(out) for out in outputs):
@@ -84,7 +84,8 @@ def _moved(size: int, bounds: DimRange, change: float | None) -> int:
     return size
 
 
-def _resized(tensor: Tensor, spec: TensorSpec, sizes: Mapping[str, int]) -> Tensor:
+def resized(tensor: Tensor, spec: TensorSpec, sizes: Mapping[str, int]) -> Tensor:
+    """The tensor with its dynamic dimensions cut, or repeated from the start."""
     for axis, dim in enumerate(spec.shape):
         if isinstance(dim, str):
             places = torch.arange(sizes[dim], device=tensor.device) % tensor.shape[axis]
