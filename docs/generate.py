@@ -120,6 +120,10 @@ def spec_reference(schema: Schema) -> str:
         if "backend" in entry.get("x-graphwright", {}):
             lines += ["", f"## `lower: {name}`", "", entry["description"], ""]
             lines += _options(entry, schema)
+    lines += ["", "## `export`", "", "| format | what is written |", "| --- | --- |"]
+    formats = {n: e for n, e in schema["$defs"].items() if "export" in e.get("x-graphwright", {})}
+    lines += [f"| `{name}` | {_cell(entry['description'])} |" for name, entry in formats.items()]
+    lines += ["", "Each takes:", "", *_options(next(iter(formats.values())), schema)]
     return "\n".join(lines) + "\n"
 
 

@@ -12,8 +12,8 @@ Scalar = str | int | float | bool | None
 Path = tuple[str | int, ...]
 """Keys and list indices from the root; an entry of `passes` has its pass id as one element."""
 
-CHAINS = ("passes", "lower")
-"""Lists whose entries are a bare id or `id: {options}`."""
+CHAINS = {"passes": "pass", "lower": "backend", "export": "export"}
+"""Lists whose entries are a bare id or `id: {options}`, and what the ids name."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The shape of `passes` and `lower`: a list of bare ids and of one-key mappings.
+"""The shape of `passes`, `lower` and `export`: a list of bare ids and of one-key mappings.
 
 Two slips of indentation are common enough to be told apart and read as they were meant: options
 beside the id instead of below it, and a mapping where a list is asked for.
@@ -24,7 +24,7 @@ def entry_id(node: Node) -> str:
 
 
 def chain_nodes(root: Node, section: str) -> list[Node]:
-    """The entries of `passes` or `lower`, empty when there is no such list."""
+    """The entries of `passes`, `lower` or `export`, empty when there is no such list."""
     entry = root.entry(section)
     return list(entry.node.items or ()) if entry is not None else []
 
@@ -56,7 +56,7 @@ def _split(section: str, index: int, node: Node, schema: Schema) -> Iterator[Fin
     """An entry of several keys: the options of the first, or entries without their dash."""
     entries = node.entries or []
     head, rest = entries[0], entries[1:]
-    names = schema.names("pass" if section == "passes" else "backend")
+    names = schema.names(CHAINS[section])
     if nearest(head.name, names) and not any(e.name in names for e in rest) and _can_take(head):
         head.node.entries = [*(head.node.entries or ()), *rest]
         node.entries = [head]

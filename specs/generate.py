@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphwright.backends.base import Backend
+    from graphwright.ir.files.exports import Export
     from graphwright.passes.base import Pass
 
 OUTPUT = Path(__file__).with_name("schema.json")
@@ -24,13 +25,17 @@ FACTS = ("contract", "needs", "after", "before", "conflicts", "lowers_to", "pape
 
 
 def build_schema(
-    passes: Mapping[str, type[Pass]], backends: Mapping[str, type[Backend]], kinds: list[str]
+    passes: Mapping[str, type[Pass]],
+    backends: Mapping[str, type[Backend]],
+    exports: Mapping[str, type[Export]],
+    kinds: list[str],
 ) -> dict[str, Any]:
     """The whole schema.
 
     Args:
         passes: classes by id.
         backends: classes by name.
+        exports: classes of the formats of checkpoints by name.
         kinds: layer kinds that a selector may name, as in `kind:linear`.
     """
     from graphwright.specs.sections import Document
@@ -41,9 +46,12 @@ def build_schema(
         definitions |= define_pass(name, cls)
     for name, backend in sorted(backends.items()):
         definitions |= define_backend(name, backend)
+    for name, export in sorted(exports.items()):
+        definitions |= _define(name, export, {"export": name}, _first_line(export.__doc__))
     properties = document["properties"]
     properties["passes"]["items"] = chain_items(definitions, "pass")
     properties["lower"]["items"] = chain_items(definitions, "backend")
+    properties["export"]["items"] = chain_items(definitions, "export")
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Graphwright spec",
@@ -80,7 +88,7 @@ def _define(name: str, cls: Any, facts: dict[str, Any], summary: str) -> dict[st
 
 
 def chain_items(definitions: Mapping[str, Any], role: str) -> dict[str, Any]:
-    """Schema of one entry of `passes` (role pass) or `lower` (role backend)."""
+    """Schema of one entry of a chain: of `passes` (role pass), `lower` (role backend), `export`."""
     names = [n for n, d in definitions.items() if role in d.get("x-graphwright", {})]
     bare = [name for name in names if not definitions[name].get("required")]
     entries = {
@@ -138,11 +146,12 @@ def schema_text(schema: Mapping[str, Any]) -> str:
 def current_schema() -> dict[str, Any]:
     """The schema of the passes and backends that come with the package."""
     from graphwright.backends.base import all_backends
+    from graphwright.ir.files.exports import EXPORTS
     from graphwright.ir.layers.kinds import KINDS
     from graphwright.passes.registry import find_pass, pass_ids
 
     passes = {name: find_pass(name) for name in pass_ids()}
-    return build_schema(passes, all_backends(), sorted(set(KINDS.values())))
+    return build_schema(passes, all_backends(), EXPORTS, sorted(set(KINDS.values())))
 
 
 def main() -> None:

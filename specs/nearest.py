@@ -12,7 +12,7 @@ _ALSO_CALLED = {
     "double": "float64", "fp64": "float64", "f64": "float64", "long": "int64", "int": "int64",
     "short": "int16", "byte": "uint8", "char": "int8", "ort": "onnxruntime", "onnx": "onnxruntime",
     "top1": "accuracy", "acc": "accuracy", "ppl": "perplexity", "snr": "snr_db", "cos": "cosine",
-    "quantization": "quantize", "pruning": "prune", "export": "lower", "backend": "lower",
+    "quantization": "quantize", "pruning": "prune", "exports": "export", "backend": "lower",
     "backends": "lower", "data": "calibration", "train": "training", "constraints": "require",
     "requirements": "require", "eval": "evaluate", "steps": "passes", "pipeline": "passes",
     "maxhours": "max_minutes", "maxseconds": "max_minutes", "maxtime": "max_minutes",

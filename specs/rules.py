@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from graphwright.specs.document import Node, Path, show
+from graphwright.specs.document import CHAINS, Node, Path, show
 from graphwright.specs.entries import chain_nodes, entry_id
 from graphwright.specs.meant import yaml_text
 from graphwright.specs.schema import Schema
@@ -33,7 +33,9 @@ def rule_findings(root: Node, schema: Schema, doubtful: set[Path]) -> Iterator[F
     yield from _inputs(document.get("model"), sound)
     if sound("require") and sound("evaluate"):
         yield from _drop_without_metric(document)
-    if sound("passes") and sound("lower"):
+    if sound("export"):
+        yield from _folders(root)
+    if sound("passes") and sound("lower") and sound("export"):
         yield from _nothing_to_do(document)
     for index, node in enumerate(chain_nodes(root, "passes")):
         if sound("passes", index):
@@ -115,9 +117,22 @@ def _drop_without_metric(document: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _nothing_to_do(document: dict[str, Any]) -> Iterator[Finding]:
-    if not document.get("passes") and not document.get("lower"):
-        message = "neither 'passes' nor 'lower' has an entry: there is nothing to do"
+    if not any(document.get(section) for section in CHAINS):
+        message = "neither 'passes' nor 'lower' nor 'export' has an entry: there is nothing to do"
         yield Finding((), message)
+
+
+def _folders(root: Node) -> Iterator[Finding]:
+    """Two checkpoints cannot be written into one folder."""
+    taken: dict[str, int] = {}
+    for index, node in enumerate(chain_nodes(root, "export")):
+        name = entry_id(node)
+        options = node.plain()[name] if node.entries else None
+        folder = str((options or {}).get("folder") or name)
+        first = taken.setdefault(folder.lower(), index)
+        if first != index:
+            message = f"the folder {show(folder)} is that of export[{first}]; give it another one"
+            yield Finding(("export", index), f"{message}: {{folder: {name}-{index}}}")
 
 
 def _data(

@@ -185,5 +185,9 @@ class Document(Options):
     lower: tuple[Any, ...] = ()
     """Backends that the program is lowered to: a name, or one name with its options."""
 
+    export: tuple[Any, ...] = ()
+    """Checkpoints that other tools read, written beside the artifacts: a format, or one format with
+    its options. The tokenizer's and generation files of the model's folder go with them."""
+
     lock: LockSection | None = None
     """Facts of the run that wrote this file (`spec.lock.yaml`)."""

@@ -50,6 +50,15 @@ class BackendCall:
 
 
 @dataclass(frozen=True)
+class ExportCall:
+    """One entry of `export`: the format, the options as written (no defaults), and its line."""
+
+    id: str
+    options: dict[str, Any]
+    line: int
+
+
+@dataclass(frozen=True)
 class Spec:
     """A checked spec.
 
@@ -64,6 +73,7 @@ class Spec:
         seed: seed of the run.
         passes: passes in order.
         lower: backends.
+        export: formats of checkpoints to write.
         lock: facts of the run that wrote it, when it is a lock file.
     """
 
@@ -77,6 +87,7 @@ class Spec:
     seed: int
     passes: tuple[PassCall, ...]
     lower: tuple[BackendCall, ...]
+    export: tuple[ExportCall, ...]
     lock: LockSection | None
     document: Node = field(repr=False, compare=False)
     schema: Schema = field(repr=False, compare=False)
@@ -177,6 +188,7 @@ def _typed(root: Node, name: str, folder: Path, schema: Schema) -> Spec:
         seed=document.get("seed", 0),
         passes=calls("passes", PassCall),
         lower=calls("lower", BackendCall),
+        export=calls("export", ExportCall),
         lock=section("lock", sections.LockSection),
         document=root,
         schema=schema,
@@ -186,7 +198,7 @@ def _typed(root: Node, name: str, folder: Path, schema: Schema) -> Spec:
 def resolve(spec: Spec) -> dict[str, Any]:
     """The spec as plain data with every default filled in; without the lock section."""
 
-    def call(item: PassCall | BackendCall) -> Any:
+    def call(item: PassCall | BackendCall | ExportCall) -> Any:
         options = _filled(spec.schema.defaults(item.id), item.options)
         ordered = {k: options[k] for k in spec.schema.options(item.id) if k in options}
         return {item.id: ordered} if ordered else item.id
@@ -205,6 +217,8 @@ def resolve(spec: Spec) -> dict[str, Any]:
     document["seed"] = spec.seed
     document["passes"] = [call(item) for item in spec.passes]
     document["lower"] = [call(item) for item in spec.lower]
+    if spec.export:
+        document["export"] = [call(item) for item in spec.export]
     return document
 
 

@@ -136,7 +136,7 @@ class Translator:
             for name, part in sections.items()
             if key in self.schema.resolve(part).get("properties", {})
         ]
-        chain = [*self.schema.names("pass"), *self.schema.names("backend")]
+        chain = [name for role in CHAINS.values() for name in self.schema.names(role)]
         return found + [f"'{name}'" for name in chain if key in self.schema.options(name)]
 
     def _missing(self, error: Violation) -> Iterator[Finding]:
@@ -327,9 +327,9 @@ def _got(value: Any) -> str:
 
 
 def _chain_role(path: Path) -> str:
-    """`pass` or `backend` when `path` is a chain or an entry of one, else ""."""
+    """`pass`, `backend` or `export` when `path` is a chain or an entry of one, else ""."""
     if path and path[0] in CHAINS and len(path) <= 2:
-        return "pass" if path[0] == "passes" else "backend"
+        return CHAINS[str(path[0])]
     return ""
 
 

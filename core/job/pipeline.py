@@ -95,6 +95,7 @@ class _Job:
         compiled = self._lower(program)
         staging = self.run.place.fresh_staging()
         artifacts = self._save(program, compiled, staging)
+        artifacts += self._export(program, staging, loaded)
         evaluation = self._evaluate(original, program, compiled, held_out)
         latency = self._latency(original, loaded, compiled)
         report = self._report(
@@ -184,6 +185,21 @@ class _Job:
             program.save(staging / "program.pt2")
             size = (staging / "program.pt2").stat().st_size
             rows.append({"backend": "program", "path": "program.pt2", "file_bytes": size})
+        return rows
+
+    def _export(self, program: Program, staging: Path, loaded: LoadedModel) -> list[dict[str, Any]]:
+        from graphwright.ir.files.exports import EXPORTS
+
+        like = loaded.source if loaded.source.is_dir() else None
+        rows = []
+        for call in self.spec.export:
+            export = EXPORTS[call.id](**call.options)
+            with self.progress.stage(f"export {call.id}"):
+                notes = export.write(program, staging, like)
+            for text in notes:
+                self.run.warn(f"export {call.id}: {text}")
+            size = sum(file.stat().st_size for file in (staging / export.folder).iterdir())
+            rows.append({"backend": call.id, "path": export.folder, "file_bytes": size})
         return rows
 
     def _evaluate(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,8 +13,12 @@ from torch import Tensor, fx
 
 from graphwright.ir.errors import ModelError
 from graphwright.ir.files.coded.forms import Blocks
+from graphwright.ir.files.coded.layout import Layer
+from graphwright.ir.files.coded.modules import coded_linear
 from graphwright.ir.files.coded.written import Written, awq, compressed_tensors, gptq
-from graphwright.ir.graph.constants import constant_value
+from graphwright.ir.files.pickles import listed
+from graphwright.ir.files.safetensor_files import read_safetensors
+from graphwright.ir.graph.constants import constant_nodes, constant_value
 from graphwright.ir.graph.nodes import gw_meta
 from graphwright.ir.layers.kinds import MATRICES
 from graphwright.ir.layers.selectors import layers
@@ -23,7 +28,7 @@ from graphwright.ir.program import Program
 aten = torch.ops.aten
 ours = torch.ops.graphwright
 
-Format = Literal["gptq", "awq", "compressed-tensors"]
+Format = Literal["gptq", "awq", "compressed-tensors", "safetensors"]
 
 WRITERS: dict[str, Callable[[Written], tuple[dict[str, Tensor], dict[str, Any]]]] = {
     "gptq": gptq,
@@ -32,24 +37,33 @@ WRITERS: dict[str, Callable[[Written], tuple[dict[str, Tensor], dict[str, Any]]]
 }
 
 
+BESIDE = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
+    "*.tiktoken", "chat_template*", "generation_config.json", "*processor_config.json",
+)  # fmt: skip
+"""Files that belong to a model and not to its weights: other loaders ask for them."""
+
+
 def export_checkpoint(
     program: Program, folder: str | Path, format: Format = "gptq", *, like: str | Path | None = None
 ) -> list[str]:
     """Writes `model.safetensors` and `config.json`, as GPTQ, AWQ or compressed-tensors tools do.
 
-    Linear layers in `graphwright::dequantize_blocks` are written in codes; weights that are
-    rebuilt in another way, such as embedding tables, as the floats they stand for; all else as it
-    is. Linear layers that stay in float are named in the description, so that other loaders leave
-    them alone. Tensors have the names of the model that the program was traced from.
+    Linear layers in `graphwright::dequantize_blocks` are written in codes, or, in the format
+    safetensors, as the floats they stand for; weights that are rebuilt in another way, such as
+    embedding tables, as floats too; all else as it is. Linear layers that stay in float are named
+    in the description, so that other loaders leave them alone. Tensors have the names of the model
+    that the program was traced from.
 
     Args:
         program: left as it is.
         folder: made when it is not there.
-        format: of the codes.
-        like: folder of the model, whose other entries of `config.json` are taken over.
+        format: of the codes, or `safetensors` for none.
+        like: folder of the model, whose other entries of `config.json` are taken over, and its
+            files of the tokenizer and of generation.
 
     Returns:
-        Notes: what was written as floats though it is quantized.
+        Notes: what was written as floats though it is quantized, and a config.json left out.
 
     Raises:
         ModelError: no layer is quantized so, layers differ in bits or block, the format cannot
@@ -57,29 +71,43 @@ def export_checkpoint(
     """
     from safetensors.torch import save_file
 
-    if format not in WRITERS:
+    if format not in get_args(Format):
         raise ModelError(f"no checkpoint format {format!r}",
                          fix=f"One of {', '.join(get_args(Format))}.")  # fmt: skip
-    written = _written(program)
-    tensors, description = WRITERS[format](written)
-    plain, notes = _other_tensors(program, set(written.layers))
+    coded = _coded_layers(program)
+    if format == "safetensors":
+        tensors, description = _as_floats(coded), None
+    else:
+        tensors, description = WRITERS[format](_written(program, coded))
+    plain, notes = _other_tensors(program, set(coded))
     tensors |= plain
+    shapes = {name: tuple(tensor.shape) for name, tensor in plain.items()}
+    shapes |= {f"{owner}.weight": form.shape for owner, form in coded.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({n: t.detach().contiguous().cpu() for n, t in tensors.items()},
               folder / "model.safetensors", {"format": "pt"})  # fmt: skip
-    config = {**_config_of(like), "quantization_config": description}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    config = _config_of(like, plain)
+    if description is not None:
+        config["quantization_config"] = description
+    reshaped = _reshaped(shapes, like)
+    if reshaped:
+        notes.append(f"{len(reshaped)} tensors have other shapes than the model's config.json "
+                     f"describes ({', '.join(listed(reshaped, 3))}): correct its entries, which "
+                     "are taken over as they are")  # fmt: skip
+    if config:
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if like is not None:
+        _copy_beside(Path(like), folder)
     return notes
 
 
-def _written(program: Program) -> Written:
+def _written(program: Program, coded: Mapping[str, Blocks]) -> Written:
     """The linear layers in codes, and the names of the others.
 
     Raises:
         ModelError: there are none in codes, or they differ in bits or block.
     """
-    coded = _coded_layers(program)
     if not coded:
         raise ModelError("the program has no linear layer in codes to write")
     grids = {(form.bits, form.block) for form in coded.values()}
@@ -137,16 +165,19 @@ def _other_tensors(program: Program, coded: set[str]) -> tuple[dict[str, Tensor]
     """All that is no linear layer in codes, under its own name."""
     tensors: dict[str, Tensor] = {}
     notes: list[str] = []
+    constants = constant_nodes(program.graph)
     rebuilt: set[str] = set()
     for node in program.graph.nodes:
-        is_op = getattr(node.target, "namespace", "") == "graphwright"
-        if node.op == "call_function" and is_op and not _reads_input(node):
-            parts = [n for n in node.all_input_nodes if n.op == "get_attr"]
-            rebuilt |= {str(part.target) for part in parts}
-            owner = str(parts[0].target).rpartition("_")[0]
-            if owner.removesuffix(".weight") not in coded:
-                tensors[owner] = _as_stored(program, node)
-                notes.append(f"{owner} is written as floats")
+        if node not in constants or constants.issuperset(node.users):
+            continue
+        parts, is_ours = _under(node)
+        if not is_ours:
+            continue
+        rebuilt |= parts
+        owner = _owner_of(parts)
+        if owner.removesuffix(".weight") not in coded:
+            tensors[owner] = constant_value(program, node)
+            notes.append(f"{owner} is written as floats")
     for node in program.graph.find_nodes(op="get_attr"):
         name = str(node.target)
         if name in rebuilt or name.endswith("weight_order"):
@@ -157,24 +188,65 @@ def _other_tensors(program: Program, coded: set[str]) -> tuple[dict[str, Tensor]
                 fix="Use insert_scales: false, or save the program itself.",
             )
         tensors[name] = program.state[name]
+    rounded = sum("fake_quantize" in str(node.target) for node in program.graph.nodes)
+    if rounded:
+        notes.append(f"the rounding of {rounded} activations is not written")
     return tensors, notes
 
 
-def _as_stored(program: Program, node: fx.Node) -> Tensor:
-    """A rebuilt weight in the shape that the layer reads."""
-    value = constant_value(program, node)
-    for user in node.users:
-        if user.target in (aten.reshape.default, aten.transpose.int):
-            return constant_value(program, user)
-    return value
+def _under(node: fx.Node) -> tuple[set[str], bool]:
+    """Names of the stored tensors that a node is computed from, and whether by an op of ours."""
+    stack, found, is_ours = [node], set(), False
+    while stack:
+        current = stack.pop()
+        if current.op == "get_attr":
+            found.add(str(current.target))
+        is_ours |= getattr(current.target, "namespace", "") == ours.name
+        stack.extend(current.all_input_nodes)
+    return found, is_ours
 
 
-def _reads_input(node: fx.Node) -> bool:
-    return any(n.op != "get_attr" for n in node.all_input_nodes)
+def _owner_of(parts: set[str]) -> str:
+    """The name of a weight from those of its parts: fc.weight of fc.weight_codes and its scale."""
+    first, last = min(parts), max(parts)
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), None)
+    shared = first[:same]
+    if shared in parts and len(parts) > 1:
+        return shared
+    return shared[: max(shared.rfind("_"), shared.rfind("."))]
 
 
-def _config_of(like: str | Path | None) -> dict[str, Any]:
+def _as_floats(coded: Mapping[str, Blocks]) -> dict[str, Tensor]:
+    """The weights of linear layers in codes, inputs in the model's own order."""
+    return {f"{owner}.weight": coded_linear(Layer(form)).weight for owner, form in coded.items()}
+
+
+def _config_of(like: str | Path | None, plain: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The config.json of a folder, with the dtype of the tensors that are written."""
     if like is None:
         return {}
-    found = json.loads((Path(like) / "config.json").read_text(encoding="utf-8"))
-    return dict(found)
+    found: dict[str, Any] = json.loads((Path(like) / "config.json").read_text(encoding="utf-8"))
+    for key in ("quantization_config", "compression_config", "torch_dtype"):
+        found.pop(key, None)
+    dtype = next((t.dtype for t in plain.values() if t.is_floating_point()), None)
+    return found if dtype is None else {**found, "dtype": str(dtype).removeprefix("torch.")}
+
+
+def _reshaped(shapes: Mapping[str, tuple[int, ...]], like: str | Path | None) -> list[str]:
+    """Names of tensors that have another shape in the model's own folder."""
+    if like is None:
+        return []
+    found = []
+    for file in sorted(Path(like).glob("*.safetensors")):
+        for name, tensor in read_safetensors(file).items():
+            if name in shapes and shapes[name] != tuple(tensor.shape):
+                found.append(name)
+    return found
+
+
+def _copy_beside(source: Path, folder: Path) -> None:
+    """Copies what belongs to the model and not to its weights."""
+    for pattern in BESIDE:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)

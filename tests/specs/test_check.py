@@ -14,7 +14,7 @@ PINNED = {
     "unknown section, nothing near":
         (HEAD + "colour: red\n",
          "spec.yaml:3:1: colour: a spec has no section 'colour'; there are version, model, "
-         "calibration, training, evaluate, require, seed, passes, lower, lock"),
+         "calibration, training, evaluate, require, seed, passes, lower, export, lock"),
     "key of another section":
         (HEAD + "samples: 3\n",
          "spec.yaml:3:1: samples: a spec has no section 'samples'; it belongs under 'calibration' "
@@ -124,7 +124,8 @@ PINNED = {
          "spec.yaml:3:9: model.kwargs: kwargs are for a factory, and there is none"),
     "nothing to do":
         ("version: 1\npasses: []\n",
-         "spec.yaml:1:1: neither 'passes' nor 'lower' has an entry: there is nothing to do"),
+         "spec.yaml:1:1: neither 'passes' nor 'lower' nor 'export' has an entry: there is nothing "
+         "to do"),
     "unknown pass":
         ("version: 1\npasses:\n  - quantise.int8\n",
          "spec.yaml:3:5: passes[0]: no pass named 'quantise.int8'; did you mean 'quantize.int8'?"),

@@ -166,7 +166,7 @@ def test_nested_option_models_keep_apart():
 
     definitions = define_pass("a.b", Nested)
     assert set(definitions) == {"a.b", "a.b.Inner"}
-    document = build_schema({"a.b": Nested}, {}, [])
+    document = build_schema({"a.b": Nested}, {}, {}, [])
     validator = make_validator(document)
     good = {"version": 1, "passes": [{"a.b": {"inner": {"depth": 2}}}]}
     bad = {"version": 1, "passes": [{"a.b": {"inner": {"depth": "2"}}}]}

@@ -114,14 +114,8 @@ class Parts:
 
 
 def _check(owner: str, layer: Layer, where: str) -> None:
-    form, rounding = layer.form, layer.rounding
+    form = layer.form
     out, inputs = form.shape
-    if rounding is not None and rounding.group and inputs % rounding.group:
-        raise ModelError(
-            f"the {inputs} inputs of {owner!r} are not whole groups of {rounding.group}, in which "
-            "the checkpoint rounds them",
-            where=where,
-        )
     if not isinstance(form, Blocks):
         return
     wanted = (out, -(-inputs // form.block))

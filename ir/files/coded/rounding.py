@@ -37,8 +37,10 @@ class Rounding:
         elif self.scale is not None:
             rounded = ours.fake_quantize(x, self.scale, self.zero, -128, 127)
         elif self.group:
-            rows = x.unflatten(-1, (-1, self.group))
-            rounded = self._rows(rows).flatten(-2)
+            # Zeros that fill up the last group leave its largest magnitude as it is.
+            whole = torch.nn.functional.pad(x, (0, -x.shape[-1] % self.group))
+            rows = whole.unflatten(-1, (-1, self.group))
+            rounded = self._rows(rows).flatten(-2)[..., : x.shape[-1]]
         else:
             rounded = self._rows(x)
         return rounded

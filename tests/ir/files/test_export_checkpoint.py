@@ -119,6 +119,64 @@ def test_layers_that_stay_float_are_named(tmp_path: Path) -> None:
     assert gptq["lm_head"] is False
 
 
+@pytest.mark.parametrize(
+    "quantize",
+    [
+        gw.passes.quantize.Rtn(block=16, targets=["0"]),
+        gw.passes.quantize.Nf4(block=16, targets=["0"]),
+        gw.passes.quantize.Nf4(block=16, double_quantization=False, targets=["0"]),
+        gw.passes.quantize.Fp8(activations="none", targets=["0"]),
+    ],
+    ids=["rtn", "nf4", "nf4 single", "fp8"],
+)
+def test_safetensors_hold_what_codes_stand_for(quantize: Any, tmp_path: Path) -> None:
+    program = quantize(gw.trace(net().eval(), (torch.randn(3, IN),), {"input": {0: "batch"}}))
+    export_checkpoint(program, tmp_path, "safetensors")
+    stored = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert stored.keys() == net().state_dict().keys()
+    again, x = net(), torch.randn(5, IN)
+    again.load_state_dict(stored)
+    torch.testing.assert_close(again(x), program(x))
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_inputs_go_back_to_their_own_order(tmp_path: Path) -> None:
+    q, scale, zero = coded.sample(4, False)
+    parts = coded.gptq(q, scale, zero, 4, 0, coded.REORDERED)
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 16, "checkpoint_format": "gptq_v2"}
+    program = traced(coded.write(tmp_path / "m", parts, config))
+    export_checkpoint(program, tmp_path / "again", "safetensors")
+    stored = safetensors.torch.load_file(tmp_path / "again" / "model.safetensors")
+    wanted = torch.from_numpy(coded.value(q, scale, zero, coded.REORDERED)).float()
+    torch.testing.assert_close(stored["0.weight"].float(), wanted)
+
+
+def test_rounded_activations_are_said(tmp_path: Path) -> None:
+    program = gw.trace(net().eval(), (torch.randn(3, IN),), {"input": {0: "batch"}})
+    rounded = gw.passes.quantize.Int8(activations="dynamic")(program)
+    notes = export_checkpoint(rounded, tmp_path, "safetensors")
+    assert [n for n in notes if "activations is not written" in n]
+
+
+def test_what_belongs_to_the_model_is_copied(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    kept = ("tokenizer.json", "generation_config.json", "vocab.txt", "chat_template.jinja")
+    for name in (*kept, "modeling_x.py", "pytorch_model.bin", "README.md"):
+        (source / name).write_text("{}")
+    given = {"model_type": "x", "torch_dtype": "bfloat16", "quantization_config": {"bits": 2}}
+    (source / "config.json").write_text(json.dumps(given))
+    safetensors.torch.save_file({"0.bias": torch.zeros(7)}, source / "model.safetensors")
+    program = gw.trace(net().eval(), (torch.randn(3, IN),))
+    notes = export_checkpoint(program, tmp_path / "out", "safetensors", like=source)
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == sorted(
+        [*kept, "config.json", "model.safetensors"]
+    )
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config == {"model_type": "x", "dtype": "float32"}
+    assert [n for n in notes if "1 tensors have other shapes" in n and "0.bias" in n]
+
+
 def test_a_tied_head_is_named_by_its_own_name(tmp_path: Path) -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

@@ -1,0 +1,71 @@
+"""The formats that a spec's `export` section names, and their options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field
+
+from graphwright.ir.options import Options
+
+if TYPE_CHECKING:
+    from graphwright.ir.files.export_checkpoint import Format
+    from graphwright.ir.program import Program
+
+
+class ExportOptions(Options):
+    """Options of every format."""
+
+    folder: Annotated[str, Field(pattern=r"^\w[\w-]*$")] | None = None
+    """Name of the folder below the output folder; that of the format when left out."""
+
+
+class Export:
+    """A format that checkpoints are written in."""
+
+    name: ClassVar[Format]
+    Options = ExportOptions
+
+    def __init__(self, folder: str | None = None) -> None:
+        self.folder = folder or self.name
+
+    def write(self, program: Program, out: Path, like: Path | None) -> list[str]:
+        """Writes the checkpoint below `out`; returns what the user should know.
+
+        Raises:
+            ModelError: the format cannot hold the program.
+        """
+        from graphwright.ir.files.export_checkpoint import export_checkpoint
+
+        return export_checkpoint(program, out / self.folder, self.name, like=like)
+
+
+class Gptq(Export):
+    """A checkpoint of GPTQ: linear layers in blocks of 2, 3, 4 or 8 bits."""
+
+    name = "gptq"
+
+
+class Awq(Export):
+    """A checkpoint of AWQ, version gemm: linear layers in blocks of 4 bits."""
+
+    name = "awq"
+
+
+class CompressedTensors(Export):
+    """A checkpoint of compressed-tensors: linear layers in blocks of 2 to 8 bits."""
+
+    name = "compressed-tensors"
+
+
+class Safetensors(Export):
+    """The weights as floats by the names of the model's own code."""
+
+    name = "safetensors"
+
+
+EXPORTS: dict[str, type[Export]] = {
+    cls.name: cls for cls in (Gptq, Awq, CompressedTensors, Safetensors)
+}
+"""By the name that a spec says."""
