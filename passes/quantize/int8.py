@@ -96,7 +96,7 @@ class Int8(Pass[Int8Options]):
     stores_weights = True
     after = ("cleanup.*", "quantize.smoothquant")
     lowers_to = ("onnxruntime", "triton")
-    computes_in = ("float32",)
+    computes_in = ("float64", "float32")  # layers in float64 are named and left as they are
     needs_with: ClassVar[Mapping[tuple[str, Any], Need]] = {
         ("activations", "static"): "calibration"
     }
