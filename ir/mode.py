@@ -116,6 +116,14 @@ def _insert_dropout(
     set_gw_meta(node, dropout=None)
 
 
+def drops(node: fx.Node) -> bool:
+    """Whether a call is dropout in training mode, with a probability."""
+    if node.op != "call_function" or node.target not in DROPOUTS.values():
+        return False
+    p, training = (*node.args[1:3], *(None, None))[:2]
+    return bool(node.kwargs.get("train", training)) and bool(node.kwargs.get("p", p))
+
+
 def take_out_dropout(editor: Editor) -> None:
     """Removes dropout; the node it followed remembers kind, probability and who read the result."""
     for node in list(editor.graph.nodes):

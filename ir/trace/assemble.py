@@ -178,9 +178,10 @@ def _scope(path: str, prefix: str) -> str:
 
 def _source_line(stack_trace: str) -> str:
     frames = re.findall(r'File "([^"]+)", line (\d+)', stack_trace or "")
-    if not frames:
+    written = [(file, line) for file, line in frames if not file.startswith("<")]
+    if not written:
         return ""
-    file, line = frames[-1]
+    file, line = written[-1]
     return f"{file.replace(chr(92), '/').rsplit('/', 1)[-1]}:{line}"
 
 

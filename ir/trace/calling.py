@@ -15,6 +15,7 @@ from torch import nn
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.files.torchscript import ScriptedModule
 from graphwright.ir.signature import flatten, leaf_names, rebuild
+from graphwright.ir.trace.assigned_data import assigned_data
 from graphwright.ir.trace.inactive_dropout import KeepInputsApart
 from graphwright.ir.trace.known_values import KnownValues
 from graphwright.ir.trace.state import State, put
@@ -119,6 +120,7 @@ class FlatModel(nn.Module):
         with ExitStack() as stack:
             for mode in (KnownValues, KeepInputsApart) if torch.compiler.is_exporting() else ():
                 stack.enter_context(mode())
+            stack.enter_context(assigned_data(self.model))
             output = self.model(*positional, **arguments)
         record.structure = flatten(_nameable(output, "", record.dropped), leaves)
         if not leaves:

@@ -12,6 +12,9 @@ import torch
 from torch import nn
 
 from graphwright.ir.canonical.normalize import canonicalize
+from graphwright.ir.errors import ModelError
+from graphwright.ir.graph.nodes import gw_meta
+from graphwright.ir.mode import drops
 from graphwright.ir.program import Program
 from graphwright.ir.signature import DimRange
 from graphwright.ir.trace.archived_guards import archived_guards
@@ -20,6 +23,7 @@ from graphwright.ir.trace.attention_dropout import note_attention_dropout
 from graphwright.ir.trace.calling import FlatModel
 from graphwright.ir.trace.check import (
     AS_NUMBER,
+    agrees,
     apply_guards,
     batch_axes,
     check_against_model,
@@ -165,6 +169,10 @@ def _settled(
             verdict = check_against_model(program, flat, wanted, guards, dims)
         else:
             verdict = apply_guards(guards, sizes, program.signature.dims)
+        if verdict.differs:
+            wanted, note = _without_the_culprit(flat, wanted, dims, ranges)
+            notes.append(note)
+            continue
         found = {**program.signature.dims, **verdict.ranges}
         silent = [g for g in guards if not any(g.text in note for note in verdict.notes)]
         said = narrowed_by_torch(silent, sizes, dims, found)
@@ -173,6 +181,34 @@ def _settled(
             return program.replace(signature=replace(program.signature, dims=found)), notes
         wanted = without(wanted, verdict.fixed)
         dims = {**dims, **{d: r for d, r in verdict.ranges.items() if d not in verdict.fixed}}
+
+
+def _without_the_culprit(
+    flat: FlatModel,
+    wanted: Dynamic,
+    dims: Mapping[str, DimRange],
+    ranges: Mapping[str, tuple[float, float]],
+) -> tuple[Dynamic, str]:
+    """Fixes a dimension that makes the program another one at the example's own sizes already.
+
+    Code does that which asks what a size is written as, or of which type it is.
+
+    Raises:
+        ModelError: the program is another one with all dimensions fixed.
+    """
+    sizes = example_sizes(flat.inputs, wanted)
+    names = dim_names(wanted)
+    for given_up in [*({name} for name in reversed(names)), set(names)]:
+        trial = without(wanted, given_up)
+        program, _, _ = _capture(flat, trial, dims, ranges, [])
+        if names and agrees(program, flat):
+            listed = " and ".join(f"{d!r} is fixed at {sizes[d]}" for d in names if d in given_up)
+            why = "left free, it makes the trace another model (its size is used as text or type)"
+            return trial, f"dimension {listed}: {why}"
+    raise ModelError(
+        "the traced program computes something else than the model",
+        fix="Report this model; until then trace a part of it that agrees.",
+    )
 
 
 def _capture(
@@ -202,6 +238,11 @@ def _capture(
         dynamic=dynamic, dims=dims, ranges=ranges, constants=flat.constants,
     )  # fmt: skip
     note_attention_dropout(program.graph, flat)
+    dropping = [node for node in program.graph.nodes if drops(node)]
+    if dropping:
+        place = gw_meta(dropping[0]).get("source", "")
+        note = f"node {dropping[0].name!r} ({place}) drops values in eval mode too: taken out"
+        notes += [note] if note not in notes else []
     guards = guards_of(exported, flat.inputs, dynamic)
     guards += archived_guards(flat, dynamic, guards)
     return with_own_outputs(canonicalize(program)), dynamic, guards

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from graphwright.ir.check.fidelity import compare
-from graphwright.ir.errors import ModelError
 from graphwright.ir.graph.random import named, random_nodes
 from graphwright.ir.program import Program
 from graphwright.ir.signature import DimRange
@@ -19,6 +18,7 @@ from graphwright.ir.trace.guards import Guard
 from graphwright.ir.trace.narrowing import narrowed, violations
 from graphwright.ir.trace.prepare import quiet
 from graphwright.ir.trace.probes import Budget, probes
+from graphwright.ir.trace.untouched import untouched
 
 TOLERANCE = 1e-4
 """Relative error that still counts as rounding: the same operations, other kernels and orders."""
@@ -36,6 +36,8 @@ class Verdict:
     fixed: set[str] = field(default_factory=set)
     ranges: dict[str, DimRange] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    differs: bool = False
+    """Whether program and model differ on the example inputs."""
 
 
 def check_against_model(
@@ -45,19 +47,12 @@ def check_against_model(
     guards: Sequence[Guard],
     asked: Mapping[str, DimRange],
 ) -> Verdict:
-    """Compares outputs at the example's sizes, where a guard does not hold, and at other sizes.
-
-    Raises:
-        ModelError: the program and the model differ on the example inputs.
-    """
+    """Compares outputs at the example's sizes, where a guard does not hold, and at other sizes."""
     verdict = Verdict()
     agreed = _agree(program, flat, flat.inputs)
     if agreed is False:
         if _agree_with_itself(flat):
-            raise ModelError(
-                "the traced program computes something else than the model",
-                fix="Report this model; until then trace a part of it that agrees.",
-            )
+            return Verdict(differs=True)
         verdict.notes.append(f"the model gives other results on every call{_drawn(program)}")
         return verdict
     checker = _SizeChecker(program, flat, dynamic, verdict)
@@ -68,6 +63,11 @@ def check_against_model(
     if not verdict.fixed:
         checker.try_one()
     return verdict
+
+
+def agrees(program: Program, flat: FlatModel) -> bool:
+    """Whether program and model agree on the example inputs."""
+    return _agree(program, flat, flat.inputs) is True
 
 
 def _drawn(program: Program) -> str:
@@ -261,7 +261,7 @@ def _agree(program: Program, flat: FlatModel, inputs: Mapping[str, Tensor]) -> b
     except Exception:
         return None
     try:
-        with quiet():
+        with quiet(), untouched(flat.model):  # whose tensors the program shares
             actual = program.run_flat(tuple(t.clone() for t in tensors))
     except Exception:
         return False

@@ -169,7 +169,9 @@ class _KeepFirst(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
+        if "batch_norm" in func._schema.name:  # moves statistics, and its schema does not say so
+            self._keep(args)
+        elif func._schema.is_mutable:
             for argument, value in zip(func._schema.arguments, args, strict=False):
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     self._keep(value)

@@ -81,3 +81,74 @@ def test_packed_sequences_are_refused_with_what_to_write(bidirectional: bool) ->
     assert "test_prepare.py" in str(caught.value.where)
     assert "mask what lies behind the lengths" in str(caught.value)
     model(**given)
+
+
+class PutTogether(nn.Module):
+    """A weight that every call makes of others, as reparametrized image models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.whole = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.whole.weight.data = (self.a.weight.data.clone().detach() * 2).contiguous()
+        return self.whole(x)
+
+
+def test_a_weight_put_together_in_forward_is_computed_in_the_graph() -> None:
+    model = PutTogether().eval()
+    before = model.whole.weight.detach().clone()
+    program = gw.trace(model, (torch.randn(2, 4),), "batch")
+    assert torch.equal(model.whole.weight, before)
+    assert isinstance(model.whole.weight, nn.Parameter)
+    assert "data" not in vars(torch.Tensor)
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(program(x), model(x))
+
+
+def test_a_size_that_is_used_as_text_is_fixed() -> None:
+    class Text(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * {"16": 2.0}.get(str(x.shape[1]), 3.0)
+
+    x = torch.randn(2, 16, 3)
+    with pytest.warns(TraceWarning, match="'t' is fixed at 16: left free, it makes the trace"):
+        program = gw.trace(Text(), (x,), {"x": {0: "b", 1: "t"}})
+    assert program.signature.inputs[0].shape == ("b", 16, 3)
+    torch.testing.assert_close(program(x), x * 2)
+
+
+def test_dropout_in_eval_mode_is_named() -> None:
+    class Drops(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.dropout(x, 0.5)
+
+    with pytest.warns(TraceWarning) as caught:
+        gw.trace(Drops(), (torch.randn(2, 3),))
+    assert any("node 'dropout' (test_prepare.py:" in str(w.message) for w in caught)
+
+
+def test_statistics_that_a_call_moves_are_put_back() -> None:
+    class Moves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            norm = self.norm
+            return nn.functional.batch_norm(x, norm.running_mean, norm.running_var, training=True)
+
+    model = Moves().eval()
+    gw.trace(model, (torch.randn(6, 3),), "batch")
+    assert torch.equal(model.norm.running_mean, torch.zeros(3))
+    assert torch.equal(model.norm.running_var, torch.ones(3))
+
+
+def test_the_line_of_a_condition_in_the_graph_is_named() -> None:
+    class Chooses(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cond(x.sum() > 0, lambda y: y + 1, lambda y: y - 1, (x,))
+
+    with pytest.raises(ModelError, match="runs on a condition") as caught:
+        gw.trace(Chooses(), (torch.randn(2, 3),))
+    assert str(caught.value.where).startswith("test_prepare.py:")
