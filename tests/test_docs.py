@@ -92,6 +92,12 @@ def test_no_page_is_left_of_a_pass_that_is_gone() -> None:
     assert set((ROOT / "docs" / "passes").glob("*.md")) <= set(generated)
 
 
+def test_readme_lists_every_family_of_passes() -> None:
+    named = re.findall(r"^- \*\*(\w+)\*\* ", (ROOT / "README.md").read_text("utf-8"), re.M)
+    pages = {p.stem.partition(".")[0] for p in (ROOT / "docs" / "passes").glob("*.*.md")}
+    assert sorted(named) == sorted(pages)
+
+
 def test_demo_spec_is_valid() -> None:
     path = ROOT / "docs" / "demo" / "minilm-int8.yaml"
     assert runner.spec_problems(path.read_text(encoding="utf-8"), path.name) == []

@@ -180,12 +180,64 @@ def encoder() -> Case:
     )  # fmt: skip
 
 
+def voice() -> Case:
+    """Voice activity detector, a TorchScript archive that keeps its state between calls.
+
+    The artifact takes the state and gives it back; ours is one stream, in chunks of 32 ms.
+    """
+    wave, spoken = data.voice_between_noise(seed=1)
+    count = len(wave) // 512
+    chunks = wave[: count * 512].reshape(count, 1, 512)
+    truth = spoken[: count * 512].reshape(count, 512).mean(1) > 0.5
+    rate = 16000
+
+    start = [np.zeros((2, 1, 128), np.float32), np.zeros((1, 64), np.float32)]
+
+    def measure(run: Run) -> tuple[float, Array]:
+        getattr(run, "reset", lambda: None)()
+        state = [torch.from_numpy(one) for one in start]
+        probabilities = []
+        for chunk in chunks:
+            with torch.no_grad():
+                result = run(torch.from_numpy(chunk), *state)
+            if not isinstance(result, torch.Tensor):
+                result, state = result[0], [result[1]["_state"], result[1]["_context"]]
+            probabilities.append(result.numpy())
+        found = np.concatenate(probabilities)
+        return float(((found[:, 0] > 0.5) == truth).mean()), found.T
+
+    def original(path: Path) -> Run:
+        net = torch.jit.load(path).eval()  # keeps its state by itself
+
+        def run(x: torch.Tensor, *_: torch.Tensor) -> Any:
+            return net(x, rate)
+
+        run.reset = net.reset_states  # type: ignore[attr-defined]
+        return run
+
+    return Case(
+        ("silero_vad", "data/silero_vad.jit"),
+        {"state": "explicit",
+         "inputs": {"x": {"dtype": "float32", "shape": [1, 512], "range": [-1, 1]},
+                    "sr": {"value": rate}}},
+        {"x": known_chunks()}, measure, (chunks[0], *start), original,
+        {"prune.magnitude": {"sparsity": 0.1}},
+    )  # fmt: skip
+
+
+def known_chunks() -> Array:
+    """Speech to calibrate the voice detector on, one chunk of every five: (count, 512)."""
+    waves = [data.speech(speaker, data.CALIBRATION_TEXTS[0]) for speaker in data.SPEAKERS]
+    return np.concatenate([w[: len(w) // 512 * 512].reshape(-1, 512)[::5] for w in waves])
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "crepe": crepe,
     "pnet": lambda: detector("PNet", 12),
     "rnet": lambda: detector("RNet", 24),
     "onet": lambda: detector("ONet", 48),
     "encoder": encoder,
+    "voice": voice,
 }
 
 
