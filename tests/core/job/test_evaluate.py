@@ -100,6 +100,25 @@ def test_cosine_of_zero_vectors():
     assert evaluate(lambda x: zero, lambda x: zero + 1, data, "cosine").after == 0.0
 
 
+def test_a_zero_vector_is_not_like_one_that_is_zero_in_places():
+    data, _, _ = plain_data(labels=False)
+    places = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0])
+    found = evaluate(
+        lambda x: {"logits": torch.zeros(len(x), 5)},
+        lambda x: {"logits": places.expand(len(x), 5)},
+        data,
+        "cosine",
+    )
+    assert (found.before, found.after) == (1.0, 0.0)
+
+
+def test_a_vector_that_is_turned_round_counts_as_minus_one():
+    data, _, _ = plain_data(labels=False)
+    found = evaluate(before, lambda x: {"logits": -2 * before(x)["logits"]}, data, "cosine")
+    assert found.after == pytest.approx(-1.0)
+    assert found.drop == pytest.approx(2.0)
+
+
 def test_accuracy():
     data, x, y = plain_data()
     found = evaluate(before, after, data, "accuracy")
