@@ -15,9 +15,15 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphwright.ir.canonical.without_writing import (
+    RESHAPED_IN_PLACE,
+    functional_form,
+    writing,
+)
 from graphwright.ir.edit import Editor
 from graphwright.ir.graph.aliasing import writes
 from graphwright.ir.graph.fake import fake_call
+from graphwright.ir.graph.nodes import op_name
 
 aten = torch.ops.aten
 
@@ -37,6 +43,10 @@ def make_functional(editor: Editor) -> list[str]:
 
     A call that no rule covers stays as it is, and with it the calls that read what it writes.
     """
+    for node in editor.graph.nodes:
+        if op_name(node) in RESHAPED_IN_PLACE:
+            # Later calls read its result, not what it was called on.
+            node.target = functional_form(node.target)
     if not any(writes(node) for node in editor.graph.nodes):
         return []
     snapshot = list(editor.graph.nodes)
@@ -86,7 +96,7 @@ class _Functionalizer:
             node.args, node.kwargs = fx.map_arg((args, kwargs), fresh)
             positions = writes(node)
             if positions:
-                target = args[positions[0]] if positions[0] < len(args) else None
+                target = _written(node, args, kwargs)
                 if len(positions) > 1 or not isinstance(target, fx.Node):
                     raise _UnknownEffectError
                 self._write(node, target)
@@ -155,6 +165,12 @@ class _Functionalizer:
         return self._put(parent, put(self.editor, view, new, old, before), before)
 
 
+def _written(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The operand that a call writes to: its first one, or `out`."""
+    (name,) = writing(node.target)[:1]
+    return kwargs[name] if name in kwargs else args[0]
+
+
 def _first_tensor(args: tuple[Any, ...]) -> fx.Node | None:
     return args[0] if args and isinstance(args[0], fx.Node) else None
 
@@ -193,13 +209,17 @@ def _functional_call(editor: Editor, node: fx.Node, target: fx.Node) -> fx.Node:
         return _filled(editor, node, target, rest)
     if name in ("detach", "requires_grad"):
         return target
-    packet = getattr(getattr(torch.ops, op.namespace), name, None)
-    overload = getattr(packet, op._overloadname, None) if packet is not None else None
-    if overload is None or any(
-        a.alias_info and a.alias_info.is_write for a in overload._schema.arguments
-    ):
+    overload = functional_form(op)
+    if overload is None:
         raise _UnknownEffectError
-    new = editor.call(overload, target, *rest, before=node, like=node, **node.kwargs)
+    names = writing(op)
+    if names[0] in node.kwargs:
+        kwargs = {key: value for key, value in node.kwargs.items() if key not in names}
+        new = editor.call(overload, *node.args, before=node, like=node, **kwargs)
+        if _shape(new) != _shape(target):
+            raise _UnknownEffectError  # `out` of another size, which the call makes fit
+    else:
+        new = editor.call(overload, target, *rest, before=node, like=node, **node.kwargs)
     return _cast(editor, new, target, node)
 
 
