@@ -185,6 +185,34 @@ def test_a_chain_goes_on_behind_the_last_pass_that_was_saved(
     assert len(calls) == 1  # another chain: nothing of the old one is taken over
 
 
+def test_a_longer_chain_goes_on_with_its_first_new_pass(
+    program: gw.Program, tmp_path: Path
+) -> None:
+    passes: list[Any] = [{"chaintest.scale": {"factor": f}} for f in (2.0, 3.0, 5.0)]
+    run_chain(job(tmp_path, passes[:1], checkpoint_seconds=0.0), program, None)
+    run = job(tmp_path, passes)
+    notes: list[str] = []
+    run.progress.note = notes.append  # type: ignore[method-assign]
+    after, records, _ = run_chain(run, program, None)
+    assert notes == ["resumed after pass 0 (chaintest.scale)"]
+    assert [r["options"]["factor"] for r in records] == [2.0, 3.0, 5.0]
+    assert torch.equal(after.state["b.weight"], program.state["b.weight"] * 2 * 3 * 5)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_what_passes_left_stays_for_a_resume_only(
+    program: gw.Program, tmp_path: Path, resume: bool
+) -> None:
+    run = job(tmp_path, ["chaintest.scale"], resume=resume)
+    left = run.place.pass_work(0)
+    left.mkdir(parents=True)
+    run_chain(run, program, None)  # too quick a pass to be worth a checkpoint
+    assert left.exists() == resume
+    saved = job(tmp_path, ["chaintest.scale"], checkpoint_seconds=0.0)
+    run_chain(saved, program, None)
+    assert not left.exists()
+
+
 def test_other_data_make_another_run(program: gw.Program, tmp_path: Path) -> None:
     data = tmp_path / "data.npz"
 
