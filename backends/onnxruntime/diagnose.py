@@ -60,7 +60,7 @@ def first_differing_node(
     node = _first(program, inputs, shown, bound)
     if node is None:
         return "no node differs once it is an output: what ONNX Runtime fuses does"
-    if node.target is operator.getitem:
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
         node = node.args[0]  # a result of the operator that is meant
     scope = next(reversed(node.meta.get("nn_module_stack", {})), "")
     return f"first node that differs: {node.name} ({node.target}){f' in {scope}' if scope else ''}"
