@@ -38,7 +38,7 @@ def assigned_data(model: nn.Module) -> Iterator[None]:
         data: torch.Tensor = self.detach() if torch.compiler.is_exporting() else own.__get__(self)
         return data
 
-    torch.Tensor.data = property(read, assign)  # type: ignore[assignment, misc]
+    torch.Tensor.data = property(read, assign)  # type: ignore[assignment]
     try:
         yield
     finally:
