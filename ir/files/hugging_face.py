@@ -45,11 +45,25 @@ def weight_files(folder: Path, kind: Kind) -> list[Path]:
     index = folder / f"{pickled}.bin.index.json"
     if index.is_file():
         return [index, *shards_of(index)]
+    own = _of_its_own_name(folder)
+    if own:
+        return own
     raise ModelError(
         "this folder has a config.json and no weights",
         where=str(folder),
         fix="It needs model.safetensors, its shards with an index, or pytorch_model.bin.",
     )
+
+
+def _of_its_own_name(folder: Path) -> list[Path]:
+    """Weights in codes under a name of their tool's choice, as gptq_model-4bit-128g.safetensors."""
+    if description_beside(folder) is None:
+        return []
+    indexes = list(folder.glob("*.safetensors.index.json"))
+    if len(indexes) == 1:
+        return [*indexes, *shards_of(indexes[0])]
+    files = list(folder.glob("*.safetensors"))
+    return files if len(files) == 1 else []
 
 
 def read_folder(

@@ -111,8 +111,8 @@ def test_gptqmodel_reads_ours(targets: str, symmetric: bool, bits: int, tmp_path
 
     program = exported(tmp_path / "m", "gptq", TARGETS[targets], bits=bits, symmetric=symmetric)
     loaded = GPTQModel.load(str(tmp_path / "m"), backend=BACKEND.GPTQ_TORCH, device="cpu",
-                            dtype=torch.float32)  # fmt: skip
-    assert error(loaded.model, program) < 1e-4
+                            dtype=torch.float16)  # fmt: skip
+    assert error(loaded.model, program) < 1e-3  # it runs in half precision only
 
 
 @pytest.mark.parametrize("targets", TARGETS)

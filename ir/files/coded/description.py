@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from graphwright.ir.errors import ModelError
@@ -42,8 +43,9 @@ NOTHING: Mapping[str, Tensor] = {}
 _NAMES = re.compile(
     r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale|weight_scale_inv|weight_zero_point|"
     r"weight_global_scale|SCB|W_q|weight\.(absmax|quant_map|quant_state\..*))$"
-    r"|_(blocks|scales)$"
 )
+_BYTES = re.compile(r"_(blocks|scales)$")
+"""Names of codes where they are bytes: gpt-oss's experts."""
 
 
 def description_beside(folder: Path) -> tuple[dict[str, Any], str] | None:
@@ -134,8 +136,14 @@ def undescribed(tensors: Mapping[str, Tensor], known: Mapping[str, Tensor] = NOT
         name
         for name, tensor in tensors.items()
         if (tensor.dtype in FLOAT8 and (name not in known or known[name].dtype != tensor.dtype))
-        or (name not in known and _NAMES.search(f".{name}"))
+        or (name not in known and _is_named_so(name, tensor))
     ]
+
+
+def _is_named_so(name: str, tensor: Tensor) -> bool:
+    if tensor.dtype == torch.uint8 and _BYTES.search(name):
+        return True
+    return _NAMES.search(f".{name}") is not None
 
 
 def refuse_undescribed(

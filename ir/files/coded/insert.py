@@ -102,6 +102,9 @@ class Parts:
     def notes(self) -> list[str]:
         """Notes for the user on the layers in codes, a line each."""
         notes = list(self.layout.notes)
+        if not self.layers:
+            notes.append(f"the description of {self.layout.name} weights is not followed: none of "
+                         "the tensors is in codes")  # fmt: skip
         for why in dict.fromkeys(self._as_floats.values()):
             names = [name for name, reason in self._as_floats.items() if reason == why]
             notes.append(f"{len(names)} quantized weights are held as floats, {why}: "

@@ -75,6 +75,10 @@ UNDESCRIBED = {
     "compressed-tensors": coded.compressed(*coded.sample(4, True)[:2], None, 4),
     "float8": {"weight": torch.ones(32, 64).to(torch.float8_e4m3fn)},
     "int8": {"weight": torch.ones(32, 64, dtype=torch.int8), "SCB": torch.ones(32)},
+    "mxfp4": {
+        "weight_blocks": np.ones((32, 2, 16), np.uint8),
+        "weight_scales": np.ones((32, 2), np.uint8),
+    },
     "HQQ": {"W_q": np.ones((32, 32), np.uint8), "scale": np.ones((128, 1), np.float32)},
 }
 

@@ -78,6 +78,25 @@ def test_linear_layers_stay_codes(tmp_path: Path) -> None:
     assert ops.count("graphwright.dequantize_blocks.default") == 7
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_under_a_name_of_their_tool(sharded: bool, tmp_path: Path) -> None:
+    model = saved(llama(), tmp_path)
+    weights = encode(tmp_path, lambda name: "layers" in name and "proj" in name)
+    file = tmp_path / "model.safetensors"
+    if sharded:
+        tensors = safetensors.torch.load_file(file)
+        shard = "gptq_model-4bit-00001-of-00001.safetensors"
+        (tmp_path / "gptq_model-4bit.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, shard)})
+        )
+        file.rename(tmp_path / shard)
+    else:
+        file.rename(tmp_path / "gptq_model-4bit-128g.safetensors")
+    module = load_model(tmp_path).module
+    assert module is not None
+    torch.testing.assert_close(module(IDS).logits, replaced(model, weights)(IDS).logits)
+
+
 def test_a_tied_table_becomes_floats(tmp_path: Path) -> None:
     model = saved(llama(tie_word_embeddings=True), tmp_path)
     weights = encode(tmp_path, lambda name: "embed" in name)
@@ -164,6 +183,15 @@ def test_biases_of_zeros_are_left_out_where_a_layer_has_none(tmp_path: Path) -> 
     module: Any = load_model(tmp_path).module
     assert module.model.layers[0].mlp.up_proj.bias is None
     assert module.model.layers[0].self_attn.q_proj.bias is not None
+
+
+def test_a_description_without_codes_is_said(tmp_path: Path) -> None:
+    model = saved(llama(), tmp_path)
+    encode(tmp_path, lambda name: False)
+    found = load_model(tmp_path)
+    assert found.module is not None
+    assert [w for w in found.warnings if "none of the tensors is in codes" in w]
+    torch.testing.assert_close(found.module(IDS).logits, model(IDS).logits)
 
 
 @pytest.mark.parametrize("described", [True, False])
