@@ -10,9 +10,16 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 
+import graphwright.ir.ops  # noqa: F401  registers graphwright::fake_quantize
+from graphwright.backends.onnxruntime.steps.int8 import TAPS
 from graphwright.ir.program import Program
 
 Outputs = tuple[torch.Tensor, ...]
+
+QUANTIZERS = (
+    torch.ops.graphwright.fake_quantize.default,
+    torch.ops.graphwright.fake_quantize_dynamic.default,
+)
 
 
 @dataclass
@@ -24,7 +31,8 @@ class Attempt:
         applied: step name to how often it applied.
         translator: `direct`, or `torch.onnx.export` and the op that called for it.
         model: serialized model, or its path when the weights lie beside it.
-        session: the session that was checked.
+        session: the session that is handed over.
+        exact: the session whose products do not round activations, which was checked.
         kernels: op type to how many kernels of it the session runs.
         errors: relative error by sizes.
         sparse: how many weights are stored as their non-zeros, and the bytes that saves.
@@ -40,6 +48,7 @@ class Attempt:
     translator: str = ""
     model: bytes | Path = b""
     session: onnxruntime.InferenceSession | None = None
+    exact: onnxruntime.InferenceSession | None = None
     kernels: dict[str, int] = field(default_factory=dict)
     errors: list[dict[str, Any]] = field(default_factory=list)
     sparse: dict[str, int] = field(default_factory=dict)
@@ -47,3 +56,12 @@ class Attempt:
     integer: dict[str, Any] = field(default_factory=dict)
     unoptimized: str = ""
     values: dict[str, ir.Value] = field(default_factory=dict)
+
+
+def quantizers(program: Program) -> dict[str, list[str]]:
+    """Every quantizer with the nodes that show what it gives: codes, or its own result."""
+    left = [
+        node.name for node in program.graph.nodes
+        if node.op == "call_function" and node.target in QUANTIZERS and node.users
+    ]  # fmt: skip
+    return {**{name: [name] for name in left}, **program.facts.get(TAPS, {})}

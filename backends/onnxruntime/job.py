@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 
-from graphwright.backends.onnxruntime.attempt import Attempt, Outputs
+from graphwright.backends.onnxruntime.attempt import Attempt, Outputs, quantizers
 from graphwright.backends.onnxruntime.check import (
     Case,
     Differs,
@@ -36,7 +37,7 @@ from graphwright.backends.onnxruntime.runtime import (
 from graphwright.backends.onnxruntime.sparse import store_sparse
 from graphwright.backends.onnxruntime.steps.blocks import EXACT, PRODUCTS_FACT
 from graphwright.backends.onnxruntime.steps.catalog import Step
-from graphwright.backends.onnxruntime.steps.int8 import REPLACED, TAPS
+from graphwright.backends.onnxruntime.steps.int8 import REPLACED
 from graphwright.backends.onnxruntime.steps.leftovers import has_compressed_weights
 from graphwright.backends.onnxruntime.ties import with_settled_ties
 from graphwright.backends.onnxruntime.translate import translate_with_values
@@ -44,11 +45,6 @@ from graphwright.ir.check.exact import SMALL_MULTIPLE
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import LoweringError
 from graphwright.ir.program import Program
-
-QUANTIZERS = (
-    torch.ops.graphwright.fake_quantize.default,
-    torch.ops.graphwright.fake_quantize_dynamic.default,
-)
 
 MOST_GROWTH, SLACK = 1.3, 1 << 16
 """Bytes of a model's weights, at most, for each byte of a program whose weights are compressed;
@@ -134,7 +130,7 @@ class Job:
 
     def _watched(self, made: Attempt) -> list[str]:
         """Nodes of the lowered program whose values the checks ask for."""
-        taps = [name for names in _quantizers(made.program).values() for name in names]
+        taps = [name for names in quantizers(made.program).values() for name in names]
         return [*dict.fromkeys([*taps, *self._layer_nodes(made).values()])]
 
     def _layer_nodes(self, made: Attempt) -> dict[str, str]:
@@ -154,12 +150,13 @@ class Job:
             plain = self._check_plain(made)
             made.session, outputs, made.kernels = open_and_count(
                 made.model, self.settings, self.program.signature, self.cases[0].inputs,
-                self._optimized if self.quantized or _quantizers(made.program) else None,
+                self._optimized if self.quantized or quantizers(made.program) else None,
             )  # fmt: skip
         except Differs:
             raise
         except Exception as error:
             raise Differs(f"ONNX Runtime refuses the model: {_first_line(error)}") from error
+        made.exact = made.session
         try:
             self._check_session(made, made.session, outputs, plain)
         except Differs as error:
@@ -201,7 +198,7 @@ class Job:
     ) -> None:
         """The session that is handed over against the program and the model as it was written."""
         taps = None
-        if self.quantized or _quantizers(made.program):
+        if self.quantized or quantizers(made.program):
             graph = OptimizedGraph(self._optimized)
             nodes = self._layer_nodes(made)
             values = {n: made.values[m] for n, m in nodes.items() if m in made.values}
@@ -218,6 +215,16 @@ class Job:
             if plain and taps is None:  # codes of quantizers may differ by one, and do not matter
                 same = replace(case, expected=plain[index])
                 compare_outputs(self.program, same, outputs, self.bound, SMALL_MULTIPLE)
+
+    def judge(self, made: Attempt) -> Callable[[Case], float]:
+        """Runs the checked session on a further case; `_judge`s what comes out."""
+        session = made.exact
+        assert session is not None
+        graph = OptimizedGraph(self._optimized) if quantizers(made.program) else None
+        taps = None if graph is None else self._taps(made, graph)
+        return lambda case: self._judge(
+            case, run_session(session, self.program.signature, case.inputs), taps
+        )
 
     def _raise_level(self, model: ir.Model, made: Attempt) -> None:
         """Lets the products of weights in blocks round their activations, as the options ask."""
@@ -260,22 +267,26 @@ class Job:
 
     def _taps(self, made: Attempt, graph: OptimizedGraph) -> Taps | None:
         """The places of a program's quantizers in a graph; None for a program without."""
-        quantizers = _quantizers(made.program)
-        if not quantizers:
+        found = quantizers(made.program)
+        if not found:
             return None
-        marked = {q: [made.values[name] for name in names] for q, names in quantizers.items()}
+        marked = {q: [made.values[name] for name in names] for q, names in found.items()}
         return Taps(marked, made.program.state, graph)
 
     def _compare(self, case: Case, outputs: Outputs, made: Attempt, taps: Taps | None) -> None:
+        error = self._judge(case, outputs, taps)
+        inputs = {"inputs": case.drawn} if case.drawn else {}
+        made.errors.append({"sizes": case.sizes, **inputs, "relative": error})
+
+    def _judge(self, case: Case, outputs: Outputs, taps: Taps | None) -> float:
+        """The relative error of outputs, where there are quantizers on the session's own codes."""
         if taps is not None:
             shown, codes = taps.run(self.program, self.settings, case.inputs)
             # What was looked into must be what the session computes.
             same = replace(case, expected=shown, reference=None)
             compare_outputs(self.program, same, outputs, self.bound)
             case = on_codes(self.program, case, codes)
-        error = compare_outputs(self.program, case, outputs, self.bound)
-        inputs = {"inputs": case.drawn} if case.drawn else {}
-        made.errors.append({"sizes": case.sizes, **inputs, "relative": error})
+        return compare_outputs(self.program, case, outputs, self.bound)
 
     @property
     def _optimized(self) -> Path:
@@ -324,15 +335,6 @@ class Job:
             fix="Leave that operation out of what is compiled, or use the backend triton.",
             details=(node,) if node else (),
         )
-
-
-def _quantizers(program: Program) -> dict[str, list[str]]:
-    """Every quantizer with the nodes that show what it gives: codes, or its own result."""
-    left = [
-        node.name for node in program.graph.nodes
-        if node.op == "call_function" and node.target in QUANTIZERS and node.users
-    ]  # fmt: skip
-    return {**{name: [name] for name in left}, **program.facts.get(TAPS, {})}
 
 
 def _weight_bytes(model: ir.Model) -> int:

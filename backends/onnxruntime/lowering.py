@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,7 +10,6 @@ from graphwright.backends.base import Backend
 from graphwright.backends.onnxruntime.compiled import FILE, OnnxCompiled, load
 from graphwright.backends.onnxruntime.job import Job
 from graphwright.backends.onnxruntime.options import OnnxRuntimeOptions
-from graphwright.backends.onnxruntime.runtime import run_session
 from graphwright.backends.onnxruntime.smallest import from_two, too_small
 from graphwright.backends.onnxruntime.steps.blocks import FORMS_FACT
 from graphwright.backends.onnxruntime.steps.catalog import STEPS
@@ -63,8 +61,7 @@ class Lowering(Backend):
             job.folder.cleanup()
             raise
         assert attempt.session is not None
-        run = partial(run_session, attempt.session, program.signature)
-        wrong = too_small(job.program, run, job.bound)
+        wrong = too_small(job.program, job.judge(attempt))
         if wrong:
             job.folder.cleanup()
             return self._from_two(program, wrong, context)

@@ -168,3 +168,20 @@ def computed(
     model = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     return [session.run(None, {"x": torch.zeros(t).numpy()})[0].item() for t in sizes]
+
+
+@pytest.mark.parametrize("quantize", ["rtn", "int8"])
+def test_products_that_round_narrow_nothing(quantize: str) -> None:
+    """Size 1 is judged before products round their activations, and on the session's own codes."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 16)).eval()
+    x = torch.randn(4, 64)
+    program = gw.trace(net, (x,), {"input": {0: "batch"}})
+    if quantize == "rtn":
+        program = gw.passes.quantize.Rtn(block=32)(program)
+    else:
+        program = gw.passes.quantize.Int8(activations="static")(program, calibration=[(x,)])
+    compiled = gw.lower(program, "onnxruntime")
+    assert compiled.notes["products"].get("accuracy_level", 4) == 4
+    assert "narrowed" not in compiled.notes
+    assert compiled.signature.dims["batch"].min == 1
