@@ -93,7 +93,7 @@ def test_an_archive_of_the_users_own_with_float_factors_is_opened(tmp_path: Path
 
 
 def test_a_call_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    program = traced("ceil")
+    program = traced("ceil of a tenth")
     node = next(n for n in program.graph.nodes if n.target is math.ceil)
     node.target = operator.not_  # torch's verifier lets it pass, its serializer does not
     with pytest.raises(ArgumentError, match=r"cannot be written: .*ceil"):
