@@ -91,8 +91,19 @@ def layout_of(config: Mapping[str, Any], where: str) -> Layout:
     """The layout that a description names.
 
     Raises:
-        ModelError: another method, or a form of it that is not read.
+        ModelError: another method, a form of it that is not read, or a description that is broken.
     """
+    try:
+        return _layout_of(config, where)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            "the description of the quantized weights cannot be read",
+            where=where,
+            details=(f"{type(error).__name__}: {error}",),
+        ) from error
+
+
+def _layout_of(config: Mapping[str, Any], where: str) -> Layout:
     method = str(config.get("quant_method", config.get("quantization_method", "")))
     if method.removeprefix("intel/") == "auto-round":
         return _auto_round(config, where)

@@ -44,6 +44,9 @@ class Gptq(Layout):
         quantizer = str((config.get("meta") or {}).get("quantizer", ""))
         self.counts_words = "gptqmodel" in quantizer
         self.planes: tuple[int, ...] = PLANED
+        if "bits" not in config:
+            raise self.refuse("whose description names no bits")
+        self._wrapped = 0
 
     def read(self, owner: str, parts: Mapping[str, Tensor]) -> Layer:
         bits, block = self.grid(owner)
@@ -53,7 +56,16 @@ class Gptq(Layout):
             parts, bits, block, unpack, offset=VERSIONS[self.version],
             counts_words=self.counts_words and bits in _REGULAR,
         )  # fmt: skip
+        if VERSIONS[self.version] and not self.counts_words and form.zero is not None:
+            self._wrapped += int((form.zero == 0).sum())
         return Layer(form)
+
+    def remarks(self) -> list[str]:
+        if not self._wrapped:
+            return super().remarks()
+        return [*super().remarks(),
+                f"{self._wrapped} zero points are stored as -1 and read as 0; tools differ on "
+                "them, and some wrote their neighbours wrong"]  # fmt: skip
 
     def grid(self, owner: str) -> tuple[int, int]:
         """Bits and group size of a layer; `dynamic` gives some their own, the first match first."""

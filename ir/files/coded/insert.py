@@ -57,7 +57,8 @@ class Parts:
             raise ModelError(
                 f"{owner!r}: {error.message}", where=self.layout.where, fix=error.fix
             ) from None
-        except (KeyError, IndexError, RuntimeError, ValueError, StopIteration) as error:
+        except (AttributeError, IndexError, KeyError, RuntimeError, StopIteration, TypeError,
+                ValueError) as error:  # fmt: skip
             raise ModelError(
                 f"the quantized tensors of {owner!r} are incomplete or do not fit each other",
                 where=self.layout.where,
@@ -101,7 +102,7 @@ class Parts:
 
     def notes(self) -> list[str]:
         """Notes for the user on the layers in codes, a line each."""
-        notes = list(self.layout.notes)
+        notes = self.layout.remarks()
         if not self.layers:
             notes.append(f"the description of {self.layout.name} weights is not followed: none of "
                          "the tensors is in codes")  # fmt: skip

@@ -59,6 +59,10 @@ class Layout(ABC):
             KeyError, IndexError, RuntimeError, ValueError: tensors are missing or do not fit.
         """
 
+    def remarks(self) -> list[str]:
+        """What the user should know once all layers are read, a line each."""
+        return list(self.notes)
+
     def refuse(self, what: str, fix: str = "") -> ModelError:
         """The error for a form of this format that is not read."""
         return ModelError(f"{self.name} checkpoints {what} are not read", where=self.where, fix=fix)

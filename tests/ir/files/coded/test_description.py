@@ -105,6 +105,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another group size": ({**GPTQ, "group_size": 32}, "groups of 32"),
     "another number of bits": (
         {**GPTQ, "bits": 8, "group_size": BLOCK}, "'0': g_idx does not make groups"),
+    "no bits": ({"quant_method": "gptq"}, "names no bits"),
+    "bits that are no number": ({"quant_method": "awq", "bits": "four"}, "cannot be read"),
+    "groups that are none": (
+        {"quant_method": "compressed-tensors", "config_groups": {"g": None}}, "cannot be read"),
     "modelopt nvfp4": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "'NVFP4' are not read"),
     "auto-round mxfp4": (
         {"quant_method": "auto-round", "bits": 4, "data_type": "mx_fp"}, "mx_fp weights"),

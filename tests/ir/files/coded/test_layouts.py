@@ -105,6 +105,16 @@ def test_codes_stand_for_the_weight(case: str, tmp_path: Path) -> None:
     torch.testing.assert_close(found, torch.from_numpy(weight).float())
 
 
+def test_zero_points_that_wrap_are_said(tmp_path: Path) -> None:
+    q, scale, zero = coded.sample(4, False)
+    parts = coded.gptq(q, scale, zero, 4, 1, IN_ORDER)
+    file = coded.write(tmp_path / "m", parts, {**GPTQ, "bits": 4})
+    says = f"{int((zero == 0).sum())} zero points are stored as -1"
+    assert [w for w in load_model(file, section=coded.SECTION).warnings if says in w]
+    file = coded.write(tmp_path / "m", parts, {**GPTQMODEL, "bits": 4})
+    assert not [w for w in load_model(file, section=coded.SECTION).warnings if "stored as -1" in w]
+
+
 def of_nf4(double: bool) -> Made:
     """bitsandbytes: blocks over the flattened weight, two codes a byte, the first high."""
     random = np.random.default_rng(0)
