@@ -14,9 +14,18 @@ from graphwright.ir.canonical.without_writing import functional_form, writing
 from graphwright.ir.graph.aliasing import writes
 
 aten = torch.ops.aten
-WITHOUT = {"add_.t", "copy_.Tensor", "copy_.int", "copy_.float", "normal_.default",
-           "rrelu_with_noise_.default", "set_.source_Tensor_storage_offset"}  # fmt: skip
-"""Overloads of TorchScript's lists, random numbers, and storage: none is in a traced graph."""
+WITHOUT = {
+    "add_.t",
+    "copy_.Tensor",
+    "copy_.int",
+    "copy_.float",
+    "normal_.default",
+    "polygamma_.default",
+    "rrelu_with_noise_.default",
+    "set_.source_Tensor_storage_offset",
+}
+"""Overloads of TorchScript's lists, random numbers, storage; and one whose functional form takes
+its arguments in another order."""
 
 
 class Net(nn.Module):
