@@ -1,7 +1,8 @@
 """Lets the formats' own libraries write folders, reads them, and prints how the two compare.
 
     python tests/peers/run.py                          every library, in environments it makes
-    python tests/peers/run.py hqq compressed-tensors   those whose names begin so
+    python tests/peers/run.py hqq compressed-tensors   those whose names begin so; the others' rows
+                                                       are of their last run
     python tests/peers/run.py --write                  into docs/checkpoints.md too
     python tests/peers/run.py --test                   the tests of this folder instead of the table
 
@@ -39,7 +40,6 @@ def main() -> int:
         return _print_rows(arguments.rows)
     chosen = [name for name in ENVIRONMENTS
               if not arguments.names or name.startswith(tuple(arguments.names))]  # fmt: skip
-    rows: list[dict[str, Any]] = []
     for name in chosen:
         environment = _environment(name, arguments.into)
         if arguments.test:
@@ -47,9 +47,13 @@ def main() -> int:
             if subprocess.run(tests, env=environment, cwd=ROOT, check=False).returncode:
                 return 1
         else:
-            rows += _rows(ENVIRONMENTS[name][0], environment)
+            rows = _rows(ENVIRONMENTS[name][0], environment)
+            (arguments.into / f"{name}.json").write_text(json.dumps(rows))
     if not arguments.test:
-        text = _table(rows)
+        kept = [arguments.into / f"{name}.json" for name in ENVIRONMENTS]
+        text = _table(
+            [row for file in kept if file.is_file() for row in json.loads(file.read_text())]
+        )
         print(text)
         if arguments.write:
             before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
