@@ -12,6 +12,7 @@ import graphwright as gw
 from graphwright.ir.check.verify import measure
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError, ModelError
+from graphwright.ir.layers.products import weight_value
 from graphwright.ir.layers.selectors import layers
 from graphwright.ir.ops.codebook import dequantize_codebook
 
@@ -115,7 +116,7 @@ def test_a_layer_computes_with_its_rebuilt_weight(
     after = run(program, batches, permute=permute, outlier_percent=outlier_percent,
                 targets=["right"]).program  # fmt: skip
     layer = next(each for each in layers(after) if each.name == "right")
-    weight = gw.ir.weights.weight_value(after, layer)
+    weight = weight_value(after, layer)
     plain = program.replace(state={**program.state, "right.weight": weight})
     torch.testing.assert_close(
         outputs(after, batches), outputs(plain, batches), rtol=1e-5, atol=1e-6
