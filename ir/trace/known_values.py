@@ -13,10 +13,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 FACTORIES = frozenset({
-    torch.arange, torch.bartlett_window, torch.blackman_window, torch.eye, torch.full,
-    torch.hamming_window, torch.hann_window, torch.kaiser_window,
-    torch.linspace, torch.logspace, torch.ones, torch.tensor, torch.tril_indices,
-    torch.triu_indices, torch.zeros,
+    torch.arange, torch.eye, torch.full, torch.linspace, torch.logspace, torch.ones, torch.tensor,
+    torch.tril_indices, torch.triu_indices, torch.zeros,
 })  # fmt: skip
 READS = frozenset({
     Tensor.tolist, Tensor.item, Tensor.numpy, Tensor.__array__, Tensor.__bool__, Tensor.__int__,
@@ -38,7 +36,6 @@ class KnownValues(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.values: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
-        self.wrote = False
 
     def __torch_function__(
         self,
@@ -56,12 +53,9 @@ class KnownValues(TorchFunctionMode):
             self._remember(result, real)
         elif _writes(func, kwargs):
             self.values.clear()  # it may have written into the storage of any of them
-            self.wrote = True
         return result
 
     def _value(self, tensor: Any) -> Tensor | None:
-        if type(tensor) is Tensor and not self.wrote:
-            return tensor  # a real one among stand-ins: a constant of the model's code
         known = self.values.get(id(tensor))
         return known[1] if known is not None and known[0]() is tensor else None
 

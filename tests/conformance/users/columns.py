@@ -229,7 +229,8 @@ class _Examination:
         groups = gw.channel_groups(program)
         picks = {g: range(0, g.units - 1, 2) for g in groups if g.prunable and g.units > 1}
         if not picks:
-            raise _nothing_to_cut([g.reason for g in groups if g.reason])
+            reasons = dict.fromkeys(g.reason for g in groups if g.reason)
+            raise NotApplicable(f"no group can be pruned: {'; '.join(reasons) or 'there is none'}")
         zeroed, smaller = gw.zero(program, picks), gw.cut(program, picks)
         values = self.inputs(BATCH)
         result = gw.compare(zeroed(**values), smaller(**values))
@@ -265,14 +266,6 @@ class _Examination:
         if not kernels and layers:
             raise Differs(f"{share}: no layer became an integer kernel")
         return share
-
-
-def _nothing_to_cut(reasons: list[str]) -> Exception:
-    """Returns a failure where an operator without a rule is in the way, else not applicable."""
-    known = dict.fromkeys(r for r in reasons if r != "pinned")
-    text = f"no group can be pruned: {'; '.join(list(known)[:3]) or 'there is none'}"
-    missing = any("no channel rule" in r or "writes in place" in r for r in known)
-    return Differs(text) if missing else NotApplicable(text)
 
 
 def draw(architecture: Architecture, batch: int, seed: int = 7) -> Inputs:
