@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from graphwright.ir.check.fidelity import Fidelity
     from graphwright.ir.data.batches import Batches
     from graphwright.ir.files import LoadedModel
+    from graphwright.ir.files.exports import Export
     from graphwright.ir.program import Program
     from graphwright.specs.spec import Spec
 
@@ -83,6 +84,7 @@ class _Job:
         reset_peak()
         loaded = self._load(source)
         original = self._trace(loaded)
+        exports = self._exports(original)
         calibration = self._data(self.spec.calibration, original, loaded)
         training = self._data(self.spec.training, original, loaded)
         held_out = self._data(self.spec.evaluate, original, loaded)
@@ -92,10 +94,10 @@ class _Job:
         left = left_as_they_are(program, records)
         if left is not None:
             self.run.warn(left)
-        compiled = self._lower(program)
         staging = self.run.place.fresh_staging()
-        artifacts = self._save(program, compiled, staging)
-        artifacts += self._export(program, staging, loaded)
+        exported = self._export(exports, program, staging, loaded)
+        compiled = self._lower(program)
+        artifacts = self._save(program, compiled, staging) + exported
         evaluation = self._evaluate(original, program, compiled, held_out)
         latency = self._latency(original, loaded, compiled)
         report = self._report(
@@ -187,19 +189,27 @@ class _Job:
             rows.append({"backend": "program", "path": "program.pt2", "file_bytes": size})
         return rows
 
-    def _export(self, program: Program, staging: Path, loaded: LoadedModel) -> list[dict[str, Any]]:
+    def _exports(self, program: Program) -> list[Export]:
+        """The formats to write, looked at before the passes run."""
         from graphwright.ir.files.exports import EXPORTS
 
+        exports = [EXPORTS[call.id](**call.options) for call in self.spec.export]
+        for export in exports:
+            export.check(program, [call.id for call in self.spec.passes])
+        return exports
+
+    def _export(
+        self, exports: list[Export], program: Program, staging: Path, loaded: LoadedModel
+    ) -> list[dict[str, Any]]:
         like = loaded.source if loaded.source.is_dir() else None
         rows = []
-        for call in self.spec.export:
-            export = EXPORTS[call.id](**call.options)
-            with self.progress.stage(f"export {call.id}"):
+        for export in exports:
+            with self.progress.stage(f"export {export.name}"):
                 notes = export.write(program, staging, like)
             for text in notes:
-                self.run.warn(f"export {call.id}: {text}")
+                self.run.warn(f"export {export.name}: {text}")
             size = sum(file.stat().st_size for file in (staging / export.folder).iterdir())
-            rows.append({"backend": call.id, "path": export.folder, "file_bytes": size})
+            rows.append({"backend": export.name, "path": export.folder, "file_bytes": size})
         return rows
 
     def _evaluate(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -29,6 +29,8 @@ aten = torch.ops.aten
 ours = torch.ops.graphwright
 
 Format = Literal["gptq", "awq", "compressed-tensors", "safetensors"]
+
+_NO_CODES = "the program has no linear layer in codes to write"
 
 WRITERS: dict[str, Callable[[Written], tuple[dict[str, Tensor], dict[str, Any]]]] = {
     "gptq": gptq,
@@ -102,6 +104,26 @@ def export_checkpoint(
     return notes
 
 
+def refuse_without_codes(program: Program, format: Format, passes: Iterable[str]) -> None:
+    """Says before the passes run that a format in codes will find none to write.
+
+    Args:
+        program: as it is traced.
+        format: that is asked for.
+        passes: ids of the passes that are going to run.
+
+    Raises:
+        ModelError: no linear layer is in codes, and no pass of the family quantize comes.
+    """
+    if format == "safetensors" or _coded_layers(program):
+        return
+    if not any(name.startswith("quantize.") for name in passes):
+        raise ModelError(
+            f"export {format}: {_NO_CODES}, and no pass of the chain makes codes",
+            fix="Put quantize.rtn or quantize.gptq before it, or export safetensors.",
+        )
+
+
 def _written(program: Program, coded: Mapping[str, Blocks]) -> Written:
     """The linear layers in codes, and the names of the others.
 
@@ -109,7 +131,7 @@ def _written(program: Program, coded: Mapping[str, Blocks]) -> Written:
         ModelError: there are none in codes, or they differ in bits or block.
     """
     if not coded:
-        raise ModelError("the program has no linear layer in codes to write")
+        raise ModelError(_NO_CODES)
     grids = {(form.bits, form.block) for form in coded.values()}
     if len(grids) > 1:
         raise ModelError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -29,6 +30,16 @@ class Export:
 
     def __init__(self, folder: str | None = None) -> None:
         self.folder = folder or self.name
+
+    def check(self, program: Program, passes: Iterable[str]) -> None:
+        """Looks at the traced program, before `passes` run.
+
+        Raises:
+            ModelError: the format will have nothing to write.
+        """
+        from graphwright.ir.files.export_checkpoint import refuse_without_codes
+
+        refuse_without_codes(program, self.name, passes)
 
     def write(self, program: Program, out: Path, like: Path | None) -> list[str]:
         """Writes the checkpoint below `out`; returns what the user should know.

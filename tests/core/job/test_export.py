@@ -69,10 +69,31 @@ def test_checkpoints_stand_beside_the_artifacts(folder: Path, tmp_path: Path) ->
     assert "export:" in (tmp_path / "out" / "spec.lock.yaml").read_text()
 
 
-def test_what_a_format_cannot_hold_ends_the_run(folder: Path, tmp_path: Path) -> None:
+def test_a_format_without_codes_to_write_ends_the_run_before_the_passes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr("graphwright.job.pipeline.run_chain", lambda *_: ran.append("chain"))
     spec = "version: 1\npasses: [cleanup.canonicalize]\nexport: [gptq]\n"
+    with pytest.raises(ModelError, match="no linear layer in codes") as caught:
+        run(folder, spec, tmp_path / "out")
+    assert "quantize.rtn" in str(caught.value.fix)
+    assert not ran
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_format_cannot_hold_ends_the_run_before_lowering(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lowered: list[str] = []
+    monkeypatch.setattr("graphwright.job.pipeline._Job._lower", lambda *_: lowered.append("all"))
+    spec = (
+        "version: 1\npasses: [quantize.int8: {activations: dynamic}]\n"
+        "export: [gptq]\nlower: [onnxruntime]\n"
+    )
     with pytest.raises(ModelError, match="no linear layer in codes"):
         run(folder, spec, tmp_path / "out")
+    assert not lowered
     assert not (tmp_path / "out").exists()
 
 
