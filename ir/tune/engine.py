@@ -23,10 +23,12 @@ from graphwright.ir.tune.feed import Feed, Labelled
 from graphwright.ir.tune.history import History, Tuned
 from graphwright.ir.tune.hooks import Hook, Hooks, Moment
 from graphwright.ir.tune.losses import OF_TEACHER, Flat, check_teacher, make_loss
-from graphwright.ir.tune.optimizers import MakeOptimizer, lr_factor, make_optimizer
+from graphwright.ir.tune.optimizers import MakeOptimizer, make_optimizer
 from graphwright.ir.tune.options import TuneOptions
 from graphwright.ir.tune.processes import Processes
+from graphwright.ir.tune.schedule import lr_factor, total_steps
 from graphwright.ir.tune.working import Working, choose, frozen, own_random_numbers
+from graphwright.ir.tune.zeros import ZeroKeeper, zeros_to_keep
 
 Evaluate = Callable[[Program], float]
 """Measures a program; lower is better. It runs on live tensors: nothing of it may be kept."""
@@ -45,7 +47,8 @@ def tune(
     evaluate: Evaluate | None = None,
     teacher: Program | None = None,
     names: Collection[str] | None = None,
-    optimizer: MakeOptimizer = make_optimizer,
+    optimizer: MakeOptimizer | None = None,
+    masked: Collection[str] | None = None,
 ) -> Tuned:
     """Trains a program's parameters.
 
@@ -64,6 +67,7 @@ def tune(
         teacher: for the loss `kl`; `context.teacher` when absent.
         names: parameters to train; all trainable ones when None.
         optimizer: makes the optimizer, for a recipe with one of its own.
+        masked: parameters whose zeros `keep_zeros` is about; all that are trained when None.
 
     Returns:
         The program in inference mode, and the losses.
@@ -72,7 +76,8 @@ def tune(
         ArgumentError: data, loss and options do not go together, or accelerate is missing.
         ModelError: nothing can be trained, or the loss is no longer a finite number.
     """
-    loop = _Loop(program, data, options, context, hooks, evaluate, teacher, names, optimizer)
+    loop = _Loop(program, data, options, context, hooks, evaluate, teacher, names, optimizer,
+                 masked)  # fmt: skip
     with own_random_numbers(loop.processes.device):
         return loop.run()
 
@@ -88,7 +93,8 @@ class _Loop:
         evaluate: Evaluate | None,
         teacher: Program | None,
         names: Collection[str] | None,
-        optimizer: MakeOptimizer,
+        optimizer: MakeOptimizer | None,
+        masked: Collection[str] | None,
     ) -> None:
         self.options, self.context = options, context
         self.processes = Processes(context.device)
@@ -98,14 +104,21 @@ class _Loop:
             batches, self._seed, options.hold_out, self.processes.rank, self.processes.count,
             options.shuffle,
         )  # fmt: skip
-        self.total = _total_steps(options, self.feed)
-        self.hooks = Hooks(hooks)
+        self.total = total_steps(options, self.feed)
         chosen = choose(program, names)
+        about = chosen if masked is None else [name for name in chosen if name in masked]
+        self.zeros = zeros_to_keep(program, about, options.keep_zeros)
+        hooks = [*hooks, ZeroKeeper(self.zeros)] if self.zeros else hooks
+        self.hooks = Hooks(hooks)
         self.working = Working(program, chosen, self.hooks, device)
         teacher = (teacher or context.teacher) if options.loss in OF_TEACHER else None
         run_teacher = None if teacher is None else _frozen(teacher, program, device)
         self.loss = make_loss(options.loss, batches, context.folder, run_teacher)
-        self.optimizer = optimizer(self.working.trained, options)
+        self.optimizer = (
+            make_optimizer(self.working.trained, options, self.zeros)
+            if optimizer is None
+            else optimizer(self.working.trained, options)
+        )
         self.full_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.evaluate = evaluate or (self._held_out_loss if options.hold_out else None)
         self.evaluate_every = self._evaluation_interval()
@@ -140,8 +153,9 @@ class _Loop:
         if self.best.tensors:
             self.working.load(self.best.tensors)
         history = History(
-            tuple(self._finite_losses()), tuple(self.best.evaluations), self.best.step, self.stopped
-        )
+            tuple(self._finite_losses()), tuple(self.best.evaluations), self.best.step,
+            self.stopped, {name: float(zero.float().mean()) for name, zero in self.zeros.items()},
+        )  # fmt: skip
         return Tuned(self.working.result(), history)
 
     # ---- a step
@@ -310,27 +324,6 @@ class _Loop:
 
     def _seed(self, *path: str | int) -> int:
         return self.context.generator("tune", *path).initial_seed()
-
-
-def _total_steps(options: TuneOptions, feed: Feed) -> int:
-    """Optimizer steps that `steps` and `epochs` allow.
-
-    Raises:
-        ArgumentError: none, or all of them are warm-up.
-    """
-    epochs = options.epochs or (None if options.steps else 1)
-    bounds = [options.steps] if options.steps else []
-    if epochs:
-        bounds.append(epochs * feed.epoch_batches() // options.accumulate)
-    total = min(bounds)
-    if total < 1:
-        raise ArgumentError(
-            f"{epochs} epochs hold fewer batches than the {options.accumulate} of one step",
-            where=feed.data.source,
-        )
-    if options.warmup >= total:
-        raise ArgumentError(f"a warm-up of {options.warmup} steps leaves none of {total} to train")
-    return total
 
 
 def _frozen(teacher: Program, student: Program, device: torch.device) -> Callable[[Flat], Flat]:

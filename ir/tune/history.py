@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from graphwright.ir.program import Program
 
@@ -16,12 +17,14 @@ class History:
         evaluations: (steps done, value) of every evaluation; lower is better.
         best_step: steps done at the best evaluation; None where nothing was evaluated.
         stopped: why it ended before the last step; empty when it did not.
+        zeros: share of zeros that stayed zero, by the name of each weight that has such.
     """
 
     losses: tuple[float, ...]
     evaluations: tuple[tuple[int, float], ...] = ()
     best_step: int | None = None
     stopped: str = ""
+    zeros: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:

@@ -24,7 +24,8 @@ class MfacOptimizer(torch.optim.Optimizer):
         weight_decay: added to the gradient, in front of the inverse.
         gradients: m, length of the window.
         damp: lambda of F.
-        sparse: parameters that are zero at the start stay zero, and have no place in F.
+        sparse: values that are zero at the start stay zero, and have no place in F; of all
+            parameters, or of a group that says so.
 
     Source: Frantar, Kurtic, Alistarh 2021, "M-FAC", section 3.2; the defaults of their code.
     """
@@ -45,10 +46,12 @@ class MfacOptimizer(torch.optim.Optimizer):
                 "M-FAC takes lr >= 0, 0 <= momentum < 1, weight_decay >= 0, gradients >= 1 "
                 "and damp > 0"
             )
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "sparse": sparse}
         super().__init__(params, defaults)
         tensors = self._parameters()
-        self._kept = [(p.detach() != 0).flatten() if sparse else None for p in tensors]
+        self._kept = [
+            (p.detach() != 0).flatten() if group["sparse"] else None for group, p in self._grouped()
+        ]
         self._sizes = [
             p.numel() if kept is None else int(kept.sum())
             for p, kept in zip(tensors, self._kept, strict=True)

@@ -1,9 +1,9 @@
-"""Update rules and learning rates."""
+"""Update rules."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,9 +16,17 @@ MakeOptimizer = Callable[[Mapping[str, nn.Parameter], TuneOptions], torch.optim.
 
 
 def make_optimizer(
-    parameters: Mapping[str, nn.Parameter], options: TuneOptions
+    parameters: Mapping[str, nn.Parameter], options: TuneOptions, masked: Collection[str] = ()
 ) -> torch.optim.Optimizer:
-    """The optimizer that the options name; only matrices and kernels decay."""
+    """The optimizer that the options name; only matrices and kernels decay.
+
+    Args:
+        parameters: to train, by name.
+        options: rule and rates.
+        masked: parameters whose zeros stay, which `mfac` then leaves out of its Fisher matrix.
+    """
+    if options.optimizer == "mfac":
+        return _mfac(parameters, options, masked)
     decayed = [p for p in parameters.values() if p.dim() > 1]
     others = [p for p in parameters.values() if p.dim() <= 1]
     groups = [
@@ -28,22 +36,19 @@ def make_optimizer(
     ]
     if options.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum)
-    if options.optimizer == "mfac":
-        count, damp = options.fisher_gradients, options.fisher_damp
-        return MfacOptimizer(groups, options.lr, options.momentum, gradients=count, damp=damp)
     adam = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
     return adam(groups, lr=options.lr, betas=options.betas)
 
 
-def lr_factor(options: TuneOptions, step: int, total: int) -> float:
-    """Learning rate of a step as a share of `lr`.
-
-    (step + 1) / warmup while warming up. Then, with t from 0 right after the warm-up to 1 at
-    `total`: 1, 1 - t or (1 + cos(pi t)) / 2 (Loshchilov & Hutter 2017, without restarts).
-    """
-    if step < options.warmup:
-        return (step + 1) / options.warmup
-    done = (step - options.warmup) / max(1, total - options.warmup)
-    if options.schedule == "linear":
-        return 1.0 - done
-    return 0.5 * (1.0 + math.cos(math.pi * done)) if options.schedule == "cosine" else 1.0
+def _mfac(
+    parameters: Mapping[str, nn.Parameter], options: TuneOptions, masked: Collection[str]
+) -> MfacOptimizer:
+    groups: list[dict[str, Any]] = [
+        {"params": [p], "sparse": name in masked,
+         "weight_decay": options.weight_decay if p.dim() > 1 else 0.0}
+        for name, p in parameters.items()
+    ]  # fmt: skip
+    return MfacOptimizer(
+        groups, options.lr, options.momentum,
+        gradients=options.fisher_gradients, damp=options.fisher_damp,
+    )  # fmt: skip

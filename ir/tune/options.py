@@ -91,5 +91,11 @@ class TuneOptions(Options):
     patience: Count | None = None
     """Ends after so many evaluations without a better one; never when absent."""
 
+    keep_zeros: Literal["auto"] | bool = "auto"
+    """Whether weights that are exactly zero stay zero. `auto` keeps them where a pass before made
+    them: where one weight of a layer is zero in 1% of its places or more, and not in all of them;
+    then in all layers. Biases, norms and weights that are zero throughout train on; `true` keeps
+    the zeros of weights that are zero throughout as well."""
+
     keep_best: bool = True
     """Whether the result is that of the best evaluation instead of the last step."""

@@ -88,7 +88,7 @@ class Issp(Pass[IsspOptions]):
 
     The method is meant for a freshly initialized model: what the program's weights are is where
     it starts. The paper trains super-resolution with Adam at 2e-4 and an L1 loss. A later pass
-    that trains without the masks would fill the zeros.
+    that trains keeps the zeros, unless its `keep_zeros` is off.
 
     Source: Wang et al. 2023, "Iterative Soft Shrinkage Learning for Efficient Image
     Super-Resolution".
@@ -98,7 +98,6 @@ class Issp(Pass[IsspOptions]):
     needs = "training"
     papers = ("P29",)
     before = ("cleanup.fold_batch_norm",)  # training wants the norms
-    after = ("tune.finetune",)
 
     def run(self, program: Program, context: Context) -> Result:
         options = self.options

@@ -156,7 +156,7 @@ class Nm(Pass[NmOptions]):
 
     It trains the program from the weights it has; for training from scratch give it a fresh
     model. The paper trains with `tune: {optimizer: adamw, lr: 1e-3, weight_decay: 0.01,
-    clip_norm: 1.0}`. A later pass that trains without the masks would fill the zeros.
+    clip_norm: 1.0}`. A later pass that trains keeps the zeros, unless its `keep_zeros` is off.
 
     Source: Bambhaniya et al. 2024, "Progressive Gradient Flow for Robust N:M Sparsity Training in
     Transformers" (MdGf, SdGf); Zhou et al. 2021, "Learning N:M Fine-grained Structured Sparse
@@ -167,7 +167,6 @@ class Nm(Pass[NmOptions]):
     needs = "training"
     papers = ("P40",)
     before = ("cleanup.fold_batch_norm",)  # training wants the norms
-    after = ("tune.finetune",)
 
     def run(self, program: Program, context: Context) -> Result:
         options = self.options

@@ -123,7 +123,10 @@ class Pv(Pass[PvOptions]):
             names |= {n for n in twin.trainable() if n not in weights}
         how = options.tune.model_copy(update={"keep_best": False})
         hook = PvHook(weights, how.lr)
-        tuned = tune(twin, context.training_data, how, context, hooks=[hook], names=names)
+        rest = names - set(weights)  # in a coded weight a zero is a code, and no mask
+        tuned = tune(
+            twin, context.training_data, how, context, hooks=[hook], names=names, masked=rest
+        )
         result = _together(program, tuned.program, weights)
         for layer in coded:
             weight = weights[owners[weight_node(layer)]]

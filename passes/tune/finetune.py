@@ -10,7 +10,8 @@ from graphwright.ir.graph.constants import depends_on_input
 from graphwright.ir.layers.selectors import Layer, layers, select
 from graphwright.ir.options import Bounded, Selector
 from graphwright.ir.program import Program
-from graphwright.ir.tune import History, TuneOptions, tune
+from graphwright.ir.tune import History, Tuned, TuneOptions, tune
+from graphwright.ir.tune.zeros import MADE
 from graphwright.passes.base import Action, Context, Pass, Result
 
 
@@ -29,8 +30,8 @@ class Finetune(Pass[FinetuneOptions]):
     """Trains the parameters of the chosen layers, in training mode: dropout and batch statistics.
 
     Behind a pass that lost accuracy (pruning, factorizing) it wins it back; `tune: {loss: kl}`
-    needs no labels and follows the model as it was before the first pass. Exact zeros of a mask do
-    not stay zero. Parameters that the model froze stay frozen.
+    needs no labels and follows the model as it was before the first pass. Zeros that a mask left in
+    weights stay zero (`tune: {keep_zeros: auto}`). Parameters that the model froze stay frozen.
     """
 
     contract = "lossy"
@@ -50,7 +51,7 @@ class Finetune(Pass[FinetuneOptions]):
                 fix="Their weights are frozen, or compressed by an earlier pass.",
             )
         tuned = tune(program, context.training_data, options.tune, context, names=names)
-        actions = [_action(layer, owned[layer], chosen, program, tuned.program) for layer in owned]
+        actions = [_action(layer, owned[layer], chosen, program, tuned) for layer in owned]
         return Result(tuned.program, tuple(actions), _metrics(tuned.history))
 
 
@@ -90,8 +91,9 @@ def _select_names(loose: list[str], targets: Sequence[str]) -> set[str]:
 
 
 def _action(
-    layer: Layer, names: tuple[str, ...], chosen: set[Layer], before: Program, after: Program
+    layer: Layer, names: tuple[str, ...], chosen: set[Layer], before: Program, tuned: Tuned
 ) -> Action:
+    after = tuned.program
     moved = [name for name in names if after.state[name] is not before.state[name]]
     if not moved:
         reason = "not among the targets" if layer not in chosen else "has no trainable parameter"
@@ -102,7 +104,20 @@ def _action(
         shift += float((new - old).square().sum())
         scale += float(old.square().sum())
     share = (shift / scale) ** 0.5 if scale else float("inf")
-    return Action(layer.name, f"trained, parameters moved by {share:.2e} of their norm")
+    what = f"trained, parameters moved by {share:.2e} of their norm"
+    if layer.weight in tuned.history.zeros:
+        return Action(layer.name, f"{what}, {tuned.history.zeros[layer.weight]:.1%} zeros kept")
+    return Action(layer.name, what, _lost_zeros(layer.weight, before, after))
+
+
+def _lost_zeros(weight: str, before: Program, after: Program) -> str:
+    """The share of zeros that training filled, where there were any to speak of."""
+    if not weight:
+        return ""
+    old, new = (float((p.state[weight] == 0).float().mean()) for p in (before, after))
+    if new >= old or not MADE <= old < 1:
+        return ""
+    return f"it was {old:.1%} zeros and is {new:.1%}: keep_zeros is off"
 
 
 def _metrics(history: History) -> dict[str, float]:
@@ -111,6 +126,8 @@ def _metrics(history: History) -> dict[str, float]:
         "first_loss": history.losses[0],
         "last_loss": history.losses[-1],
     }
+    if history.zeros:
+        metrics["weights_with_kept_zeros"] = float(len(history.zeros))
     if history.evaluations:
         values = dict(history.evaluations)
         metrics["best_evaluation"] = values[history.best_step or history.evaluations[0][0]]

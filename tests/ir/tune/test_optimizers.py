@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from graphwright.ir.tune import TuneOptions
-from graphwright.ir.tune.optimizers import lr_factor, make_optimizer
+from graphwright.ir.tune.optimizers import make_optimizer
+from graphwright.ir.tune.schedule import lr_factor
 
 
 def factors(total: int, **options) -> list[float]:

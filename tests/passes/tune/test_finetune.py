@@ -16,6 +16,7 @@ import graphwright as gw
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.tune import TuneOptions
+from graphwright.passes.prune.magnitude import Magnitude
 from graphwright.passes.tune.finetune import Finetune
 
 
@@ -113,6 +114,26 @@ def test_only_the_targets_move(pruned, batches) -> None:
     }  # fmt: skip
     assert result.metrics["steps"] == 3
     assert {a.reason for a in result.actions if a.what == "left alone"} == {"not among the targets"}
+
+
+def test_ninety_percent_zeros_are_ninety_percent_after_it(trained, batches) -> None:
+    """Magnitude then fine-tuning; the report says what was kept, and what was not."""
+    targets = ["kind:conv2d", "fc"]
+    pruned = Magnitude(sparsity=0.9, targets=targets)(trained, check=False)
+    weights = ("conv1.weight", "conv2.weight", "fc.weight")
+    step = Finetune(tune={"steps": 6, "lr": 1e-3}).execute(pruned, Context(training=batches))
+    for name in weights:
+        assert torch.equal(step.program.state[name] == 0, pruned.state[name] == 0)
+    said = {a.layer: a for a in step.actions}
+    assert said["fc"].what.endswith("90.0% zeros kept")
+    assert "zeros" not in said["norm1"].what
+    assert step.metrics["weights_with_kept_zeros"] == 3
+    off = Finetune(tune={"steps": 6, "lr": 1e-3, "keep_zeros": False})
+    filled = off.execute(pruned, Context(training=batches))
+    reason = {a.layer: a.reason for a in filled.actions}["fc"]
+    assert reason.startswith("it was 90.0% zeros and is ")
+    assert reason.endswith("keep_zeros is off")
+    assert (filled.program.state["fc.weight"] == 0).float().mean() < 0.5
 
 
 class WithToken(nn.Module):

@@ -1,0 +1,44 @@
+"""The number of steps, and the course of the learning rate over them."""
+
+from __future__ import annotations
+
+import math
+
+from graphwright.ir.errors import ArgumentError
+from graphwright.ir.tune.feed import Feed
+from graphwright.ir.tune.options import TuneOptions
+
+
+def total_steps(options: TuneOptions, feed: Feed) -> int:
+    """Optimizer steps that `steps` and `epochs` allow.
+
+    Raises:
+        ArgumentError: none, or all of them are warm-up.
+    """
+    epochs = options.epochs or (None if options.steps else 1)
+    bounds = [options.steps] if options.steps else []
+    if epochs:
+        bounds.append(epochs * feed.epoch_batches() // options.accumulate)
+    total = min(bounds)
+    if total < 1:
+        raise ArgumentError(
+            f"{epochs} epochs hold fewer batches than the {options.accumulate} of one step",
+            where=feed.data.source,
+        )
+    if options.warmup >= total:
+        raise ArgumentError(f"a warm-up of {options.warmup} steps leaves none of {total} to train")
+    return total
+
+
+def lr_factor(options: TuneOptions, step: int, total: int) -> float:
+    """Learning rate of a step as a share of `lr`.
+
+    (step + 1) / warmup while warming up. Then, with t from 0 right after the warm-up to 1 at
+    `total`: 1, 1 - t or (1 + cos(pi t)) / 2 (Loshchilov & Hutter 2017, without restarts).
+    """
+    if step < options.warmup:
+        return (step + 1) / options.warmup
+    done = (step - options.warmup) / max(1, total - options.warmup)
+    if options.schedule == "linear":
+        return 1.0 - done
+    return 0.5 * (1.0 + math.cos(math.pi * done)) if options.schedule == "cosine" else 1.0
