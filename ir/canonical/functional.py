@@ -27,7 +27,12 @@ from graphwright.ir.graph.nodes import op_name
 
 aten = torch.ops.aten
 
-SAME_SHAPE = {"alias", "detach", "contiguous", "to", "lift_fresh", "view_as_real", "positive"}
+DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
+"""Off, they hand back the very tensor that they were given, which torch before 2.14 does not show
+on stand-ins."""
+SAME_SHAPE = {
+    "alias", "detach", "contiguous", "to", "lift_fresh", "view_as_real", "positive", *DROPOUTS,
+}  # fmt: skip
 RESHAPES = {
     "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as",
     "reshape_as",
@@ -120,6 +125,8 @@ class _Functionalizer:
         return node
 
     def _aliases(self, node: fx.Node, source: fx.Node) -> bool:
+        if op_name(node) in DROPOUTS and node.args[2] is False:
+            return True
         return bool(_storages(self.fakes.get(node)) & _storages(self.fakes.get(source)))
 
     def fresh(self, node: fx.Node, before: fx.Node) -> fx.Node:

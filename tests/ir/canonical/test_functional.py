@@ -114,6 +114,13 @@ def every_second(x: Tensor) -> Tensor:
     return y
 
 
+def behind_a_dropout_that_is_off(x: Tensor) -> Tensor:
+    y = x + 1
+    nn.functional.dropout(y, 0.5, training=False).mul_(2)
+    nn.functional.alpha_dropout(y, 0.5, training=False).add_(1)
+    return y
+
+
 def an_item_of_several_results(x: Tensor) -> Tensor:
     values, places = x.topk(2, dim=1)
     values.mul_(2)
@@ -125,6 +132,7 @@ CASES = [
     plain, read_before_and_after, through_a_slice, through_views_of_views,
     an_old_view_sees_a_later_write, a_copy_does_not, chunks, unbound, the_diagonal, an_input,
     masked, keeps_its_dtype, an_item_of_several_results, every_second,
+    behind_a_dropout_that_is_off,
 ]  # fmt: skip
 
 
