@@ -44,6 +44,7 @@ from graphwright.ir.trace.guards import Guard, guards_of
 from graphwright.ir.trace.prepare import quiet, traceable
 from graphwright.ir.trace.state import carried_over, frozen_note, state_of
 from graphwright.ir.trace.symbolic_numbers import symbolic_numbers
+from graphwright.ir.trace.untouched import same_attributes
 
 __all__ = ["Dynamic", "TraceWarning", "trace"]
 
@@ -298,7 +299,8 @@ def _run_eagerly(flat: FlatModel) -> None:
 def _export(flat: FlatModel, dynamic: Dynamic) -> torch.export.ExportedProgram:
     examples = traceable_examples(flat.inputs, dynamic)
     numbers = symbolic_numbers(flat.model) if flat.keeps_sizes else contextlib.nullcontext()
-    with quiet(), numbers:
+    # Stand-ins and counts that the traced call leaves in the model would be read by the next one.
+    with quiet(), numbers, same_attributes(flat.model):
         return torch.export.export(
             flat, tuple(examples.values()), dynamic_shapes=shapes_for_export(examples, dynamic)
         )

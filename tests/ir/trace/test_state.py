@@ -200,6 +200,33 @@ def test_a_cache_of_tables_is_no_state() -> None:
     torch.testing.assert_close(model(x), program(x))
 
 
+class Tables(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "table") or self.table.shape[0] != x.shape[0]:
+            self.table = torch.arange(x.shape[0]).float()
+        return x * self.table[:, None]
+
+
+class Calls(nn.Module):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
+@pytest.mark.filterwarnings("ignore:the model writes 'calls'")
+@pytest.mark.parametrize("kind", [Tables, Calls])
+def test_what_the_traced_call_leaves_in_attributes_is_not_read_by_the_next(
+    kind: type[nn.Module],
+) -> None:
+    program = gw.trace(kind(), (torch.randn(6, 5),), "batch")
+    assert "batch" in program.signature.dims
+    for size in (1, 6, 9):
+        x = torch.randn(size, 5)
+        torch.testing.assert_close(program(x), kind()(x))
+
+
 def test_state_in_a_list_is_named_and_cannot_be_made_explicit() -> None:
     class Remembers(nn.Module):
         def __init__(self) -> None:
