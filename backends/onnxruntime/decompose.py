@@ -13,6 +13,7 @@ from torch._decomp import global_decomposition_table
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from graphwright.ir.graph.constants import Stored, constant_nodes, constant_results
 from graphwright.ir.trace.prepare import quiet
 
 
@@ -110,15 +111,9 @@ def _without_writing(node: fx.Node) -> bool:
     return True
 
 
-def value_of_numbers(node: fx.Node) -> torch.Tensor | None:
-    """The result of a call of fixed numbers; None for any other call."""
-    fake = node.meta["val"]
-    random = isinstance(node.target, torch._ops.OpOverload) and (
-        torch.Tag.nondeterministic_seeded in node.target.tags
-    )
-    if node.all_input_nodes or random or not isinstance(fake, torch.Tensor):
+def computed_ahead(state: Stored, node: fx.Node) -> list[torch.Tensor] | None:
+    """The results of a call that depends on no input; None for any other, and for complex ones."""
+    if node not in constant_nodes(node.graph):
         return None
-    if any(isinstance(size, torch.SymInt) for size in fake.shape):
-        return None
-    value: torch.Tensor = node.target(*node.args, **node.kwargs)  # type: ignore[operator]
-    return value
+    found = constant_results(state, node)
+    return None if any(value.is_complex() for value in found) else found

@@ -12,7 +12,7 @@ from torch import fx
 
 from graphwright.backends.onnxruntime import aten
 from graphwright.backends.onnxruntime.aten.contrib import by_face
-from graphwright.backends.onnxruntime.decompose import taken_apart, value_of_numbers
+from graphwright.backends.onnxruntime.decompose import computed_ahead, taken_apart
 from graphwright.backends.onnxruntime.emitter import (
     Emitter,
     Untranslatable,
@@ -158,7 +158,8 @@ def _translate_node(e: Emitter, table: dict[Any, Any], node: fx.Node) -> None:
         try:
             result = _by_table(e, table, node)
         except Untranslatable as why:
-            result = _by_parts(e, table, node, why)
+            known = computed_ahead(e, node)
+            result = _by_parts(e, table, node, why) if known is None else _stored(e, node, known)
     e.values[node] = result
     if isinstance(fake, torch.Tensor) and fake.dtype.is_complex:
         e.place(node, result[0])
@@ -169,14 +170,17 @@ def _translate_node(e: Emitter, table: dict[Any, Any], node: fx.Node) -> None:
 
 def _by_table(e: Emitter, table: dict[Any, Any], node: fx.Node) -> Any:
     if node.target not in table:
-        constant = value_of_numbers(node)
-        if constant is not None:
-            return e.derived(node.name, constant)
         raise Untranslatable(node, "no translation")
     try:
         return table[node.target](e, node, *node.args, **node.kwargs)
     except (KeyError, TypeError, AttributeError) as error:
         raise Untranslatable(node, f"unusual arguments ({error!r})") from error
+
+
+def _stored(e: Emitter, node: fx.Node, results: list[torch.Tensor]) -> Any:
+    """The results of a node as initializers."""
+    values = [e.derived(node.name, result) for result in results]
+    return values[0] if isinstance(node.meta["val"], torch.Tensor) else values
 
 
 def _by_parts(e: Emitter, table: dict[Any, Any], node: fx.Node, why: Untranslatable) -> Any:

@@ -55,9 +55,16 @@ class Stored(Protocol):
 
 def constant_value(program: Stored, node: fx.Node) -> Tensor:
     """The value of a node that depends on no input. Detached."""
+    (value,) = constant_results(program, node)
+    return value
+
+
+def constant_results(program: Stored, node: fx.Node) -> list[Tensor]:
+    """As `constant_value`, for a node that gives one tensor or several."""
     with torch.no_grad():
-        value: Tensor = _evaluate(program, node, {})
-    return value.detach()
+        found = _evaluate(program, node, {})
+    values = found if isinstance(found, list | tuple) else [found]
+    return [value.detach() for value in values]
 
 
 def _evaluate(program: Stored, node: fx.Node, known: dict[fx.Node, Any]) -> Any:

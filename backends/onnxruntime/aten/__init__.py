@@ -17,6 +17,7 @@ def load() -> dict[Any, Callable[..., Any]]:
         choice,
         complex_numbers,
         contrib,
+        convolutions,
         copies,
         factories,
         formulas,

@@ -21,6 +21,52 @@ def embedding(e: Emitter, node: fx.Node, weight: Any, indices: Any, *_: Any, **_
     return e.op("Gather", e.values[weight], e.values[indices], axis=0)
 
 
+@translates(aten.embedding_bag.default, aten.embedding_bag.padding_idx)
+def embedding_bag(
+    e: Emitter, node: fx.Node, weight: Any, indices: Any, offsets: Any, by_frequency: bool = False,
+    mode: int = 0, sparse: bool = False, factors: Any = None, ends_too: bool = False,
+    padding: Any = None,
+) -> Any:  # fmt: skip
+    """Rows added up, averaged or at their largest (`mode`), from each offset to the next."""
+    if any(user.args[1] != 0 for user in node.users):
+        raise Untranslatable(node, "the places and sizes of its bags are read")
+    dtype, count = weight.meta["val"].dtype, offsets.meta["val"].shape[0]
+    flat, lead = e.tensor(indices, torch.int64), e.ints(0)
+    rows = e.op("Gather", e.values[weight], flat, axis=0)
+    if factors is not None:
+        rows = e.op("Mul", rows, e.op("Unsqueeze", e.values[factors], e.ints(1)))
+    # A one where each bag starts; how many of them came up to a row tells its bag.
+    starts = e.tensor(offsets, torch.int64)
+    zero, one = e.constant(0, torch.int64), e.constant(1, torch.int64)
+    marks = e.op("Expand", zero, e.shape([indices.meta["val"].shape[0] + 1]))
+    ones = e.op("Expand", one, e.op("Shape", starts))
+    marks = e.op("ScatterElements", marks, starts, ones, axis=0, reduction="add")
+    bags = e.op("Sub", e.op("CumSum", marks, zero), one)
+    bags = e.op("Slice", bags, lead, e.ints(-1), lead)
+    none = e.constant(float("-inf") if mode == 2 else 0.0, dtype)
+    counted = e.op("Expand", e.constant(1.0, dtype), e.op("Shape", flat))
+    if padding is not None:
+        pad = e.constant(padding % weight.meta["val"].shape[0], torch.int64)
+        is_pad = e.op("Equal", flat, pad)
+        rows = e.op("Where", e.op("Unsqueeze", is_pad, e.ints(1)), none, rows)
+        counted = e.op("Where", is_pad, e.constant(0.0, dtype), counted)
+    sizes = e.op("Expand", e.constant(0.0, dtype), e.op("Shape", starts))
+    sizes = e.op("ScatterElements", sizes, bags, counted, axis=0, reduction="add")
+    sizes = e.op("Unsqueeze", sizes, e.ints(1))
+    base = e.op("Expand", none, e.shape([count, weight.meta["val"].shape[1]]))
+    where = e.op("Expand", e.op("Unsqueeze", bags, e.ints(1)), e.op("Shape", rows))
+    kind = "max" if mode == 2 else "add"
+    found = e.op("ScatterElements", base, where, rows, axis=0, reduction=kind)
+    if mode == 1:
+        found = e.op("Div", found, e.op("Max", sizes, e.constant(1.0, dtype)))
+    if mode == 2:
+        is_empty = e.op("Equal", sizes, e.constant(0.0, dtype))
+        found = e.op("Where", is_empty, e.constant(0.0, dtype), found)
+    if ends_too:  # the last offset only ends the last bag
+        found = e.op("Slice", found, lead, e.ints(-1), lead)
+    return [found, None, None, None]
+
+
 @translates(aten.gather.default)
 def gather(e: Emitter, node: fx.Node, a: Any, dim: int, index: Any, **_: Any) -> Any:
     return e.op("GatherElements", e.values[a], e.tensor(index, torch.int64), axis=dim)

@@ -99,55 +99,6 @@ def outer(e: Emitter, node: fx.Node, a: Any, b: Any) -> Any:
     return e.op("Mul", e.op("Unsqueeze", e.values[a], e.ints(1)), e.values[b])
 
 
-# ---- convolutions
-
-
-def spread(value: Any, rank: int) -> list[int]:
-    """A per-axis argument given once or per axis, as a list."""
-    values = [value] if isinstance(value, int) else list(value)
-    return values * rank if len(values) == 1 else values
-
-
-@translates(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
-            aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)  # fmt: skip
-def conv(
-    e: Emitter, node: fx.Node, x: Any, weight: Any, bias: Any = None, stride: Any = 1,
-    padding: Any = 0, dilation: Any = 1, groups: int = 1,
-) -> Any:  # fmt: skip
-    rank = weight.meta["val"].dim() - 2
-    if x.meta["val"].dim() != rank + 2:
-        raise Untranslatable(node, "unbatched convolution")
-    kernel = [int(k) for k in weight.meta["val"].shape[2:]]
-    dilations = spread(dilation, rank)
-    if isinstance(padding, str):
-        total = [
-            0 if padding == "valid" else d * (k - 1) for d, k in zip(dilations, kernel, strict=True)
-        ]
-        pads = [t // 2 for t in total] + [t - t // 2 for t in total]
-    else:
-        pads = spread(padding, rank) * 2
-    return e.op(
-        "Conv", e.values[x], e.values[weight], None if bias is None else e.values[bias],
-        kernel_shape=kernel, strides=spread(stride, rank), pads=pads, dilations=dilations,
-        group=groups,
-    )  # fmt: skip
-
-
-@translates(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
-def conv_transpose(
-    e: Emitter, node: fx.Node, x: Any, weight: Any, bias: Any = None, stride: Any = 1,
-    padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
-) -> Any:  # fmt: skip
-    rank = weight.meta["val"].dim() - 2
-    return e.op(
-        "ConvTranspose", e.values[x], e.values[weight], None if bias is None else e.values[bias],
-        kernel_shape=[int(k) for k in weight.meta["val"].shape[2:]],
-        strides=spread(stride, rank), pads=spread(padding, rank) * 2,
-        output_padding=spread(output_padding, rank), dilations=spread(dilation, rank),
-        group=groups,
-    )  # fmt: skip
-
-
 # ---- norms
 
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from graphwright.backends.onnxruntime.aten.layers import spread
+from graphwright.backends.onnxruntime.aten.convolutions import spread
 from graphwright.backends.onnxruntime.aten.registry import translates
 from graphwright.backends.onnxruntime.emitter import Emitter, Untranslatable, expression, sizes_of
 

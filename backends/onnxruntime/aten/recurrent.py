@@ -1,4 +1,4 @@
-"""LSTM, GRU and plain recurrent layers, with their gates in ONNX's order."""
+"""LSTM, GRU and plain recurrent layers, with their gates in ONNX's order, and single cells."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from graphwright.backends.onnxruntime.aten.layers import transposed_weight
 from graphwright.backends.onnxruntime.aten.registry import translates
 from graphwright.backends.onnxruntime.aten.scans import Body
 from graphwright.backends.onnxruntime.emitter import Emitter, Untranslatable
+from graphwright.ir.graph.constants import constant_value, depends_on_input
 
 aten = torch.ops.aten
 GATES = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
@@ -22,9 +24,9 @@ def _reordered(e: Emitter, nodes: list[fx.Node], kind: str) -> torch.Tensor:
     """One tensor per direction, gates in ONNX's order, stacked over directions."""
     found = []
     for node in nodes:
-        if node.op != "get_attr":
-            raise Untranslatable(node, "a recurrent weight that is computed")
-        gates = e.state[str(node.target)].detach().chunk(len(GATES[kind]))
+        if depends_on_input(node):
+            raise Untranslatable(node, "a recurrent weight that is computed from an input")
+        gates = constant_value(e, node).chunk(len(GATES[kind]))
         found.append(torch.cat([gates[i] for i in GATES[kind]]))
     return torch.stack(found)
 
@@ -35,8 +37,7 @@ def _layer(
 ) -> list[ir.Value]:  # fmt: skip
     """One layer, all directions. x: (length, batch, width). Returns its outputs, joined first."""
     w, r = (_reordered(e, [d[i] for d in weights], kind) for i in (0, 1))
-    names = [str(d[0].target) for d in weights]
-    stem = "+".join(names)
+    stem = "+".join(str(d[0].target) if d[0].op == "get_attr" else d[0].name for d in weights)
     bias = None
     if len(weights[0]) == 4:
         b = torch.cat([_reordered(e, [d[i] for d in weights], kind) for i in (2, 3)], dim=1)
@@ -148,3 +149,43 @@ def rnn_tanh(e: Emitter, node: fx.Node, x: Any, state: Any, params: Any, *args: 
 @translates(aten.rnn_relu.input)
 def rnn_relu(e: Emitter, node: fx.Node, x: Any, state: Any, params: Any, *args: Any) -> Any:
     return _stack(e, node, "RNN", x, [state], (params, *args), "Relu")
+
+
+# ---- cells, which run one step: plain products, for their weights stay as they are
+
+
+def _gates(e: Emitter, given: Any, weight: Any, bias: Any) -> ir.Value:
+    """All gates of a cell, side by side."""
+    product = e.op("MatMul", e.values[given], transposed_weight(e, weight))
+    return product if bias is None else e.op("Add", product, e.values[bias])  # type: ignore[no-any-return]
+
+
+@translates(aten.lstm_cell.default)
+def lstm_cell(
+    e: Emitter, node: fx.Node, x: Any, states: Any, w: Any, r: Any, b: Any = None, c: Any = None
+) -> Any:
+    hidden, cell = states
+    gates = e.op("Add", _gates(e, x, w, b), _gates(e, hidden, r, c))
+    i, f, g, o = e.multi("Split", 4, gates, axis=-1, num_outputs=4)
+    kept = e.op("Mul", e.op("Sigmoid", f), e.values[cell])
+    new = e.op("Add", kept, e.op("Mul", e.op("Sigmoid", i), e.op("Tanh", g)))
+    return [e.op("Mul", e.op("Sigmoid", o), e.op("Tanh", new)), new]
+
+
+@translates(aten.gru_cell.default)
+def gru_cell(
+    e: Emitter, node: fx.Node, x: Any, state: Any, w: Any, r: Any, b: Any = None, c: Any = None
+) -> Any:
+    given = e.multi("Split", 3, _gates(e, x, w, b), axis=-1, num_outputs=3)
+    held = e.multi("Split", 3, _gates(e, state, r, c), axis=-1, num_outputs=3)
+    reset, update = (e.op("Sigmoid", e.op("Add", given[at], held[at])) for at in range(2))
+    new = e.op("Tanh", e.op("Add", given[2], e.op("Mul", reset, held[2])))
+    return e.op("Add", new, e.op("Mul", update, e.op("Sub", e.values[state], new)))
+
+
+@translates(aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default)
+def rnn_cell(
+    e: Emitter, node: fx.Node, x: Any, state: Any, w: Any, r: Any, b: Any = None, c: Any = None
+) -> Any:
+    kind = "Tanh" if node.target is aten.rnn_tanh_cell.default else "Relu"
+    return e.op(kind, e.op("Add", _gates(e, x, w, b), _gates(e, state, r, c)))
