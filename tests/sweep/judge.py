@@ -169,12 +169,15 @@ def expected(case: Case, at: int) -> Expected:
 class _FirstOfEqual(TorchDispatchMode):
     """Makes every sort stable, and what a sort can give is taken from it."""
 
+    supports_higher_order_operators = True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        bound = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)),
-                 **(kwargs or {})}  # fmt: skip
-        name, dim = str(func), bound.get("dim", -1)
+        name = str(func)
         if name not in ("aten.sort.default", "aten.topk.default", "aten.kthvalue.default"):
             return func(*args, **(kwargs or {}))
+        bound = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)),
+                 **(kwargs or {})}  # fmt: skip
+        dim = bound.get("dim", -1)
         largest = bound.get("descending", bound.get("largest", name == "aten.topk.default"))
         found = torch.sort(bound["self"], stable=True, dim=dim, descending=largest)
         if name == "aten.topk.default":
@@ -202,7 +205,8 @@ def _run(case: Case, inputs: tuple[Tensor, ...], double: bool = False) -> Any:
     if double:
         module = copy.deepcopy(module).double()
         torch.set_default_dtype(torch.float64)
-    with torch.no_grad(), warnings.catch_warnings():
+    plainly = torch.compiler.set_stance("force_eager")  # torch.cond compiles itself
+    with torch.no_grad(), plainly, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return module(*(t.clone() for t in inputs))
 

@@ -60,7 +60,7 @@ reductions.functions(
         "cdist of order 1": lambda x: torch.cdist(x, x.flip(2), p=1),
         "trace": lambda x: torch.trace(x[0, :, :3]) + x,
         "logdet of a sum": lambda x: torch.logdet(x @ x.mT + 9 * torch.eye(3)),
-        "inverse": lambda x: torch.linalg.inv(x @ x.mT + 9 * torch.eye(3)),
+        "inv of a matrix": lambda x: torch.linalg.inv(x @ x.mT + 9 * torch.eye(3)),
         "solve": lambda x: torch.linalg.solve(x @ x.mT + 9 * torch.eye(3), x),
         "diff": lambda x: x.diff(dim=2),
         "diff of order 2": lambda x: x.diff(2, dim=2),

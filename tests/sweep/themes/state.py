@@ -151,7 +151,6 @@ values.functions(
         ),
         "torch.equal": lambda x: x * 2 if torch.equal(x, x.flip(0)) else x,
         "assertion on values": lambda x: _asserted(x),
-        "torch.cond": lambda x: torch.cond(x.sum() > 0, lambda y: y * 2, lambda y: y - 1, (x,)),
         "try and except": lambda x: _tried(x),
         "len of nonzero": lambda x: x[: len(torch.nonzero(x[:, 0] > -9))],
     },
@@ -172,6 +171,10 @@ def _tried(x: Tensor) -> Tensor:
         return x.flatten()
 
 
+values.function(
+    "torch.cond", lambda x: torch.cond(x.sum() > 0, lambda y: y * 2, lambda y: y - 1, (x,)),
+    blames=("runs on a condition",),
+)  # fmt: skip
 values.module("the longest sequence", lambda: With(
     lambda m, x, mask: x[:, : int(mask.sum(1).max())]), x=real("n", 6, 5), mask=bools("n", 6),
     blames=("themes/",))  # fmt: skip
