@@ -1,12 +1,13 @@
 """Takes the architectures that users bring through the compiler; writes docs/conformance-users.md.
 
     make conformance-users                                 everything, in its own environment
-    python tests/conformance/run_users.py --only 'timm.*'  some of it, no page
+    python tests/conformance/run_users.py --only 'timm.*'  some of it again, in place of its rows
 
 The packages are listed in tests/conformance/users/requirements.txt.
 
 Every architecture runs in a child process with bounds on time and memory, and appends one line of
-JSON to the file of results. `--resume` goes on where a run was stopped.
+JSON to the file of results, with the commit that it ran on. `--resume` goes on where a run was
+stopped. The page is written once every architecture has a row.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import importlib.util
 import json
 import logging
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
@@ -43,17 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(names))
         return 0
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    done = {row["name"]: row for row in read(options.out) if row["name"] in users}
     if not options.resume:
-        options.out.unlink(missing_ok=True)
-    done = {row["name"]: row for row in read(options.out)}
-    missing = [name for name in names if name not in done]
-    rows = run(missing, options)
-    rows = [{**done, **rows}[name] for name in names]
-    if not options.only:
+        done = {name: row for name, row in done.items() if name not in names}
+        options.out.write_text("".join(json.dumps(row) + "\n" for row in done.values()))
+    done |= run([name for name in names if name not in done], options)
+    if len(done) == len(users):
         from conformance.users.page import render
 
-        PAGE.write_text(render(rows))
+        PAGE.write_text(render([done[name] for name in users]))
         print(f"wrote {PAGE.relative_to(ROOT)}")
+    rows = [done[name] for name in names]
     failed = [row["name"] for row in rows if _failing(row)]
     print(f"{len(rows) - len(failed)} of {len(rows)} architectures have no failing cell")
     return 1 if failed else 0
@@ -99,12 +101,19 @@ def run(names: list[str], options: argparse.Namespace) -> dict[str, dict[str, An
 
     rows: dict[str, dict[str, Any]] = {}
     limits = Limits(options.seconds, options.memory, options.jobs)
+    commit = _commit()
     for row in each_in_a_child(names, _examine, limits, complete):
-        rows[row["name"]] = row
+        rows[row["name"]] = row = {**row, "commit": commit}
         with options.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(_line(row), flush=True)
     return rows
+
+
+def _commit() -> str:
+    """Returns the short name of the source's commit; empty outside a git checkout."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _examine(name: str, send: Any) -> None:
