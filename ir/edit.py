@@ -19,6 +19,17 @@ KEPT_META = ("nn_module_stack",)
 """Metadata a replacement inherits from the node it stands for."""
 
 
+def _copied(fact: Any) -> Any:
+    """A deep copy; faster than `copy.deepcopy` on long lists of numbers, which facts often are."""
+    if isinstance(fact, (str, int, float, type(None))):
+        return fact
+    if type(fact) is dict:
+        return {key: _copied(value) for key, value in fact.items()}
+    if type(fact) is list:
+        return [_copied(value) for value in fact]
+    return copy.deepcopy(fact)
+
+
 class Editor:
     """Edits a copy of a program's graph and state.
 
@@ -34,7 +45,7 @@ class Editor:
         self.graph = copy_graph(program.graph)
         self.state: dict[str, torch.Tensor] = dict(program.state)
         self.fake_mode = fake_mode_of(self.graph)
-        self.facts: dict[str, Any] = copy.deepcopy(dict(program.facts))
+        self.facts: dict[str, Any] = _copied(dict(program.facts))
         self.changed = False
         self._stale = False
 

@@ -74,7 +74,7 @@ def _options() -> argparse.ArgumentParser:
 
 
 def _imported() -> dict[str, Any]:
-    """Returns the catalog; what is heavy is imported once, before the first fork."""
+    """Returns the catalog; packages that most architectures need are imported before any fork."""
     import onnxruntime  # noqa: F401
     import torch
     from conformance.users import catalog, columns  # noqa: F401
@@ -86,6 +86,18 @@ def _imported() -> dict[str, Any]:
             importlib.import_module(package)
     torch.set_num_threads(1)
     return catalog.load()
+
+
+def _warm_up() -> None:
+    """Compiles a small network, so that the compiler is imported once and not in every child."""
+    from conformance.users.columns import examine
+    from conformance.zoo import Architecture, floats
+    from torch import nn
+
+    norms = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 4))
+    fields = {"input": floats("batch", 3, 8, 8)}
+    row = examine(Architecture("warm", "warm", lambda: norms, fields, ()))
+    assert all(cell.state == "ok" for cell in row.cells.values()), row.cells
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -100,6 +112,8 @@ def run(names: list[str], options: argparse.Namespace) -> dict[str, dict[str, An
     from conformance.children import Limits, each_in_a_child
 
     rows: dict[str, dict[str, Any]] = {}
+    if names:
+        _warm_up()
     limits = Limits(options.seconds, options.memory, options.jobs)
     commit = _commit()
     for row in each_in_a_child(names, _examine, limits, complete):
