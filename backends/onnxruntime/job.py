@@ -93,16 +93,18 @@ class Job:
         """
         made = Attempt(self.source, {})
         with torch.no_grad():
+            editor = Editor(made.program, by="lower")
             for step in steps:
-                self._apply(step, made)
+                editor = self._apply(step, made, editor)
             model = self._translate(made)
             self._check_size(model)
             self._check(model, made)
             self._raise_level(model, made)
         return made
 
-    def _apply(self, step: Step, made: Attempt) -> None:
-        editor = Editor(made.program, by=f"lower.{step.name}")
+    def _apply(self, step: Step, made: Attempt, editor: Editor) -> Editor:
+        """Applies a step; returns the editor for the next one: the same while nothing changed."""
+        editor.by = f"lower.{step.name}"
         try:
             count = step(editor, self.options)
             program = editor.finish(propagate=False)
@@ -111,6 +113,7 @@ class Job:
         if count:
             made.program = program
             made.applied[step.name] = made.applied.get(step.name, 0) + count
+        return Editor(made.program, by="lower") if editor.changed else editor
 
     def _translate(self, made: Attempt) -> ir.Model:
         """The model, and in `made.values` the results of the nodes that the checks look at."""
