@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from conformance.users.page import render
 
         PAGE.write_text(render([done[name] for name in users]))
-        print(f"wrote {PAGE.relative_to(ROOT)}")
+        print(f"wrote {PAGE}")
     rows = [done[name] for name in names]
     failed = [row["name"] for row in rows if _failing(row)]
     print(f"{len(rows) - len(failed)} of {len(rows)} architectures have no failing cell")

@@ -62,10 +62,11 @@ def entry(model: type[nn.Module]) -> Architecture:
 
 
 @pytest.fixture
-def users(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Architecture]]:
+def users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, Architecture]]:
     listed = {m.__name__: entry(m) for m in (Small, Missing)}
     monkeypatch.setattr(catalog, "USERS", listed)
     monkeypatch.setattr(run_users, "_imported", lambda: listed)
+    monkeypatch.setattr(run_users, "PAGE", tmp_path / "page.md")
     return listed
 
 
@@ -172,6 +173,21 @@ def test_a_run_goes_on_where_it_was_stopped(
     assert second["name"] == "Missing"
     assert second["cells"]["trace"]["state"] == "n/a"
     assert "1 of 2 architectures have no failing cell" in capsys.readouterr().out
+    assert "- **Small**: trace: an earlier run" in run_users.PAGE.read_text()
+
+
+def test_rows_that_are_named_are_run_again_in_place_of_their_old_ones(
+    users: dict[str, Architecture], tmp_path: Path
+) -> None:
+    out = tmp_path / "rows.jsonl"
+    old = [run_users.complete(name, None, "an earlier run") for name in users]
+    out.write_text("".join(json.dumps(row) + "\n" for row in old))
+    assert run_users.main(["--only", "Small", "--out", str(out)]) == 0
+    kept, new = run_users.read(out)
+    assert kept == old[1]
+    assert new["name"] == "Small"
+    assert {cell["state"] for cell in new["cells"].values()} == {"ok"}
+    assert new["commit"] == run_users._commit()
 
 
 def test_the_page_says_why_a_cell_is_not_ok() -> None:
