@@ -15,7 +15,7 @@ USERS_NEED := tests/conformance/users/requirements
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install demo test lint bench docs loading conformance conformance-users clean
+.PHONY: help install demo test lint bench docs loading conformance conformance-users sweep clean
 
 help:
 	@echo "make demo         compile a pretrained sentence encoder to int8 and compare it with the original"
@@ -26,6 +26,7 @@ help:
 	@echo "make loading      regenerate the tables of docs/loading.md"
 	@echo "make conformance  regenerate docs/conformance.md"
 	@echo "make conformance-users  regenerate docs/conformance-users.md, in an environment of its own"
+	@echo "make sweep        take hundreds of small modules at six sizes through the compiler (docs/sweep.md)"
 	@echo "make install      make .venv with everything the other targets need"
 	@echo "make clean        remove build output and caches (not .venv)"
 
@@ -63,6 +64,9 @@ loading: $(STAMP)
 
 conformance: $(STAMP)
 	$(BIN)/python tests/conformance/run.py
+
+sweep: $(STAMP)
+	$(BIN)/python tests/sweep/run.py
 
 conformance-users: $(USERS)/installed
 	$(USERS)/bin/python tests/conformance/run_users.py --resume

@@ -16,10 +16,14 @@ from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.files.torchscript import ScriptedModule
 from graphwright.ir.signature import flatten, leaf_names, rebuild
 from graphwright.ir.trace.assigned_data import assigned_data
+from graphwright.ir.trace.free_sizes import KeepSizesFree
 from graphwright.ir.trace.inactive_dropout import KeepInputsApart
 from graphwright.ir.trace.known_values import KnownValues
 from graphwright.ir.trace.state import State, put
 from graphwright.ir.trace.untouched import untouched
+
+EXPORTING = (KnownValues, KeepInputsApart, KeepSizesFree)
+"""Modes in which a model runs while it is exported."""
 
 POSITIONAL = "*"
 """Key of arguments that have no name, as those of `forward(*inputs)`."""
@@ -118,7 +122,7 @@ class FlatModel(nn.Module):
         leaves: list[torch.Tensor] = []
         record = _Record()
         with ExitStack() as stack:
-            for mode in (KnownValues, KeepInputsApart) if torch.compiler.is_exporting() else ():
+            for mode in EXPORTING if torch.compiler.is_exporting() else ():
                 stack.enter_context(mode())
             stack.enter_context(assigned_data(self.model))
             output = self.model(*positional, **arguments)

@@ -14,7 +14,9 @@ from graphwright.ir.errors import ModelError
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _LIBRARY = os.path.dirname(os.path.abspath(traceback.__file__)) + os.sep + "contextlib"
 _OWN = os.path.dirname(os.path.abspath(__file__)) + os.sep
-_WITHIN = tuple(_OWN + f for f in ("inactive_dropout.py", "known_values.py", "prepare.py"))
+_WITHIN = tuple(
+    _OWN + f for f in ("free_sizes.py", "inactive_dropout.py", "known_values.py", "prepare.py")
+)
 """Ours, and called by the model's code as it runs."""
 
 REMEDIES = (
