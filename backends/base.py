@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from pydantic import ValidationError
 
 from graphwright.ir.context import Context
@@ -48,6 +49,10 @@ class Compiled:
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Runs it: torch tensors in, the model's own output structure out."""
         raise TypeError(f"{type(self).__name__} cannot be called")
+
+    def run_flat(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Flat outputs for one tensor per input, unchecked."""
+        raise TypeError(f"{type(self).__name__} cannot be run")
 
     def save(self, folder: str | Path) -> Artifact:
         """Writes the artifact into `folder` and says what was written."""

@@ -14,6 +14,7 @@ from graphwright.ir.action import Action
 from graphwright.ir.check.promise import EXACT, Promise
 from graphwright.ir.context import Batch, Context
 from graphwright.ir.errors import ArgumentError, ContractError
+from graphwright.ir.graph.writes import Writes
 from graphwright.ir.options import Options
 from graphwright.ir.program import Program, Provenance
 from graphwright.passes.registry import all_passes, find_pass, register
@@ -23,6 +24,9 @@ Need = Literal["nothing", "calibration", "gradients", "training"]
 Effect = Literal["kept", "reformed", "compressed", "trained"]
 """The effect on weights: the same values; new originals (norms folded, factors moved, channels
 cut); approximations of what they were; values found by training."""
+
+MOST_NAMED = 4
+"""Tensors that a message names."""
 
 OptionsT = TypeVar("OptionsT", bound=Options, default=Options)
 
@@ -133,8 +137,8 @@ class Pass(Generic[OptionsT]):
     ) -> Program:
         """Runs the pass, checks its contract, and records it.
 
-        The programs before and after are compared on the example inputs, and on random inputs
-        at another size of every dynamic dimension.
+        The programs before and after are compared on the example inputs, and on random ones: a
+        single sample, and far more.
 
         Args:
             program: left as it is.
@@ -160,24 +164,39 @@ class Pass(Generic[OptionsT]):
             from graphwright.ir.check.verify import check_contract
             from graphwright.ir.data.synthetic import other_size_inputs
 
-            other = other_size_inputs(program, seed)
-            check_contract(program, result.program, self.promise(), other=other)
+            others = other_size_inputs(program, seed)
+            check_contract(program, result.program, self.promise(), others=others)
         return result.program
 
     def execute(self, program: Program, context: Context) -> Result:
-        """Runs the pass and adds its provenance; no check of the contract."""
+        """Runs the pass and adds its provenance; no check of the contract by numbers.
+
+        Raises:
+            ContractError: the pass wrote into a tensor that it was given, or changed inputs,
+                outputs, free sizes or examples without declaring it.
+            ArgumentError: it needs calibration or training data and got none.
+        """
         if self.needed != "nothing":
             source = "training" if self.needed == "training" else "calibration"
             context.require(source, f"{self.id} needs {source} data")
+        writes = Writes(p for p in (program, context.teacher, context.uncompressed) if p)
         result = (
             self._run_on_stored(program, context)
             if self.stores_weights
             else self.run(program, context)
         )
-        if not self.changes_interface:
-            _same_interface(self.id, program, result.program)
+        from graphwright.ir.check.interface import check_interface
         from graphwright.ir.graph.digest import digest
 
+        written = writes.found()
+        if written:
+            raise ContractError(
+                f"{self.id} wrote into {', '.join(written[:MOST_NAMED])} of the program that it "
+                "was given",
+                fix="A pass makes new tensors (`Editor.set_state`), for others share these.",
+            )
+        if not self.changes_interface:
+            check_interface(program, result.program, self.id)
         record = Provenance(
             self.id, self.resolved_options(), context.seed, self.contract, digest(program)
         )
@@ -206,7 +225,7 @@ class Pass(Generic[OptionsT]):
     def promise(self) -> Promise:
         """The promise of this pass, with these options, about its effect on the function."""
         bound = getattr(self.options, "max_error", None)
-        return Promise(self.id, self.contract, self.tolerance, bound)
+        return Promise(self.id, self.contract, self.tolerance, bound, self.changes_interface)
 
     @property
     def needed(self) -> Need:
@@ -223,18 +242,6 @@ class Pass(Generic[OptionsT]):
     def __repr__(self) -> str:
         given = ", ".join(f"{k}={v!r}" for k, v in self.options.model_dump().items())
         return f"{type(self).__name__}({given})"
-
-
-def _same_interface(name: str, before: Program, after: Program) -> None:
-    """Raises ContractError where inputs, outputs or free dimensions are others than before."""
-    old, new = before.signature, after.signature
-    for part in ("inputs", "outputs", "structure", "dims"):
-        if getattr(old, part) != getattr(new, part):
-            raise ContractError(
-                f"{name} changed the {part} of the program, and does not declare it",
-                fix="Declare `changes_interface = True` in the pass if that is meant.",
-                details=(f"before: {getattr(old, part)}", f"after: {getattr(new, part)}"),
-            )
 
 
 def _readable(name: str, error: ValidationError) -> str:

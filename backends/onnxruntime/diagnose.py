@@ -107,7 +107,7 @@ def _first(
         if isinstance(value, Tensor) and got is not None:
             if got.shape != value.shape:
                 return node
-            near = compare(value, got).relative <= bound
+            near = compare(value, got).within(bound)
             if not near and not is_as_near(reference, value, got, roundoff(program)):
                 return node
         for walk in (own, exact):

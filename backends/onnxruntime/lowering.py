@@ -40,7 +40,7 @@ class Lowering(Backend):
         return load(file) if file.suffix == ".onnx" and file.is_file() else None
 
     def lower(self, program: Program, context: Context) -> OnnxCompiled:
-        """The program as an ONNX model, compared to it at two sizes of every dynamic dimension.
+        """The program as an ONNX model, compared to it at three sizes of every dynamic dimension.
 
         A step that makes a model which does not load, or computes something else, is left out
         and named in the notes.

@@ -58,6 +58,12 @@ class FusedModule(nn.Module, Compiled):
             flat = self.program.bind(*inputs, **named)
         return rebuild(signature.structure, self.body(*flat))
 
+    @torch.no_grad()
+    def run_flat(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Flat outputs for one tensor per input, unchecked and without gradients."""
+        found: tuple[torch.Tensor, ...] = self.body(*inputs)
+        return found
+
     def save(self, folder: str | Path) -> Artifact:
         """Writes `program.pt2` into `folder`; `load` or `graphwright.load` reads it back."""
         path = Path(folder)

@@ -21,7 +21,7 @@ class Options(BaseOptions):
 
 
 class Lowering(Backend):
-    """Fuses a program, checks it at two sizes of its dynamic dimensions, wraps it as a module."""
+    """Fuses a program, checks it at three sizes of its dynamic dimensions, wraps it as a module."""
 
     name = "triton"
     summary = "PyTorch with fused ops: Triton kernels on a GPU, eager on a CPU."
@@ -35,9 +35,9 @@ class Lowering(Backend):
             LoweringError: the fused program computes something else; names the first node.
         """
         fused = fuse(program)
-        other = other_size_inputs(program, context.seed)
+        others = other_size_inputs(program, context.seed)
         try:
-            check_contract(program, fused, Promise(BY, "exact"), other=other)
+            check_contract(program, fused, Promise(BY, "exact"), others=others)
         except ContractError as error:
             raise LoweringError(error.message, details=error.details) from error
         return FusedModule(fused).to(context.device)

@@ -95,19 +95,17 @@ def _data_digest(run: Run, section: CalibrationSection | None) -> str:
 
 
 def _checker(run: Run, program: Program, calibration: Batches | None) -> Checker:
-    """Measures on real inputs where there are any; checks at another size in any case."""
+    """Measures on real inputs where there are any; checks at other sizes in any case."""
     from graphwright.ir.check.verify import Checker
     from graphwright.ir.data.synthetic import other_size_inputs
 
     batches: list[Any] = list(itertools.islice(calibration or (), CHECK_BATCHES))
     if not program.signature.dims:
         return Checker(program, batches)
-    other = other_size_inputs(program, run.spec.seed)
-    if other is None and not any(_is_of_another_size(program, batch) for batch in batches):
+    others = other_size_inputs(program, run.spec.seed)
+    if not others and not any(_is_of_another_size(program, batch) for batch in batches):
         run.warn("passes were checked at the example sizes only")
-    if batches or other is None:
-        return Checker(program, batches, other)
-    return Checker(program, [other])
+    return Checker(program, batches or others, others if batches else ())
 
 
 def _is_of_another_size(program: Program, batch: Any) -> bool:

@@ -53,13 +53,15 @@ class Evaluation:
         return self.before - self.after if self.higher_is_better else self.after - self.before
 
     def to_json(self) -> dict[str, Any]:
-        """The report's `evaluation`; a figure that is not finite is None."""
+        """The report's `evaluation`; a figure that is not finite is None, and `exact` says whether
+        it is the infinite `snr_db` of equal outputs."""
         return {
             "metric": self.metric,
             "before": _finite(self.before),
             "after": _finite(self.after),
             "drop": _finite(self.drop),
             "higher_is_better": self.higher_is_better,
+            "exact": self.after == math.inf,
             "samples": self.samples,
             "what": self.what,
         }
@@ -80,9 +82,11 @@ def evaluate(
         cosine: mean over samples of the cosine between the original's and the result's vector.
             The vector is the first floating-point output, flattened; an output of shape (batch,
             length, width) beside an `attention_mask` input is averaged over the tokens the mask
-            keeps, as sentence encoders do.
+            keeps, as sentence encoders do. Samples of which the original makes no finite vector
+            do not count; one that only the result fails at counts as 0.
         snr_db: 10 log10(||a||² / ||a - b||²) over all floating-point outputs.
-        accuracy: share of labels that the largest logit names; labels of -100 do not count.
+        accuracy: share of labels that the largest logit names; labels of -100 do not count, and
+            logits with NaN, or without a finite one, name nothing.
         perplexity: exp of the mean cross entropy of each next token; the labels are the token
             ids, in the place of the token they are (`input_ids`, where there are no labels).
         module:function: `function(outputs, batch) -> float`, averaged over samples; `batch` holds
@@ -90,17 +94,27 @@ def evaluate(
             False` turns its direction.
 
     Raises:
-        ArgumentError: the metric needs labels that the data lacks, or has no output to work on.
+        ArgumentError: the metric needs labels that the data lacks, has no output to work on, or
+            the original gives no finite value on any of the data.
     """
     import torch
 
+    from graphwright.ir.check.fidelity import has_finite
+
     measure = _meter(metric, data, Path(root))
-    batches = len(data)
+    batches, has_values = len(data), False
     with torch.inference_mode():
         for index, (inputs, labels) in enumerate(data.labelled()):
             if progress is not None:
                 progress(metric, index, batches)
-            measure.add(original(**inputs), result(**inputs), inputs, labels)
+            before = original(**inputs)
+            has_values = has_values or has_finite(before)
+            measure.add(before, result(**inputs), inputs, labels)
+    if not has_values:
+        raise ArgumentError(
+            f"the model gives no finite value on any of the data, so that {metric} says nothing",
+            where=data.source,
+        )
     return measure.finish()
 
 
@@ -150,7 +164,9 @@ class _Meter:
         raise TypeError(f"{type(self).__name__} scores nothing")
 
     def values(self) -> tuple[float, float]:
-        """(before, after) over everything added."""
+        """(before, after) over everything added; NaN where no sample counts."""
+        if not self.samples:
+            return math.nan, math.nan
         return self.before / self.samples, self.after / self.samples
 
     def finish(self) -> Evaluation:
@@ -169,6 +185,9 @@ class _Cosine(_Meter):
     ) -> None:
         (path, a), (_, b) = _main_output(before), _main_output(after)
         a, b = self._vectors(path, a, inputs), self._vectors(path, b, inputs)
+        counts = a.isfinite().all(1)
+        a, b = a[counts], b[counts]
+        b = b.where(b.isfinite().all(1)[:, None], b.new_zeros(()))  # no direction at all
         self.samples += len(a)
         norms = a.norm(dim=1) * b.norm(dim=1)
         cosines = (a * b).sum(1) / norms.where(norms > 0, norms.new_ones(()))
@@ -236,7 +255,8 @@ class _Accuracy(_Meter):
                 f"{tuple(logits.shape)}: accuracy takes one class index per prediction"
             )
         self.what = f"largest value of {path} against the labels"
-        return float((logits.argmax(-1).cpu() == labels.cpu()).sum())
+        names_one = logits.isfinite().any(-1) & ~logits.isnan().any(-1)
+        return float(((logits.argmax(-1).cpu() == labels.cpu()) & names_one.cpu()).sum())
 
     def values(self) -> tuple[float, float]:
         if not self.counted:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphwright.ir.errors import RequirementError
+from graphwright.ir.errors import LoweringError, RequirementError
 from graphwright.job.chain import run_chain
 from graphwright.job.environment import deterministic, environment
 from graphwright.job.left import left_as_they_are
@@ -24,6 +24,7 @@ from graphwright.job.run import JobSettings, Run
 if TYPE_CHECKING:
     from graphwright.backends.base import Compiled
     from graphwright.ir.check.fidelity import Fidelity
+    from graphwright.ir.check.verify import Checker
     from graphwright.ir.data.batches import Batches
     from graphwright.ir.files import LoadedModel
     from graphwright.ir.files.exports import Export
@@ -97,11 +98,13 @@ class _Job:
         staging = self.run.place.fresh_staging()
         exported = self._export(exports, program, staging, loaded)
         compiled = self._lower(program)
-        artifacts = self._save(program, compiled, staging) + exported
+        artifacts = self._save(program, compiled, staging)
+        fidelity = self._fidelity(checker, compiled, artifacts)
+        artifacts += exported
         evaluation = self._evaluate(original, program, compiled, held_out)
         latency = self._latency(original, loaded, compiled)
         report = self._report(
-            loaded, original, program, records, checker.total(), compiled, artifacts,
+            loaded, original, program, records, fidelity, compiled, artifacts,
             evaluation, latency,
         )  # fmt: skip
         self._write(report, program, staging, loaded)
@@ -188,6 +191,24 @@ class _Job:
             size = (staging / "program.pt2").stat().st_size
             rows.append({"backend": "program", "path": "program.pt2", "file_bytes": size})
         return rows
+
+    def _fidelity(
+        self, checker: Checker, compiled: dict[str, Compiled], artifacts: list[dict[str, Any]]
+    ) -> Fidelity:
+        """Distance from the original of what is handed over, noted at every artifact.
+
+        Passes and lowering lose together: of several artifacts, the one furthest away.
+        """
+        if not compiled:
+            found = {"program": checker.total()}
+        else:
+            found = {name: checker.total(lowered.run_flat) for name, lowered in compiled.items()}
+        for row in artifacts:
+            row["fidelity"] = found[row["backend"]].as_dict()
+        for name, error in found.items():
+            if error.broken:
+                raise LoweringError(f"{name}: {'; '.join(error.notes)}")
+        return max(found.values(), key=lambda error: 0.0 if error.blank else error.relative)
 
     def _exports(self, program: Program) -> list[Export]:
         """The formats to write, looked at before the passes run."""

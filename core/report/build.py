@@ -44,7 +44,8 @@ def build_report(
     """Contents of `report.json`: see `graphwright.report.model.Report`.
 
     Counts parameters, bytes and multiply-accumulates of both programs, and measures the error at
-    every layer they share on the example inputs. Fidelity is that of the program after all passes.
+    every layer they share on the example inputs. Fidelity is that of what is handed over: of the
+    artifact that is furthest from the original, or of the program where nothing is lowered.
     """
     from graphwright.ir.graph.cost import cost
 
@@ -210,18 +211,19 @@ def print_summary(
 
 def summary_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
     """(what, figure) of a run: weights, fidelity, evaluation, latency, warnings."""
-    from graphwright.report.charts import count_text, error_text, figure_text, size_text
+    from graphwright.report.charts import count_text, metric_text, size_text
 
     before, after = report["model"], report["result"]
     weights = f"{size_text(before['weight_bytes'])} -> {size_text(after['weight_bytes'])}"
     parameters = f"{count_text(before['parameters'])} -> {count_text(after['parameters'])}"
     lines = [
         ("weights", f"{weights}, parameters {parameters}"),
-        ("fidelity", error_text(report["fidelity"])),
+        *_fidelity_lines(report),
     ]
     if report["evaluation"]:
         row = report["evaluation"]
-        shown = ["exact" if row[k] is None else figure_text(row[k]) for k in ("before", "after")]
+        exact = {"before": row["metric"] == "snr_db", "after": row.get("exact", False)}
+        shown = [metric_text(row[k], exact=exact[k]) for k in ("before", "after")]
         lines.append((row["metric"].rpartition(":")[2][:10], f"{shown[0]} -> {shown[1]}"))
     for row in report["latency"]:
         text = (
@@ -235,6 +237,16 @@ def summary_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
         state = "met" if row["met"] else "MISSED"
         lines.append(("require", f"{row['name']} {row['bound']:g}: {measured}, {state}"))
     return lines
+
+
+def _fidelity_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """One line, or one for each artifact where there are several."""
+    from graphwright.report.charts import error_text
+
+    rows = [row for row in report["result"]["artifacts"] if row.get("fidelity")]
+    if len(rows) < 2:
+        return [("fidelity", error_text(report["fidelity"]))]
+    return [("fidelity", f"{error_text(row['fidelity'])} ({row['backend']})") for row in rows]
 
 
 def changed_layers(row: dict[str, Any]) -> int:

@@ -37,14 +37,21 @@ def time_text(seconds: float | None) -> str:
 
 
 def error_text(error: dict[str, Any]) -> str:
-    """An error in one line: `none`, `relative 0.0031, cosine 0.9999952`, `broken`."""
+    """An error in one line: `none`, `relative 0.0031, cosine 0.9999952`, `not comparable`."""
     if error["max_abs"] == 0:
         return "none"
     if error["relative"] is None:
-        return "broken"
+        return "not comparable"
     cosine = error["cosine"]
     tail = "" if cosine is None else f", cosine {figure_text(cosine)}"
     return f"relative {error['relative']:.2g}{tail}"
+
+
+def metric_text(value: float | None, *, exact: bool) -> str:
+    """A metric; one that is no number is said to be exact only where it is known to be."""
+    if value is None:
+        return "exact" if exact else "not finite"
+    return figure_text(value)
 
 
 def figure_text(value: float | None) -> str:

@@ -54,6 +54,8 @@ class ArtifactPart(_Part):
     backend: str
     path: str
     file_bytes: int
+    fidelity: Figures | None = None
+    """Distance of its outputs from the original model's; None for a checkpoint."""
 
 
 class ResultPart(_Part):

@@ -12,6 +12,7 @@ from graphwright.report.charts import (
     figure_text,
     log_axis,
     log_share,
+    metric_text,
     share,
     size_text,
     time_text,
@@ -91,13 +92,13 @@ def tiles(report: dict[str, Any]) -> list[dict[str, str]]:
     if error["max_abs"] == 0:
         value, detail = "exact", "outputs equal the original's"
     else:
-        value = "broken" if error["cosine"] is None else figure_text(error["cosine"])
+        value = "none" if error["cosine"] is None else figure_text(error["cosine"])
         detail = f"cosine of all output values; {error_text(error).split(',')[0]}"
     found.append({"title": "Fidelity", "value": value, "detail": detail})
     if report["evaluation"]:
         row = report["evaluation"]
         start = "none" if row["before"] is None else figure_text(row["before"])
-        end = "exact" if row["after"] is None else figure_text(row["after"])
+        end = metric_text(row["after"], exact=row.get("exact", False))
         name = row["metric"].rpartition(":")[2].capitalize()
         found.append({"title": name, "value": end, "detail": f"from {start}"})
     return found

@@ -71,7 +71,7 @@ def first_difference(
         if node.name not in actual or name not in reference:
             continue
         error = compare(reference[name], actual[node.name])
-        if error.broken or error.relative > bound:
+        if not error.within(bound):
             return difference(_newest(node, reference), error, bound)
     return None
 

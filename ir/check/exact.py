@@ -7,7 +7,8 @@ one's value: what the next stretch loses is then its own, and never the sum over
 
 Equal means: within the pass's tolerance (1e-9). A stretch for which the pass stored new tensors
 is allowed more, since these were rounded: a small multiple of what the earlier program itself
-loses in its own precision on the very same stretch, from the very same values.
+loses in its own precision on the very same stretch, from the very same values. Every slice of a
+value is judged as well as the whole: a small part that is wrong must not hide beside a large one.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, fx
 
 from graphwright.ir.check.fidelity import Fidelity, compare, leaves
 from graphwright.ir.check.precision import Walk, own_precision, roundoff
+from graphwright.ir.check.slices import FAR, is_astray, slice_errors
 from graphwright.ir.graph.aliasing import unstable_nodes
 from graphwright.ir.program import Program
 
@@ -41,12 +43,14 @@ class Disagreement:
             is in one of them. Empty where the node itself is all that there is.
         error: distance from the earlier program's value, in float64.
         allowed: the relative error that rounding explains.
+        worst: the relative error of the value, or of a slice of it where that is what is wrong.
     """
 
     node: fx.Node
     rewritten: tuple[fx.Node, ...]
     error: Fidelity
     allowed: float
+    worst: float
 
 
 def disagreements(
@@ -153,14 +157,27 @@ class _SideBySide:
         if _equal(expected, got):
             return None
         error = compare(expected, got)
+        if error.blank:
+            return None
         loss = compare(expected, lost).relative
         # What float64 itself loses, by what the shorter type does.
         allowed = max(self.tolerance, SMALL_MULTIPLE * loss * 2**-52 / self.unit)
         if node in self.rounded:
             allowed = max(allowed, SMALL_MULTIPLE * max(loss, self.unit / 2))
-        if error.broken or not error.relative <= allowed:
-            return Disagreement(node, self._rewritten(node), error, allowed)
+        if not error.within(allowed):
+            return Disagreement(node, self._rewritten(node), error, allowed, error.relative)
+        if self._has_astray(node, expected, got, lost):
+            worst = float(slice_errors(expected, got).max())
+            return Disagreement(node, self._rewritten(node), error, allowed, worst)
         return None
+
+    def _has_astray(self, node: fx.Node, expected: Any, got: Any, lost: Any) -> bool:
+        """Whether a part of a value is wrong that is too small to show in the whole of it."""
+        if node in self.rounded:
+            return is_astray(expected, lost, got, FAR * self.unit)
+        losses = FAR * 2**-52 / self.unit * slice_errors(expected, lost)
+        allowed = torch.clamp(losses, min=self.tolerance)
+        return bool((slice_errors(expected, got) > allowed).any())
 
     def _rewritten(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """Nodes of the pass's own that lead to `node`, the nearest first."""

@@ -19,13 +19,15 @@ class Fidelity:
 
     All values of all outputs (and all merged batches) count as one long vector. Positions where
     both hold the same infinity, or both NaN, agree and are left out (a causal mask's -inf); any
-    other non-finite value is `broken`, and makes every figure say so.
+    other non-finite value is `broken`, and makes every figure say so. Where nothing is left to
+    compare, the comparison is `blank`: no figure has a value, and none of them says "equal".
 
     Attributes:
         max_abs: largest |a - b|, in the outputs' own unit; inf when something is broken.
         reference_energy: sum of a². candidate_energy: sum of b². error_energy: sum of (a - b)².
         dot: sum of a * b.
-        elements: values compared.
+        elements: pairs of finite values compared.
+        skipped: positions where both hold the same value that is not finite.
         broken: values that are not finite on one side only, or outputs that cannot be compared.
         worst: path of the output that holds `max_abs`, as `logits` or `0.1`.
         notes: what a reader must know to trust the figures, in words.
@@ -37,23 +39,46 @@ class Fidelity:
     error_energy: float = 0.0
     dot: float = 0.0
     elements: int = 0
+    skipped: int = 0
     broken: int = 0
     worst: str = ""
     notes: tuple[str, ...] = ()
 
     @property
+    def blank(self) -> bool:
+        """No finite value was compared, and nothing contradicts: there is no figure to give."""
+        return self.elements == 0 and not self.broken
+
+    @property
+    def wiped(self) -> bool:
+        """The candidate is all zeros, and the reference is not."""
+        return self.candidate_energy == 0.0 < self.reference_energy
+
+    def within(self, bound: float) -> bool:
+        """Whether nothing that was compared is further apart than `bound`, relative.
+
+        True of a blank comparison, which contradicts nothing: whoever needs more than that asks
+        for `blank` as well.
+        """
+        return not self.broken and (self.blank or self.relative <= bound)
+
+    @property
     def relative(self) -> float:
-        """||a - b|| / ||a||. 0 when both are all zero; inf when only the reference is."""
+        """||a - b|| / ||a||. 0 when both are all zero; inf when only the reference is; NaN when
+        blank."""
         if self.broken:
             return math.inf
+        if self.blank:
+            return math.nan
         if self.reference_energy == 0.0:
             return 0.0 if self.error_energy == 0.0 else math.inf
         return math.sqrt(self.error_energy / self.reference_energy)
 
     @property
     def cosine(self) -> float:
-        """a.b / (||a|| ||b||). 1 when both are all zero; 0 when one is; NaN when broken."""
-        if self.broken:
+        """a.b / (||a|| ||b||). 1 when both are all zero; 0 when one is; NaN when broken or
+        blank."""
+        if self.broken or self.blank:
             return math.nan
         if self.error_energy == 0.0:
             return 1.0
@@ -62,9 +87,12 @@ class Fidelity:
 
     @property
     def snr_db(self) -> float:
-        """10 log10(||a||² / ||a - b||²), in dB. inf when equal; -inf for a zero reference."""
+        """10 log10(||a||² / ||a - b||²), in dB. inf when equal; -inf for a zero reference; NaN when
+        blank."""
         if self.broken:
             return -math.inf
+        if self.blank:
+            return math.nan
         if self.error_energy == 0.0:
             return math.inf
         if self.reference_energy == 0.0:
@@ -77,12 +105,12 @@ class Fidelity:
         return self.broken == 0 and self.elements > 0 and self.max_abs == 0.0
 
     def as_dict(self) -> dict[str, float | None]:
-        """The four figures for JSON; one that is not finite is None.
+        """The four figures for JSON; one that is not finite is None, and all are when blank.
 
         `snr_db: None` means no error at all when `max_abs` is 0, and beyond repair otherwise.
         """
         figures = {
-            "max_abs": self.max_abs,
+            "max_abs": math.nan if self.blank else self.max_abs,
             "relative": self.relative,
             "cosine": self.cosine,
             "snr_db": self.snr_db,
@@ -90,6 +118,8 @@ class Fidelity:
         return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
     def __str__(self) -> str:
+        if self.blank:
+            return "; ".join(self.notes) or _NOTHING
         figures = f"max |a-b| {self.max_abs:.3g}, relative {self.relative:.3g}"
         if self.broken:
             return f"{figures} ({'; '.join(self.notes)})"
@@ -122,6 +152,11 @@ def merge(parts: Iterable[Fidelity]) -> Fidelity:
     for part in parts:
         total = _add(total, part)
     return _with_notes(total)
+
+
+def has_finite(outputs: Any) -> bool:
+    """Whether there is a finite value anywhere in a nest."""
+    return any(bool(tensor.isfinite().any()) for _, tensor in leaves(outputs))
 
 
 def leaves(outputs: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -169,13 +204,15 @@ def _compare_tensors(path: str, a: Tensor, b: Tensor) -> Fidelity:
 
 def _compare_chunk(path: str, a: Tensor, b: Tensor) -> Fidelity:
     b = b.to(device=a.device, dtype=torch.float64)
-    elements, broken = a.numel(), 0
+    elements, broken, skipped = a.numel(), 0, 0
     notes: tuple[str, ...] = ()
     # One sum tells whether anything is not finite; only then is the slow way worth its masks.
     if not math.isfinite(float((a.abs() + b.abs()).sum())):
         agree = (a == b) | (a.isnan() & b.isnan())
         finite = a.isfinite() & b.isfinite()
         broken = int((~(agree | finite)).sum())
+        elements = int(finite.sum())
+        skipped = finite.numel() - elements - broken
         a, b = a[finite], b[finite]
         if broken:
             name = f"output {path}" if path else "the output"
@@ -189,6 +226,7 @@ def _compare_chunk(path: str, a: Tensor, b: Tensor) -> Fidelity:
         error_energy=float(error.square().sum()),
         dot=float((a * b).sum()),
         elements=elements,
+        skipped=skipped,
         broken=broken,
         worst=path,
         notes=notes,
@@ -203,6 +241,7 @@ def _add(a: Fidelity, b: Fidelity) -> Fidelity:
         error_energy=a.error_energy + b.error_energy,
         dot=a.dot + b.dot,
         elements=a.elements + b.elements,
+        skipped=a.skipped + b.skipped,
         broken=a.broken + b.broken,
         worst=b.worst if b.max_abs > a.max_abs or not a.worst else a.worst,
         notes=tuple(dict.fromkeys((*a.notes, *b.notes))),
@@ -211,9 +250,9 @@ def _add(a: Fidelity, b: Fidelity) -> Fidelity:
 
 def _with_notes(total: Fidelity) -> Fidelity:
     """`total` with what follows from the sums said in words."""
-    notes = tuple(n for n in total.notes if n not in (_ZERO, _NOTHING))
-    if total.elements == 0 and not total.broken:
-        notes = (*notes, _NOTHING)
+    notes = tuple(n for n in total.notes if n not in (_ZERO, _NOTHING, _BLANK))
+    if total.blank:
+        notes = (*notes, _BLANK if total.skipped else _NOTHING)
     elif total.reference_energy == 0.0 and not total.broken:
         notes = (*notes, _ZERO)
     return Fidelity(**{**total.__dict__, "notes": notes})
@@ -221,6 +260,7 @@ def _with_notes(total: Fidelity) -> Fidelity:
 
 _ZERO = "the reference is all zeros: relative, cosine and SNR say only whether they are equal"
 _NOTHING = "nothing was compared: there are no values in the outputs"
+_BLANK = "nothing was compared: no value of the outputs is finite"
 
 
 def _broken(note: str, path: str = "") -> Fidelity:

@@ -17,10 +17,12 @@ class Promise:
         contract: `exact`, `identity_at_init` or `lossy`.
         tolerance: largest relative error ||a-b||/||a|| of the first two contracts, in float64;
             0 asks for equal values in the program's own precision.
-        max_error: largest relative error of a lossy pass; None for no bound.
+        max_error: largest relative error of every output of a lossy pass; None for no bound.
+        changes_interface: the pass says that inputs or outputs may be others.
     """
 
     by: str
     contract: str
     tolerance: float = EXACT
     max_error: float | None = None
+    changes_interface: bool = False

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,30 +25,90 @@ def example_sizes(signature: Signature, examples: Sequence[Tensor]) -> dict[str,
     }
 
 
-CHANGES: tuple[tuple[float | None, float | None], ...] = (
+Change = int | float | None
+"""A step to another size: whole numbers are added, fractions multiplied, 0 is the least size that
+the bounds allow, and None leaves a size alone."""
+
+OTHER: tuple[tuple[Change, Change], ...] = (
     (1, 3), (1, -1), (1, 1), (1, 2.0), (1, 0.5), (1, 8), (1, None),
     (2.0, 2.0), (2.0, None), (0.5, 0.5), (8, 8), (None, 3), (None, 2.0), (None, 1),
 )  # fmt: skip
-"""Steps to another size, of the leading axis and of the others, in the order they are tried: odd
-ones first, then those that keep the divisors a net asks for, then one kind of axis alone. Whole
-numbers are added, fractions multiplied."""
+"""Steps of the leading axis and of the others, in the order they are tried: odd ones first, then
+those that keep the divisors a net asks for, then one kind of axis alone."""
+
+SMALLER: tuple[tuple[Change, Change], ...] = (
+    (0, 3), (0, -1), (0, 1), (0, 2.0), (0, 0.5), (0, 8), (0, None), (0, 0), *OTHER,
+)  # fmt: skip
+"""Steps to one sample, the others at an odd size; any other size where the net takes no one."""
+
+LARGER: tuple[tuple[Change, Change], ...] = (
+    (8.0, 4.0), (8.0, 2.0), (4.0, 2.0), (8.0, None), (2.0, 2.0), (4.0, None), (None, 4.0),
+    (3.0, None), (2.0, None), (None, 2.0),
+)  # fmt: skip
+"""Steps to a size far above the example's."""
+
+CHEAP = 1e9
+"""Weights times input elements of a run that is always cheap enough."""
+
+MOST = 4.0
+"""Largest number of input elements, in multiples of the example's, where a run is not cheap."""
 
 
-def other_size_inputs(program: Program, seed: int) -> tuple[Tensor, ...] | None:
-    """Inputs at another size of every dynamic dimension, at which the program runs.
+def other_size_inputs(program: Program, seed: int, least: int = 1) -> list[tuple[Tensor, ...]]:
+    """Inputs at two other sizes of the dynamic dimensions, at which the program runs.
 
-    The one policy of every check: a size that a pass or a backend has fixed shows at any other.
-    The values are random within the inputs' ranges, or those of the examples, cut or repeated,
-    where the program makes no numbers of random ones.
+    The one policy of every check: one sample, and far more than in the examples, as far as a run
+    is cheap. A size that a pass or a backend has fixed shows at one of the two. The values are
+    random within the inputs' ranges, or those of the examples, cut or repeated, where the program
+    makes no numbers of random ones.
+
+    Args:
+        program: what is to run at the sizes.
+        seed: of the values.
+        least: number of samples in place of the single one.
 
     Returns:
-        one tensor per input; None where no dimension can differ, or the program runs at none of
-        the sizes that were tried.
+        the inputs of a call, smaller sizes first; none where no dimension can differ, or the
+        program runs at none of the sizes that were tried.
     """
+    example = example_sizes(program.signature, program.examples)
+    found: list[tuple[Tensor, ...]] = []
+    seen = [example]
+    for changes in (SMALLER, LARGER):
+        sizes = other_sizes(program.signature, example, changes, least)
+        tried = [s for s in sizes if s not in seen]
+        affordable = (s for s in tried if _is_affordable(program, s, example))
+        inputs = _first_that_runs(program, affordable, seed)
+        if inputs is not None:
+            seen.append(example_sizes(program.signature, inputs))
+            found.append(inputs)
+    return found
+
+
+def _is_affordable(program: Program, sizes: Mapping[str, int], example: Mapping[str, int]) -> bool:
+    """Counted, not timed, so that two runs look at the same sizes."""
+    weights = sum(t.numel() for t in program.state.values() if t.is_floating_point())
+    elements = _elements(program.signature, sizes)
+    return max(weights, 1) * elements <= CHEAP or elements <= MOST * _elements(
+        program.signature, example
+    )
+
+
+def _elements(signature: Signature, sizes: Mapping[str, int]) -> int:
+    return sum(
+        math.prod(sizes[d] if isinstance(d, str) else d for d in spec.shape)
+        for spec in signature.inputs
+    )
+
+
+def _first_that_runs(
+    program: Program, candidates: Iterable[dict[str, int]], seed: int
+) -> tuple[Tensor, ...] | None:
+    """Inputs of the first sizes at which the program gives numbers, or else of those it takes."""
     found = None
-    for sizes in other_sizes(program.signature, example_sizes(program.signature, program.examples)):
+    specs = program.signature.inputs
+    for sizes in candidates:
         drawn = synthetic_inputs(program.signature, sizes, torch.Generator().manual_seed(seed))
-        specs = program.signature.inputs
         for inputs in (
             tuple(drawn[spec.name] for spec in specs),
             tuple(resized(t, s, sizes) for t, s in zip(program.examples, specs, strict=True)),
@@ -60,26 +121,39 @@ def other_size_inputs(program: Program, seed: int) -> tuple[Tensor, ...] | None:
     return found
 
 
-def other_sizes(signature: Signature, sizes: Mapping[str, int]) -> Iterator[dict[str, int]]:
-    """Sizes of the dynamic dimensions within their bounds, as different from `sizes` as may be."""
+def other_sizes(
+    signature: Signature,
+    sizes: Mapping[str, int],
+    changes: Iterable[tuple[Change, Change]] = OTHER,
+    least: int = 1,
+) -> Iterator[dict[str, int]]:
+    """Sizes of the dynamic dimensions within their bounds, stepped by `changes` from `sizes`.
+
+    The least size of a step is `least`, or what the bounds allow.
+    """
     leading = {spec.shape[0] for spec in signature.inputs if spec.shape}
     made: list[dict[str, int]] = [dict(sizes)]
-    for first, rest in CHANGES:
+    for first, rest in changes:
         other = {}
         for dim, size in sizes.items():
             step = first if dim in leading else rest
-            other[dim] = _moved(size, signature.dims.get(dim, DimRange()), step)
+            other[dim] = _moved(size, signature.dims.get(dim, DimRange()), step, least)
         if other not in made:
             made.append(other)
             yield other
 
 
-def _moved(size: int, bounds: DimRange, change: float | None) -> int:
+def _moved(size: int, bounds: DimRange, change: Change, smallest: int) -> int:
+    least = max(bounds.min, 1)
     if change is None:
         return size
+    if change == 0:
+        return min(max(least, smallest), bounds.max or smallest)
     wanted = size + change if isinstance(change, int) else int(size * change)
+    if bounds.max is not None:
+        wanted = min(wanted, bounds.max)
     for candidate in (wanted, size + 1, size - 1):
-        if max(bounds.min, 1) <= candidate and (bounds.max is None or candidate <= bounds.max):
+        if candidate != size and least <= candidate <= (bounds.max or candidate):
             return candidate
     return size
 

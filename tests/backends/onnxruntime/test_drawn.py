@@ -27,9 +27,13 @@ def test_a_fault_that_the_examples_do_not_show_is_found(monkeypatch: pytest.Monk
 
 def test_both_signs_are_reached() -> None:
     program = gw.trace(Positive().eval(), {"x": torch.rand(2, 3, 8, 8)})
-    up, down = drawn_cases(program)
+    up, down, wide = drawn_cases(program)
     assert bool((up.inputs[0] > 0).all())
     assert bool((down.inputs[0] < 0).all())
+    rms = program.examples[0].square().mean().sqrt()
+    spikes = wide.inputs[0].flatten(1)
+    assert torch.equal(spikes.amax(1) / rms, torch.full((2,), 40.0))
+    assert torch.equal(spikes.amin(1) / rms, torch.full((2,), -40.0))
 
 
 class Root(nn.Module):

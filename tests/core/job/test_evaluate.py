@@ -170,6 +170,35 @@ def test_snr_has_no_drop():
     assert found.to_json()["drop"] is None
 
 
+@pytest.mark.parametrize("metric", ["cosine", "snr_db", "accuracy"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_without_finite_outputs_is_not_evaluated(metric, value):
+    data, *_ = plain_data()
+    with pytest.raises(ArgumentError, match="no finite value on any of the data"):
+        evaluate(*[lambda x: torch.full((len(x), 5), value)] * 2, data, metric)
+
+
+def test_results_that_are_not_finite_count_as_lost():
+    data, x, y = plain_data()
+
+    def partly(x):
+        logits = before(x)["logits"].clone()
+        logits[0] = math.nan  # the first of every batch of four
+        return {"logits": logits}
+
+    found = evaluate(before, partly, data, "cosine")
+    assert (found.before, found.after) == pytest.approx((1.0, 8 / 11))
+    other = evaluate(partly, before, data, "cosine")
+    assert (other.samples, other.after) == (8, pytest.approx(1.0))
+    right = before(x)["logits"].argmax(1) == y
+    kept = torch.arange(11) % 4 != 0
+    accuracy = evaluate(before, partly, data, "accuracy")
+    assert accuracy.after == pytest.approx(float((right & kept).sum()) / 11)
+    snr = evaluate(before, partly, data, "snr_db").to_json()
+    assert (snr["after"], snr["exact"]) == (None, False)
+    assert evaluate(before, before, data, "snr_db").to_json()["exact"]
+
+
 METRICS = """
     def error(outputs, batch):
         return float((outputs["logits"].argmax(1) != batch["labels"]).float().mean())

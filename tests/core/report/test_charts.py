@@ -40,7 +40,9 @@ def test_a_figure_below_one_never_reads_as_one():
 def test_error_texts():
     exact = {"max_abs": 0.0, "relative": 0.0, "cosine": 1.0, "snr_db": None}
     assert error_text(exact) == "none"
-    assert error_text({**exact, "max_abs": None, "relative": None, "cosine": None}) == "broken"
+    assert (
+        error_text({**exact, "max_abs": None, "relative": None, "cosine": None}) == "not comparable"
+    )
     some = {"max_abs": 0.1, "relative": 0.0123, "cosine": 0.99992, "snr_db": 38.2}
     assert error_text(some) == "relative 0.012, cosine 0.99992"
 

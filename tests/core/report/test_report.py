@@ -39,7 +39,7 @@ def test_stable_keys(report):
     figures = {"max_abs", "relative", "cosine", "snr_db"}
     assert set(report["passes"][0]["error"]) == set(report["fidelity"]) == figures
     assert {"parameters", "weight_bytes", "macs", "artifacts"} <= set(report["result"])
-    assert set(report["result"]["artifacts"][0]) == {"backend", "path", "file_bytes"}
+    assert {"backend", "path", "file_bytes"} < set(report["result"]["artifacts"][0])
     assert {"metric", "before", "after"} <= set(report["evaluation"])
     keys = {"backend", "device", "threads", "before_ms", "after_ms", "speedup"}
     assert keys <= set(report["latency"][0])

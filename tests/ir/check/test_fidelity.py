@@ -100,6 +100,36 @@ def test_one_sided_nan_or_infinity_is_broken(a, b):
     assert merge([compare(1.0, 1.0), result, compare(1.0, 1.0)]).relative == math.inf
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nothing_finite_is_no_agreement(value):
+    blank = compare(torch.full((4,), value), torch.full((4,), value))
+    assert blank.blank
+    assert not blank.is_exact
+    assert (blank.elements, blank.skipped, blank.broken) == (0, 4, 0)
+    assert all(math.isnan(figure) for figure in figures(blank)[1:])
+    assert set(blank.as_dict().values()) == {None}
+    assert str(blank) == "nothing was compared: no value of the outputs is finite"
+    both = merge([blank, compare(torch.ones(2), torch.ones(2))])
+    assert (both.relative, both.cosine, both.elements, both.skipped) == (0.0, 1.0, 2, 4)
+
+
+def test_within_is_about_what_was_compared():
+    one = torch.ones(4)
+    off = compare(one, one * 1.5)
+    assert off.within(0.5)
+    assert not off.within(0.49)
+    assert compare(one * math.nan, one * math.nan).within(0.0)
+    assert not compare(one, one * math.nan).within(math.inf)
+    assert not compare(torch.zeros(4), one).within(1e9)
+
+
+def test_an_output_that_vanishes_is_wiped():
+    one = torch.ones(3)
+    assert compare(one, 0 * one).wiped
+    assert not compare(0 * one, 0 * one).wiped
+    assert not compare(one, torch.tensor([0.0, 0.0, 1e-30])).wiped
+
+
 def test_shape_and_structure_differences_are_broken_and_said():
     shapes = compare({"y": torch.zeros(2, 3)}, {"y": torch.zeros(3, 2)})
     assert shapes.broken

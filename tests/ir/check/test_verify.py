@@ -12,7 +12,7 @@ from graphwright.ir.check.promise import Promise
 from graphwright.ir.check.verify import Checker, check_contract, run
 from graphwright.ir.context import Context
 from graphwright.ir.edit import Editor
-from graphwright.ir.errors import ArgumentError, ContractError
+from graphwright.ir.errors import ArgumentError, ContractError, ModelError
 
 aten = torch.ops.aten
 
@@ -110,6 +110,84 @@ def test_a_chain_is_measured_step_by_step_and_as_a_whole(program: gw.Program) ->
     first = checker.accept(once, Promise("a.b", "lossy"))
     second = checker.accept(twice, Promise("a.b", "lossy"))
     assert checker.total().relative > max(first.relative, second.relative)
+
+
+class Heads(nn.Module):
+    """Outputs of very different sizes, also within one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        h = self.b(torch.tanh(self.a(x)))
+        return {"large": 1e6 * h, "small": 1e-9 * h, "both": torch.cat([1e6 * h, 1e-6 * h], 1)}
+
+
+@pytest.fixture(scope="module")
+def heads() -> gw.Program:
+    torch.manual_seed(0)
+    return gw.trace(Heads(), (torch.randn(4, 8),), dynamic={"x": {0: "n"}})
+
+
+def zeroed(program: gw.Program, which: int, inside: bool) -> gw.Program:
+    """An output that is zero, or the small part of one."""
+    editor = Editor(program, by="test.zero")
+    output = editor.graph.output_node()
+    results = list(output.args[0])
+    victim = results[which]
+    small = victim.args[0][1] if inside else victim
+    new = editor.call(aten.mul.Tensor, small, 0.0, before=victim if inside else output)
+    if inside:
+        victim.args = ([victim.args[0][0], new], *victim.args[1:])
+    else:
+        results[which] = new
+        output.args = (tuple(results),)
+    return editor.finish()
+
+
+@pytest.mark.parametrize(("which", "inside"), [(1, False), (2, True)])
+def test_a_small_output_beside_a_large_one_may_not_vanish(
+    heads: gw.Program, which: int, inside: bool
+) -> None:
+    with pytest.raises(ContractError, match=r"broke its contract \(exact\): relative error 1,"):
+        check_contract(heads, zeroed(heads, which, inside), Promise("a.b", "exact"))
+
+
+def test_a_lossy_pass_may_not_wipe_out_an_output(heads: gw.Program) -> None:
+    with pytest.raises(ContractError, match=r"cast\.dtype makes the output 'small' all zeros"):
+        gw.passes.cast.Dtype(to="float16")(heads)  # 1e-9 is zero in float16
+
+
+def test_the_bound_of_a_lossy_pass_holds_for_every_output(heads: gw.Program) -> None:
+    editor = Editor(heads, by="test.doubles")
+    output = editor.graph.output_node()
+    large, small, both = output.args[0]
+    output.args = ((large, editor.call(aten.mul.Tensor, small, 2.0, before=output), both),)
+    doubled = editor.finish()
+    error = check_contract(heads, doubled, Promise("a.b", "lossy", max_error=1.0))
+    assert error.relative < 1e-12  # over all outputs it is nothing
+    with pytest.raises(ContractError, match=r"allowed 0\.5 \(output 'small'\)"):
+        check_contract(heads, doubled, Promise("a.b", "lossy", max_error=0.5))
+
+
+def test_a_net_without_finite_outputs_is_not_verified(program: gw.Program) -> None:
+    blind = scaled(program, "layers.5.bias", float("nan"))
+    with pytest.raises(ModelError, match="no output of the model has a finite value") as caught:
+        check_contract(blind, blind, Promise("a.b", "exact"))
+    assert caught.value.details == ("stored tensor with NaN or infinity: layers.5.bias",)
+
+
+def test_an_exact_pass_is_exact_far_from_the_examples(program: gw.Program) -> None:
+    """A pass that cuts values off where the examples never go."""
+    editor = Editor(program, by="test.clamps")
+    (x,) = editor.graph.find_nodes(op="placeholder")
+    first = next(iter(x.users))
+    new = editor.call(aten.clamp.default, x, -4.0, 4.0, before=first)
+    first.replace_input_with(x, new)
+    assert float(program.examples[0].abs().max()) < 4
+    with pytest.raises(ContractError, match=r"first node that differs: clamp"):
+        check_contract(program, editor.finish(), Promise("a.b", "exact"))
 
 
 class _Clip(gw.Pass):
