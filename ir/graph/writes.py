@@ -49,5 +49,5 @@ def _fingerprint(tensor: Tensor) -> tuple[int, int]:
     whole = raw.numel() // (8 * WORDS) * (8 * WORDS)
     sums = raw[:whole].clone() if raw.data_ptr() % 8 else raw[:whole]
     columns = sums.view(torch.int64).view(-1, WORDS).sum(0)
-    rest = zlib.crc32(raw[whole:].cpu().numpy())
-    return version, zlib.crc32(columns.cpu().numpy(), rest)
+    rest = zlib.crc32(raw[whole:].cpu().numpy().tobytes())
+    return version, zlib.crc32(columns.cpu().numpy().tobytes(), rest)

@@ -25,7 +25,7 @@ class Net(nn.Module):
 
 SPEC = """version: 1
 passes: [{quantize.rtn: {bits: 8, block: 32}}]
-lower: [onnxruntime, triton]
+lower: [{onnxruntime: {accuracy_level: 1}}, triton]
 """
 
 
