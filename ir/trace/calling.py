@@ -58,6 +58,7 @@ class FlatModel(nn.Module):
         constants: arguments that are no tensors, by name; baked in.
         state: what the model carries from call to call, where that is an input and an output.
         keeps_sizes: whether an export keeps the numbers that the model's code makes of sizes.
+        larger_by: by how much the free dimensions of an export are larger than the example's.
         record: structure of the last output, and parts of it that hold no tensors we can name.
     """
 
@@ -76,6 +77,7 @@ class FlatModel(nn.Module):
         self.record = _Record()
         self.state = State()
         self.keeps_sizes = False
+        self.larger_by = 0
 
     def take_state(self, state: State) -> None:
         """Makes state inputs, behind the model's own, and outputs, behind its own."""

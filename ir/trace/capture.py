@@ -48,6 +48,9 @@ from graphwright.ir.trace.untouched import same_attributes
 
 __all__ = ["Dynamic", "TraceWarning", "trace"]
 
+LARGER = 3
+"""Added to the example's sizes where a trace at those gives up a dimension."""
+
 
 class TraceWarning(UserWarning):
     """Tracing gave something up: a free dimension, an output that is no tensor."""
@@ -130,20 +133,25 @@ def _right_at_every_size(
 ) -> tuple[Program, list[str]]:
     """A program whose free dimensions are right all over their ranges, and what was given up.
 
-    Where the model's code makes numbers of sizes, and a dimension is lost to that, it is traced
-    once more with these numbers kept as sizes.
+    Where a dimension is lost because the model's code makes a number of it, the model is traced
+    once more with these numbers kept as sizes, and once more at larger sizes: a model that keeps
+    the size of its last call, to compare the next one with, may hold the example's; and operators
+    of torch have shortcuts at small sizes.
     """
-    program, notes = _settled(flat, wanted, dims, ranges, check)
-    if not check or not any(AS_NUMBER in note for note in notes):
-        return program, notes
-    flat.keeps_sizes = True
-    try:
-        other, said = _settled(flat, wanted, dims, ranges, check)
-    except Exception:
-        return program, notes  # the code takes numbers only
-    finally:
-        flat.keeps_sizes = False
-    return (other, said) if _freedom(other) > _freedom(program) else (program, notes)
+    best, notes = _settled(flat, wanted, dims, ranges, check)
+    for keeps_sizes, larger_by in ((True, 0), (False, LARGER)):
+        if not check or not any(AS_NUMBER in note for note in notes):
+            break
+        flat.keeps_sizes, flat.larger_by = keeps_sizes, larger_by
+        try:
+            other, said = _settled(flat, wanted, dims, ranges, check)
+        except Exception:
+            continue  # the code takes numbers, or these sizes, only
+        finally:
+            flat.keeps_sizes, flat.larger_by = False, 0
+        if _freedom(other) > _freedom(best):
+            best, notes = other, said
+    return best, notes
 
 
 def _freedom(program: Program) -> tuple[int, ...]:
@@ -224,8 +232,8 @@ def _capture(
     fixed = specialized(exported, flat.inputs, dynamic)
     if fixed:
         sizes = {d: n for d, n in example_sizes(flat.inputs, dynamic).items() if d in fixed}
-        if any(size < 2 for size in sizes.values()):
-            # It was traced at 2, and the model holds on to that: trace at the example's own size.
+        if flat.larger_by or any(size < 2 for size in sizes.values()):
+            # It was traced at another size, and the model holds on to that: trace at the example's.
             exported, dynamic = _export_as_free_as_possible(
                 flat, without(dynamic, set(fixed)), notes
             )
@@ -297,7 +305,7 @@ def _run_eagerly(flat: FlatModel) -> None:
 
 
 def _export(flat: FlatModel, dynamic: Dynamic) -> torch.export.ExportedProgram:
-    examples = traceable_examples(flat.inputs, dynamic)
+    examples = traceable_examples(flat.inputs, dynamic, flat.larger_by)
     numbers = symbolic_numbers(flat.model) if flat.keeps_sizes else contextlib.nullcontext()
     # Stand-ins and counts that the traced call leaves in the model would be read by the next one.
     with quiet(), numbers, same_attributes(flat.model):

@@ -97,10 +97,18 @@ def example_sizes(inputs: Mapping[str, Tensor], dynamic: Dynamic) -> dict[str, i
     }
 
 
-def traceable_examples(inputs: Mapping[str, Tensor], dynamic: Dynamic) -> dict[str, Tensor]:
-    """Inputs whose free dimensions are at least 2, below which torch takes a size for fixed."""
+def traceable_examples(
+    inputs: Mapping[str, Tensor], dynamic: Dynamic, more: int = 0
+) -> dict[str, Tensor]:
+    """Inputs whose free dimensions are at least 2, below which torch takes a size for fixed.
+
+    Args:
+        inputs: the example inputs.
+        dynamic: the free dimensions.
+        more: by how much each free dimension is larger than that.
+    """
     sizes = example_sizes(inputs, dynamic)
-    return resized(inputs, dynamic, {dim: max(2, size) for dim, size in sizes.items()})
+    return resized(inputs, dynamic, {dim: max(2, size) + more for dim, size in sizes.items()})
 
 
 def shapes_for_export(inputs: Mapping[str, Tensor], dynamic: Dynamic) -> Any:

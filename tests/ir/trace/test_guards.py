@@ -255,3 +255,44 @@ def test_a_shape_rule_of_torch_narrows_nothing(function: Callable[[Tensor], Tens
     model, program, said = traced(function)
     assert set(SIZES) == set(assert_right_at_every_size(model, program))
     assert not said
+
+
+class Halves(nn.Module):
+    """Runs a batch and its mirror as one, and keeps the size of the last call."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.rows = rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = torch.cat([x, x.flip(1)])
+        if self.rows != both.shape[0]:
+            self.rows = both.shape[0]
+        first, second = self.linear(both).chunk(2, 0)
+        return first + second.flip(1)
+
+
+class Table(nn.Module):
+    """Keeps a table for the length of the last call, as positions are kept."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.length, self.table = length, torch.arange(length)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.length != x.shape[1]:
+            self.length, self.table = x.shape[1], torch.arange(x.shape[1])
+        return self.linear(x) + self.table[:, None].float()
+
+
+@pytest.mark.parametrize("model", [Halves(4), Halves(10), Table(5)])
+def test_a_size_that_the_model_kept_from_an_earlier_call_fixes_nothing(model: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        program = gw.trace(model, {"x": torch.randn(2, 5, 6)}, {"x": {0: "batch", 1: "length"}})
+    assert set(program.signature.dims) == {"batch", "length"}
+    for batch, length in ((1, 5), (2, 5), (2, 2), (3, 8), (5, 1), (7, 64)):
+        x = torch.randn(batch, length, 6)
+        torch.testing.assert_close(program(x=x), model(x), **CLOSE)
