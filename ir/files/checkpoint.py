@@ -13,7 +13,14 @@ from graphwright.ir.causes import innermost
 from graphwright.ir.errors import ModelError
 from graphwright.ir.files.detect import Kind
 from graphwright.ir.files.factory import current_folder
-from graphwright.ir.files.pickles import globals_in, globals_in_bytes, is_module, listed, unsafe
+from graphwright.ir.files.pickles import (
+    Content,
+    is_module,
+    listed,
+    read_content,
+    refuse_absurd,
+    unsafe,
+)
 from graphwright.ir.files.zips import Archive
 
 _PICKLES_IN_OLD_FORMAT = 5
@@ -30,9 +37,13 @@ def read_checkpoint(path: Path, kind: Kind, *, allow_pickle: bool) -> Any:
         ModelError: damaged, or it would run code and `allow_pickle` is off; lists what it would
             import.
     """
-    found = unsafe(_globals(path, kind))
+    contents = _contents(path, kind)
+    found = unsafe(sorted({name for content in contents for name in content.globals}))
     if (found or kind is Kind.PICKLE) and not allow_pickle:
         raise _refusal(path, kind, found)
+    if not allow_pickle:
+        for content in contents:
+            refuse_absurd(content, str(path))
     try:
         if not found and kind is not Kind.PICKLE:
             mapped = kind is Kind.CHECKPOINT
@@ -53,17 +64,17 @@ def read_checkpoint(path: Path, kind: Kind, *, allow_pickle: bool) -> Any:
         ) from error
 
 
-def _globals(path: Path, kind: Kind) -> list[str]:
+def _contents(path: Path, kind: Kind) -> list[Content]:
     if kind is Kind.CHECKPOINT:
         archive = Archive(path)
         pickles = [name for name in archive.members if name.endswith(".pkl")]
-        return sorted({g for name in pickles for g in globals_in_bytes(archive.read(name))})
+        return [read_content(archive.read(name)) for name in pickles]
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        names = globals_in(file, _PICKLES_IN_OLD_FORMAT if kind is Kind.CHECKPOINT_OLD else 1)
+        content = read_content(file, _PICKLES_IN_OLD_FORMAT if kind is Kind.CHECKPOINT_OLD else 1)
         if kind is Kind.PICKLE and file.tell() > size:
             raise ModelError("the pickle is cut short", where=str(path))
-        return names
+        return [content]
 
 
 def _refusal(path: Path, kind: Kind, found: list[str]) -> ModelError:

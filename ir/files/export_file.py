@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 
 from graphwright.ir.errors import ModelError
 from graphwright.ir.files.export_scan import NAMESPACES, scan_model
-from graphwright.ir.files.pickles import globals_in_bytes, listed, unsafe
+from graphwright.ir.files.pickles import listed, read_content, refuse_absurd, unsafe
 from graphwright.ir.files.size_expressions import CALLS
 from graphwright.ir.files.zips import Archive, Member
 
@@ -203,7 +203,7 @@ def _sample_inputs(archive: Archive, name: str) -> Any:
     if member not in archive or not archive.members[member].size:
         return None
     data = archive.read(member)
-    found = unsafe(_globals_in_checkpoint(data, str(archive.path)))
+    found = unsafe(_globals_in_checkpoint(data, archive.path))
     if found:
         raise ModelError(
             "the sample inputs in this export archive are a pickle that would import and call",
@@ -220,20 +220,19 @@ def _sample_inputs(archive: Archive, name: str) -> Any:
         ) from error
 
 
-def _globals_in_checkpoint(data: bytes, where: str) -> list[str]:
-    import zipfile
-
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as inner:
-            pickles = [n for n in inner.namelist() if n.endswith(".pkl")]
-            return [g for n in pickles for g in globals_in_bytes(inner.read(n))]
-    except zipfile.BadZipFile as error:
+def _globals_in_checkpoint(data: bytes, path: Path) -> list[str]:
+    if not data.startswith(b"PK"):
         # Older than 1.6, or not torch's: torch.export never wrote such a member.
         raise ModelError(
             "the sample inputs in this export archive are a bare pickle, which could run code",
-            where=where,
+            where=str(path),
             fix="Do not open it unless you trust its maker; --allow-pickle then opens it.",
-        ) from error
+        )
+    inner = Archive(path, data)
+    contents = [read_content(inner.read(name)) for name in inner.members if name.endswith(".pkl")]
+    for content in contents:
+        refuse_absurd(content, str(path))
+    return [name for content in contents for name in content.globals]
 
 
 def _deserialize(

@@ -1,13 +1,11 @@
 """TorchScript archives, wrapped so that torch.export can trace them.
 
 TorchScript runs its own interpreter, not Python; what it can do is what its operators do. So its
-code is read first, and refused when it uses torch-bind objects (C++ classes that are unpickled), an
-operator of an unknown namespace, or one that writes or reads files.
+code is read first (`script_scan`), and refused when it could do more than compute.
 """
 
 from __future__ import annotations
 
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from torch import nn
 from graphwright.ir.causes import innermost
 from graphwright.ir.errors import ModelError
 from graphwright.ir.files.pickles import listed
+from graphwright.ir.files.script_scan import findings
 from graphwright.ir.files.script_state import (
     read_attribute,
     set_attribute,
@@ -26,14 +25,8 @@ from graphwright.ir.files.script_state import (
 )
 from graphwright.ir.files.zips import Archive
 
-_OPERATOR = re.compile(r"\bops\.(\w+)\.(\w+)")
-_TORCH_CALL = re.compile(r"\btorch\.(save|load|from_file|_load\w*|_save\w*)\s*\(")
-_CLASS = re.compile(r"__torch__\.torch\.classes\.[\w.]+")
 NUMBERS = ("int", "float", "bool", "number")
 """TorchScript's types of plain numbers."""
-
-_NAMESPACES = {"aten", "prim", "quantized", "torchvision", "torchaudio"}
-_SIDE_EFFECTS = {"save", "load", "from_file", "rpc_async", "rpc_sync", "rpc_remote"}
 
 
 class ScriptedModule(nn.Module):
@@ -101,7 +94,11 @@ class ScriptedModule(nn.Module):
         constants = {n: read_attribute(self.archived_script, n) for n in self._written}
         try:
             # The profiling executor writes down the sizes it sees, which fixes them in a trace.
-            with torch.jit.optimized_execution(not exporting):  # type: ignore[attr-defined]
+            # And the code may switch gradients, which is put back.
+            with (
+                torch.jit.optimized_execution(not exporting),  # type: ignore[attr-defined]
+                torch.set_grad_enabled(torch.is_grad_enabled()),
+            ):
                 result = self.archived_script(*arguments)
             for name in self._written:
                 self._keep(name, buffers.get(name), exporting)
@@ -179,7 +176,7 @@ def read_torchscript(path: Path, *, allow_pickle: bool) -> ScriptedModule:
         ModelError: damaged, or its code does more than compute and `allow_pickle` is off.
     """
     archive = Archive(path)
-    found = sorted(set(_findings(archive)))
+    found = findings(archive)
     if found and not allow_pickle:
         raise ModelError(
             "this TorchScript archive does more than compute",
@@ -193,7 +190,7 @@ def read_torchscript(path: Path, *, allow_pickle: bool) -> ScriptedModule:
             # A deprecation, whose category and words depend on the versions of torch and Python.
             warnings.filterwarnings("ignore", message=".torch.jit.load")
             scripted = torch.jit.load(str(path), map_location="cpu")
-    except RuntimeError as error:
+    except Exception as error:  # torch raises many types over an archive that is damaged
         raise ModelError(
             "torch cannot read this TorchScript archive",
             where=str(path),
@@ -203,28 +200,13 @@ def read_torchscript(path: Path, *, allow_pickle: bool) -> ScriptedModule:
     return ScriptedModule(scripted).eval()
 
 
-def _findings(archive: Archive) -> Any:
-    for name in archive.members:
-        if not name.startswith("code/") or name.endswith(".debug_pkl"):
-            continue
-        text = archive.read(name).decode("utf-8", "replace")
-        yield from (f"object of class {c}" for c in _CLASS.findall(text))
-        yield from (f"operator torch.{call}" for call in _TORCH_CALL.findall(text))
-        for namespace, operator in _OPERATOR.findall(text):
-            if namespace not in _NAMESPACES or operator in _SIDE_EFFECTS:
-                yield f"operator {namespace}::{operator}"
-    for name in ("data.pkl", "constants.pkl"):
-        if name in archive and b"torch.classes" in archive.read(name):
-            yield f"a torch-bind object in {name}"
-
-
 def _check_same_members(archive: Archive) -> None:
     """Torch's zip reader must see the very code that was scanned, and no other."""
     reader = torch._C.PyTorchFileReader(str(archive.path))
     same = set(reader.get_all_records()) == set(archive.members) and all(
         reader.get_record(name) == archive.read(name)
         for name in archive.members
-        if name.startswith("code/") or name.endswith(".pkl")
+        if name.startswith("code/") or name.endswith("pkl")
     )
     if not same:
         raise ModelError("the zip archive reads in two different ways", where=str(archive.path))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from graphwright.ir.errors import ModelError
 
@@ -17,6 +20,12 @@ MAX_INFLATED = 1 << 30
 
 MAX_TEXT = 1 << 30
 """A member that is read whole into memory may not be larger than this."""
+
+_DAMAGE = (
+    zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, ValueError, LookupError,
+    NotImplementedError, OverflowError, RuntimeError,
+)  # fmt: skip
+"""Whatever `zipfile` raises over a file that is no whole archive."""
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _ZIP_UNIX_LINK = 0xA000
@@ -36,15 +45,16 @@ class Archive:
     """A checked zip archive, with torch's one top folder taken off the names.
 
     Attributes:
-        path: the file.
+        path: the file; of an archive inside another one, the outer file.
         root: the top folder that all members share, without the slash; empty when there is none.
         members: by name without the root.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, data: bytes | None = None) -> None:
         self.path = path
+        self._data = data
         try:
-            with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            with self._open() as file, zipfile.ZipFile(file) as archive:
                 infos = [info for info in archive.infolist() if not info.is_dir()]
                 _check_infos(infos, path)
                 self.root = _common_root([info.filename for info in infos])
@@ -56,14 +66,18 @@ class Archive:
                     )
                     for info in infos
                 }  # fmt: skip
-        except (zipfile.BadZipFile, struct.error, OSError, NotImplementedError) as error:
+                total = file.seek(0, io.SEEK_END)
+        except _DAMAGE as error:
             raise ModelError(
                 "the zip archive is damaged or cut short",
                 where=str(path),
                 fix="Copy or download the file again.",
                 details=(str(error),),
             ) from error
-        _check_overlap(infos, self.members, path)
+        _check_overlap(infos, self.members, total, path)
+
+    def _open(self) -> BinaryIO:
+        return self.path.open("rb") if self._data is None else io.BytesIO(self._data)
 
     def __contains__(self, name: str) -> bool:
         return name in self.members
@@ -80,9 +94,9 @@ class Archive:
         if member.size > MAX_TEXT:
             raise ModelError(f"member {name!r} declares {member.size} bytes", where=str(self.path))
         try:
-            with zipfile.ZipFile(self.path) as archive:
+            with self._open() as file, zipfile.ZipFile(file) as archive:
                 return archive.read(member.name)
-        except (zipfile.BadZipFile, zipfile.zlib.error, OSError, EOFError) as error:  # type: ignore[attr-defined]
+        except _DAMAGE as error:
             raise ModelError(
                 f"member {name!r} is damaged",
                 where=str(self.path),
@@ -133,13 +147,11 @@ def _common_root(names: list[str]) -> str:
     return roots.pop() if len(roots) == 1 else ""
 
 
-def _data_offset(file: object, info: zipfile.ZipInfo, path: Path) -> int:
+def _data_offset(file: BinaryIO, info: zipfile.ZipInfo, path: Path) -> int:
     """Offset of a member's bytes: behind its local header, which has its own name length."""
-    file.seek(info.header_offset)  # type: ignore[attr-defined]
-    signature, name_length, extra_length = _LOCAL_HEADER.unpack(
-        file.read(_LOCAL_HEADER.size)  # type: ignore[attr-defined]
-    )
-    name = file.read(name_length)  # type: ignore[attr-defined]
+    file.seek(info.header_offset)
+    signature, name_length, extra_length = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+    name = file.read(name_length)
     if signature != b"PK\x03\x04" or name != info.orig_filename.encode():
         raise ModelError(
             f"member {info.orig_filename!r} is listed under another name than it has",
@@ -148,9 +160,10 @@ def _data_offset(file: object, info: zipfile.ZipInfo, path: Path) -> int:
     return int(info.header_offset + _LOCAL_HEADER.size + name_length + extra_length)
 
 
-def _check_overlap(infos: list[zipfile.ZipInfo], members: dict[str, Member], path: Path) -> None:
+def _check_overlap(
+    infos: list[zipfile.ZipInfo], members: dict[str, Member], total: int, path: Path
+) -> None:
     """Members share no bytes and end inside the file (overlap is how small bombs get large)."""
-    total = path.stat().st_size
     spans = sorted(
         (member.offset, member.offset + info.compress_size)
         for member, info in zip(members.values(), infos, strict=True)
