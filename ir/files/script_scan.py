@@ -225,7 +225,7 @@ def _in_getattr(tokens: list[Token], index: int) -> Iterator[str]:
         yield "getattr that is not called"
         return
     depth = tokens[index + 1].depth
-    joined, texts = "", []
+    joined, texts = "", list[str]()
     for token in tokens[index + 2 :]:
         if token.depth <= depth:
             break
