@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from graphwright.ir.errors import GraphwrightError
@@ -23,7 +24,8 @@ EXIT_STATUS = (
 
 def optimize_main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `optimize MODEL --spec SPEC`."""
-    parser = _optimize_parser(argparse.ArgumentParser(prog="optimize", epilog=EXIT_STATUS))
+    parser = argparse.ArgumentParser(prog="optimize", epilog=EXIT_STATUS, allow_abbrev=False)
+    _optimize_parser(parser)
     return _run(parser, argv)
 
 
@@ -35,16 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="graphwright",
         description="A declarative compiler for trained PyTorch models.",
         epilog=EXIT_STATUS,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"graphwright {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (build, summary) in COMMANDS.items():
-        build(commands.add_parser(name, help=summary, description=summary))
+        build(commands.add_parser(name, help=summary, description=summary, allow_abbrev=False))
     return _run(parser, argv)
 
 
 def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     arguments = parser.parse_args(argv)
+    if getattr(arguments, "no_code", False) and getattr(arguments, "allow_pickle", False):
+        parser.error("--no-code and --allow-pickle contradict each other")
     try:
         status = arguments.do(arguments)
         sys.stdout.flush()
@@ -79,7 +84,16 @@ def _common(parser: argparse.ArgumentParser, do: Callable[[Any], int | None]) ->
     parser.set_defaults(do=do)
 
 
+def _no_code(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-code",
+        action="store_true",
+        help="refuse a spec that names code to run (factory, data, metric or loss functions)",
+    )
+
+
 def _loading(parser: argparse.ArgumentParser) -> None:
+    _no_code(parser)
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
@@ -136,6 +150,7 @@ def _do_optimize(arguments: argparse.Namespace) -> int:
     settings = JobSettings(
         out=arguments.out,
         allow_pickle=arguments.allow_pickle,
+        no_code=arguments.no_code,
         device=arguments.device,
         jobs=arguments.jobs,
         resume=arguments.resume,
@@ -162,7 +177,15 @@ def _build_inspect(parser: argparse.ArgumentParser) -> None:
 def _do_inspect(arguments: argparse.Namespace) -> int:
     from graphwright.commands.inspect import inspect
 
-    return inspect(arguments)
+    with _watched(arguments):
+        return inspect(arguments)
+
+
+def _watched(arguments: argparse.Namespace) -> AbstractContextManager[Any]:
+    """The user's own code that a command runs is said on stderr."""
+    from graphwright.ir.user_code import watched
+
+    return watched(no_code=arguments.no_code, say=lambda text: print(text, file=sys.stderr))
 
 
 def _build_passes(parser: argparse.ArgumentParser) -> None:
@@ -180,14 +203,18 @@ def _do_passes(arguments: argparse.Namespace) -> int:
 def _build_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("spec", metavar="SPEC")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    _no_code(parser)
     _common(parser, _do_check)
 
 
 def _do_check(arguments: argparse.Namespace) -> int:
     from graphwright.job.rules import check_rules
+    from graphwright.specs.code import refuse_code
     from graphwright.specs.spec import load_spec
 
     spec = load_spec(arguments.spec, arguments.overrides)
+    if arguments.no_code:
+        refuse_code(spec)
     check_rules(spec)
     chain = " -> ".join([call.id for call in spec.passes] + [call.id for call in spec.lower])
     print(f"{arguments.spec}: ok: {chain}")
@@ -207,7 +234,8 @@ def _build_compare(parser: argparse.ArgumentParser) -> None:
 def _do_compare(arguments: argparse.Namespace) -> int:
     from graphwright.commands.compare import compare
 
-    return compare(arguments)
+    with _watched(arguments):
+        return compare(arguments)
 
 
 def _build_bench(parser: argparse.ArgumentParser) -> None:
@@ -222,7 +250,8 @@ def _build_bench(parser: argparse.ArgumentParser) -> None:
 def _do_bench(arguments: argparse.Namespace) -> int:
     from graphwright.commands.bench import bench
 
-    return bench(arguments)
+    with _watched(arguments):
+        return bench(arguments)
 
 
 def _build_schema(parser: argparse.ArgumentParser) -> None:

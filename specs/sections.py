@@ -68,7 +68,8 @@ class ModelSection(Options):
     """Inputs by name, in the order the model takes them."""
 
     factory: Function | None = None
-    """`package.module:function` that builds the module a state dict or safetensors file fills."""
+    """`package.module:function` that builds the module a state dict or safetensors file fills.
+    It is imported and run: `--no-code` refuses a spec that names one."""
 
     kwargs: dict[str, Any] = Field(default={})
     """Keyword arguments of the factory."""
@@ -95,8 +96,8 @@ class CalibrationSection(Options):
 
     data: Text
     """`.npz` or `.safetensors` file or folder of `.npy` files with one array per input, `.txt` file
-    with one text per line, `module:function` that gives batches, or `synthetic`. Paths start at
-    the spec's folder."""
+    with one text per line, `module:function` that gives batches (imported and run, unless
+    `--no-code` is given), or `synthetic`. Paths start at the spec's folder."""
 
     samples: Size | None = None
     """Number of samples to use, the first ones; all when left out (32 when synthetic)."""
@@ -120,7 +121,8 @@ class EvaluateSection(CalibrationSection):
     """Measures the result on data that no pass has seen."""
 
     metric: Literal["cosine", "accuracy", "perplexity", "snr_db"] | Function = "cosine"
-    """Metric, of the original and of the result; `module:function` is one of your own."""
+    """Metric, of the original and of the result; `module:function` is one of your own, which is
+    imported and run."""
 
 
 class RequireSection(Options):

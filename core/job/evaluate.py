@@ -133,7 +133,7 @@ def _meter(metric: str, data: Batches, root: Path) -> _Meter:
         return _Accuracy() if is_accuracy else _Perplexity()
     from graphwright.ir.data.sources import import_object
 
-    function = import_object(metric, root)
+    function = import_object(metric, root, "the metric")
     if not callable(function):
         raise ArgumentError(f"metric {metric} is no function")
     return _Own(metric, function)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphwright.ir.errors import LoweringError, RequirementError
+from graphwright.ir.user_code import watched
 from graphwright.job.chain import run_chain
 from graphwright.job.environment import deterministic, environment
 from graphwright.job.left import left_as_they_are
@@ -20,6 +21,7 @@ from graphwright.job.memory import reset_peak
 from graphwright.job.place import OutputPlace
 from graphwright.job.rules import check_rules, dtype_refusal
 from graphwright.job.run import JobSettings, Run
+from graphwright.specs.code import refuse_code
 
 if TYPE_CHECKING:
     from graphwright.backends.base import Compiled
@@ -58,6 +60,8 @@ def run(source: str | Path, spec: Spec, settings: JobSettings) -> Outcome:
         GraphwrightError: with the exit status that says which stage failed.
     """
     started = time.monotonic()
+    if settings.no_code:
+        refuse_code(spec)
     check_rules(spec)
     place = OutputPlace(Path(settings.out))
     with place.locked(), deterministic():
@@ -65,8 +69,8 @@ def run(source: str | Path, spec: Spec, settings: JobSettings) -> Outcome:
 
         quiet = settings.quiet or not place.is_main
         progress = Progress(quiet=quiet)
-        with progress:
-            job = _Job(Run(spec, settings, place, progress, started))
+        with progress, watched(no_code=settings.no_code, say=progress.note) as door:
+            job = _Job(Run(spec, settings, place, progress, started, code=door.ran))
             outcome = job.compile(source)
     if not quiet:
         from graphwright.report.build import print_summary
@@ -308,6 +312,7 @@ class _Job:
             artifacts=artifacts, fidelity=fidelity, evaluation=evaluation, latency=latency,
             notes={name: lowered.notes for name, lowered in compiled.items()},
             require=[bound.to_json() for bound in bounds], warnings=self.run.warnings,
+            code=self.run.code,
             seconds=seconds, peak_rss_bytes=self.run.peak, environment=environment(),
         )  # fmt: skip
 

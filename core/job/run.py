@@ -23,6 +23,7 @@ class JobSettings:
     Attributes:
         out: folder for the results; replaced as a whole when it holds an earlier result.
         allow_pickle: open model files that can run code.
+        no_code: refuse code that the spec names, as a factory or a function that gives data.
         device: `cpu` or `cuda`.
         jobs: parallel workers, or `ray`.
         resume: go on after the last finished pass of a killed run.
@@ -32,6 +33,7 @@ class JobSettings:
 
     out: str | Path = "out"
     allow_pickle: bool = False
+    no_code: bool = False
     device: str = "cpu"
     jobs: int | str = 1
     resume: bool = True
@@ -48,6 +50,7 @@ class Run:
         started: `time.monotonic()` at the start.
         peak: largest resident memory seen so far, in bytes.
         warnings: one line each, for the report.
+        code: the user's own code that ran, one line each.
     """
 
     spec: Spec
@@ -57,6 +60,7 @@ class Run:
     started: float
     peak: int = 0
     warnings: list[str] = field(default_factory=list)
+    code: list[str] = field(default_factory=list)
 
     def warn(self, text: str) -> None:
         """Notes something the user should know, in the report and on the console."""

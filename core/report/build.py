@@ -37,6 +37,7 @@ def build_report(
     notes: dict[str, Any],
     require: list[dict[str, Any]],
     warnings: list[str],
+    code: list[str],
     seconds: float,
     peak_rss_bytes: int,
     environment: dict[str, Any],
@@ -76,6 +77,7 @@ def build_report(
         "notes": notes,
         "require": require,
         "warnings": [*warnings, *before.notes],
+        "code": list(code),
         "seconds": seconds,
         "peak_rss_bytes": peak_rss_bytes,
         "versions": _versions(),
@@ -232,6 +234,7 @@ def summary_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
         )
         lines.append(("latency", text))
     lines += [("warning", text) for text in report["warnings"]]
+    lines += [("ran code", text) for text in report["code"]]
     for row in report["require"]:
         measured = "not measured" if row["measured"] is None else f"{row['measured']:.4g}"
         state = "met" if row["met"] else "MISSED"

@@ -125,6 +125,8 @@ class Report(_Part):
     """Notes of each backend: fusions, kernel counts, nodes that stayed, with the reason."""
     require: list[RequirePart] = []
     warnings: list[str] = []
+    code: list[str] = []
+    """Code of the user's own that ran because the spec or a flag names it."""
     seconds: float = 0.0
     peak_rss_bytes: int = 0
     versions: dict[str, str] = {}

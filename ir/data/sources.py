@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from graphwright.ir.errors import ArgumentError
+from graphwright.ir.user_code import admit
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model")
@@ -250,7 +251,7 @@ def _cut(ids: list[int], limit: int) -> list[int]:
 
 
 def _open_function(data: str, root: Path) -> Stream:
-    value = import_object(data, root)
+    value = import_object(data, root, "the data")
     if callable(value):
         return lambda: _iterate(value(), data)
     if iter(value) is value:
@@ -270,12 +271,18 @@ def _iterate(value: Any, data: str) -> Iterable[Any]:
         ) from error
 
 
-def import_object(name: str, root: str | Path = ".") -> Any:
+def import_object(name: str, root: str | Path, why: str) -> Any:
     """The object that `package.module:name` refers to; modules in `root` are found too.
 
+    Args:
+        name: module and attribute.
+        root: folder.
+        why: what asks for it, for whoever has to know which code runs.
+
     Raises:
-        ArgumentError: the module cannot be imported or has no such name.
+        ArgumentError: the module cannot be imported or has no such name, or code is not to run.
     """
+    admit(name, why)
     module_name, _, attribute = name.partition(":")
     folder = str(Path(root).resolve())
     sys.path.insert(0, folder)

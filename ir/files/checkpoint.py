@@ -22,6 +22,7 @@ from graphwright.ir.files.pickles import (
     unsafe,
 )
 from graphwright.ir.files.zips import Archive
+from graphwright.ir.user_code import admit
 
 _PICKLES_IN_OLD_FORMAT = 5
 _RESAVE = (
@@ -44,6 +45,8 @@ def read_checkpoint(path: Path, kind: Kind, *, allow_pickle: bool) -> Any:
     if not allow_pickle:
         for content in contents:
             refuse_absurd(content, str(path))
+    if found or kind is Kind.PICKLE:
+        admit(str(path), "a pickle that --allow-pickle opens")
     try:
         if not found and kind is not Kind.PICKLE:
             mapped = kind is Kind.CHECKPOINT

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from graphwright.ir.errors import ModelError
+from graphwright.ir.user_code import admit
 
 
 def build_module(factory: str, kwargs: Mapping[str, Any]) -> nn.Module:
@@ -24,7 +25,9 @@ def build_module(factory: str, kwargs: Mapping[str, Any]) -> nn.Module:
     Raises:
         ModelError: no such module or function, arguments that do not fit, an exception inside, or
             a result that is no `nn.Module`.
+        ArgumentError: code is not to run.
     """
+    admit(factory, "the model's factory")
     function = _find(factory)
     try:
         inspect.signature(function).bind(**kwargs)

@@ -35,6 +35,7 @@ from graphwright.ir.files.wanted import WITH_GRAPH, Wanted
 from graphwright.ir.files.weights import fill, not_finite
 from graphwright.ir.program import Program
 from graphwright.ir.signature import Signature
+from graphwright.ir.user_code import admit
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,7 @@ def _load_export(path: Path, kind: Kind, allow_pickle: bool, device: str) -> dic
     except ModelError:
         if not allow_pickle:
             raise
+        admit(str(path), "an export archive that --allow-pickle opens")
         exported, extras = _load_trusted(path), {}
     guards = tuple(exported._guards_code)
     if device != "cpu" or any(t.device.type != "cpu" for t in exported.state_dict.values()):

@@ -24,6 +24,7 @@ from graphwright.ir.files.script_state import (
     written_attributes,
 )
 from graphwright.ir.files.zips import Archive
+from graphwright.ir.user_code import admit
 
 NUMBERS = ("int", "float", "bool", "number")
 """TorchScript's types of plain numbers."""
@@ -184,6 +185,8 @@ def read_torchscript(path: Path, *, allow_pickle: bool) -> ScriptedModule:
             fix="Use the Python model it was made from; --allow-pickle if you trust its maker.",
             details=tuple(listed(found)),
         )
+    if found:
+        admit(str(path), "a TorchScript archive that --allow-pickle opens")
     _check_same_members(archive)
     try:
         with warnings.catch_warnings():

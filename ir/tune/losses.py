@@ -182,7 +182,7 @@ def _teacher_loss(name: str, main: int, signature: Signature, teacher: Teacher |
 def _own_loss(name: str, signature: Signature, folder: Path) -> Loss:
     from graphwright.ir.data.sources import import_object
 
-    function: Any = import_object(name, folder)
+    function: Any = import_object(name, folder, "the loss")
     if not callable(function):
         raise ArgumentError("is no function", where=name)
 

@@ -71,7 +71,7 @@ class TuneOptions(Options):
     """The loss: `cross_entropy` with class labels (-100 does not count), `next_token` of a
     language model, `mse` to float labels; with the model before the first pass as the teacher, `kl`
     of logits from its own, or `teacher_mse`, the relative squared difference of any output;
-    `module:function` is a `function(outputs, batch)` of one's own."""
+    `module:function` is a `function(outputs, batch)` of one's own, which is imported and run."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the forward pass; parameters and optimizer state stay as they are."""

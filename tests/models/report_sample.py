@@ -72,6 +72,7 @@ def sample_report(original, result, **changes):
              "met": False},
             {"name": "max_drop", "bound": 0.1, "measured": None, "what": "", "met": False},
         ],
+        "code": [],
         "warnings": [f"weight {HOSTILE} holds NaN"],
         "seconds": 12.0,
         "peak_rss_bytes": 2 * 10**9,
