@@ -14,6 +14,7 @@ from graphwright.backends.onnxruntime.smallest import from_two, too_small
 from graphwright.backends.onnxruntime.steps.blocks import FORMS_FACT
 from graphwright.backends.onnxruntime.steps.catalog import STEPS
 from graphwright.backends.onnxruntime.steps.leftovers import leftovers, rebuilt_warnings
+from graphwright.backends.onnxruntime.ties import decided_by_ties
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.program import Program
@@ -86,6 +87,9 @@ class Lowering(Backend):
             notes["integer_kernels"] = attempt.integer
         if attempt.unoptimized:
             notes["unoptimized"] = attempt.unoptimized
+        ties = decided_by_ties(program, job.program, job.bound)
+        if ties:
+            notes["ties"] = ties
         notes["warnings"] = _warnings(notes)
         keep = job.folder if isinstance(attempt.model, Path) else None
         if keep is None:
@@ -108,6 +112,8 @@ def _warnings(notes: dict[str, Any]) -> list[str]:
         found.append(f"translated by {notes['translator']}")
     if "unoptimized" in notes:
         found.append(f"runs with graph optimizations only: {notes['unoptimized']}")
+    if "ties" in notes:
+        found.append(notes["ties"])
     found += rebuilt_warnings(notes["left"])
     integer = notes.get("integer_kernels", {})
     if integer.get("float"):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphwright.ir.check.fidelity import compare
 from graphwright.ir.edit import Editor
 from graphwright.ir.program import Program
 
@@ -22,13 +23,40 @@ aten = torch.ops.aten
 
 def with_settled_ties(program: Program) -> Program:
     """The program with stable sorts; the same one where nothing in it is sorted."""
-    if not any(node.target in SETTLED for node in program.graph.nodes):
+    if not any(_is_open(node) for node in program.graph.nodes):
         return program
     editor = Editor(program, by="lower.ties")
     for node in list(editor.graph.nodes):
-        if node.target in SETTLED and node.args[0].meta["val"].dim():
+        if _is_open(node) and node.args[0].meta["val"].dim():
             SETTLED[node.target](editor, node, *node.args, **node.kwargs)
     return editor.finish(propagate=False)
+
+
+def decided_by_ties(program: Program, settled: Program, bound: float) -> str:
+    """A note where the order of equal values decides what a program computes; else empty.
+
+    Args:
+        program: as it is.
+        settled: the same `with_settled_ties`.
+        bound: relative error of the outputs on the examples that is no difference.
+    """
+    if settled is program:
+        return ""
+    with torch.no_grad():
+        own, other = program.run_flat(program.examples), settled.run_flat(program.examples)
+    off = compare(own, other)
+    if off.within(bound):
+        return ""
+    sorts = ", ".join(repr(node.name) for node in program.graph.nodes if _is_open(node))
+    return (
+        f"{sorts}: torch leaves the order of equal values open, and the outputs depend on it; here "
+        f"the first comes first, as in a stable sort (the original differs by {off.relative:.2g})"
+    )
+
+
+def _is_open(node: fx.Node) -> bool:
+    """Whether it sorts, and torch leaves open which of two equal values comes first."""
+    return node.target in SETTLED and not node.kwargs.get("stable")
 
 
 def _sorted(editor: Editor, node: fx.Node, x: fx.Node, dim: int, descending: bool) -> fx.Node:
@@ -37,14 +65,16 @@ def _sorted(editor: Editor, node: fx.Node, x: fx.Node, dim: int, descending: boo
 
 
 def _sort(
-    editor: Editor, node: fx.Node, x: fx.Node, dim: int = -1, descending: bool = False
-) -> None:
+    editor: Editor, node: fx.Node, x: fx.Node, dim: int = -1, descending: bool = False,
+    stable: bool | None = None,
+) -> None:  # fmt: skip
     editor.replace(node, _sorted(editor, node, x, dim, descending))
 
 
 def _argsort(
-    editor: Editor, node: fx.Node, x: fx.Node, dim: int = -1, descending: bool = False
-) -> None:
+    editor: Editor, node: fx.Node, x: fx.Node, dim: int = -1, descending: bool = False,
+    stable: bool = False,
+) -> None:  # fmt: skip
     found = _sorted(editor, node, x, dim, descending)
     editor.replace(node, editor.call(operator.getitem, found, 1, before=node, like=node))
 
@@ -78,7 +108,9 @@ def _read_from(editor: Editor, node: fx.Node, found: fx.Node, take: Any) -> None
 
 SETTLED: dict[Any, Any] = {
     aten.sort.default: _sort,
+    aten.sort.stable: _sort,
     aten.argsort.default: _argsort,
+    aten.argsort.stable: _argsort,
     aten.topk.default: _topk,
     aten.kthvalue.default: _kthvalue,
 }

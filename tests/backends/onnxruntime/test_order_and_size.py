@@ -41,6 +41,8 @@ def tied(rows: int) -> Tensor:
         lambda x: torch.sort(x, -1),
         lambda x: torch.sort(x, -1, descending=True),
         lambda x: torch.sort(x, dim=0, stable=True),
+        lambda x: torch.sort(x, dim=-1, stable=False),
+        lambda x: torch.argsort(x, dim=-1, stable=False),
         lambda x: torch.topk(x, 5, -1),
         lambda x: torch.topk(x, 5, -1, largest=False),
         lambda x: torch.kthvalue(x, 7, -1),
@@ -59,6 +61,26 @@ def test_equal_values_come_in_their_order(function: Callable[[Tensor], Any]) -> 
         assert found.shape == own.shape
         if found.is_floating_point():
             assert torch.equal(found, own)
+
+
+def test_an_order_that_decides_the_outputs_is_said() -> None:
+    weights = torch.randn(40)
+
+    def grouped(x: Tensor) -> Tensor:
+        places = torch.sort(
+            x, dim=-1, stable=False
+        ).indices  # more than 16 values: not in their order
+        return weights[places] * torch.arange(40.0)
+
+    compiled = gw.lower(gw.trace(Net(grouped), {"x": tied(3)}), "onnxruntime")
+    (warning,) = compiled.notes["warnings"]
+    assert warning.startswith("'sort': torch leaves the order of equal values open")
+    stable = weights[torch.sort(tied(3), dim=-1, stable=True).indices] * torch.arange(40.0)
+    torch.testing.assert_close(compiled(tied(3)), stable)
+    values = gw.lower(
+        gw.trace(Net(lambda x: torch.sort(x, -1).values), {"x": tied(3)}), "onnxruntime"
+    )
+    assert not values.notes["warnings"]
 
 
 def test_settled_indices_point_at_the_values() -> None:
