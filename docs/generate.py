@@ -76,6 +76,10 @@ def pass_page(name: str, doc: str, schema: Schema) -> str:
         ("comes after", "after"),
         ("comes before", "before"),
         ("not with", "conflicts"),
+        ("needs in front of it one of", "behind"),
+        ("takes float weights of", "takes"),
+        ("leaves codes in the place of weights of", "codes"),
+        ("computes in", "computes_in"),
     ):
         if facts.get(key):
             lines.append(f"| {label} | {_codes(facts[key])} |")

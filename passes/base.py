@@ -28,6 +28,12 @@ cut); approximations of what they were; values found by training."""
 MOST_NAMED = 4
 """Tensors that a message names."""
 
+WeightKind = Literal["linear", "conv", "grouped_conv", "embedding"]
+"""Kinds of layers as far as orders of passes depend on them."""
+
+MATRICES: tuple[WeightKind, ...] = ("linear", "conv", "grouped_conv")
+WEIGHTS: tuple[WeightKind, ...] = (*MATRICES, "embedding")
+
 OptionsT = TypeVar("OptionsT", bound=Options, default=Options)
 
 __all__ = ["Action", "Context", "Contract", "Need", "Options", "Pass", "Result", "all_passes",
@@ -76,6 +82,11 @@ class Pass(Generic[OptionsT]):
         before: ids or family globs that must not come earlier. Where two passes disagree, an id
             outweighs a glob, and two globs leave the order free.
         conflicts: ids or family globs that cannot be in the same chain.
+        behind: ids or family globs, one of which has to come earlier in a chain; `!` excludes, and
+            `family.method[option]` asks for one that has the option.
+        takes: kinds of layers whose float weights it works on, where it can do nothing else.
+        codes: kinds of layers whose weights are codes behind it, all that it selects. A pass
+            behind it that takes no others, of the same layers, has nothing left to do.
         lowers_to: backends that can lower its result.
         weights: its effect on weights. Compensation later in a chain compares compressed weights
             with those that compression started from. Where absent: `trained` for a pass that
@@ -96,6 +107,9 @@ class Pass(Generic[OptionsT]):
     after: ClassVar[tuple[str, ...]] = ()
     before: ClassVar[tuple[str, ...]] = ()
     conflicts: ClassVar[tuple[str, ...]] = ()
+    behind: ClassVar[tuple[str, ...]] = ()
+    takes: ClassVar[tuple[WeightKind, ...]] = ()
+    codes: ClassVar[tuple[WeightKind, ...]] = ()
     lowers_to: ClassVar[tuple[str, ...]] = ("onnxruntime", "triton")
     weights: ClassVar[Effect | None] = None
     changes_interface: ClassVar[bool] = False

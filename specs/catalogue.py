@@ -49,7 +49,9 @@ def explain_pass(name: str) -> str:
     lines.append(f"needs       {_needs(schema, name)}")
     lines.append(f"lowers to   {', '.join(facts.lowers_to) or 'nothing'}")
     for label, names in (
-        ("after", facts.after), ("before", facts.before), ("conflicts", facts.conflicts)
+        ("after", facts.after), ("before", facts.before), ("conflicts", facts.conflicts),
+        ("behind", facts.behind), ("takes", facts.takes), ("codes", facts.codes),
+        ("computes in", facts.computes_in or ()),
     ):  # fmt: skip
         lines += [f"{label:11} {', '.join(names)}"] if names else []
     if papers := definition["x-graphwright"].get("papers"):

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from graphwright.specs.document import Node
 from graphwright.specs.entries import chain_nodes, entry_id
 from graphwright.specs.schema import PassFacts, Schema
 from graphwright.specs.translate import Finding
+
+CAST = "cast.dtype"
+"""The pass that changes what the passes behind it compute in."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,9 @@ class _Link:
     index: int
     line: int
     facts: PassFacts
+    options: dict[str, Any]
+    codes: tuple[str, ...]
+    """Kinds of layers whose weights are codes behind it, by itself or by a quantizer inside."""
 
     @property
     def place(self) -> str:
@@ -28,13 +35,14 @@ class _Link:
 def chain_findings(root: Node, schema: Schema) -> Iterator[Finding]:
     """Illegal orders, conflicting passes, and passes that a chosen backend cannot lower."""
     links = [
-        _Link(index, node.line, facts)
+        _link(index, node, facts, schema)
         for index, node in enumerate(chain_nodes(root, "passes"))
         if (facts := schema.facts(entry_id(node))) is not None
     ]
     seen: dict[str, _Link] = {}
-    for later in links:
+    for place, later in enumerate(links):
         found = [f for earlier in seen.values() if (f := _pair(earlier, later)) is not None]
+        found = found or [f for f in (_alone(links[:place], later),) if f is not None]
         yield from found[:1]  # one move puts it before them all
         seen.setdefault(later.facts.id, later)
     backends = [entry_id(node) for node in chain_nodes(root, "lower")]
@@ -46,6 +54,57 @@ def chain_findings(root: Node, schema: Schema) -> Iterator[Finding]:
             yield Finding(("lower", place), message)
         elif backend in known:
             yield from _not_lowered(links, backend, root.locate(("lower", place))[0])
+
+
+def _link(index: int, node: Node, facts: PassFacts, schema: Schema) -> _Link:
+    """A pass with its options as they will be; one that is no mapping is found elsewhere."""
+    given = node.entries[0].node.plain() if node.entries else None
+    options = {**schema.defaults(facts.id), **(given if isinstance(given, dict) else {})}
+    inside = schema.facts(str(options.get("quantizer")))
+    codes = facts.codes if inside is None else inside.codes
+    return _Link(index, node.line, facts, options, codes)
+
+
+def _alone(earlier: list[_Link], link: _Link) -> Finding | None:
+    """The problem of a pass that nothing in front of it gives work to, or leaves any."""
+    facts, path = link.facts, ("passes", link.index)
+    if facts.behind and not any(_gives_work(facts.behind, other) for other in earlier):
+        wanted = ", ".join(name for name in facts.behind if not name.startswith("!"))
+        message = f"{facts.id} has nothing to do without one of these in front of it: {wanted}"
+        return Finding(path, message)
+    for other in earlier:
+        if _takes_all(other, link):
+            message = (
+                f"{facts.id} finds only codes: {other.place} quantizes the same layers; give the "
+                "two different `targets`, or remove one"
+            )
+            return Finding(path, message)
+    casts = [other for other in earlier if other.facts.id == CAST]
+    if casts and facts.computes_in is not None and not casts[-1].options.get("keep"):
+        to = casts[-1].options.get("to")
+        if to not in facts.computes_in:
+            message = f"{facts.id} does not take {to}, which {casts[-1].place} makes"
+            return Finding(path, f"{message}; move it up to line {casts[-1].line}")
+    return None
+
+
+def _gives_work(patterns: tuple[str, ...], other: _Link) -> bool:
+    """Whether a pass is among `behind`: the last pattern that it matches decides."""
+    said = False
+    for pattern in patterns:
+        name, _, option = pattern.removeprefix("!").rstrip("]").partition("[")
+        if fnmatchcase(other.facts.id, name):
+            said = not pattern.startswith("!")
+            said = said and (not option or other.options.get(option) is not None)
+    return said
+
+
+def _takes_all(earlier: _Link, later: _Link) -> bool:
+    """Whether all weights that the later pass can work on are codes behind the earlier one."""
+    targets = earlier.options.get("targets", ["*"])
+    covers = targets == ["*"] or targets == later.options.get("targets")
+    takes = later.facts.takes
+    return bool(takes) and covers and set(takes) <= set(earlier.codes)
 
 
 def _pair(earlier: _Link, later: _Link) -> Finding | None:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from graphwright.passes.base import Pass
 
 OUTPUT = Path(__file__).with_name("schema.json")
-FACTS = ("contract", "needs", "after", "before", "conflicts", "lowers_to", "papers")
+FACTS = ("contract", "needs", "after", "before", "conflicts", "behind", "takes", "codes",
+         "lowers_to", "papers")  # fmt: skip
 
 
 def build_schema(
@@ -63,7 +64,11 @@ def build_schema(
 
 def define_pass(name: str, cls: type[Pass]) -> dict[str, Any]:
     """Definitions of a pass: its options and what its class says about it."""
+    from graphwright.passes.base import Pass
+
     facts = {fact: _plain(getattr(cls, fact)) for fact in FACTS if _plain(getattr(cls, fact, None))}
+    if cls.computes_in != Pass.computes_in:
+        facts["computes_in"] = list(cls.computes_in)
     if cls.needs_with:
         facts["needs_with"] = [
             {"option": option, "value": value, "needs": need}

@@ -25,7 +25,12 @@ class PassFacts:
     after: tuple[str, ...]
     before: tuple[str, ...]
     conflicts: tuple[str, ...]
+    behind: tuple[str, ...]
+    takes: tuple[str, ...]
+    codes: tuple[str, ...]
     lowers_to: tuple[str, ...]
+    computes_in: tuple[str, ...] | None
+    """None for any."""
 
     def needed(self, options: dict[str, Any], defaults: dict[str, Any]) -> str:
         """The needs of the pass when it has these options."""
@@ -73,9 +78,12 @@ class Schema:
         if "pass" not in found:
             return None
         when = tuple((w["option"], w["value"], w["needs"]) for w in found.get("needs_with", ()))
-        lists = (tuple(found.get(k, ())) for k in ("after", "before", "conflicts", "lowers_to"))
-        needs = found.get("needs", "nothing")
-        return PassFacts(name, found.get("contract", "exact"), needs, when, *lists)
+        lists = ("after", "before", "conflicts", "behind", "takes", "codes", "lowers_to")
+        return PassFacts(
+            name, found.get("contract", "exact"), found.get("needs", "nothing"), when,
+            *(tuple(found.get(key, ())) for key in lists),
+            tuple(found["computes_in"]) if "computes_in" in found else None,
+        )  # fmt: skip
 
     def resolve(self, part: dict[str, Any]) -> dict[str, Any]:
         """`part`, or what its `$ref` points to."""

@@ -50,6 +50,7 @@ class Eora(Pass[EoraOptions]):
     """
 
     contract = "lossy"
+    behind = low_rank.COMPRESSING
     needs = "calibration"
     papers = ("P02",)
     after = ("cleanup.*", "cast.*", "prune.*", "quantize.*")

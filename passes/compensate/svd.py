@@ -36,6 +36,7 @@ class Svd(Pass[SvdOptions]):
     """
 
     contract = "lossy"
+    behind = low_rank.COMPRESSING
     after = ("cleanup.*", "cast.*", "prune.*", "quantize.*")
 
     def run(self, program: Program, context: Context) -> Result:

@@ -17,7 +17,7 @@ from graphwright.ir.errors import ArgumentError
 from graphwright.ir.layers.products import as_matrix, from_matrix, geometry
 from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.program import Program
-from graphwright.passes.base import Action, Context, Pass, Result
+from graphwright.passes.base import MATRICES, Action, Context, Pass, Result
 from graphwright.passes.prune._masks.layers import maskable, share_of_zeros, with_weights
 from graphwright.passes.prune._masks.patterns import Pattern, SparsityOptions, found_pattern
 from graphwright.passes.prune._math import sparsegpt as sparsegpt_math
@@ -170,6 +170,7 @@ class Dsnot(Pass[DsnotOptions]):
     """
 
     contract = "lossy"
+    takes = MATRICES
     needs = "calibration"
     papers = ("P10",)
 

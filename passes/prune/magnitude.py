@@ -13,7 +13,7 @@ from torch import Tensor
 from graphwright.ir.layers.products import from_matrix, geometry
 from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.program import Program
-from graphwright.passes.base import Action, Context, Pass, Result
+from graphwright.passes.base import MATRICES, Action, Context, Pass, Result
 from graphwright.passes.prune._masks.layers import maskable, matrix, share_of_zeros, with_weights
 from graphwright.passes.prune._masks.patterns import Pattern, SparsityOptions
 
@@ -43,6 +43,7 @@ class Magnitude(Pass[MagnitudeOptions]):
     """
 
     contract = "lossy"
+    takes = MATRICES
 
     def run(self, program: Program, context: Context) -> Result:
         pattern = self.options.wanted()

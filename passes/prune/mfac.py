@@ -11,7 +11,7 @@ from torch import Tensor
 from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.program import Program
 from graphwright.ir.tune.fisher import Fisher
-from graphwright.passes.base import Action, Context, Pass, Result
+from graphwright.passes.base import MATRICES, Action, Context, Pass, Result
 from graphwright.passes.prune._masks.layers import maskable, share_of_zeros, with_weights
 from graphwright.passes.prune._masks.patterns import Pattern, SparsityOptions
 from graphwright.passes.prune._math.obs import Structure, Vector, kept_after, surgery
@@ -85,6 +85,7 @@ class Mfac(Pass[MfacOptions]):
     """
 
     contract = "lossy"
+    takes = MATRICES
     needs = "calibration"
     papers = ("P66",)
 

@@ -10,7 +10,7 @@ from graphwright.ir.calibration.site import Site, Solved, Task
 from graphwright.ir.calibration.walk import sweep
 from graphwright.ir.layers.products import as_matrix, from_matrix
 from graphwright.ir.program import Program
-from graphwright.passes.base import Action, Context, Pass, Result
+from graphwright.passes.base import MATRICES, Action, Context, Pass, Result
 from graphwright.passes.prune._masks.layers import maskable, share_of_zeros, with_weights
 from graphwright.passes.prune._masks.patterns import Pattern, SparsityOptions
 from graphwright.passes.prune._math.features import Features, features
@@ -56,6 +56,7 @@ class Wanda(Pass[WandaOptions]):
     """
 
     contract = "lossy"
+    takes = MATRICES
     needs = "calibration"
 
     def run(self, program: Program, context: Context) -> Result:

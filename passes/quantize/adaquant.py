@@ -24,7 +24,7 @@ from graphwright.ir.program import Program
 from graphwright.ir.stored.blocks import Blocks, block_for, pack
 from graphwright.ir.stored.insert import Insertion, Make, rebuild_blocks, replace_weight
 from graphwright.ir.stored.refusals import refusals
-from graphwright.passes.base import Action, Context, Pass, Result
+from graphwright.passes.base import MATRICES, Action, Context, Pass, Result
 from graphwright.passes.quantize._math import adaquant
 
 aten = torch.ops.aten
@@ -119,6 +119,9 @@ class Adaquant(Pass[AdaquantOptions]):
     """
 
     contract = "lossy"
+    takes = MATRICES
+    codes = MATRICES
+    computes_in = ("float64", "float32")
     stores_weights = True
     needs = "calibration"
     papers = ("P47",)

@@ -23,7 +23,7 @@ from graphwright.ir.layers.selectors import layers as find_layers
 from graphwright.ir.program import Program
 from graphwright.ir.stored.blocks import block_for, round_to_nearest
 from graphwright.ir.stored.insert import Make, rebuild_blocks
-from graphwright.passes.base import Action, Context, Pass, Result
+from graphwright.passes.base import WEIGHTS, Action, Context, Pass, Result
 from graphwright.passes.quantize._activations.folding import Group, divide, find_groups
 from graphwright.passes.quantize._activations.region import Region, feeds_scores, region_of
 from graphwright.passes.quantize._low_bit.coding import choose, insert
@@ -91,6 +91,8 @@ class Awq(Pass[AwqOptions]):
     """
 
     contract = "lossy"
+    takes = WEIGHTS
+    codes = WEIGHTS
     stores_weights = True
     needs = "calibration"
     after = ("cleanup.*", "prune.*", "tune.*", "quantize.smoothquant")

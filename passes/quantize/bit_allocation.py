@@ -24,7 +24,7 @@ from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.options import Bounded, Targets
 from graphwright.ir.program import Program
 from graphwright.ir.tune.losses import main_output
-from graphwright.passes.base import Action, Pass, Result
+from graphwright.passes.base import MATRICES, WEIGHTS, Action, Pass, Result
 from graphwright.passes.quantize._low_bit.transplant import transplant
 from graphwright.passes.quantize._math.allocate import allocate
 from graphwright.passes.registry import find_pass
@@ -113,6 +113,8 @@ class BitAllocation(Pass[BitAllocationOptions]):
     """
 
     contract = "lossy"
+    takes = WEIGHTS
+    codes = MATRICES
     stores_weights = True
     needs = "calibration"
     papers = ("P47",)

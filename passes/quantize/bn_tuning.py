@@ -59,6 +59,7 @@ class BnTuning(Pass[BnTuningOptions]):
     """
 
     contract = "lossy"
+    behind = ("cleanup.fold_batch_norm",)
     needs = "calibration"
     papers = ("P47",)
     after = ("cleanup.*", "prune.*", "quantize.adaquant", "quantize.gptq", "quantize.rtn",

@@ -21,7 +21,7 @@ from graphwright.ir.options import Bounded, Targets
 from graphwright.ir.program import Program
 from graphwright.ir.stored.insert import Insertion, Make, matrix_of, replace_weight
 from graphwright.ir.stored.refusals import refusals
-from graphwright.passes.base import Action, Context, Need, Pass, Result
+from graphwright.passes.base import MATRICES, Action, Context, Need, Pass, Result
 
 ours = torch.ops.graphwright
 
@@ -54,6 +54,8 @@ class Fp8(Pass[Fp8Options]):
     """
 
     contract = "lossy"
+    takes = MATRICES
+    codes = MATRICES
     stores_weights = True
     after = ("cleanup.*", "prune.*", "tune.*", "quantize.smoothquant")
     needs_with: ClassVar[Mapping[tuple[str, Any], Need]] = {

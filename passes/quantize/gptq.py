@@ -22,7 +22,7 @@ from graphwright.ir.layers.selectors import layers as find_layers
 from graphwright.ir.program import Program
 from graphwright.ir.stored.blocks import Blocks, block_for, pack, round_to_nearest
 from graphwright.ir.stored.insert import Make, rebuild_blocks
-from graphwright.passes.base import Action, Context, Pass, Result
+from graphwright.passes.base import WEIGHTS, Action, Context, Pass, Result
 from graphwright.passes.quantize._low_bit.coding import choose, insert, layer_errors, output_error
 from graphwright.passes.quantize._low_bit.rounding import (
     BlockOptions,
@@ -103,6 +103,8 @@ class Gptq(Pass[GptqOptions]):
     """
 
     contract = "lossy"
+    takes = WEIGHTS
+    codes = WEIGHTS
     stores_weights = True
     needs = "calibration"
     after = ("cleanup.*", "prune.*", "tune.*", "quantize.smoothquant")

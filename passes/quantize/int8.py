@@ -93,6 +93,7 @@ class Int8(Pass[Int8Options]):
     """
 
     contract = "lossy"
+    takes = ("linear", "conv", "embedding")
     stores_weights = True
     after = ("cleanup.*", "quantize.smoothquant")
     lowers_to = ("onnxruntime", "triton")

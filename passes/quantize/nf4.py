@@ -16,7 +16,7 @@ from graphwright.ir.program import Program
 from graphwright.ir.stored.insert import matrix_of, replace_weight
 from graphwright.ir.stored.refusals import refusals
 from graphwright.ir.stored.table import Table, quantize, rebuild_table
-from graphwright.passes.base import Action, Context, Pass, Result
+from graphwright.passes.base import WEIGHTS, Action, Context, Pass, Result
 
 
 class Nf4Options(Bounded, Targets):
@@ -60,8 +60,10 @@ class Nf4(Pass[Nf4Options]):
     """
 
     contract = "lossy"
+    takes = WEIGHTS
+    codes = WEIGHTS
     stores_weights = True
-    after = ("cleanup.*", "quantize.smoothquant")
+    after = ("cleanup.*", "prune.*", "quantize.smoothquant")
     lowers_to = ("onnxruntime", "triton")
 
     def run(self, program: Program, context: Context) -> Result:

@@ -10,7 +10,7 @@ from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.program import Program
 from graphwright.ir.stored.blocks import Blocks
 from graphwright.ir.stored.insert import Make, rebuild_blocks
-from graphwright.passes.base import Action, Context, Pass, Result
+from graphwright.passes.base import WEIGHTS, Action, Context, Pass, Result
 from graphwright.passes.quantize._low_bit.coding import choose, insert
 from graphwright.passes.quantize._low_bit.rounding import BlockOptions, round_layers
 
@@ -38,6 +38,8 @@ class Rtn(Pass[RtnOptions]):
     """
 
     contract = "lossy"
+    takes = WEIGHTS
+    codes = WEIGHTS
     stores_weights = True
     after = ("cleanup.*", "prune.*", "tune.*", "quantize.smoothquant")
 

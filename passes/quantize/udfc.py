@@ -14,7 +14,7 @@ from graphwright.ir.repair.closed_form import Repair
 from graphwright.ir.repair.options import RepairOptions
 from graphwright.ir.repair.round import quantizable, quantized
 from graphwright.ir.repair.walk import Plan, compress, metrics
-from graphwright.passes.base import Context, Pass, Result
+from graphwright.passes.base import MATRICES, Context, Pass, Result
 
 
 class UdfcOptions(RepairOptions):
@@ -47,6 +47,9 @@ class Udfc(Pass[UdfcOptions]):
     """
 
     contract = "lossy"
+    takes = MATRICES
+    codes = MATRICES
+    computes_in = ("float64", "float32")
     stores_weights = True
     papers = ("P69",)
     before = ("cleanup.fold_batch_norm",)  # batch norm tells how channels are distributed

@@ -139,6 +139,8 @@ class Vptq(Pass[VptqOptions]):
     """
 
     contract = "lossy"
+    takes = ("linear", "conv")
+    codes = ("linear", "conv")
     stores_weights = True
     needs = "calibration"
     papers = ("P63",)

@@ -91,6 +91,57 @@ def test_chains_that_their_passes_ask_for(chain, problems):
     assert not [line for line in found if "come before" in line]
 
 
+def test_a_pass_without_any_that_gives_it_work():
+    facts = {"a": {"behind": ["t.*", "!t.c", "t.c[bits]"]}, "b": {}, "c": {}}
+    assert check(["t.b", "t.a"], **facts) == []
+    for chain in (["t.a"], ["t.c", "t.a"], ["t.a", "t.b"]):
+        (only,) = check(chain, **facts)
+        assert only.endswith("t.a has nothing to do without one of these in front of it: t.*, "
+                             "t.c[bits]")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "refused"),
+    [
+        ("quantize.rtn", "quantize.gptq", True),
+        ("quantize.rtn: {targets: ['kind:embedding']}", "quantize.gptq", False),
+        ("quantize.rtn: {targets: [head]}", "quantize.gptq: {targets: [head]}", True),
+        ("quantize.adaquant", "quantize.rtn", False),  # embeddings are left
+        ("quantize.adaquant", "quantize.vptq", True),
+        ("quantize.vptq", "quantize.adaquant", False),  # grouped convolutions are left
+        ("quantize.nf4", "tune.finetune", False),
+        ("quantize.udfc", "prune.magnitude", True),
+        ("quantize.bit_allocation: {quantizer: quantize.rtn}", "quantize.nf4", True),
+        ("quantize.bit_allocation: {quantizer: quantize.adaquant}", "quantize.nf4", False),
+    ],
+)
+def test_a_pass_that_finds_only_codes(first, second, refused, problems):
+    data = "calibration: {data: synthetic}\ntraining: {data: synthetic}\n"
+    found = problems(f"version: 1\n{data}passes:\n  - {first}\n  - {second}\nlower: []\n")
+    assert any("finds only codes" in line for line in found) == refused
+    assert all(line.startswith("spec.yaml:6:5: passes[1]: ") for line in found)
+
+
+@pytest.mark.parametrize(
+    ("cast", "refused"),
+    [
+        ("cast.dtype", True),
+        ("cast.dtype: {to: bfloat16}", True),
+        ("cast.dtype: {to: float32}", False),
+        ("cast.dtype: {keep: ['*']}", False),
+    ],
+)
+def test_a_pass_behind_a_cast_to_what_it_does_not_take(cast, refused, problems):
+    found = problems(f"version: 1\npasses:\n  - {cast}\n  - quantize.int8\nlower: []\n")
+    assert bool(found) == refused
+    if refused:
+        to = "bfloat16" if "bfloat16" in cast else "float16"
+        assert found == [
+            f"spec.yaml:4:5: passes[1]: quantize.int8 does not take {to}, which cast.dtype "
+            "(passes[0], line 3) makes; move it up to line 3"
+        ]
+
+
 @pytest.mark.parametrize("chain", [["t.a", "t.b"], ["t.b", "t.a"]])
 def test_passes_that_exclude_each_other(chain):
     (only,) = check(chain, a={"conflicts": ["t.b"]}, b={})

@@ -19,6 +19,14 @@ from graphwright.passes.base import Action
 
 ours = torch.ops.graphwright
 
+COMPRESSING = (
+    "quantize.*", "!quantize.smoothquant", "!quantize.bn_tuning",
+    "prune.*", "!prune.zig", "!prune.compress", "!prune.udfc", "prune.udfc[weight_bits]",
+    "cast.*", "tune.*",
+)  # fmt: skip
+"""Passes behind which a weight is another one than the original; `!` those that only give it
+another form."""
+
 
 @dataclass(frozen=True)
 class Factors:
