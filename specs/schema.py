@@ -80,10 +80,13 @@ class Schema:
         when = tuple((w["option"], w["value"], w["needs"]) for w in found.get("needs_with", ()))
         lists = ("after", "before", "conflicts", "behind", "takes", "codes", "lowers_to")
         return PassFacts(
-            name, found.get("contract", "exact"), found.get("needs", "nothing"), when,
-            *(tuple(found.get(key, ())) for key in lists),
-            tuple(found["computes_in"]) if "computes_in" in found else None,
-        )  # fmt: skip
+            id=name,
+            contract=found.get("contract", "exact"),
+            needs=found.get("needs", "nothing"),
+            needs_with=when,
+            computes_in=tuple(found["computes_in"]) if "computes_in" in found else None,
+            **{key: tuple(found.get(key, ())) for key in lists},
+        )
 
     def resolve(self, part: dict[str, Any]) -> dict[str, Any]:
         """`part`, or what its `$ref` points to."""
