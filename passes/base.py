@@ -122,8 +122,9 @@ class Pass(Generic[OptionsT]):
         if package.startswith("graphwright.passes."):
             cls.id = f"{package.rpartition('.')[2]}.{method}"
         for base in getattr(cls, "__orig_bases__", ()):
-            given = get_args(base)
-            if get_origin(base) is Pass and isinstance(given[0], type):
+            origin, given = get_origin(base), get_args(base)
+            is_pass = isinstance(origin, type) and issubclass(origin, Pass)
+            if is_pass and isinstance(given[0], type):
                 cls.Options = given[0]
 
     def __init__(self, **options: Any) -> None:

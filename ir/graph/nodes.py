@@ -37,6 +37,11 @@ def set_gw_meta(node: fx.Node, **entries: Any) -> None:
     node.meta["custom"] = {**node.meta.get("custom", {}), "gw": record}
 
 
+def adapter_of(node: fx.Node) -> str:
+    """Name of the adapter that a node belongs to; empty for any other node."""
+    return str(gw_meta(node).get("adapter", ""))
+
+
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
     """The fake mode that all of a program's recorded values belong to."""
     for node in graph.nodes:

@@ -18,6 +18,7 @@ from torch import fx
 
 from graphwright.ir.errors import ModelError
 from graphwright.ir.graph.constants import weight_source
+from graphwright.ir.graph.nodes import adapter_of
 from graphwright.ir.layers.kinds import KINDS, WEIGHT_ARGUMENT
 from graphwright.ir.program import Program
 
@@ -45,11 +46,14 @@ class Layer:
 
 
 def layers(program: Program, kinds: Collection[str] | None = None) -> list[Layer]:
-    """Every layer of the given kinds (all kinds when None), in graph order."""
+    """Every layer of the given kinds (all kinds when None), in graph order.
+
+    The products inside an adapter are none: they belong to the layer that it adapts.
+    """
     found = []
     for node in program.graph.nodes:
         kind = KINDS.get(node.target) if node.op == "call_function" else None
-        if kind is None or (kinds is not None and kind not in kinds):
+        if kind is None or (kinds is not None and kind not in kinds) or adapter_of(node):
             continue
         position = WEIGHT_ARGUMENT[kind]
         weight = node.args[position] if len(node.args) > position else None

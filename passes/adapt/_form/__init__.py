@@ -1,0 +1,1 @@
+"""Parts that the adapters share: the base of their passes, and low-rank branches."""

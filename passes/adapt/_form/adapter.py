@@ -1,0 +1,182 @@
+"""The base of passes that put an adapter beside layers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import fx, nn
+from typing_extensions import TypeVar
+
+from graphwright.ir.adapters.branch import Branch
+from graphwright.ir.adapters.merging import Adapted, Merged
+from graphwright.ir.adapters.record import Adapter, adapters, record
+from graphwright.ir.edit import Editor
+from graphwright.ir.errors import ArgumentError, ModelError
+from graphwright.ir.graph.constants import depends_on_input
+from graphwright.ir.layers.kinds import PRODUCTS
+from graphwright.ir.layers.selectors import Layer, layers, select
+from graphwright.ir.options import Options, Selector
+from graphwright.ir.program import Program
+from graphwright.ir.tune.hooks import Hook
+from graphwright.passes.base import Action, Context, Pass, Result
+
+aten = torch.ops.aten
+
+
+class AdapterOptions(Options):
+    """Options of every adapter."""
+
+    targets: Selector = ("kind:linear",)
+    """Layers that get an adapter: selector patterns over names and kinds."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")] = "default"
+    """Name of the adapter; a program may have several, and their changes add up."""
+
+    also_train: Selector = ()
+    """Layers whose own parameters stay trainable, such as a new classifier: selector patterns."""
+
+
+OptionsT = TypeVar("OptionsT", bound=AdapterOptions, default=AdapterOptions)
+
+
+class AdapterPass(Pass[OptionsT]):
+    """Puts an adapter beside every chosen layer, and freezes all other parameters.
+
+    A subclass says how the nodes are put in (`attach`) and what the layer's weight becomes when
+    they are merged into it (`merged`).
+
+    Class attributes:
+        kinds: of layers that can be adapted.
+    """
+
+    contract = "identity_at_init"
+    weights = "kept"
+    kinds: ClassVar[tuple[str, ...]] = PRODUCTS
+
+    @abstractmethod
+    def attach(self, branch: Branch, layer: Layer, generator: torch.Generator) -> str:
+        """Adds the nodes beside one call; returns what the layer has now, for the report.
+
+        Args:
+            branch: where they go. A layer that is called several times has several, whose tensors
+                are the same.
+            layer: that is adapted.
+            generator: of the layer's random numbers.
+        """
+
+    def refusal(self, layer: Layer) -> str:
+        """The reason why a layer cannot be adapted; empty where it can.
+
+        Raises:
+            ModelError: the options ask of the layer what no layer of its size has.
+        """
+        return ""
+
+    def prepare(self, program: Program, chosen: Sequence[Layer], context: Context) -> None:
+        """Called before the first layer: for what is found on data, or for all layers together."""
+
+    def finished(self, program: Program) -> Program:
+        """The program with what belongs to no single layer."""
+        return program
+
+    @classmethod
+    def merged(cls, layer: Adapted) -> Merged:
+        """The weight and the bias with which a layer alone does what it does with its adapter.
+
+        Raises:
+            ModelError: the adapter is no linear change of the layer.
+        """
+        raise ModelError(
+            f"an adapter of {cls.id} cannot be merged: it changes {layer.name!r} by more than its "
+            "weight",
+            fix="Leave it beside the layer; it is exported as it is.",
+        )
+
+    @classmethod
+    def hooks(cls, program: Program, adapter: Adapter) -> list[Hook]:
+        """Hooks with which the adapter takes part in training."""
+        return []
+
+    def run(self, program: Program, context: Context) -> Result:
+        """Adapts the chosen layers; see the class."""
+        options = self.options
+        if options.name in adapters(program):
+            raise ArgumentError(
+                f"the program has an adapter {options.name!r} already", fix="Set another `name`."
+            )
+        chosen, actions = [], []
+        for layer in select(program, options.targets, self.kinds):
+            if reason := _refusal(layer) or self.refusal(layer):
+                actions.append(Action.left(layer.name, reason))
+            else:
+                chosen.append(layer)
+        if not chosen:
+            why = tuple(sorted({f"{a.layer}: {a.reason}" for a in actions}))
+            raise ModelError(f"{self.id}: no selected layer can be adapted", details=why[:5])
+        self.prepare(program, chosen, context)
+        editor = Editor(program, by=self.id)
+        parts: dict[str, dict[str, str]] = {}
+        for layer in chosen:
+            branch = Branch(editor, options.name, layer)
+            done = self.attach(branch, layer, context.generator(layer.name))
+            if layer.name not in parts:
+                actions.append(Action(layer.name, done))
+                parts[layer.name] = branch.parts
+        frozen = _freeze(editor, program, options.also_train)
+        record(editor, Adapter(options.name, self.id, self.resolved_options(), parts, frozen))
+        result = self.finished(editor.finish())
+        return Result(result, tuple(actions), _counts(result))
+
+
+def _refusal(layer: Layer) -> str:
+    value = layer.node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return "its output is no floating-point tensor"
+    if layer.kind == "addmm" and (len(layer.node.args) > 3 or layer.node.kwargs):
+        return "addmm with factors alpha or beta"
+    return ""
+
+
+def _freeze(editor: Editor, program: Program, also_train: Sequence[str]) -> tuple[str, ...]:
+    """Freezes what was trainable, but for adapters and the layers in `also_train`."""
+    kept = {name for adapter in adapters(program).values() for name in adapter.tensors()}
+    for layer in select(program, also_train) if also_train else ():
+        kept |= _own(layer)
+    frozen = [name for name in program.trainable() if name not in kept]
+    for name in frozen:
+        editor.set_state(name, nn.Parameter(editor.state[name].detach(), requires_grad=False))
+    return tuple(frozen)
+
+
+def _own(layer: Layer) -> set[str]:
+    """Names of the stored tensors that a layer reads."""
+    found: set[str] = set()
+    stack = [node for node in layer.node.all_input_nodes if not depends_on_input(node)]
+    while stack:
+        node: fx.Node = stack.pop()
+        if node.op == "get_attr":
+            found.add(str(node.target))
+        stack.extend(node.all_input_nodes)
+    return found
+
+
+def _counts(program: Program) -> dict[str, float]:
+    trained = sum(p.numel() for p in program.trainable().values())
+    total = sum(t.numel() for t in program.state.values() if t.is_floating_point())
+    return {
+        "adapted_layers": float(sum(len(a.layers) for a in adapters(program).values())),
+        "trainable_parameters": float(trained),
+        "trainable_share": trained / max(1, total),
+    }
+
+
+def weight_shape(layer: Layer) -> tuple[int, ...]:
+    """Shape of a layer's weight."""
+    from graphwright.ir.layers.products import weight_node
+
+    value: Any = weight_node(layer).meta["val"]
+    return tuple(int(size) for size in value.shape)

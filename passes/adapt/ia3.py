@@ -1,0 +1,86 @@
+"""adapt.ia3: one factor for every output, or every input, of a layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from graphwright.ir.adapters.branch import Branch
+from graphwright.ir.adapters.merging import Adapted, Merged
+from graphwright.ir.layers.kinds import CONVOLUTIONS, TURNED
+from graphwright.ir.layers.selectors import Layer, select
+from graphwright.ir.options import Selector
+from graphwright.ir.program import Program
+from graphwright.passes.adapt._form.adapter import AdapterOptions, AdapterPass, weight_shape
+from graphwright.passes.adapt._form.low_rank import groups_of, matrix_shape
+from graphwright.passes.base import Context
+
+aten = torch.ops.aten
+
+
+class Ia3Options(AdapterOptions):
+    """Options of adapt.ia3."""
+
+    feedforward: Selector = ()
+    """Layers of `targets` whose inputs are scaled instead of their outputs: the second layers of
+    feed-forward blocks, in the paper."""
+
+
+class Ia3(AdapterPass[Ia3Options]):
+    """Multiplies the outputs of every chosen layer, or its inputs, by trained factors.
+
+    The factors start at one. The paper scales keys, values, and what goes into the second layer
+    of each feed-forward block. They merge into rows or columns of the weight; a layer whose
+    outputs are scaled has its bias scaled with them.
+
+    Source: Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than
+    In-Context Learning", section 3.3.
+    """
+
+    _inner: frozenset[str] = frozenset()
+
+    def prepare(self, program: Program, chosen: object, context: Context) -> None:
+        options = self.options
+        inner = select(program, options.feedforward, self.kinds) if options.feedforward else []
+        self._inner = frozenset(layer.name for layer in inner)
+
+    def attach(self, branch: Branch, layer: Layer, generator: torch.Generator) -> str:
+        spatial = len(weight_shape(layer)) - 2 if layer.kind in CONVOLUTIONS else 0
+        if layer.name in self._inner:
+            factor = branch.parameter("ia3_in", torch.ones(inputs_of(layer)))
+            if spatial:
+                factor = branch.before(aten.reshape.default, factor, [-1, *(1,) * spatial])
+            branch.scale_input(factor)
+            return f"{inputs_of(layer)} inputs scaled"
+        out = matrix_shape(layer)[0]
+        factor = branch.parameter("ia3_out", torch.ones(out))
+        if spatial:
+            factor = branch.add(aten.reshape.default, factor, [-1, *(1,) * spatial])
+        branch.finish(branch.add(aten.mul.Tensor, branch.tip, factor))
+        return f"{out} outputs scaled"
+
+    @classmethod
+    def merged(cls, layer: Adapted) -> Merged:
+        if "ia3_in" in layer.parts:
+            return _columns_scaled(layer, layer.parts["ia3_in"]), layer.bias
+        factor = layer.parts["ia3_out"]
+        bias = None if layer.bias is None else layer.bias * factor
+        if layer.kind in TURNED:
+            return layer.weight * factor, bias
+        return layer.weight * factor.reshape(-1, *(1,) * (layer.weight.dim() - 1)), bias
+
+
+def inputs_of(layer: Layer) -> int:
+    """Channels, or features, that a layer reads."""
+    shape = weight_shape(layer)
+    return shape[0] if layer.kind in TURNED else shape[1] * groups_of(layer)
+
+
+def _columns_scaled(layer: Adapted, factor: Tensor) -> Tensor:
+    weight = layer.weight
+    if layer.kind in TURNED:
+        return weight * factor[:, None]
+    if layer.kind not in CONVOLUTIONS:
+        return weight * factor
+    own = factor.reshape(layer.groups, 1, -1).expand(-1, len(weight) // layer.groups, -1)
+    return weight * own.reshape(*weight.shape[:2], *(1,) * (weight.dim() - 2))

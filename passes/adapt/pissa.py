@@ -1,0 +1,67 @@
+"""adapt.pissa: the largest singular directions of a weight as its adapter."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from graphwright.ir.adapters.branch import Branch
+from graphwright.ir.adapters.merging import Adapted, Merged
+from graphwright.ir.layers.selectors import Layer
+from graphwright.passes.adapt._form.adapter import AdapterPass
+from graphwright.passes.adapt._form.low_rank import (
+    RankOptions,
+    add_low_rank,
+    change,
+    rank_of,
+    shapes,
+)
+from graphwright.passes.adapt._form.residual import take_out, weight_matrix
+from graphwright.passes.adapt._math.svd import truncated_svd
+
+
+class PissaOptions(RankOptions):
+    """Options of adapt.pissa."""
+
+    iterations: Annotated[int, Field(ge=0)] | None = None
+    """Rounds of the fast decomposition by random projections (the paper uses 16); the exact one
+    when absent."""
+
+
+class Pissa(AdapterPass[PissaOptions]):
+    """Moves the largest singular triplets of every weight into a low-rank branch, and trains those.
+
+    With W = U S V^T, a = sqrt(S_r) V_r^T and b = U_r sqrt(S_r) are trained, and the residual
+    W - b a stays as it is. Nothing is scaled and nothing dropped. A pass that quantizes behind it
+    rounds the residual alone, which has lost its largest values (QPiSSA with one round).
+
+    Source: Meng et al. 2024, "PiSSA", equations 2 to 4.
+    """
+
+    papers = ("P42",)
+    weights = "reformed"
+
+    def attach(self, branch: Branch, layer: Layer, generator: torch.Generator) -> str:
+        rank = rank_of(self.options, layer)
+        matrix = weight_matrix(branch, layer)
+        u, s, vh = truncated_svd(matrix, rank, self.options.iterations, generator)
+        root = s.sqrt()
+        size_a, size_b = shapes(layer, rank)
+        a = (root[:, None] * vh).to(branch.dtype)
+        b = (u * root).to(branch.dtype)
+        take_out(branch, layer, b.double() @ a.double())
+        share = float(s.square().sum() / matrix.square().sum().clamp_min(1e-30))
+        stored_a = branch.parameter("lora_a", a.reshape(size_a))
+        stored_b = branch.parameter("lora_b", b.reshape(size_b))
+        add_low_rank(branch, layer, stored_a, stored_b, 1.0)
+        return f"rank {rank}, {share:.0%} of the weight's squares"
+
+    def refusal(self, layer: Layer) -> str:
+        rank_of(self.options, layer)
+        return ""
+
+    @classmethod
+    def merged(cls, layer: Adapted) -> Merged:
+        return layer.weight + change(layer, layer.parts["lora_a"], layer.parts["lora_b"]), layer.bias
