@@ -144,7 +144,7 @@ def _store(
     new, new_bias = formula(given)
     stored = new.to(old.dtype)
     editor.set_state(str(weight.target), _like(old, stored))
-    if old_bias is not None and new_bias is not None:
+    if old_bias is not None and new_bias is not None and isinstance(bias, fx.Node):
         editor.set_state(str(bias.target), _like(old_bias, new_bias.to(old_bias.dtype)))
     change = (new.double() - given.weight.double()).norm()
     lost = (stored.double() - new.double()).norm()
@@ -167,7 +167,9 @@ def _refuse(weight: fx.Node, layer: Layer, call: fx.Node, adapter: Adapter) -> N
         is_adapted = any(adapter_of(r) == adapter.name for r in results(reader, layer.name))
         is_own = adapter_of(reader) == adapter.name
         scaled = _scaled_input(reader, adapter)
-        if not (is_own or is_adapted or scaled) or (not is_own and reader.args[place] is not weight):
+        if not (is_own or is_adapted or scaled) or (
+            not is_own and reader.args[place] is not weight
+        ):
             raise ModelError(
                 f"the weight of {layer.name!r} is also read by {reader.name!r}, which adapter "
                 f"{adapter.name!r} does not change",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 Values = Mapping[str, Tensor]
 
@@ -38,6 +38,12 @@ class Hook:
     After the last batch of a step: clipping, `before_step`, the optimizer's step, `after_step`.
     What a hook writes, it writes under `torch.no_grad()` and in place.
     """
+
+    def on_graph(self, graph: fx.Graph) -> None:
+        """Called once with the graph that is trained, which it may rewrite in place.
+
+        Evaluations and the result keep the program's own graph.
+        """
 
     def on_parameters(self, at: Moment, values: Values) -> Values:
         """Values that the forward pass uses instead of the parameters: masked or noisy ones, say.
@@ -87,6 +93,10 @@ class Hooks(Hook):
 
     def __init__(self, hooks: Iterable[Hook]) -> None:
         self.hooks = tuple(hooks)
+
+    def on_graph(self, graph: fx.Graph) -> None:
+        for hook in self.hooks:
+            hook.on_graph(graph)
 
     def on_parameters(self, at: Moment, values: Values) -> Values:
         for hook in self.hooks:

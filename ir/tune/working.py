@@ -42,7 +42,9 @@ class Working(nn.Module):
                 state[name] = _parameter(tensor, device, trained=name in names)
             else:
                 state[name] = _copy(tensor, device) if name in moving else tensor.to(device)
-        self.module = fx.GraphModule(state, _on(training.graph, device), class_name="Training")
+        graph = _on(training.graph, device)
+        hooks.on_graph(graph)
+        self.module = fx.GraphModule(state, graph, class_name="Training")
         self.trained = {
             n: p for n, p in state.items() if n in names and isinstance(p, nn.Parameter)
         }

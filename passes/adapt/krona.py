@@ -39,8 +39,8 @@ class Krona(AdapterPass[KronaOptions]):
     """Adds (A kron B) x to every chosen layer's output, and trains A and B.
 
     A is (a1, a2) and B (out / a1, in / a2); the product is never formed: x becomes a matrix
-    X (a2, in / a2), and A X B^T is the result. Beside a convolution A mixes the
-    a2 parts of the inputs, and B is a convolution with the layer's kernel that runs on each. A starts normal with
+    X (a2, in / a2), and A X B^T is the result. Beside a convolution A mixes the a2 parts of the
+    inputs, and B is a convolution with the layer's kernel that runs on each. A starts normal with
     deviation 1 / a1, B at zero.
 
     Source: Marjit et al. 2024, "DiffuseKronA", equations 4 and 5. The published code flattens the

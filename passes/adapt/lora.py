@@ -14,12 +14,12 @@ from graphwright.passes.adapt._form.adapter import AdapterPass
 from graphwright.passes.adapt._form.low_rank import (
     ScaledOptions,
     add_low_rank,
-    change,
     kaiming,
     rank_of,
     scale_of,
     scaled,
     shapes,
+    with_change,
 )
 
 
@@ -68,7 +68,6 @@ class Lora(AdapterPass[LoraOptions]):
 
     @classmethod
     def merged(cls, layer: Adapted) -> Merged:
-        a, b = layer.parts["lora_a"], layer.parts["lora_b"]
         options = LoraOptions.model_validate(dict(layer.options), strict=False)
-        rank = a.shape[1] if layer.kind == "embedding" else a.shape[0]
-        return layer.weight + scaled(options, layer.name, rank) * change(layer, a, b), layer.bias
+        rank = layer.parts["lora_a"].shape[1 if layer.kind == "embedding" else 0]
+        return with_change(layer, scaled(options, layer.name, rank))

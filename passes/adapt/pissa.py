@@ -14,9 +14,9 @@ from graphwright.passes.adapt._form.adapter import AdapterPass
 from graphwright.passes.adapt._form.low_rank import (
     RankOptions,
     add_low_rank,
-    change,
     rank_of,
     shapes,
+    with_change,
 )
 from graphwright.passes.adapt._form.residual import take_out, weight_matrix
 from graphwright.passes.adapt._math.svd import truncated_svd
@@ -64,4 +64,4 @@ class Pissa(AdapterPass[PissaOptions]):
 
     @classmethod
     def merged(cls, layer: Adapted) -> Merged:
-        return layer.weight + change(layer, layer.parts["lora_a"], layer.parts["lora_b"]), layer.bias
+        return with_change(layer)

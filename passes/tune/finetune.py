@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+from graphwright.ir.adapters.record import adapters
 from graphwright.ir.errors import ModelError
 from graphwright.ir.graph.constants import depends_on_input
 from graphwright.ir.layers.selectors import Layer, layers, select
@@ -13,6 +14,7 @@ from graphwright.ir.program import Program
 from graphwright.ir.tune import History, Tuned, TuneOptions, tune
 from graphwright.ir.tune.zeros import MADE
 from graphwright.passes.base import Action, Context, Pass, Result
+from graphwright.passes.training import training_hooks
 
 
 class FinetuneOptions(Bounded):
@@ -50,15 +52,20 @@ class Finetune(Pass[FinetuneOptions]):
                 f"{self.id}: targets {list(options.targets)} hold no trainable parameter",
                 fix="Their weights are frozen, or compressed by an earlier pass.",
             )
-        tuned = tune(program, context.training_data, options.tune, context, names=names)
+        tuned = tune(
+            program, context.training_data, options.tune, context, names=names,
+            hooks=training_hooks(program),
+        )  # fmt: skip
         actions = [_action(layer, owned[layer], chosen, program, tuned) for layer in owned]
         return Result(tuned.program, tuple(actions), _metrics(tuned.history))
 
 
 def _parameters(program: Program, layer: Layer) -> tuple[str, ...]:
-    """Trainable parameters that a layer reads, also through nodes that rebuild its weight."""
+    """Trainable parameters that a layer reads, also through nodes that rebuild its weight, and
+    those of its adapters."""
     trainable = program.trainable()
-    found: dict[str, None] = {}
+    beside = (a.layers.get(layer.name, {}).values() for a in adapters(program).values())
+    found = {name: None for names in beside for name in names if name in trainable}
     stack, seen = [n for n in layer.node.all_input_nodes if not depends_on_input(n)], set()
     while stack:
         node = stack.pop()

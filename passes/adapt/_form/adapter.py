@@ -18,11 +18,11 @@ from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.graph.constants import depends_on_input
 from graphwright.ir.layers.kinds import PRODUCTS
-from graphwright.ir.layers.selectors import Layer, layers, select
+from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.options import Options, Selector
 from graphwright.ir.program import Program
 from graphwright.ir.tune.hooks import Hook
-from graphwright.passes.base import Action, Context, Pass, Result
+from graphwright.passes.base import Action, Context, Contract, Effect, Pass, Result
 
 aten = torch.ops.aten
 
@@ -53,8 +53,8 @@ class AdapterPass(Pass[OptionsT]):
         kinds: of layers that can be adapted.
     """
 
-    contract = "identity_at_init"
-    weights = "kept"
+    contract: ClassVar[Contract] = "identity_at_init"
+    weights: ClassVar[Effect | None] = "kept"
     kinds: ClassVar[tuple[str, ...]] = PRODUCTS
 
     @abstractmethod

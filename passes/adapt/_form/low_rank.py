@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, fx
 
 from graphwright.ir.adapters.branch import Branch
-from graphwright.ir.adapters.merging import Adapted
+from graphwright.ir.adapters.merging import Adapted, Merged
 from graphwright.ir.errors import ModelError
 from graphwright.ir.layers.kinds import CONVOLUTIONS, INPUT_ARGUMENT, TURNED
 from graphwright.ir.layers.selectors import Layer
@@ -28,7 +28,7 @@ class RankOptions(AdapterOptions):
     rank: Rank = 8
     """Rank of every layer's change."""
 
-    ranks: dict[str, Rank] = {}
+    ranks: dict[str, Rank] = Field(default={})
     """Ranks of single layers, by a glob over their names; the first that matches counts."""
 
 
@@ -38,7 +38,7 @@ class ScaledOptions(RankOptions):
     alpha: Annotated[float, Field(gt=0)] = 8.0
     """The change is multiplied by alpha / rank."""
 
-    alphas: dict[str, Annotated[float, Field(gt=0)]] = {}
+    alphas: dict[str, Annotated[float, Field(gt=0)]] = Field(default={})
     """`alpha` of single layers, by a glob over their names; the first that matches counts."""
 
     scaling: Literal["standard", "rank_stabilized"] = "standard"
@@ -126,7 +126,9 @@ def through(branch: Branch, layer: Layer, a: fx.Node, dropout: float = 0.0) -> f
         target: Any = layer.node.target
         low = branch.add(target, x, a, None, *rest)
     elif layer.kind == "embedding":
-        low = branch.add(aten.embedding.default, a, *branch.arguments[INPUT_ARGUMENT["embedding"]:])
+        low = branch.add(
+            aten.embedding.default, a, *branch.arguments[INPUT_ARGUMENT["embedding"] :]
+        )
     else:
         low = branch.add(aten.linear.default, x, a)
     branch.dropped(dropout, low)
@@ -163,6 +165,12 @@ def change(layer: Adapted, a: Tensor, b: Tensor) -> Tensor:
         right = a.flatten(1).reshape(layer.groups, rank, -1)
         return (left @ right).reshape(layer.weight.shape)
     return (b @ a).t() if layer.kind in TURNED else b @ a
+
+
+def with_change(layer: Adapted, scale: float = 1.0) -> Merged:
+    """The layer's weight with s b a added, and its bias."""
+    delta = change(layer, layer.parts["lora_a"], layer.parts["lora_b"])
+    return layer.weight + scale * delta, layer.bias
 
 
 def kaiming(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

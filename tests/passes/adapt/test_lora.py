@@ -59,7 +59,11 @@ def test_only_the_adapter_is_trained_and_its_size_is_the_formula() -> None:
     sizes = {"table": 4 * (11 + 8), "plain": 4 * (8 * 3 + 8), "grouped": 4 * 2 * 3 + 12,
              "fc": 4 * (12 + 6), "turned": 4 * (6 + 5)}  # fmt: skip
     for layer, size in sizes.items():
-        own = [p.numel() for name, p in after.trainable().items() if name.startswith((f"{layer}.", f"{layer}_"))]
+        own = [
+            p.numel()
+            for name, p in after.trainable().items()
+            if name.startswith((f"{layer}.", f"{layer}_"))
+        ]
         assert sum(own) == size, layer
     assert sum(p.numel() for p in after.trainable().values()) == sum(sizes.values())
     one = gw.passes.adapt.Lora(targets=["fc"], rank=4, also_train=["turned"])(before)
