@@ -30,6 +30,8 @@ class Branch:
         tip: the value that stands for the layer's output so far: its call, or the result of an
             adapter that is there already.
         parts: names of the tensors stored so far, by their part.
+        scale: factor of the change, which merging and other formats ask for.
+        residual: whether a part of the weight has moved into the adapter.
     """
 
     def __init__(self, editor: Editor, name: str, layer: Layer) -> None:
@@ -39,6 +41,8 @@ class Branch:
         self.call = next(n for n in editor.graph.nodes if n.name == layer.node.name)
         self.tip = [self.call, *results(self.call, layer.name)][-1]
         self.parts: dict[str, str] = {}
+        self.scale = 1.0
+        self.residual = False
         self._made: list[fx.Node] = []
         self._after = self.tip
 

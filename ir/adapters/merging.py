@@ -30,6 +30,7 @@ class Adapted:
         weight: of the layer, in its own shape, at least float32.
         bias: of the layer, at least float32.
         parts: tensors of the adapter by their part, at least float32.
+        scale: factor of the change.
         options: of the pass that put it in.
     """
 
@@ -39,6 +40,7 @@ class Adapted:
     weight: Tensor
     bias: Tensor | None
     parts: Mapping[str, Tensor]
+    scale: float
     options: Mapping[str, Any]
 
 
@@ -139,7 +141,7 @@ def _store(
         None if old_bias is None else old_bias.detach().to(wide),
         {part: editor.state[name].detach().to(_wide(editor.state[name]))
          for part, name in adapter.layers[layer.name].items()},
-        adapter.options,
+        adapter.scales.get(layer.name, 1.0), adapter.options,
     )  # fmt: skip
     new, new_bias = formula(given)
     stored = new.to(old.dtype)

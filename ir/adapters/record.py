@@ -23,6 +23,9 @@ class Adapter:
         kind: id of the pass.
         options: of that pass, resolved.
         layers: for every adapted layer the names of the adapter's tensors, by their part in it.
+        scales: the factor of the change, by layer; 1 where a layer is not named.
+        residual: whether a part of the weights has moved into the adapter, so that it goes with
+            what is left of them and not with the original's.
         frozen: parameters that were trainable before.
         shared: tensors that belong to no single layer, by their part.
     """
@@ -31,6 +34,8 @@ class Adapter:
     kind: str
     options: Mapping[str, Any]
     layers: Mapping[str, Mapping[str, str]]
+    scales: Mapping[str, float] = field(default_factory=dict)
+    residual: bool = False
     frozen: tuple[str, ...] = ()
     shared: Mapping[str, str] = field(default_factory=dict)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 import graphwright.ir.ops  # noqa: F401  registers graphwright::add_low_rank
 from graphwright.ir.adapters.branch import Branch
@@ -23,7 +23,6 @@ from graphwright.passes.adapt._form.low_rank import (
     matrix_shape,
     rank_of,
     scale_of,
-    scaled,
     shapes,
     through,
 )
@@ -50,58 +49,9 @@ class Dora(AdapterPass[DoraOptions]):
         options = self.options
         rank, scale = rank_of(options, layer), scale_of(options, layer)
         size_a, size_b = shapes(layer, rank)
-        a = branch.parameter("lora_a", kaiming(size_a, generator))
-        b = branch.parameter("lora_b", torch.zeros(size_b))
-        matrix = _matrix(branch, layer)
-        ratio = self._ratio(branch, layer, matrix, a, b, scale)
-        entered = low = through(branch, layer, a)
-        if scale != 1.0:
-            low = branch.add(aten.mul.Scalar, low, scale)
-        turned = branch.add(aten.mul.Tensor, back(branch, layer, low, b), ratio)
-        if options.dropout:
-            own = self._on_dropped_input(branch, layer, matrix, ratio, entered)
-        else:
-            own = self._scaled_output(branch, layer, ratio)
-        branch.finish(branch.add(aten.add.Tensor, own, turned))
+        a, b = kaiming(size_a, generator), torch.zeros(size_b)
+        add_decomposed(branch, layer, a, b, None, scale, options.dropout)
         return f"rank {rank}, {matrix_shape(layer)[0]} lengths"
-
-    def _scaled_output(self, branch: Branch, layer: Layer, ratio: fx.Node) -> fx.Node:
-        """The layer's output times the ratio, but not its bias."""
-        own = branch.add(aten.mul.Tensor, branch.tip, ratio)
-        bias = branch.bias()
-        if bias is None:
-            return own
-        kept = branch.add(aten.rsub.Scalar, ratio, 1.0)
-        kept = branch.add(aten.mul.Tensor, _as_channels(branch, layer, bias), kept)
-        return branch.add(aten.add.Tensor, own, kept)
-
-    def _on_dropped_input(
-        self, branch: Branch, layer: Layer, matrix: fx.Node, ratio: fx.Node, entered: fx.Node
-    ) -> fx.Node:
-        """The layer's output, and (ratio - 1) W x for the x that dropout has left."""
-        if layer.kind in CONVOLUTIONS:
-            rest = branch.arguments[3:7]
-            again = branch.add(layer.node.target, branch.input, branch.weight, None, *rest)
-        else:
-            again = branch.add(aten.linear.default, branch.input, matrix)
-        branch.dropped(self.options.dropout, entered, again)
-        more = branch.add(aten.mul.Tensor, again, branch.add(aten.sub.Scalar, ratio, 1.0))
-        return branch.add(aten.add.Tensor, branch.tip, more)
-
-    def _ratio(
-        self, branch: Branch, layer: Layer, matrix: fx.Node, a: fx.Node, b: fx.Node, scale: float
-    ) -> fx.Node:
-        """m / ||W + s b a|| of every output, in the shape of the layer's channels."""
-        if layer.kind in CONVOLUTIONS:
-            a, b = (branch.add(aten.flatten.using_ints, part, 1) for part in (a, b))
-        a, b = (branch.add(aten.detach.default, part) for part in (a, b))
-        if scale != 1.0:
-            b = branch.add(aten.mul.Scalar, b, scale)
-        whole = branch.add(ours.add_low_rank.default, matrix, b, a)
-        length = branch.add(aten.linalg_vector_norm.default, whole, 2, [1])
-        value = constant_value(branch.editor, matrix).double().norm(dim=1)
-        magnitude = branch.parameter("magnitude", value)
-        return _as_channels(branch, layer, branch.add(aten.div.Tensor, magnitude, length))
 
     def refusal(self, layer: Layer) -> str:
         rank_of(self.options, layer)
@@ -112,13 +62,87 @@ class Dora(AdapterPass[DoraOptions]):
     @classmethod
     def merged(cls, layer: Adapted) -> Merged:
         parts: Any = layer.parts
-        options = DoraOptions.model_validate(dict(layer.options), strict=False)
         a, b, magnitude = parts["lora_a"], parts["lora_b"], parts["magnitude"]
-        whole = layer.weight + scaled(options, layer.name, len(a)) * change(layer, a, b)
+        whole = layer.weight + layer.scale * change(layer, a, b)
         rows = whole.t() if layer.kind in TURNED else whole.flatten(1)
         rows = rows * (magnitude / rows.norm(dim=1))[:, None]
         new = rows.t() if layer.kind in TURNED else rows.reshape(whole.shape)
         return new.contiguous(), layer.bias
+
+
+def add_decomposed(
+    branch: Branch,
+    layer: Layer,
+    a: Tensor,
+    b: Tensor,
+    magnitude: Tensor | None,
+    scale: float,
+    dropout: float = 0.0,
+) -> None:
+    """Lets a layer compute with m (W + s b a) / ||W + s b a||.
+
+    Args:
+        branch: beside the layer.
+        layer: the layer.
+        a: in the shape that `shapes` says.
+        b: likewise.
+        magnitude: m (out,); the lengths of the weight's rows when None.
+        scale: s.
+        dropout: probability on the input, for the low-rank part and what the ratio adds.
+    """
+    branch.scale = scale
+    stored_a, stored_b = branch.parameter("lora_a", a), branch.parameter("lora_b", b)
+    matrix = _matrix(branch, layer)
+    if magnitude is None:
+        magnitude = constant_value(branch.editor, matrix).double().norm(dim=1)
+    lengths = branch.parameter("magnitude", magnitude)
+    ratio = _ratio(branch, layer, matrix, (stored_a, stored_b, lengths))
+    entered = low = through(branch, layer, stored_a)
+    if scale != 1.0:
+        low = branch.add(aten.mul.Scalar, low, scale)
+    turned = branch.add(aten.mul.Tensor, back(branch, layer, low, stored_b), ratio)
+    if dropout:
+        again = _once_more(branch, layer, matrix)
+        branch.dropped(dropout, entered, again)
+        more = branch.add(aten.mul.Tensor, again, branch.add(aten.sub.Scalar, ratio, 1.0))
+        own = branch.add(aten.add.Tensor, branch.tip, more)
+    else:
+        own = _scaled_output(branch, layer, ratio)
+    branch.finish(branch.add(aten.add.Tensor, own, turned))
+
+
+def _ratio(
+    branch: Branch, layer: Layer, matrix: fx.Node, stored: tuple[fx.Node, fx.Node, fx.Node]
+) -> fx.Node:
+    """m / ||W + s b a|| of every output, in the shape of the layer's channels."""
+    a, b, lengths = stored
+    if layer.kind in CONVOLUTIONS:
+        a, b = (branch.add(aten.flatten.using_ints, part, 1) for part in (a, b))
+    a, b = (branch.add(aten.detach.default, part) for part in (a, b))
+    if branch.scale != 1.0:
+        b = branch.add(aten.mul.Scalar, b, branch.scale)
+    whole = branch.add(ours.add_low_rank.default, matrix, b, a)
+    length = branch.add(aten.linalg_vector_norm.default, whole, 2, [1])
+    return _as_channels(branch, layer, branch.add(aten.div.Tensor, lengths, length))
+
+
+def _scaled_output(branch: Branch, layer: Layer, ratio: fx.Node) -> fx.Node:
+    """The layer's output times the ratio, but not its bias."""
+    own = branch.add(aten.mul.Tensor, branch.tip, ratio)
+    bias = branch.bias()
+    if bias is None:
+        return own
+    kept = branch.add(aten.rsub.Scalar, ratio, 1.0)
+    kept = branch.add(aten.mul.Tensor, _as_channels(branch, layer, bias), kept)
+    return branch.add(aten.add.Tensor, own, kept)
+
+
+def _once_more(branch: Branch, layer: Layer, matrix: fx.Node) -> fx.Node:
+    """W x by a call of its own, which can read another x."""
+    if layer.kind in CONVOLUTIONS:
+        rest = branch.arguments[3:7]
+        return branch.add(layer.node.target, branch.input, branch.weight, None, *rest)
+    return branch.add(aten.linear.default, branch.input, matrix)
 
 
 def _matrix(branch: Branch, layer: Layer) -> fx.Node:

@@ -45,18 +45,11 @@ class Ia3(AdapterPass[Ia3Options]):
         self._inner = frozenset(layer.name for layer in inner)
 
     def attach(self, branch: Branch, layer: Layer, generator: torch.Generator) -> str:
-        spatial = len(weight_shape(layer)) - 2 if layer.kind in CONVOLUTIONS else 0
         if layer.name in self._inner:
-            factor = branch.parameter("ia3_in", torch.ones(inputs_of(layer)))
-            if spatial:
-                factor = branch.before(aten.reshape.default, factor, [-1, *(1,) * spatial])
-            branch.scale_input(factor)
+            scale_inputs(branch, layer, torch.ones(inputs_of(layer)))
             return f"{inputs_of(layer)} inputs scaled"
         out = matrix_shape(layer)[0]
-        factor = branch.parameter("ia3_out", torch.ones(out))
-        if spatial:
-            factor = branch.add(aten.reshape.default, factor, [-1, *(1,) * spatial])
-        branch.finish(branch.add(aten.mul.Tensor, branch.tip, factor))
+        scale_outputs(branch, layer, torch.ones(out))
         return f"{out} outputs scaled"
 
     @classmethod
@@ -68,6 +61,26 @@ class Ia3(AdapterPass[Ia3Options]):
         if layer.kind in TURNED:
             return layer.weight * factor, bias
         return layer.weight * factor.reshape(-1, *(1,) * (layer.weight.dim() - 1)), bias
+
+
+def scale_outputs(branch: Branch, layer: Layer, factors: Tensor) -> None:
+    """Multiplies a layer's outputs by trained factors (out,)."""
+    factor = branch.parameter("ia3_out", factors)
+    if spatial := _spatial(layer):
+        factor = branch.add(aten.reshape.default, factor, [-1, *(1,) * spatial])
+    branch.finish(branch.add(aten.mul.Tensor, branch.tip, factor))
+
+
+def scale_inputs(branch: Branch, layer: Layer, factors: Tensor) -> None:
+    """Multiplies a layer's inputs by trained factors (in,)."""
+    factor = branch.parameter("ia3_in", factors)
+    if spatial := _spatial(layer):
+        factor = branch.before(aten.reshape.default, factor, [-1, *(1,) * spatial])
+    branch.scale_input(factor)
+
+
+def _spatial(layer: Layer) -> int:
+    return len(weight_shape(layer)) - 2 if layer.kind in CONVOLUTIONS else 0
 
 
 def inputs_of(layer: Layer) -> int:

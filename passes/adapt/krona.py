@@ -53,24 +53,8 @@ class Krona(AdapterPass[KronaOptions]):
     def attach(self, branch: Branch, layer: Layer, generator: torch.Generator) -> str:
         a1, a2, b1, b2 = self._sizes(layer)
         start = torch.randn((a1, a2), generator=generator) / a1
-        a = branch.parameter("krona_a", start)
         shape = (b1, b2, *weight_shape(layer)[2:]) if layer.kind in CONVOLUTIONS else (b1, b2)
-        b = branch.parameter("krona_b", torch.zeros(shape))
-        if layer.kind in CONVOLUTIONS:
-            axis = 1
-            x = branch.add(aten.unflatten.int, branch.input, 1, [a2, b2])
-            x = branch.add(aten.linear.default, branch.add(aten.movedim.int, x, 1, -1), a)
-            x = branch.add(aten.flatten.using_ints, branch.add(aten.movedim.int, x, -1, 1), 0, 1)
-            x = branch.add(layer.node.target, x, b, None, *branch.arguments[3:6])
-            x = branch.add(aten.unflatten.int, x, 0, [-1, a1])
-        else:
-            axis = -2
-            x = branch.add(aten.unflatten.int, branch.input, -1, [a2, b2])
-            x = branch.add(aten.matmul.default, a, branch.add(aten.linear.default, x, b))
-        if self.options.layout == "interleaved":
-            x = branch.add(aten.transpose.int, x, axis, axis + 1)
-        x = branch.add(aten.flatten.using_ints, x, axis, axis + 1)
-        branch.finish(branch.add(aten.add.Tensor, branch.tip, x))
+        add_kronecker(branch, layer, start, torch.zeros(shape), self.options.layout)
         return f"({a1}, {a2}) kron ({b1}, {b2})"
 
     def _sizes(self, layer: Layer) -> tuple[int, int, int, int]:
@@ -98,6 +82,35 @@ class Krona(AdapterPass[KronaOptions]):
         if layer.kind in TURNED:
             change = change.t()
         return layer.weight + change, layer.bias
+
+
+def add_kronecker(branch: Branch, layer: Layer, a: Tensor, b: Tensor, layout: str) -> None:
+    """Adds (a kron b) x to a layer's output.
+
+    Args:
+        branch: beside the layer.
+        layer: the layer.
+        a: (a1, a2).
+        b: (b1, b2), and the kernel of a convolution.
+        layout: order of the outputs, as `KronaOptions.layout`.
+    """
+    (a1, a2), b2 = a.shape, b.shape[1]
+    stored_a, stored_b = branch.parameter("krona_a", a), branch.parameter("krona_b", b)
+    if layer.kind in CONVOLUTIONS:
+        axis = 1
+        x = branch.add(aten.unflatten.int, branch.input, 1, [a2, b2])
+        x = branch.add(aten.linear.default, branch.add(aten.movedim.int, x, 1, -1), stored_a)
+        x = branch.add(aten.flatten.using_ints, branch.add(aten.movedim.int, x, -1, 1), 0, 1)
+        x = branch.add(layer.node.target, x, stored_b, None, *branch.arguments[3:6])
+        x = branch.add(aten.unflatten.int, x, 0, [-1, a1])
+    else:
+        axis = -2
+        x = branch.add(aten.unflatten.int, branch.input, -1, [a2, b2])
+        x = branch.add(aten.matmul.default, stored_a, branch.add(aten.linear.default, x, stored_b))
+    if layout == "interleaved":
+        x = branch.add(aten.transpose.int, x, axis, axis + 1)
+    x = branch.add(aten.flatten.using_ints, x, axis, axis + 1)
+    branch.finish(branch.add(aten.add.Tensor, branch.tip, x))
 
 
 def product(a: Tensor, b: Tensor, layout: str) -> Tensor:

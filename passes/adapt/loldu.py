@@ -58,6 +58,7 @@ class Loldu(AdapterPass[LolduOptions]):
         rank = rank_of(self.options, layer)
         left, pivots, right = ldu(weight_matrix(branch, layer), rank, layer.name)
         dtype, scale = branch.dtype, self.options.alpha / rank
+        branch.scale = scale
         left, pivots, right = left.to(dtype), pivots.to(dtype), right.to(dtype)
         part = scale * (left.double() * pivots.double()) @ right.double()
         take_out(branch, layer, part)
@@ -85,7 +86,7 @@ class Loldu(AdapterPass[LolduOptions]):
     @classmethod
     def merged(cls, layer: Adapted) -> Merged:
         lower, upper, z = (layer.parts[part] for part in ("lower", "upper", "pivots"))
-        scale = layer.parts.get("scale", float(layer.options["alpha"]) / len(z))
+        scale = layer.parts.get("scale", layer.scale)
         b = lower.flatten(1) * (z * scale)
         return layer.weight + change(layer, upper, b.reshape(lower.shape)), layer.bias
 

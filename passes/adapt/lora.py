@@ -17,7 +17,6 @@ from graphwright.passes.adapt._form.low_rank import (
     kaiming,
     rank_of,
     scale_of,
-    scaled,
     shapes,
     with_change,
 )
@@ -68,6 +67,4 @@ class Lora(AdapterPass[LoraOptions]):
 
     @classmethod
     def merged(cls, layer: Adapted) -> Merged:
-        options = LoraOptions.model_validate(dict(layer.options), strict=False)
-        rank = layer.parts["lora_a"].shape[1 if layer.kind == "embedding" else 0]
-        return with_change(layer, scaled(options, layer.name, rank))
+        return with_change(layer)

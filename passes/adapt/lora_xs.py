@@ -12,7 +12,7 @@ from graphwright.ir.adapters.merging import Adapted, Merged
 from graphwright.ir.layers.selectors import Layer
 from graphwright.passes.adapt._form.adapter import AdapterPass
 from graphwright.passes.adapt._form.core import add_core, core_change
-from graphwright.passes.adapt._form.low_rank import ScaledOptions, rank_of, scale_of, scaled
+from graphwright.passes.adapt._form.low_rank import ScaledOptions, rank_of, scale_of
 from graphwright.passes.adapt._form.residual import weight_matrix
 from graphwright.passes.adapt._math.svd import truncated_svd
 
@@ -54,6 +54,4 @@ class LoraXs(AdapterPass[LoraXsOptions]):
 
     @classmethod
     def merged(cls, layer: Adapted) -> Merged:
-        options = LoraXsOptions.model_validate(dict(layer.options), strict=False)
-        scale = scaled(options, layer.name, len(layer.parts["core"]))
-        return layer.weight + scale * core_change(layer), layer.bias
+        return layer.weight + layer.scale * core_change(layer), layer.bias

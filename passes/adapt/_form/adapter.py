@@ -76,6 +76,14 @@ class AdapterPass(Pass[OptionsT]):
         """
         return ""
 
+    def select(self, program: Program, context: Context) -> Sequence[Layer]:
+        """The layers that are looked at, by the pass's `targets`."""
+        return select(program, self.options.targets, self.kinds)
+
+    def recorded(self) -> tuple[str, dict[str, Any]]:
+        """Id of the pass that merges and trains the adapter, and its options."""
+        return self.id, self.resolved_options()
+
     def prepare(self, program: Program, chosen: Sequence[Layer], context: Context) -> None:
         """Called before the first layer: for what is found on data, or for all layers together."""
 
@@ -109,7 +117,7 @@ class AdapterPass(Pass[OptionsT]):
                 f"the program has an adapter {options.name!r} already", fix="Set another `name`."
             )
         chosen, actions = [], []
-        for layer in select(program, options.targets, self.kinds):
+        for layer in self.select(program, context):
             if reason := _refusal(layer) or self.refusal(layer):
                 actions.append(Action.left(layer.name, reason))
             else:
@@ -120,14 +128,19 @@ class AdapterPass(Pass[OptionsT]):
         self.prepare(program, chosen, context)
         editor = Editor(program, by=self.id)
         parts: dict[str, dict[str, str]] = {}
+        scales: dict[str, float] = {}
+        residual = False
         for layer in chosen:
             branch = Branch(editor, options.name, layer)
             done = self.attach(branch, layer, context.generator(layer.name))
             if layer.name not in parts:
                 actions.append(Action(layer.name, done))
                 parts[layer.name] = branch.parts
+                scales[layer.name] = branch.scale
+            residual |= branch.residual
         frozen = _freeze(editor, program, options.also_train)
-        record(editor, Adapter(options.name, self.id, self.resolved_options(), parts, frozen))
+        kind, given = self.recorded()
+        record(editor, Adapter(options.name, kind, given, parts, scales, residual, frozen))
         result = self.finished(editor.finish())
         return Result(result, tuple(actions), _counts(result))
 

@@ -34,6 +34,7 @@ def add_core(
         dropout: probability on what the branch reads.
     """
     rank = len(core)
+    branch.scale = scale
     size_a, size_b = shapes(layer, rank)
     left = branch.constant("lora_a", a.to(branch.dtype).reshape(size_a))
     middle = branch.parameter("core", core)

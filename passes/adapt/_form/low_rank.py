@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -18,6 +18,8 @@ from graphwright.ir.layers.selectors import Layer
 from graphwright.passes.adapt._form.adapter import AdapterOptions, weight_shape
 
 aten = torch.ops.aten
+
+Number = TypeVar("Number", int, float)
 
 Rank = Annotated[int, Field(ge=1)]
 
@@ -73,16 +75,11 @@ def rank_of(options: RankOptions, layer: Layer) -> int:
 
 def scale_of(options: ScaledOptions, layer: Layer) -> float:
     """The factor of a layer's change."""
-    return scaled(options, layer.name, rank_of(options, layer))
-
-
-def scaled(options: ScaledOptions, name: str, rank: int) -> float:
-    """The factor of the change of the layer of that name."""
-    alpha = next((a for p, a in options.alphas.items() if fnmatchcase(name, p)), options.alpha)
+    rank, alpha = rank_of(options, layer), _of(options.alphas, layer, options.alpha)
     return alpha / (math.sqrt(rank) if options.scaling == "rank_stabilized" else rank)
 
 
-def _of(table: dict[str, int], layer: Layer, default: int) -> int:
+def _of(table: dict[str, Number], layer: Layer, default: Number) -> Number:
     return next((v for p, v in table.items() if any(fnmatchcase(n, p) for n in layer.names)),
                 default)  # fmt: skip
 
@@ -149,6 +146,7 @@ def add_low_rank(
     branch: Branch, layer: Layer, a: fx.Node, b: fx.Node, scale: float, dropout: float = 0.0
 ) -> None:
     """Adds s b(a(x)) to the layer's output. The factor goes where the fewest values are."""
+    branch.scale = scale
     low = through(branch, layer, a, dropout)
     if scale != 1.0:
         low = branch.add(aten.mul.Scalar, low, scale)
@@ -167,10 +165,10 @@ def change(layer: Adapted, a: Tensor, b: Tensor) -> Tensor:
     return (b @ a).t() if layer.kind in TURNED else b @ a
 
 
-def with_change(layer: Adapted, scale: float = 1.0) -> Merged:
+def with_change(layer: Adapted) -> Merged:
     """The layer's weight with s b a added, and its bias."""
     delta = change(layer, layer.parts["lora_a"], layer.parts["lora_b"])
-    return layer.weight + scale * delta, layer.bias
+    return layer.weight + layer.scale * delta, layer.bias
 
 
 def kaiming(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -36,6 +36,7 @@ def take_out(branch: Branch, layer: Layer, part: Tensor) -> None:
     Raises:
         ModelError: a layer without the adapter reads the weight too.
     """
+    branch.residual = True
     node = branch.weight
     others = [reader.name for reader in node.users if reader is not branch.call]
     if others:
