@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from graphwright import backends, ir, passes, specs
     from graphwright.api import load, lower, optimize
+    from graphwright.ir.adapters.save import save_adapter
     from graphwright.ir.channels import channel_groups, cut, zero
     from graphwright.ir.check.fidelity import compare
     from graphwright.ir.context import Context
@@ -38,6 +39,7 @@ _HOMES = {
     "channel_groups": "graphwright.ir.channels",
     "cut": "graphwright.ir.channels",
     "zero": "graphwright.ir.channels",
+    "save_adapter": "graphwright.ir.adapters.save",
     "export_checkpoint": "graphwright.ir.files.export_checkpoint",
     "Context": "graphwright.ir.context",
     "Editor": "graphwright.ir.edit",
@@ -77,6 +79,7 @@ __all__ = [
     "oto",
     "passes",
     "register",
+    "save_adapter",
     "specs",
     "trace",
     "zero",

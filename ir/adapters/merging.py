@@ -13,6 +13,7 @@ from graphwright.ir.adapters.branch import results
 from graphwright.ir.adapters.record import Adapter, adapters, forget, record
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
+from graphwright.ir.graph.digest import tensor_digest
 from graphwright.ir.graph.nodes import adapter_of, full_arguments, gw_meta, set_gw_meta
 from graphwright.ir.layers.kinds import BIAS_ARGUMENT, INPUT_ARGUMENT, WEIGHT_ARGUMENT
 from graphwright.ir.layers.selectors import Layer, layers
@@ -43,6 +44,9 @@ class Adapted:
     scale: float
     options: Mapping[str, Any]
 
+
+MERGED = "adapters_merged"
+"""Key among a program's facts of the merged tensors: digests before and after, by name."""
 
 Merged = tuple[Tensor, Tensor | None]
 """A weight and a bias."""
@@ -145,9 +149,9 @@ def _store(
     )  # fmt: skip
     new, new_bias = formula(given)
     stored = new.to(old.dtype)
-    editor.set_state(str(weight.target), _like(old, stored))
+    _replace(editor, str(weight.target), stored)
     if old_bias is not None and new_bias is not None and isinstance(bias, fx.Node):
-        editor.set_state(str(bias.target), _like(old_bias, new_bias.to(old_bias.dtype)))
+        _replace(editor, str(bias.target), new_bias.to(old_bias.dtype))
     change = (new.double() - given.weight.double()).norm()
     lost = (stored.double() - new.double()).norm()
     return Applied(
@@ -155,6 +159,45 @@ def _store(
         float(change / given.weight.double().norm().clamp_min(1e-30)),
         float(lost / change) if change else 0.0,
     )
+
+
+def _replace(editor: Editor, name: str, new: Tensor) -> None:
+    """Stores a merged tensor, and remembers the digests of the one before it and of itself."""
+    old = editor.state[name]
+    if torch.equal(old, new):
+        return
+    new = _like(old, new)
+    known = dict(editor.facts.get(MERGED, {}))
+    first = known[name][0] if name in known else tensor_digest(old)
+    editor.facts[MERGED] = {**known, name: [first, tensor_digest(new)]}
+    editor.set_state(name, new)
+
+
+def unmerge(program: Program, base: Program, by: str) -> tuple[Program, list[str]]:
+    """Puts the original's tensors back where adapters were merged; byte for byte.
+
+    Returns:
+        The program, and the names of the tensors put back.
+
+    Raises:
+        ModelError: nothing was merged, a tensor was changed since, or the base is another one.
+    """
+    merged: dict[str, list[str]] = dict(program.facts.get(MERGED, {}))
+    if not merged:
+        raise ModelError("no adapter was merged into the program")
+    editor = Editor(program, by=by)
+    for name, (before, after) in merged.items():
+        now = program.state.get(name)
+        if now is None or tensor_digest(now) != after:
+            raise ModelError(f"{name!r} was changed after the adapter was merged into it",
+                             fix="Unmerge right behind the merge.")  # fmt: skip
+        original = base.state.get(name)
+        if original is None or tensor_digest(original) != before:
+            raise ModelError(f"{name!r} of the base is not the tensor that the adapter was merged "
+                             "into", fix="Give the program before the merge.")  # fmt: skip
+        editor.set_state(name, _like(now, original.detach()))
+    del editor.facts[MERGED]
+    return editor.finish(), list(merged)
 
 
 def _refuse(weight: fx.Node, layer: Layer, call: fx.Node, adapter: Adapter) -> None:

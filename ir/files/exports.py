@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, cast
 
 from pydantic import Field
 
+from graphwright.ir.errors import ModelError
 from graphwright.ir.options import Options
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ class ExportOptions(Options):
 class Export:
     """A format that checkpoints are written in."""
 
-    name: ClassVar[Format]
-    Options = ExportOptions
+    name: ClassVar[str]
+    Options: ClassVar[type[ExportOptions]] = ExportOptions
 
     def __init__(self, folder: str | None = None) -> None:
         self.folder = folder or self.name
@@ -39,7 +40,7 @@ class Export:
         """
         from graphwright.ir.files.export_checkpoint import refuse_without_codes
 
-        refuse_without_codes(program, self.name, passes)
+        refuse_without_codes(program, cast("Format", self.name), passes)
 
     def write(self, program: Program, out: Path, like: Path | None) -> list[str]:
         """Writes the checkpoint below `out`; returns what the user should know.
@@ -49,7 +50,7 @@ class Export:
         """
         from graphwright.ir.files.export_checkpoint import export_checkpoint
 
-        return export_checkpoint(program, out / self.folder, self.name, like=like)
+        return export_checkpoint(program, out / self.folder, cast("Format", self.name), like=like)
 
 
 class Gptq(Export):
@@ -76,7 +77,41 @@ class Safetensors(Export):
     name = "safetensors"
 
 
+class PeftOptions(ExportOptions):
+    """Options of the format peft."""
+
+    adapter: str = "default"
+    """Name of the adapter to write."""
+
+
+class Peft(Export):
+    """An adapter in a folder of Hugging Face PEFT, for the original model."""
+
+    name = "peft"
+    Options = PeftOptions
+
+    def __init__(self, folder: str | None = None, adapter: str = "default") -> None:
+        super().__init__(folder)
+        self.adapter = adapter
+
+    def check(self, program: Program, passes: Iterable[str]) -> None:
+        from graphwright.ir.adapters.record import adapters
+
+        if not adapters(program) and not any(name.startswith("adapt.") for name in passes):
+            raise ModelError(
+                "export peft: the program has no adapter, and no pass of the chain puts one in",
+                fix="Put adapt.lora or another adapter into the passes.",
+            )
+        self.base = program
+
+    def write(self, program: Program, out: Path, like: Path | None) -> list[str]:
+        from graphwright.ir.adapters.save import save_adapter
+
+        save_adapter(program, out / self.folder, self.adapter, base=self.base)
+        return []
+
+
 EXPORTS: dict[str, type[Export]] = {
-    cls.name: cls for cls in (Gptq, Awq, CompressedTensors, Safetensors)
+    cls.name: cls for cls in (Gptq, Awq, CompressedTensors, Peft, Safetensors)
 }
 """By the name that a spec says."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from graphwright.ir.adapters.branch import Branch
@@ -30,7 +31,7 @@ KINDS = {"IA3": "adapt.ia3", "LOKR": "adapt.krona"}
 class LoadOptions(AdapterOptions):
     """Options of adapt.load."""
 
-    path: str
+    path: Annotated[str, Field(min_length=1, examples=["my-adapter"])]
     """Folder with `adapter_config.json` and `adapter_model.safetensors`; relative to the spec's."""
 
 
