@@ -167,6 +167,16 @@ def add(
     )
 
 
+def published(package: str, name: str, *arguments: Any, **settings: Any) -> Callable[[], nn.Module]:
+    """Builder that calls `package.name(*arguments, **settings)`."""
+
+    def make() -> nn.Module:
+        built: nn.Module = getattr(importlib.import_module(package), name)(*arguments, **settings)
+        return built
+
+    return make
+
+
 def hub(package: str, model: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
     """Builder of a Hugging Face model from its class names and a small configuration."""
 
@@ -184,7 +194,7 @@ def transformers(model: str, config: str, **settings: Any) -> Callable[[], nn.Mo
 
 def diffusers(model: str, **settings: Any) -> Callable[[], nn.Module]:
     """Builder of a diffusers model, whose settings are keyword arguments."""
-    return lambda: getattr(importlib.import_module("diffusers"), model)(**settings)
+    return published("diffusers", model, **settings)
 
 
 def load() -> dict[str, Architecture]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from models.function import Function
 from torch import Tensor, fx, nn
 
 import graphwright as gw
@@ -18,17 +19,8 @@ from graphwright.passes.quantize.int8 import Int8
 aten = torch.ops.aten
 
 
-class Net(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(x)
-
-
 def traced(function: Callable[[Tensor], Any], *shape: int, free: int = 0) -> gw.Program:
-    return gw.trace(Net(function), {"x": torch.randn(shape)}, dynamic={"x": {free: "n"}})
+    return gw.trace(Function(function), {"x": torch.randn(shape)}, dynamic={"x": {free: "n"}})
 
 
 def node_of(program: gw.Program, target: Any) -> fx.Node:
@@ -51,7 +43,7 @@ def test_a_call_becomes_calls_that_have_translations() -> None:
 
 
 def test_the_rest_of_a_quantized_model_keeps_its_kernels() -> None:
-    layer = nn.Sequential(nn.Linear(32, 64), Net(lambda x: torch.logaddexp(x, x * 2)))
+    layer = nn.Sequential(nn.Linear(32, 64), Function(lambda x: torch.logaddexp(x, x * 2)))
     program = gw.trace(layer, {"input": torch.randn(4, 32)}, dynamic={"input": {0: "n"}})
     compiled = gw.lower(Int8(activations="dynamic")(program), "onnxruntime")
     assert compiled.notes["translator"] == "direct"

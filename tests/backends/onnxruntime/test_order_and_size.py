@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import sympy
 import torch
+from models.function import Function
 from torch import Tensor, nn
 from torch.utils._sympy import functions as sym
 
@@ -20,15 +21,6 @@ from graphwright.backends.onnxruntime.numbers import NoFormError, number, truth
 from graphwright.backends.onnxruntime.ties import with_settled_ties
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.graph.nodes import op_name
-
-
-class Net(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(x)
 
 
 def tied(rows: int) -> Tensor:
@@ -51,7 +43,7 @@ def tied(rows: int) -> Tensor:
     ],
 )
 def test_equal_values_come_in_their_order(function: Callable[[Tensor], Any]) -> None:
-    program = gw.trace(Net(function), {"x": tied(3)}, dynamic={"x": {0: "n"}})
+    program = gw.trace(Function(function), {"x": tied(3)}, dynamic={"x": {0: "n"}})
     settled = with_settled_ties(program)
     x = tied(5)
     for found, want, own in zip(
@@ -72,19 +64,19 @@ def test_an_order_that_decides_the_outputs_is_said() -> None:
         ).indices  # more than 16 values: not in their order
         return weights[places] * torch.arange(40.0)
 
-    compiled = gw.lower(gw.trace(Net(grouped), {"x": tied(3)}), "onnxruntime")
+    compiled = gw.lower(gw.trace(Function(grouped), {"x": tied(3)}), "onnxruntime")
     (warning,) = compiled.notes["warnings"]
     assert warning.startswith("'sort': torch leaves the order of equal values open")
     stable = weights[torch.sort(tied(3), dim=-1, stable=True).indices] * torch.arange(40.0)
     torch.testing.assert_close(compiled(tied(3)), stable)
     values = gw.lower(
-        gw.trace(Net(lambda x: torch.sort(x, -1).values), {"x": tied(3)}), "onnxruntime"
+        gw.trace(Function(lambda x: torch.sort(x, -1).values), {"x": tied(3)}), "onnxruntime"
     )
     assert not values.notes["warnings"]
 
 
 def test_settled_indices_point_at_the_values() -> None:
-    program = gw.trace(Net(lambda x: torch.topk(x, 9, -1)), {"x": tied(3)})
+    program = gw.trace(Function(lambda x: torch.topk(x, 9, -1)), {"x": tied(3)})
     settled = with_settled_ties(program)
     assert "topk" not in [op_name(node) for node in settled.graph.nodes]
     values, places = settled(tied(3))
@@ -93,12 +85,12 @@ def test_settled_indices_point_at_the_values() -> None:
 
 
 def test_a_program_without_sorts_is_left_alone() -> None:
-    program = gw.trace(Net(torch.relu), {"x": tied(3)})
+    program = gw.trace(Function(torch.relu), {"x": tied(3)})
     assert with_settled_ties(program) is program
 
 
 def test_a_size_of_one_that_the_model_cannot_take_is_refused_and_named() -> None:
-    net = Net(lambda x: x[:2].repeat_interleave(x.shape[0], 0))
+    net = Function(lambda x: x[:2].repeat_interleave(x.shape[0], 0))
     program = gw.trace(net, {"x": torch.randn(6, 4)}, dynamic={"x": {0: "n"}})
     torch.testing.assert_close(program(torch.ones(1, 4)), torch.ones(1, 4))
     compiled = gw.lower(program, "onnxruntime")
@@ -111,7 +103,7 @@ def test_a_size_of_one_that_the_model_cannot_take_is_refused_and_named() -> None
 
 
 def test_a_size_of_one_that_the_model_takes_stays() -> None:
-    program = gw.trace(Net(torch.relu), {"x": torch.randn(6, 4)}, dynamic={"x": {0: "n"}})
+    program = gw.trace(Function(torch.relu), {"x": torch.randn(6, 4)}, dynamic={"x": {0: "n"}})
     compiled = gw.lower(program, "onnxruntime")
     assert compiled.signature.dims["n"].min == 1
     assert "narrowed" not in compiled.notes

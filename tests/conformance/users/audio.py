@@ -6,8 +6,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from conformance.users.catalog import enter, part_of, published
-from conformance.zoo import Field, floats
+from conformance.users.catalog import enter, part_of
+from conformance.zoo import Field, floats, published
 from torch import Tensor, nn
 
 FAMILY = "audio"
@@ -58,23 +58,20 @@ def with_lengths(name: str, **settings: Any) -> None:
     enter(f"torchaudio.{name}", FAMILY, lambda: WithLengths(make(), 0), fields)
 
 
-def speaker_encoder() -> nn.Module:
-    """Returns the usual speaker encoder: three LSTMs and a projection, on mel frames."""
-    from torch import nn as layers
+class SpeakerEncoder(nn.Module):
+    """The usual speaker encoder: three LSTMs and a projection, on mel frames."""
 
-    class Encoder(layers.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lstm = layers.LSTM(40, 64, 3, batch_first=True)
-            self.linear = layers.Linear(64, 64)
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(40, 64, 3, batch_first=True)
+        self.linear = nn.Linear(64, 64)
 
-        def forward(self, mels: Tensor) -> Tensor:
-            _, (hidden, _) = self.lstm(mels)
-            raw = self.linear(hidden[-1]).relu()
-            embedding: Tensor = raw / raw.norm(dim=1, keepdim=True)
-            return embedding
-
-    return Encoder()
+    def forward(self, mels: Tensor) -> Tensor:
+        """Returns an embedding of length 1 for each sound."""
+        _, (hidden, _) = self.lstm(mels)
+        raw = self.linear(hidden[-1]).relu()
+        embedding: Tensor = raw / raw.norm(dim=1, keepdim=True)
+        return embedding
 
 
 def codec(part: str) -> Callable[[], nn.Module]:
@@ -139,7 +136,7 @@ with_lengths(
 with_lengths("Emformer", input_dim=16, num_heads=4, ffn_dim=32, num_layers=2, segment_length=8)
 
 sound("torchcrepe.tiny", published("torchcrepe.model", "Crepe", "tiny"), 1024)
-sound("speakers.lstm_encoder", speaker_encoder, 40, 40, field="mels")
+sound("speakers.lstm_encoder", SpeakerEncoder, 40, 40, field="mels")
 sound("openunmix", published("openunmix.model", "OpenUnmix", nb_bins=64, hidden_size=32), 2, 64, 20)
 sound(
     "demucs.Demucs",

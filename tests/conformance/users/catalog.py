@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from conformance.zoo import Architecture, Field, floats
+from conformance.zoo import Architecture, Field, floats, published
 from torch import nn
 
 FAMILIES = (
@@ -50,16 +50,6 @@ def enter(
 def image(size: int = 64, channels: int = 3, name: str = "x") -> dict[str, Field]:
     """One batch of square images."""
     return {name: floats("batch", channels, size, size)}
-
-
-def published(package: str, name: str, *arguments: Any, **settings: Any) -> Callable[[], nn.Module]:
-    """Returns a builder that calls `package.name(*arguments, **settings)`."""
-
-    def make() -> nn.Module:
-        built: nn.Module = getattr(importlib.import_module(package), name)(*arguments, **settings)
-        return built
-
-    return make
 
 
 def timm(family: str, name: str, size: int = 64, **settings: Any) -> None:

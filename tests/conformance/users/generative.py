@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from conformance.users.catalog import enter, published
-from conformance.zoo import Field, floats
+from conformance.users.catalog import enter
+from conformance.zoo import Field, diffusers, floats, published
 from torch import Tensor, nn
 
 FAMILY = "diffusion"
@@ -42,8 +40,16 @@ class Plain(nn.Module):
         return self.model(sample, return_dict=False)[0]
 
 
-def diffusers(name: str, **settings: Any) -> Callable[[], nn.Module]:
-    return published("diffusers", name, **settings)
+class Labelled(nn.Module):
+    """One step of a diffusion model with classes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, sample: Tensor, timestep: Tensor, labels: Tensor) -> Any:
+        """Returns the predicted noise."""
+        return self.model(sample, timestep, class_labels=labels, return_dict=False)[0]
 
 
 def times(*shape: int | str) -> Field:
@@ -165,34 +171,20 @@ plain(
 )
 
 
-def dit() -> nn.Module:
-    """Returns a diffusion transformer with classes."""
-    library = importlib.import_module("diffusers")
-    model = library.DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        sample_size=8,
-        num_embeds_ada_norm=10,
-    )
-
-    class Labelled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, sample: Tensor, timestep: Tensor, labels: Tensor) -> Any:
-            return self.model(sample, timestep, class_labels=labels, return_dict=False)[0]
-
-    return Labelled()
-
-
+DIT = diffusers(
+    "DiTTransformer2DModel",
+    num_attention_heads=2,
+    attention_head_dim=8,
+    in_channels=4,
+    out_channels=8,
+    num_layers=2,
+    sample_size=8,
+    num_embeds_ada_norm=10,
+)
 enter(
     "diffusers.DiTTransformer2DModel",
     FAMILY,
-    dit,
+    lambda: Labelled(DIT()),
     {
         "sample": floats("batch", 4, 8, 8),
         "timestep": times("batch"),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from conformance.users.catalog import enter, published
-from conformance.zoo import Field, floats, ints, transformers
+from conformance.users.catalog import enter
+from conformance.zoo import Field, floats, ints, published, transformers
 
 VIT = {
     "image_size": 32,

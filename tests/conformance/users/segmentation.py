@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from conformance.users.catalog import enter, image, published
+from conformance.users.catalog import enter, image
+from conformance.zoo import published
 
 
 def smp(name: str, encoder: str, size: int = 64, **settings: Any) -> None:

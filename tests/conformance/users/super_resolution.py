@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from conformance.users.catalog import enter, image, published
-from conformance.zoo import Field, floats
+from conformance.users.catalog import enter, image
+from conformance.zoo import Field, floats, published
 
 FAMILY = "super-resolution"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from conformance.users.catalog import enter, image, part_of, published
-from conformance.zoo import Field, floats
+from conformance.users.catalog import enter, image, part_of
+from conformance.zoo import Field, floats, published
 from torch import Tensor, nn
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from conformance.users.catalog import enter, published
-from conformance.zoo import floats
+from conformance.users.catalog import enter
+from conformance.zoo import floats, published
 
 SIZE = 32
 

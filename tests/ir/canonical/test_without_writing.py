@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from models.function import Function
+from torch import Tensor
 
 import graphwright as gw
 from graphwright.ir.canonical.without_writing import functional_form, writing
@@ -24,15 +25,6 @@ WITHOUT = {
     "fill_diagonal_.default",  # torch has no functional form
 }  # fmt: skip
 """Overloads without a functional form that takes the same arguments."""
-
-
-class Net(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(x)
 
 
 def test_almost_every_operator_that_writes_in_place_has_a_form() -> None:
@@ -83,7 +75,7 @@ def test_overloads_are_told_apart_by_what_they_take(op: Any, form: Any) -> None:
     ],
 )
 def test_nothing_writes_and_the_values_are_the_models(function: Callable[[Tensor], Any]) -> None:
-    net, x = Net(function), torch.rand(4, 3)
+    net, x = Function(function), torch.rand(4, 3)
     program = gw.trace(net, {"x": x}, dynamic={"x": {0: "n"}})
     assert not any(writes(node) for node in program.graph.nodes)
     for size in (1, 4, 7):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from models.function import Function
 from torch.nn import functional as F
 
 import graphwright as gw
@@ -41,18 +40,9 @@ WITHOUT_TORCH = {"torch's root", "choice", "bits"}
 """Torch cannot read back what it writes for these."""
 
 
-class Net(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
 def traced(name: str) -> Program:
     example = (torch.randn(2, 9, 6),)
-    return gw.trace(Net(SIZES[name]), example, {"x": {0: "b", 1: "t"}}, check=False)
+    return gw.trace(Function(SIZES[name]), example, {"x": {0: "b", 1: "t"}}, check=False)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -81,7 +71,7 @@ def test_torch_reads_the_same_arithmetic(name: str, tmp_path: Path) -> None:
 def test_an_archive_of_the_users_own_with_float_factors_is_opened(tmp_path: Path) -> None:
     height = torch.export.Dim("h", min=4, max=512)
     exported = torch.export.export(
-        Net(lambda y: F.interpolate(y, scale_factor=0.5, mode="bilinear")).eval(),
+        Function(lambda y: F.interpolate(y, scale_factor=0.5, mode="bilinear")).eval(),
         (torch.randn(2, 3, 32, 40),),
         dynamic_shapes=({2: height},),
     )

@@ -8,22 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from models.function import Function
+from torch import Tensor
 from torch.nn import functional as F
 
 import graphwright as gw
 from graphwright.ir.files import load_model
 from graphwright.ir.trace.capture import TraceWarning
-
-
-class Net(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
 
 NARROWED = {
     "a number": (lambda y: y.topk(int(y.shape[1] * 0.5), 1)[0].sum(1), (16, 17)),
@@ -45,7 +36,7 @@ def from_archive(
     auto = torch.export.Dim.AUTO
     with torch.no_grad():
         exported = torch.export.export(
-            Net(function), (torch.randn(2, 16, 6),), dynamic_shapes=({0: auto, 1: auto},)
+            Function(function), (torch.randn(2, 16, 6),), dynamic_shapes=({0: auto, 1: auto},)
         )
     torch.export.save(exported, folder / "m.pt2")
     module = load_model(folder / "m.pt2").module

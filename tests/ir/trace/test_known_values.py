@@ -6,19 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from models.function import Function
 from torch import Tensor, nn
 
 import graphwright as gw
 from graphwright.ir.errors import ModelError
-
-
-class Function(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 def traced(function: Callable[[Tensor], Tensor]) -> gw.Program:
