@@ -12,6 +12,7 @@ from graphwright.backends.triton.activations import (
     GatedActivation,
     spelled_activations,
 )
+from graphwright.backends.triton.experts import ExpertBlocks, ExpertsLowRankBeside
 from graphwright.backends.triton.low_bit import (
     LowBitActivation,
     LowBitEmbedding,
@@ -46,6 +47,8 @@ def rewrites() -> list[Rewrite]:
         AtenRmsNorm(),
         AddRmsNorm(),
         AddLayerNorm(),
+        ExpertsLowRankBeside(),
+        ExpertBlocks(),
         LowBitLinear(),
         LowBitEmbedding(),
         LowRankBeside(),

@@ -59,6 +59,14 @@ def hessian(batches: Iterable[Tensor]) -> Hessian:
     return found
 
 
+def seen_or_even(stats: Hessian) -> Tensor:
+    """(groups, k, k): the second moments, or, where no row was seen (an expert that no token went
+    to), those of inputs that are all alike: nothing is spread then."""
+    if stats.count:
+        return stats.matrix
+    return torch.eye(stats.matrix.shape[1], device=stats.matrix.device).expand_as(stats.matrix)
+
+
 def inverse_factor(h: Tensor, damping: float = 0.01, name: str = "") -> tuple[Tensor, float]:
     """The upper Cholesky factor U of the inverse of a damped Hessian: (H + d I)^-1 = U^T U.
 

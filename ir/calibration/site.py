@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, fx
 
+from graphwright.ir.calibration.padding import without_padding
 from graphwright.ir.layers.products import Geometry, rows
 from graphwright.ir.layers.selectors import Layer
 
@@ -23,6 +24,8 @@ class Solved:
             here on; None: it is not.
         state: tensors that the pass builds the new program from (codes, scales, masks).
         info: figures for the report.
+        parts: of a stack of experts, what was found for each; `state` then holds stacks of theirs,
+            and `info` means.
     """
 
     weight: Tensor | None = None
@@ -30,6 +33,7 @@ class Solved:
     grid: tuple[float, int, int, int] | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
     info: dict[str, float] = field(default_factory=dict)
+    parts: tuple[Solved, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,18 +100,7 @@ class Site:
 
     def _rows(self, values: Iterator[Tensor]) -> Iterator[Tensor]:
         for x, real in zip(values, self.real, strict=True):
-            kept = x if real is None else _without_padding(self.geometry, x, real)
-            yield rows(self.geometry, kept)
-
-
-def _without_padding(geometry: Geometry, x: Tensor, real: Tensor) -> Tensor:
-    if geometry.is_convolution:
-        return x
-    if x.dim() >= 3 and x.shape[:2] == real.shape:
-        return x[real]
-    if x.dim() == 2 and x.shape[0] == real.numel():
-        return x[real.flatten()]
-    return x
+            yield rows(self.geometry, without_padding(self.geometry, x, real))
 
 
 class Method(Protocol):

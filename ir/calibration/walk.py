@@ -17,7 +17,16 @@ import torch
 from torch import Tensor, fx
 
 import graphwright.ir.ops  # noqa: F401  registers graphwright::fake_quantize and the weight ops
+from graphwright.ir.calibration.experts import (
+    is_stack,
+    joined,
+    part_geometry,
+    part_names,
+    routing_node,
+    site_of,
+)
 from graphwright.ir.calibration.observe import bound_batches
+from graphwright.ir.calibration.padding import real_tokens
 from graphwright.ir.calibration.site import Method, Site, Solved, Task
 from graphwright.ir.calibration.spill import Spill
 from graphwright.ir.calibration.store import LayerStore
@@ -32,9 +41,6 @@ from graphwright.ir.program import Program
 
 DEFAULT_BUDGET = 2 << 30
 """Bytes of activations that stay in memory."""
-
-MASK_INPUTS = ("attention_mask", "mask", "padding_mask")
-"""Names of inputs (batch, sequence) that are 0 where a token is padding."""
 
 
 def sweep(
@@ -107,12 +113,13 @@ class _Sweep:
         self.original = _Stream() if both and self.follows_solved else None
         self.workers = Workers(context.jobs)
         self.store = LayerStore.of(context, program, method)
-        self.real = self._real_tokens()
+        self.real = real_tokens(program, self.inputs)
         self.sites = self._sites(layers)
         self.leader = {layer.node: site for site in self.sites for layer in site.layers}
         self.geometries = {layer.node: geometry(program, layer) for layer in layers}
         self.kinds = {layer.node: layer for layer in layers}
         self.found: dict[str, Solved] = {}
+        self.experts: dict[fx.Node, dict[str, Solved]] = {}
         self.now: dict[fx.Node, Solved] = {}
         self.pending: list[tuple[Layer, Task]] = []
         self.done: set[int] = set()
@@ -138,9 +145,8 @@ class _Sweep:
         return self.found
 
     def _streams(self) -> list[_Stream]:
-        return (
-            [self.solved_stream] if self.original is None else [self.solved_stream, self.original]
-        )
+        both = (self.solved_stream, self.original)
+        return [stream for stream in both if stream is not None]
 
     def _step(self, node: fx.Node) -> None:
         if node.op == "placeholder":
@@ -205,9 +211,19 @@ class _Sweep:
     # ---- solving
 
     def _is_known(self, site: Site) -> bool:
-        return all(self.store.load(layer.name) is not None for layer in site.layers)
+        count = site.geometry.groups
+        names = [name for layer in site.layers for name in part_names(layer, count)]
+        return all(self.store.load(name) is not None for name in names)
 
     def _solve(self, site: Site) -> None:
+        if not is_stack(site.layers[0]):
+            self._solve_site(site)
+            return
+        routing = self.solved_stream.values[routing_node(site.layers[0])]
+        for expert in range(site.geometry.groups):
+            self._solve_site(site_of(site, expert, routing))
+
+    def _solve_site(self, site: Site) -> None:
         missing = []
         for layer in site.layers:
             kept = self.store.load(layer.name)
@@ -233,19 +249,19 @@ class _Sweep:
     def _task(self, layer: Layer, stats: Any) -> Task:
         # A generator of its own: the layer's numbers do not depend on which others are selected.
         seed = self.context.generator("layer", layer.name).initial_seed()
-        place = BIAS_ARGUMENT.get(layer.kind)
+        place = BIAS_ARGUMENT.get(self.kinds[layer.node].kind)
         args = layer.node.args
         bias = args[place] if place is not None and len(args) > place else None
-        return Task(
-            layer.name,
-            self.geometries[layer.node],
-            constant_value(self.program, weight_node(layer)).to(self.context.device),
-            constant_value(self.program, bias).to(self.context.device)
-            if isinstance(bias, fx.Node) and bias in self.constant
-            else None,
-            stats,
-            seed,
-        )
+        weight = constant_value(self.program, weight_node(layer)).to(self.context.device)
+        own_bias: Tensor | None = None
+        if isinstance(bias, fx.Node) and bias in self.constant:
+            own_bias = constant_value(self.program, bias).to(self.context.device)
+        shape = self.geometries[layer.node]
+        if layer.kind != shape.kind:  # an expert of a stack
+            expert = int(layer.name.rpartition(".")[2])
+            weight, shape = weight[expert], part_geometry(shape)
+            own_bias = None if own_bias is None else own_bias[expert]
+        return Task(layer.name, shape, weight, own_bias, stats, seed)
 
     def _flush(self) -> None:
         pending, self.pending = self.pending, []
@@ -258,6 +274,14 @@ class _Sweep:
                 self._accept(layer, solved)
 
     def _accept(self, layer: Layer, solved: Solved) -> None:
+        whole, count = self.kinds[layer.node], self.geometries[layer.node].groups
+        if is_stack(whole):
+            parts = self.experts.setdefault(layer.node, {})
+            parts[layer.name] = solved
+            if len(parts) < count:
+                return
+            names = part_names(whole, count)
+            layer, solved = whole, joined([parts[name] for name in names])
         self.context.progress(layer.name, len(self.found) + 1, len(self.kinds))
         kept = replace(solved, weight=None)
         for other in self.kinds.values():
@@ -277,7 +301,9 @@ class _Sweep:
                 continue
             tied.add(weight_key(layer))
             shape = geometry(self.program, layer)
-            grouped.setdefault((input_node(layer), *shape.rows_key()), []).append(layer)
+            routing = routing_node(layer) if is_stack(layer) else None
+            key = (input_node(layer), routing, *shape.rows_key())
+            grouped.setdefault(key, []).append(layer)
         return [self._site(key[0], members) for key, members in grouped.items()]
 
     def _site(self, node: fx.Node, members: list[Layer]) -> Site:
@@ -296,13 +322,6 @@ class _Sweep:
             lambda other: iter(self.solved_stream.values[other]),
             originals,
         )
-
-    def _real_tokens(self) -> list[Tensor | None]:
-        """Masks of the tokens that are no padding; None where the inputs do not tell."""
-        for place, spec in enumerate(self.program.signature.inputs):
-            if spec.name in MASK_INPUTS and len(spec.shape) == 2:
-                return [batch[place] != 0 for batch in self.inputs]
-        return [None] * len(self.inputs)
 
 
 def _with(kind: str, args: list[Any], changed: Solved) -> tuple[Any, ...]:

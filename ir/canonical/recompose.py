@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphwright.ir.canonical.experts import gathered_product
 from graphwright.ir.edit import Editor
 
 aten = torch.ops.aten
@@ -159,6 +160,7 @@ RECOMPOSED: dict[str, Callable[[Editor, fx.Node], None]] = {
     ),
     "mse_loss": _squared_error,
     "cdist": _distances,
+    "bmm": gathered_product,
     "native_layer_norm": _native_layer_norm,
     "native_group_norm": _native_group_norm,
     "native_dropout": _native_dropout,

@@ -7,7 +7,7 @@ from torch import Tensor, fx
 
 from graphwright.ir.edit import Editor
 from graphwright.ir.graph.constants import constant_value
-from graphwright.ir.layers.kinds import BIAS_ARGUMENT
+from graphwright.ir.layers.kinds import BIAS_ARGUMENT, EXPERTS
 from graphwright.ir.layers.products import bias_node
 from graphwright.ir.layers.selectors import Layer
 
@@ -45,7 +45,8 @@ def set_bias(editor: Editor, layer: Layer, bias: Tensor, factor: Tensor | None =
     if isinstance(old, fx.Node):
         new = _replaced(editor, old, _like(editor, old, bias))
     else:
-        new = editor.get(editor.add_state(f"{layer.name}.bias", bias))
+        joint = "_" if layer.kind in EXPERTS else "."
+        new = editor.get(editor.add_state(f"{layer.name}{joint}bias", bias))
     args = [*node.args, *[None] * (place + 1 - len(node.args))]
     args[place] = new
     editor.set_args(node, *args, **node.kwargs)

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+
+import graphwright.ir.ops  # noqa: F401  registers the operators of `ours`
 
 aten = torch.ops.aten
+ours = torch.ops.graphwright
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Kind:
         out_axis: axis of the weight that the output channels (or the rows of a table) are on.
         in_axis: axis of the weight that is summed over with the input; None where nothing is.
         spatial: dimensions of a convolution's windows.
+        experts: position of the indices that give each row its own matrix of a stack.
         is_product: a product of rows and one matrix (`ir/layers/products.py`).
         is_norm: a normalization.
     """
@@ -37,6 +41,7 @@ class Kind:
     out_axis: int = 0
     in_axis: int | None = None
     spatial: int = 0
+    experts: int | None = None
     is_product: bool = False
     is_norm: bool = False
 
@@ -56,6 +61,12 @@ def _transposed(rank: int) -> Kind:
     return Kind(name, (operator,), bias=2, out_axis=1, in_axis=0, spatial=rank)
 
 
+def _routed(name: str, out_axis: int) -> Kind:
+    """Products whose rows have a matrix each, of a stack: a mixture of experts."""
+    return Kind(name, (getattr(ours, name).default,), bias=3, out_axis=out_axis,
+                in_axis=3 - out_axis, experts=2, is_product=True)  # fmt: skip
+
+
 TABLE: dict[str, Kind] = {
     kind.name: kind
     for kind in (
@@ -66,6 +77,8 @@ TABLE: dict[str, Kind] = {
         Kind("matmul", (aten.matmul.default,), out_axis=1, in_axis=0, is_product=True),
         Kind("addmm", (aten.addmm.default,), input=1, weight=2, bias=0, out_axis=1, in_axis=0,
              is_product=True),
+        _routed("expert_linear", 1),
+        _routed("expert_matmul", 2),
         Kind("layer_norm", (aten.layer_norm.default,), weight=2, bias=3, is_norm=True),
         Kind("rms_norm", (aten.rms_norm.default,), weight=2, is_norm=True),
         Kind("batch_norm", (aten.batch_norm.default,), bias=2, is_norm=True),
@@ -80,7 +93,10 @@ KINDS: dict[object, str] = {op: kind.name for kind in TABLE.values() for op in k
 PRODUCTS = tuple(kind.name for kind in TABLE.values() if kind.is_product)
 """Layers that are products of rows and a matrix."""
 
-MATRICES = tuple(name for name in PRODUCTS if not TABLE[name].spatial)
+EXPERTS = tuple(name for name in PRODUCTS if TABLE[name].experts is not None)
+"""Products whose weight is a stack of matrices, one for each expert."""
+
+MATRICES = tuple(name for name in PRODUCTS if not TABLE[name].spatial and name not in EXPERTS)
 """Products whose weight is a matrix."""
 
 CONVOLUTIONS = tuple(name for name in PRODUCTS if TABLE[name].spatial)
@@ -91,6 +107,9 @@ TRANSPOSED_CONVOLUTIONS = tuple(
 
 TURNED = tuple(name for name in MATRICES if TABLE[name].out_axis == 1)
 """Matrices that are stored (in, out)."""
+
+TURNED_EXPERTS = tuple(name for name in EXPERTS if TABLE[name].out_axis == 2)
+"""Stacks of matrices that are stored (experts, in, out)."""
 
 CODABLE = (*PRODUCTS, *TRANSPOSED_CONVOLUTIONS, "embedding")
 """Layers whose weight a pass replaces by codes, or reports with the reason why not."""
@@ -117,3 +136,9 @@ def matrix_product(node: fx.Node) -> Kind | None:
 def operators(names: tuple[str, ...]) -> frozenset[Any]:
     """The operators of several kinds."""
     return frozenset(op for name in names for op in TABLE[name].operators)
+
+
+def is_stored_as_matrices(kind: str, weight: Tensor) -> bool:
+    """Whether a weight has the dimensions that a layer of its kind is written for: a matmul may
+    also have a stack of matrices, which is no layer here."""
+    return weight.dim() == 2 if kind in MATRICES else weight.dim() >= 2

@@ -1,7 +1,8 @@
 """A layer with a weight as a product of matrices: y = rows @ matrix^T, for every kind of layer.
 
 Calibration methods are written for linear layers. A convolution is one on the columns of its
-windows, a grouped one is several side by side; here is the one place that knows.
+windows, a grouped one is several side by side, and so is a stack of experts, each with rows of its
+own (`ir/calibration/experts.py`); here is the one place that knows.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ from torch import Tensor, fx
 from graphwright.ir.errors import ModelError
 from graphwright.ir.graph.constants import constant_value
 from graphwright.ir.graph.nodes import full_arguments
-from graphwright.ir.layers.kinds import BIAS_ARGUMENT, INPUT_ARGUMENT, TURNED, WEIGHT_ARGUMENT
+from graphwright.ir.layers.kinds import (
+    BIAS_ARGUMENT,
+    EXPERTS,
+    INPUT_ARGUMENT,
+    TURNED,
+    TURNED_EXPERTS,
+    WEIGHT_ARGUMENT,
+)
 from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.program import Program
 
@@ -27,8 +35,9 @@ class Geometry:
     Attributes:
         kind: one of `PRODUCTS`.
         shape: of the weight.
-        groups, stride, padding, dilation: of a convolution; padding in elements, before and after
-            each spatial dimension.
+        groups: of a convolution; experts of a stack.
+        stride, padding, dilation: of a convolution; padding in elements, before and after each
+            spatial dimension.
     """
 
     kind: str
@@ -45,7 +54,9 @@ class Geometry:
 
     @property
     def out(self) -> int:
-        """Output channels."""
+        """Output channels; those of all experts together."""
+        if self.kind in EXPERTS:
+            return self.groups * self.shape[2 if self.kind in TURNED_EXPERTS else 1]
         return self.shape[1] if self.kind in TURNED else self.shape[0]
 
     @property
@@ -64,11 +75,13 @@ def geometry(program: Program, layer: Layer) -> Geometry:
     """The geometry of a layer of a kind in `PRODUCTS`.
 
     Raises:
-        ModelError: its weight is no matrix (a matmul with more dimensions).
+        ModelError: its weight is no matrix, or stack of matrices (a matmul with more dimensions).
     """
     args, _ = full_arguments(layer.node)
     weight = args[WEIGHT_ARGUMENT[layer.kind]]
     shape = tuple(int(size) for size in weight.meta["val"].shape)
+    if layer.kind in EXPERTS:
+        return Geometry(layer.kind, shape, groups=shape[0])
     if not layer.kind.startswith("conv"):
         if len(shape) != 2:
             raise ModelError(f"the weight of {layer.name!r} has {len(shape)} dimensions, not 2")
@@ -100,6 +113,8 @@ def as_matrix(geometry: Geometry, weight: Tensor) -> Tensor:
     """(groups, out / groups, depth): the matrix of each group. A view where strides allow."""
     if geometry.kind in TURNED:
         return weight.t().unsqueeze(0)
+    if geometry.kind in TURNED_EXPERTS:
+        return weight.transpose(1, 2)
     return weight.reshape(geometry.groups, geometry.out // geometry.groups, -1)
 
 
@@ -107,11 +122,13 @@ def from_matrix(geometry: Geometry, matrix: Tensor) -> Tensor:
     """The weight of that matrix, contiguous; undoes `as_matrix`."""
     if geometry.kind in TURNED:
         return matrix[0].t().contiguous()
+    if geometry.kind in TURNED_EXPERTS:
+        return matrix.transpose(1, 2).contiguous()
     return matrix.reshape(geometry.shape).contiguous()
 
 
 def rows(geometry: Geometry, x: Tensor) -> Tensor:
-    """(groups, n, depth): what each row of outputs is a product of."""
+    """(groups, n, depth): what each row of outputs is a product of; not for experts."""
     if not geometry.is_convolution:
         return x.reshape(1, -1, x.shape[-1])
     spatial = len(geometry.stride)
@@ -130,7 +147,7 @@ def rows(geometry: Geometry, x: Tensor) -> Tensor:
 
 
 def product(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The layer's result for x, differentiable."""
+    """The layer's result for x, differentiable; not for experts."""
     if geometry.kind == "linear":
         return torch.nn.functional.linear(x, weight, bias)
     if not geometry.is_convolution:

@@ -9,6 +9,7 @@ includes (`*` for all).
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -19,10 +20,13 @@ from torch import fx
 from graphwright.ir.errors import ModelError
 from graphwright.ir.graph.constants import weight_source
 from graphwright.ir.graph.nodes import adapter_of
-from graphwright.ir.layers.kinds import KINDS, WEIGHT_ARGUMENT
+from graphwright.ir.layers.kinds import EXPERTS, KINDS, WEIGHT_ARGUMENT
 from graphwright.ir.program import Program
 
 aten = torch.ops.aten
+
+PART = re.compile(r"[._](codes|kept|low_rank_b|(\d+_)?(main|outlier)_indices)(_\d+)?$")
+"""End of the name of the first tensor that a stored form of a weight is rebuilt from."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ class Layer:
     """One use of a weight.
 
     Attributes:
-        name: qualified name of the module that owns the weight, as `encoder.layer.0.output.dense`.
+        name: qualified name of the module that owns the weight, as `encoder.layer.0.output.dense`;
+            of the weight itself where it is a stack of experts.
         kind: one of the values of `KINDS`.
         node: the call.
         weight: name of the weight in the program's state; empty when it is computed in the graph
@@ -63,6 +68,8 @@ def layers(program: Program, kinds: Collection[str] | None = None) -> list[Layer
         state = str(source.target)
         aliases = program.aliases.get(state, (state,))
         names = _owners(node, state, aliases)
+        if kind in EXPERTS:  # a module has several stacks: each is a layer of its own
+            names = tuple(PART.sub("", a) for a in aliases) if _is_part(source) else aliases
         direct = state if source is weight else ""
         found.append(Layer(names[0], kind, node, direct, names))
     return found
@@ -79,6 +86,14 @@ def _owners(node: fx.Node, state: str, aliases: tuple[str, ...]) -> tuple[str, .
             if scopes and _module(alias) == scopes[-1]:
                 return (_module(alias),)
     return (_module(state), *(_module(a) for a in aliases if a != state))
+
+
+def _is_part(stored: fx.Node) -> bool:
+    """Whether a stored tensor is what our ops rebuild a weight from."""
+    targets = [user.target for user in stored.users]
+    names = [str(getattr(target, "_opname", "")) for target in targets]
+    is_own = all(getattr(target, "namespace", "") == "graphwright" for target in targets)
+    return is_own and all(name.startswith(("dequantize", "expand", "add_low")) for name in names)
 
 
 def _module(name: str) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from graphwright.ir.action import Action
 from graphwright.ir.errors import ModelError
-from graphwright.ir.layers.kinds import OUTPUT_AXIS, PRODUCTS, TURNED
+from graphwright.ir.layers.kinds import EXPERTS, OUTPUT_AXIS, PRODUCTS, TURNED
 from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.program import Program
 from graphwright.ir.repair.walk import Compressed, repair_text, with_codes
@@ -46,6 +46,8 @@ def _reason(program: Program, layer: Layer, chosen: Collection[object]) -> str:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}, not float32"
     if weight.numel() == 0:
         return "its weight is empty"
+    if layer.kind in EXPERTS:
+        return "a stack of experts has no chain of channels"
     if layer.kind in TURNED and weight.dim() != 2:
         return f"its weight has {weight.dim()} dimensions, not 2"
     if not bool(torch.isfinite(weight).all()):

@@ -129,11 +129,22 @@ def index_bits(count: int) -> int:
     return max(1, (count - 1).bit_length())
 
 
-def rebuild_vectors(vectors: Vectors, dtype: torch.dtype) -> Make:
-    """Nodes of a weight in codebooks; codebooks and scales are stored narrow and cast first."""
+def rebuild_vectors(matrices: Sequence[Vectors], dtype: torch.dtype) -> Make:
+    """Nodes of a weight in codebooks; codebooks and scales are stored narrow and cast first.
+
+    Args:
+        matrices: one, or those of a stack of experts, which are laid one below the other.
+        dtype: of the weight.
+    """
 
     def make(place: Insertion) -> fx.Node:
-        nodes = _Nodes(place, dtype, vectors.state())
+        if len(matrices) == 1:
+            return one(place, matrices[0], "")
+        parts = [one(place, each, f"{index}_") for index, each in enumerate(matrices)]
+        return place.call(aten.cat.default, parts, 0)
+
+    def one(place: Insertion, vectors: Vectors, prefix: str) -> fx.Node:
+        nodes = _Nodes(place, dtype, vectors.state(), prefix)
         stretches = [nodes.lookups(part, found) for part, found in vectors.parts.items()]
         value = stretches[0]
         if len(stretches) > 1:
@@ -153,9 +164,10 @@ class _Nodes:
     place: Insertion
     dtype: torch.dtype
     state: Mapping[str, Tensor]
+    prefix: str
 
     def stored(self, name: str) -> fx.Node:
-        return self.place.store(name, self.state[name])
+        return self.place.store(self.prefix + name, self.state[name])
 
     def wide(self, name: str) -> fx.Node:
         node = self.stored(name)

@@ -2,7 +2,8 @@
 
 A method compresses a weight as a matrix (out, columns), and an op rebuilds that matrix. What
 stands between the matrix and the weight that a layer wants is the same for all of them: a
-transposition for a matmul, a reshape for a convolution, nothing for a linear layer or a table.
+transposition for a matmul, a reshape for a convolution, nothing for a linear layer or a table. The
+matrices of a stack of experts lie one below the other, as rows of one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from graphwright.ir.edit import Editor
-from graphwright.ir.layers.kinds import TURNED, WEIGHT_ARGUMENT
+from graphwright.ir.layers.kinds import EXPERTS, TURNED, TURNED_EXPERTS, WEIGHT_ARGUMENT
 from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.stored.blocks import Blocks
 
@@ -71,6 +72,10 @@ class Insertion:
             return rebuilt
         if self.kind in TURNED:
             return self.call(aten.transpose.int, self.old, 0, 1)
+        if self.kind in EXPERTS:
+            turned = self.kind in TURNED_EXPERTS
+            stack = self.call(aten.transpose.int, self.old, 1, 2) if turned else self.old
+            return self.call(aten.reshape.default, stack, [-1, int(stack.meta["val"].shape[2])])
         if self.old.meta["val"].dim() == 2:
             return self.old
         out = int(self.old.meta["val"].shape[0])
@@ -79,6 +84,9 @@ class Insertion:
 
 def matrix_of(kind: str, weight: Tensor) -> Tensor:
     """A weight as the matrix (out, columns) that `replace_weight` takes; a view where it can be."""
+    if kind in EXPERTS:
+        stack = weight.transpose(1, 2) if kind in TURNED_EXPERTS else weight
+        return stack.reshape(-1, stack.shape[2])
     return weight.t() if kind in TURNED else weight.reshape(weight.shape[0], -1)
 
 
@@ -111,6 +119,9 @@ def replace_weight(
     new = make(place)
     if matrix and layer.kind in TURNED:
         new = place.call(aten.transpose.int, new, 0, 1)
+    elif matrix and layer.kind in TURNED_EXPERTS:
+        stack = place.call(aten.reshape.default, new, [shape[0], shape[2], shape[1]])
+        new = place.call(aten.transpose.int, stack, 1, 2)
     elif matrix and len(shape) != 2:
         new = place.call(aten.reshape.default, new, shape)
     assert list(new.meta["val"].shape) == shape
@@ -131,7 +142,9 @@ def replace_stored(editor: Editor, reader: fx.Node, old: fx.Node, make: Make) ->
 
 def owner_of(layer: Layer, weight: fx.Node) -> str:
     """Name that the tensors of a layer's weight are named after."""
-    return str(weight.target) if weight.op == "get_attr" else f"{layer.name}.weight"
+    if weight.op == "get_attr":
+        return str(weight.target)
+    return layer.name if layer.kind in EXPERTS else f"{layer.name}.weight"
 
 
 def rebuild_blocks(blocks: Blocks) -> Make:
@@ -182,6 +195,9 @@ def part_of(owner: str, part: str) -> str:
 
 def _rebuilt_matrix(weight: fx.Node) -> fx.Node | None:
     """The matrix that an earlier `replace_weight` turned or reshaped; None where there is none."""
+    if weight.target is aten.transpose.int and weight.args[1:] == (1, 2):
+        assert isinstance(weight.args[0], fx.Node)
+        return _rebuilt_matrix(weight.args[0])  # a stack (experts, in, out)
     is_turned = weight.target is aten.transpose.int and weight.args[1:] == (0, 1)
     if not is_turned and weight.target is not aten.reshape.default:
         return None

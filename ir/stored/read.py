@@ -132,6 +132,16 @@ def product_of(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
     return None if weight is None else (x, weight, bias)
 
 
+def stacked_rows(weight: Any) -> fx.Node | None:
+    """The matrix (experts * out, in) that a stack of experts is made of; None where it is not."""
+    if is_call(weight, aten.transpose.int) and sorted(a % 3 for a in weight.args[1:]) == [1, 2]:
+        weight = weight.args[0]
+    if not is_call(weight, aten.reshape.default) or weight.meta["val"].dim() != 3:
+        return None
+    rows: fx.Node = weight.args[0]
+    return rows if rows.meta["val"].dim() == 2 else None
+
+
 CODED = "graphwright::dequantize"
 """The start of the names of our ops that rebuild a weight from codes."""
 

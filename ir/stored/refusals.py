@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from graphwright.ir.layers.kinds import TRANSPOSED_CONVOLUTIONS, TURNED
+from graphwright.ir.layers.kinds import TRANSPOSED_CONVOLUTIONS, is_stored_as_matrices
 from graphwright.ir.layers.products import weight_node, weight_value
 from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.program import Program
@@ -37,7 +37,7 @@ def _refusal(program: Program, layer: Layer, nodes: set[fx.Node], *, embeddings:
         return f"{layer.kind} is no product of rows and a matrix"
     if layer.kind == "embedding" and not embeddings:
         return "embeddings: false"
-    if value.dim() < 2 or (layer.kind in TURNED and value.dim() != 2):
+    if not is_stored_as_matrices(layer.kind, value):
         return f"its weight has {value.dim()} dimensions"
     if not value.is_floating_point():
         return f"its weight is {str(value.dtype).removeprefix('torch.')}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from graphwright.ir.calibration.experts import part_names
 from graphwright.ir.calibration.site import Site, Solved, Task
 from graphwright.ir.calibration.walk import sweep
 from graphwright.ir.edit import Editor
@@ -48,7 +49,7 @@ class BiasCorrection(Pass[BiasCorrectionOptions]):
         chosen = select(program, self.options.targets, PRODUCTS)
         wanted, refused = _means(program, chosen, context)
         actions = [Action.left(name, why) for name, why in refused.items()]
-        kept = [layer for layer in chosen if layer.name in wanted]
+        kept = [layer for layer in chosen if part_names(layer, 1)[0] in wanted]
         if not kept:
             raise ModelError(
                 f"{self.id}: no selected layer has a counterpart in the original model",
@@ -90,7 +91,13 @@ def _means(
         return {}, refused
     within = context.within("original")
     found = sweep(original, pairs, context.batches, _Mean(), within, follow="program")
-    return {layer.name: found[layer.node.name].state["mean"] for layer in pairs}, refused
+    means: dict[str, Tensor] = {}
+    for layer in pairs:
+        each = found[layer.node.name]
+        names = part_names(layer, len(each.parts))
+        parts = each.parts or (each,)
+        means |= {name: part.state["mean"] for name, part in zip(names, parts, strict=True)}
+    return means, refused
 
 
 class _Mean:

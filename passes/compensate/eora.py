@@ -7,7 +7,7 @@ from typing import Annotated, NamedTuple
 from pydantic import Field
 from torch import Tensor
 
-from graphwright.ir.calibration.hessian import hessian
+from graphwright.ir.calibration.hessian import hessian, seen_or_even
 from graphwright.ir.calibration.site import Site, Solved, Task
 from graphwright.ir.calibration.walk import sweep
 from graphwright.ir.layers.kinds import PRODUCTS
@@ -58,7 +58,7 @@ class Eora(Pass[EoraOptions]):
     def run(self, program: Program, context: Context) -> Result:
         chosen = select(program, self.options.targets, PRODUCTS)
         originals, actions = low_rank.differences(program, context.before_compression, chosen)
-        changed = [layer for layer in chosen if layer.name in originals]
+        changed = low_rank.changed(chosen, originals)
         method = _Method(self.options.rank, originals)
         solved = sweep(program, changed, context.batches, method, context)
         found: dict[str, low_rank.Factors] = {}
@@ -68,7 +68,7 @@ class Eora(Pass[EoraOptions]):
             found[layer.name] = low_rank.Factors(state["b"], state["a"])
             before.append(info["before"])
             after.append(info["after"])
-            actions.append(low_rank.action(layer.name, state["b"].shape[1], before[-1], after[-1]))
+            actions.append(low_rank.action(layer.name, state["b"].shape[-1], before[-1], after[-1]))
         result = low_rank.insert(program, self.id, changed, found)
         return Result(result, tuple(actions), low_rank.metrics(before, after))
 
@@ -91,7 +91,7 @@ class _Method:
         return {"rank": self.rank}
 
     def gather(self, site: Site) -> _Stats:
-        h = hessian(site.rows()).matrix[0]
+        h = seen_or_even(hessian(site.rows()))[0]
         basis, inverse = low_rank.eigenspace(h)
         return _Stats(h, basis, inverse, {x.name: self._originals[x.name] for x in site.layers})
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import torch
 from pydantic import Field
 
+from graphwright.ir.calibration.experts import is_stack, part_names
 from graphwright.ir.layers.kinds import PRODUCTS
 from graphwright.ir.layers.products import as_matrix, geometry, weight_value
 from graphwright.ir.layers.selectors import select
@@ -44,16 +46,21 @@ class Svd(Pass[SvdOptions]):
         originals, actions = low_rank.differences(program, context.before_compression, chosen)
         found: dict[str, low_rank.Factors] = {}
         before, after = [], []
-        changed = [layer for layer in chosen if layer.name in originals]
+        changed = low_rank.changed(chosen, originals)
         for layer in low_rank.first_uses(changed):
-            original = originals[layer.name].float()
             shape = geometry(program, layer)
-            delta = original - as_matrix(shape, weight_value(program, layer))[0].float()
-            factors = low_rank.split(delta, None, None, self.options.rank)
-            found[layer.name] = factors
+            names = part_names(layer, shape.groups)
+            original = torch.stack([originals[name] for name in names]).float()
+            delta = original - as_matrix(shape, weight_value(program, layer)).float()
+            parts = [low_rank.split(each, None, None, self.options.rank) for each in delta]
+            factors = low_rank.Factors(
+                torch.stack([part.b for part in parts]), torch.stack([part.a for part in parts])
+            )
             left = delta - factors.b @ factors.a
+            single = low_rank.Factors(factors.b[0], factors.a[0])
+            found[layer.name] = factors if is_stack(layer) else single
             before.append(low_rank.relative_error(delta, original, None))
             after.append(low_rank.relative_error(left, original, None))
-            actions.append(low_rank.action(layer.name, factors.b.shape[1], before[-1], after[-1]))
+            actions.append(low_rank.action(layer.name, factors.b.shape[2], before[-1], after[-1]))
         result = low_rank.insert(program, self.id, changed, found)
         return Result(result, tuple(actions), low_rank.metrics(before, after))

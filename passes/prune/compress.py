@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from graphwright.ir.edit import Editor
-from graphwright.ir.layers.kinds import PRODUCTS, TURNED
+from graphwright.ir.layers.kinds import PRODUCTS, is_stored_as_matrices
 from graphwright.ir.layers.products import Geometry, as_matrix, geometry
 from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.options import Selector
@@ -66,7 +66,7 @@ def _reason(program: Program, layer: Layer) -> str:
     weight = program.state[layer.weight]
     if not weight.is_floating_point() or weight.numel() == 0:
         return f"its weight is {weight.dtype}" if weight.numel() else "its weight is empty"
-    if weight.dim() < 2 or (layer.kind in TURNED and weight.dim() != 2):
+    if not is_stored_as_matrices(layer.kind, weight):
         return f"its weight has {weight.dim()} dimensions"
     w = _rows(geometry(program, layer), weight)
     if w.shape[1] % 4:

@@ -10,7 +10,8 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from graphwright.ir.calibration.hessian import hessian, inverse_factor
+from graphwright.ir.calibration.experts import part_names
+from graphwright.ir.calibration.hessian import hessian, inverse_factor, seen_or_even
 from graphwright.ir.calibration.site import Site, Solved, Task
 from graphwright.ir.calibration.walk import sweep
 from graphwright.ir.errors import ArgumentError
@@ -95,7 +96,7 @@ class DsnotMethod:
 
     def gather(self, site: Site) -> Stats:
         """Statistics of the input."""
-        h = hessian(site.rows()).matrix if self.base == "sparsegpt" else None
+        h = seen_or_even(hessian(site.rows())) if self.base == "sparsegpt" else None
         names = [layer.name for layer in site.layers if layer.name in self.dense]
         return Stats(features(site), h, {name: self.dense[name] for name in names})
 
@@ -224,7 +225,10 @@ def _originals(
             actions.append(Action.left(layer.name, reason))
             continue
         assert old is not None
-        dense[layer.name] = as_matrix(geometry(program, layer), old.detach().to(w.device)).float()
+        matrices = as_matrix(geometry(program, layer), old.detach().to(w.device)).float()
+        names = part_names(layer, len(matrices))
+        whole = [matrices] if len(names) == 1 else list(matrices.unsqueeze(1))
+        dense |= dict(zip(names, whole, strict=True))
         good.append(layer)
     if not good:
         first = actions[0]

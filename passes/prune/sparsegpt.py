@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from graphwright.ir.calibration.hessian import Hessian, hessian, inverse_factor
+from graphwright.ir.calibration.hessian import Hessian, hessian, inverse_factor, seen_or_even
 from graphwright.ir.calibration.site import Site, Solved, Task
 from graphwright.ir.calibration.walk import sweep
 from graphwright.ir.layers.products import as_matrix, from_matrix
@@ -47,7 +47,7 @@ class SparsegptMethod:
         """The pruned and updated weight."""
         w = as_matrix(task.geometry, task.weight).float()
         parts, used = [], 0.0
-        for group, h in zip(w, task.stats.matrix, strict=True):
+        for group, h in zip(w, seen_or_even(task.stats), strict=True):
             upper, damping = inverse_factor(h, self.damping, task.name)
             new, _ = sparsegpt.prune_matrix(
                 group, upper, self.pattern, dead=h.diagonal() == 0, block=self.block

@@ -11,13 +11,14 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize_blocks
+from graphwright.ir.calibration.experts import is_stack, part_names
 from graphwright.ir.calibration.site import Site, Solved, Task
 from graphwright.ir.calibration.walk import sweep
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
 from graphwright.ir.layers.bias import can_set_bias, set_bias
 from graphwright.ir.layers.kinds import INPUT_ARGUMENT, PRODUCTS, TRANSPOSED_CONVOLUTIONS
-from graphwright.ir.layers.products import from_matrix, weight_key
+from graphwright.ir.layers.products import from_matrix, geometry, weight_key
 from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.options import Bounded, Targets
 from graphwright.ir.program import Program
@@ -25,6 +26,7 @@ from graphwright.ir.stored.blocks import Blocks, block_for, pack
 from graphwright.ir.stored.insert import Insertion, Make, rebuild_blocks, replace_weight
 from graphwright.ir.stored.refusals import refusals
 from graphwright.passes.base import MATRICES, Action, Context, Pass, Result
+from graphwright.passes.quantize._low_bit.rounding import blocks_of
 from graphwright.passes.quantize._math import adaquant
 
 aten = torch.ops.aten
@@ -131,14 +133,21 @@ class Adaquant(Pass[AdaquantOptions]):
         options = self.options
         chosen = select(program, options.targets, {*PRODUCTS, *TRANSPOSED_CONVOLUTIONS})
         refused = refusals(program, chosen, embeddings=False)
+        if options.activation_bits is not None:
+            refused |= {x.node: "experts have no input range in common" for x in chosen
+                        if is_stack(x)}  # fmt: skip
         kept = [layer for layer in chosen if layer.node not in refused]
         if not kept:
             reasons = sorted({f"{layer.name}: {refused[layer.node]}" for layer in chosen})
             raise ModelError(f"{self.id} can quantize none of its targets", details=tuple(reasons))
         actions = [Action.left(x.name, refused[x.node]) for x in chosen
                    if x.node in refused]  # fmt: skip
-        method = _Method(options, {x.name: _is_rectified(x) for x in kept},
-                         {x.name: can_set_bias(x) for x in kept})  # fmt: skip
+        names = {layer: part_names(layer, geometry(program, layer).groups) for layer in kept}
+        method = _Method(
+            options,
+            {name: _is_rectified(x) for x in kept for name in names[x]},
+            {name: can_set_bias(x) for x in kept for name in names[x]},
+        )
         found = sweep(
             program, kept, context.batches, method, context,
             follow="solved" if options.sequential else "program", both=options.sequential,
@@ -189,18 +198,19 @@ class _Method:
         found = [x.reshape(-1, x.shape[-1]) for x in values]
         total = sum(len(x) for x in found)
         step = max(1, -(-total // MOST_ROWS))
-        yield torch.cat([x[::step] for x in found])
+        yield torch.cat([x[::step] for x in found])  # none of an expert that no token went to
 
     def solve(self, task: Task) -> Solved:
         o, g = self.options, task.geometry
+        samples: adaquant.Samples = task.stats
         is_depthwise = g.is_convolution and g.groups > 1 and g.shape[1] == 1
         bits = DEPTHWISE_BITS if is_depthwise else o.bits
         inputs = o.activation_bits and (DEPTHWISE_BITS if is_depthwise else o.activation_bits)
         settings = adaquant.AdaquantSettings(
-            bits, inputs, block_for(g.depth, o.block), o.symmetric, o.iterations, o.batch_size,
+            bits, inputs, block_for(g.depth, o.block), o.symmetric,
+            o.iterations if any(len(x) for x in samples.now) else 0, o.batch_size,
             o.lr, o.bias_lr, o.range_lr, o.input_lr, o.method,
         )  # fmt: skip
-        samples: adaquant.Samples = task.stats
         if not g.is_convolution:
             settings = replace(settings, batch=_rows_per_step(samples.now, o.batch_size))
         bias = task.bias
@@ -233,12 +243,9 @@ def _rows_per_step(parts: Sequence[Tensor], samples: int) -> int:
 
 
 def _insert(editor: Editor, layer: Layer, solved: Solved, *, is_first: bool) -> None:
-    state, info = solved.state, solved.info
+    state = solved.state
     if is_first:
-        blocks = Blocks(
-            state["codes"], state["scale"], state.get("zero_point"),
-            int(info["bits"]), int(info["block"]), int(info["columns"]),
-        )  # fmt: skip
+        blocks = blocks_of(solved)
         is_integer = "grid" in state and blocks.bits == 8 and blocks.scale.shape[1] == 1
         is_integer = is_integer and blocks.zero_point is None
         replace_weight(editor, layer, _integers(blocks) if is_integer else rebuild_blocks(blocks))

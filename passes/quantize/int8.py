@@ -17,6 +17,7 @@ from graphwright.ir.context import Batch
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.layers.kinds import (
     CONVOLUTIONS,
+    EXPERTS,
     INPUT_ARGUMENT,
     MATRICES,
     OUTPUT_AXIS,
@@ -24,11 +25,12 @@ from graphwright.ir.layers.kinds import (
     TURNED,
     WEIGHT_ARGUMENT,
 )
-from graphwright.ir.layers.products import input_node
+from graphwright.ir.layers.products import geometry, input_node
 from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.layers.transposed import sub_pixel
 from graphwright.ir.options import Bounded, Targets
 from graphwright.ir.program import Program
+from graphwright.ir.stored.insert import matrix_of
 from graphwright.passes.base import Action, Context, Need, Pass, Result
 from graphwright.passes.quantize._activations.integers import Inserter, Quantized, conv_bias
 from graphwright.passes.quantize._activations.sites import Sites, find_sites
@@ -36,7 +38,7 @@ from graphwright.passes.quantize._math import int8 as int8_math
 
 ops = torch.ops.graphwright
 
-KERNELS = (*MATRICES, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, "embedding")
+KERNELS = (*MATRICES, *EXPERTS, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, "embedding")
 """Layers that can be quantized: integer kernels, tables, and weights that are stored as int8."""
 
 WINDOWED = (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
@@ -185,10 +187,11 @@ def is_storage(layer: Layer, options: Int8Options) -> bool:
     """Whether only the weight of a layer is quantized, for no runtime has an integer kernel.
 
     A transposed convolution that can be written as a plain one has a kernel; with an odd number of
-    input channels its sums pair places of the window, which depends on how it is written.
+    input channels its sums pair places of the window, which depends on how it is written. The
+    rows of a stack's experts are found as it runs.
     """
     if layer.kind not in TRANSPOSED_CONVOLUTIONS:
-        return False
+        return layer.kind in EXPERTS
     weight = layer.node.args[WEIGHT_ARGUMENT[layer.kind]]
     assert isinstance(weight, fx.Node)
     is_odd = options.any_cpu and weight.meta["val"].shape[0] % 2 == 1
@@ -217,6 +220,12 @@ def quantize_weights(
         if bias is not None and layer.node in sites.layers:
             floor = int8_math.least_scale(bias, ranges[input_node(layer)][0])
         weight = program.state[layer.weight].detach()
+        if layer.kind in EXPERTS:
+            shape = geometry(program, layer)
+            rows = matrix_of(layer.kind, weight)
+            made = int8_math.quantize_weight(rows, 0, options.weight_range, False, None)
+            found[layer.weight, axis] = Quantized(*made, 0, shape)
+            continue
         hold_pairs = options.any_cpu and any(map(can_overflow, readers[layer.weight, axis]))
         codes, scale = int8_math.quantize_weight(
             weight, axis, options.weight_range, hold_pairs, floor
@@ -231,7 +240,7 @@ def can_overflow(layer: Layer) -> bool:
     A table is multiplied with nothing, and a depthwise convolution is summed in 32 bits.
     """
     if layer.kind not in CONVOLUTIONS:
-        return layer.kind != "embedding"
+        return layer.kind not in ("embedding", *EXPERTS)
     weight = layer.node.args[WEIGHT_ARGUMENT[layer.kind]]
     assert isinstance(weight, fx.Node)
     groups = layer.node.args[GROUPS] if len(layer.node.args) > GROUPS else 1

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize_codebook
-from graphwright.ir.calibration.hessian import Hessian, hessian, inverse_factor
+from graphwright.ir.calibration.hessian import Hessian, hessian, inverse_factor, seen_or_even
 from graphwright.ir.calibration.site import Site, Solved, Task
 from graphwright.ir.calibration.walk import sweep
 from graphwright.ir.edit import Editor
@@ -154,7 +154,8 @@ class Vptq(Pass[VptqOptions]):
                    for layer in chosen if layer.kind == "embedding"}  # fmt: skip
         refused |= refusals(program, products, embeddings=False)
         for layer in products:
-            if layer.node not in refused and geometry(program, layer).groups > 1:
+            shape = geometry(program, layer) if layer.node not in refused else None
+            if shape is not None and shape.is_convolution and shape.groups > 1:
                 refused[layer.node] = "a grouped convolution"
         layers, actions = kept(self.id, chosen, refused)
         solved = sweep(
@@ -165,7 +166,8 @@ class Vptq(Pass[VptqOptions]):
 
         def find(layer: Layer) -> tuple[Make, Action]:
             found = solved[layer.node.name]
-            make = rebuild_vectors(vectors_of(found), weight_node(layer).meta["val"].dtype)
+            parts = [vectors_of(part) for part in found.parts or (found,)]
+            make = rebuild_vectors(parts, weight_node(layer).meta["val"].dtype)
             return make, self._action(layer, found.info)
 
         actions += insert(editor, layers, find, options.pattern)
@@ -201,7 +203,7 @@ class Lookups:
     def solve(self, task: Task) -> Solved:
         """The layer's codebooks and indices, and the weight that they stand for."""
         stats: Hessian = task.stats
-        w, h = as_matrix(task.geometry, task.weight)[0].float(), stats.matrix[0]
+        w, h = as_matrix(task.geometry, task.weight)[0].float(), seen_or_even(stats)[0]
         is_nearest = stats.count < LEAST_ROWS
         dampings = [self.options.damping]
 

@@ -1,6 +1,7 @@
 """blocks: weights of 2 to 8 bit codes to the kernels that read them as they are.
 
     linear, matmul, addmm      MatMulNBits, or blocked DequantizeLinear + MatMul (`weights: qdq`)
+    stacks of experts          MatMulNBits per expert, on the rows that are routed to it
     embedding                  GatherBlockQuantized; for 3, 5, 6, 7 bits Gather of the codes
 
 What is left (convolutions, blocks no kernel knows) is rebuilt by standard ops from the packed
@@ -35,8 +36,10 @@ from graphwright.backends.onnxruntime.steps.graph import (
 )
 from graphwright.ir.edit import Editor
 from graphwright.ir.graph.nodes import set_gw_meta
-from graphwright.ir.layers.kinds import matrix_product
+from graphwright.ir.layers.kinds import EXPERTS, KINDS, matrix_product
 from graphwright.ir.ops.blocks import dequantize_blocks, pack_codes, unpack_codes
+from graphwright.ir.ops.expert_blocks_linear import expert_blocks_linear
+from graphwright.ir.stored.read import stacked_rows
 
 aten = torch.ops.aten
 
@@ -62,6 +65,8 @@ def lower_blocks(editor: Editor, options: OnnxRuntimeOptions) -> int:
             continue
         if matrix_product(node) is not None:
             count += made.product(node)
+        elif KINDS.get(node.target) in EXPERTS:
+            count += made.experts(node)
         elif is_call(node, aten.embedding.default):
             count += made.table(node)
     return count
@@ -162,6 +167,27 @@ class _Forms:
             editor, "DequantizeLinear", [parts[0], scales, parts[1]], list(q.shape),
             before=_head(editor), domain="", dtype=scale.dtype, axis=0, block_size=block,
         )  # fmt: skip
+
+    # ---- experts
+
+    def experts(self, node: fx.Node) -> int:
+        """A product per expert; in float32 inside, whatever the options ask of others."""
+        x, weight, ids, bias = node.args
+        assert isinstance(x, fx.Node)
+        assert isinstance(weight, fx.Node)
+        stored = stored_blocks(stacked_rows(weight))
+        if stored is None or not _has_kernel(node, stored) or not kernel_block(stored):
+            return 0
+        bits, block = KERNEL_BITS[stored.bits], kernel_block(stored)
+        codes, scale, zero_point = self._known(stored, "product", lambda: self._inputs(stored))
+        count = int(weight.meta["val"].shape[0])
+        new = self.editor.call(
+            expert_blocks_linear, x, codes, scale, zero_point, ids, bias, count, bits, block,
+            before=node, like=node,
+        )  # fmt: skip
+        self.note(stored, f"MatMulNBits for each of {count} experts, {bits} bits, block {block}")
+        self.editor.replace(node, new)
+        return 1
 
     # ---- tables
 

@@ -66,6 +66,10 @@ def _beside(editor: Editor, use: tuple[fx.Node, fx.Node]) -> bool:
     x = layer.args[kind.input]
     if kind.spatial:
         extra = _convolution(editor, layer, weight, x, b, a)
+    elif kind.experts is not None:
+        ids, op = layer.args[kind.experts], ours.expert_linear.default
+        small = editor.call(op, x, a, ids, None, before=layer)
+        extra = editor.call(op, small, b, ids, None, before=layer)
     else:
         small = editor.call(aten.linear.default, x, a, before=layer)
         extra = editor.call(aten.linear.default, small, b, before=layer)

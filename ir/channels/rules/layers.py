@@ -37,6 +37,30 @@ def _linear(walk: Walk, call: Call) -> Result:
     return walk.gather(call.shape, out, linked, _biased(bias))
 
 
+@rule("expert_linear")
+def _expert_linear(walk: Walk, call: Call) -> Result:
+    return _routed(walk, call, ["expert", "out", "in"])
+
+
+@rule("expert_matmul")
+def _expert_matmul(walk: Walk, call: Call) -> Result:
+    return _routed(walk, call, ["expert", "in", "out"])
+
+
+def _routed(walk: Walk, call: Call, axes: list[Any]) -> Result:
+    """A stack of experts: an offset is one unit in all of them."""
+    walk.freeze(call["experts"], "the choice of an expert")
+    values = [call["x"], walk.fix(call["weight"], 0, "an expert")]
+    labels: list[list[Any]] = [["row", "in"], axes]
+    bias = call.get("bias")
+    if bias is not None:
+        values.append(walk.fix(bias, 0, "an expert"))
+        labels.append(["expert", "out"])
+    linked = walk.link(values, labels, {"in", "out"}, "a fixed input of a stack of experts")
+    contract(walk, linked, "in", "summed over by experts")
+    return walk.gather(call.shape, ["row", "out"], linked, _biased(bias))
+
+
 def _biased(bias: Value | None) -> Callable[[Linked], bool]:
     """A bias adds to every position of the other dimensions: they are zero only without one."""
 

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from graphwright.ir.calibration.experts import is_stack, part_names
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
-from graphwright.ir.layers.kinds import PRODUCTS
+from graphwright.ir.layers.kinds import PRODUCTS, TURNED_EXPERTS
 from graphwright.ir.layers.products import as_matrix, geometry, weight_key, weight_value
 from graphwright.ir.layers.selectors import Layer, layers
 from graphwright.ir.program import Program
 from graphwright.ir.stored.insert import Insertion, Make, replace_weight
 from graphwright.passes.base import Action
 
+aten = torch.ops.aten
 ours = torch.ops.graphwright
 
 COMPRESSING = (
@@ -33,8 +35,8 @@ class Factors:
     """A correction b @ a of a matrix (out, columns).
 
     Attributes:
-        b: (out, rank) float32.
-        a: (rank, columns) float32.
+        b: (out, rank) float32; (experts, out, rank) of a stack of experts.
+        a: (rank, columns) float32; (experts, rank, columns).
     """
 
     b: Tensor
@@ -83,6 +85,8 @@ def differences(
 ) -> tuple[dict[str, Tensor], list[Action]]:
     """Original weights, as matrices, of the layers that were changed; reasons of the others.
 
+    Those of a stack of experts stand under the name of each expert (`part_names`).
+
     Args:
         program: the compressed program.
         original: the one before compression, with layers of the same names.
@@ -104,7 +108,8 @@ def differences(
         if torch.equal(before.float(), weight_value(program, layer).float()):
             actions.append(Action.left(layer.name, "its weight is the original's"))
             continue
-        found[layer.name] = as_matrix(geometry(program, layer), before)[0]
+        matrices = as_matrix(geometry(program, layer), before)
+        found |= dict(zip(part_names(layer, len(matrices)), matrices, strict=True))
     if not found:
         reasons = tuple(sorted({f"{a.layer}: {a.reason}" for a in actions}))
         raise ModelError(
@@ -116,6 +121,11 @@ def differences(
     return found, actions
 
 
+def changed(chosen: Iterable[Layer], originals: Mapping[str, Tensor]) -> list[Layer]:
+    """The layers that `differences` found, a stack of experts by its first."""
+    return [layer for layer in chosen if part_names(layer, 1)[0] in originals]
+
+
 def _mismatch(
     program: Program, original: Program | None, layer: Layer, before: Layer | None
 ) -> str:
@@ -125,7 +135,7 @@ def _mismatch(
         now, then = geometry(program, layer), geometry(original, before)
     except ModelError as error:
         return error.message
-    if now.groups > 1:
+    if now.is_convolution and now.groups > 1:
         return "a grouped convolution has no low-rank product beside it"
     return "" if now == then else f"its weight was {then.shape} and is {now.shape}"
 
@@ -135,7 +145,9 @@ def insert(program: Program, by: str, chosen: list[Layer], found: Mapping[str, F
     editor = Editor(program, by=by)
     for layer in first_uses(chosen):
         if layer.name in found:
-            replace_weight(editor, layer, _added(found[layer.name]))
+            stack = is_stack(layer)
+            make = _added_to_stack(found[layer.name]) if stack else _added(found[layer.name])
+            replace_weight(editor, layer, make, matrix=not stack)
     return editor.finish()
 
 
@@ -153,6 +165,22 @@ def _added(factors: Factors) -> Make:
             place.store("low_rank_b", factors.b.to(dtype)),
             place.store("low_rank_a", factors.a.to(dtype)),
         )
+
+    return make
+
+
+def _added_to_stack(factors: Factors) -> Make:
+    """The correction of a stack of experts, in the stack's own shape."""
+
+    def make(place: Insertion) -> fx.Node:
+        dtype = place.old.meta["val"].dtype
+        count, _, columns = (*factors.b.shape[:2], factors.a.shape[2])
+        stack = place.call(aten.reshape.default, place.old_matrix(), [count, -1, columns])
+        b, a = factors.b.to(dtype), factors.a.to(dtype)
+        stored = place.store("low_rank_b", b), place.store("low_rank_a", a)
+        value = place.call(ours.add_low_rank.default, stack, *stored)
+        turned = place.kind in TURNED_EXPERTS
+        return place.call(aten.transpose.int, value, 1, 2) if turned else value
 
     return make
 

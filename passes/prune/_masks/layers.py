@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
-from graphwright.ir.layers.kinds import PRODUCTS, TURNED
+from graphwright.ir.layers.kinds import PRODUCTS, is_stored_as_matrices
 from graphwright.ir.layers.products import as_matrix, geometry
 from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.program import Program
@@ -47,7 +47,7 @@ def _reason(program: Program, layer: Layer, chosen: set[fx.Node], pattern: Patte
     weight = program.state[layer.weight]
     if not weight.is_floating_point() or weight.numel() == 0:
         return f"its weight is {weight.dtype}" if weight.numel() else "its weight is empty"
-    if layer.kind in TURNED and weight.dim() != 2:
+    if not is_stored_as_matrices(layer.kind, weight):
         return f"its weight has {weight.dim()} dimensions"
     if not bool(torch.isfinite(weight).all()):
         raise ModelError(f"the weight of {layer.name!r} holds NaN or infinity")

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from graphwright.ir.graph.nodes import full_arguments
-from graphwright.ir.layers.kinds import CONVOLUTIONS, INPUT_AXIS, TRANSPOSED_CONVOLUTIONS
+from graphwright.ir.layers.kinds import (
+    CONVOLUTIONS,
+    EXPERTS,
+    INPUT_AXIS,
+    OUTPUT_AXIS,
+    TRANSPOSED_CONVOLUTIONS,
+)
 from graphwright.ir.layers.selectors import Layer
 from graphwright.passes.prune._masks.nm_mask import nm_mask
 
@@ -45,6 +51,9 @@ def nm_rows(layer: Layer, weight: Tensor, along: str) -> NmRows:
     """
     shape = weight.shape
     inputs = INPUT_AXIS[layer.kind]
+    if layer.kind in EXPERTS:  # dimension 0 holds the experts, which share no group
+        last = inputs if along == "input" else OUTPUT_AXIS[layer.kind]
+        return NmRows((0, 3 - last, last), shape[last])
     last = inputs if along == "input" else 1 - inputs
     order = (1 - last, *range(2, len(shape)), last)
     if layer.kind in CONVOLUTIONS and along == "input":

@@ -7,7 +7,11 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, fx
 
 from graphwright.ir.context import Context
-from graphwright.ir.layers.kinds import MATRICES, PRODUCTS, TRANSPOSED_CONVOLUTIONS
+from graphwright.ir.layers.kinds import (
+    PRODUCTS,
+    TRANSPOSED_CONVOLUTIONS,
+    is_stored_as_matrices,
+)
 from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.options import Options
 from graphwright.ir.program import Program
@@ -38,7 +42,7 @@ def trainable_layers(program: Program, targets: Sequence[str]) -> tuple[list[Lay
             reason = "its weight is frozen"
         elif not trainable[layer.weight].numel():
             reason = "its weight is empty"
-        elif layer.kind in MATRICES and trainable[layer.weight].dim() != 2:
+        elif not is_stored_as_matrices(layer.kind, trainable[layer.weight]):
             reason = f"its weight has {trainable[layer.weight].dim()} dimensions"
         else:
             reason = _shared(program, layer, nodes)

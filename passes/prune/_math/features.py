@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from graphwright.ir.calibration.site import Site
@@ -32,12 +33,12 @@ def features(site: Site) -> Features:
     Batches are merged in float64 by their means and squared deviations (Chan et al. 1979), so a
     feature far from zero keeps the digits of its variance.
     """
-    count, samples = 0, 0
+    count, samples, empty = 0, 0, torch.zeros(())
     mean: Tensor | None = None
     squares: Tensor | None = None
     for x, batch in zip(site.inputs(), site.rows(), strict=True):
         samples += _samples(x, len(site.geometry.stride))
-        n = batch.shape[1]
+        n, empty = batch.shape[1], batch
         if n == 0:
             continue
         rows = batch.double()
@@ -50,8 +51,9 @@ def features(site: Site) -> Features:
         squares = squares + around + gap.square() * (count * n / together)
         mean = mean + gap * (n / together)
         count = together
-    assert mean is not None
-    assert squares is not None
+    if mean is None or squares is None:  # an expert that no token went to: all inputs are alike
+        none = torch.zeros(empty.shape[0], empty.shape[2], device=empty.device)
+        return Features(none, none, torch.ones_like(none), none)
     variance = squares / count
     norm = (variance + mean.square()).sqrt()
     return Features(*(t.float() for t in (mean, variance, norm, mean * (count / max(1, samples)))))

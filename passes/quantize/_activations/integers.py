@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from graphwright.ir.edit import Editor
 from graphwright.ir.layers.kinds import CONVOLUTIONS, OUTPUT_AXIS, TRANSPOSED_CONVOLUTIONS
-from graphwright.ir.layers.products import input_node
+from graphwright.ir.layers.products import Geometry, from_matrix, input_node
 from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.program import Program
 from graphwright.ir.stored.insert import rebuild_channels, replace_stored, replace_weight
@@ -21,15 +21,24 @@ ops = torch.ops.graphwright
 
 @dataclass(frozen=True)
 class Quantized:
-    """Codes of one stored weight, as `graphwright::dequantize` takes them."""
+    """Codes of one stored weight, as `graphwright::dequantize` takes them.
+
+    Attributes:
+        codes, scale, axis: as the op takes them.
+        stack: of a stack of experts, whose codes are the rows of all matrices; else None.
+    """
 
     codes: Tensor
     scale: Tensor
     axis: int
+    stack: Geometry | None = None
 
     def value(self) -> Tensor:
         """The weight that the codes stand for."""
-        return ops.dequantize(self.codes, self.scale, None, self.axis)  # type: ignore[no-any-return]
+        value: Tensor = ops.dequantize(self.codes, self.scale, None, self.axis)
+        if self.stack is None:
+            return value
+        return from_matrix(self.stack, value.unflatten(0, (self.stack.groups, -1)))
 
 
 def conv_bias(program: Program, layer: Layer) -> Tensor | None:
@@ -93,7 +102,8 @@ class Inserter:
             made = weights[key]
             nodes = {self.twin[layer.node] for layer in members}
             make = rebuild_channels(made.codes, made.scale, made.axis)
-            replace_weight(self.editor, members[0], make, matrix=False, readers=nodes)
+            is_stack = made.stack is not None
+            replace_weight(self.editor, members[0], make, matrix=is_stack, readers=nodes)
             for layer in members:
                 self._bias(layer, made)
 

@@ -101,6 +101,8 @@ def solved(blocks: Blocks, weight: Tensor | None = None, **info: float) -> Solve
 
 def blocks_of(found: Solved) -> Blocks:
     """The codes that `solved` kept."""
-    state, info = found.state, found.info
+    info = found.info
+    # The matrices of a stack of experts lie one below the other.
+    state = {key: t.flatten(0, 1) if found.parts else t for key, t in found.state.items()}
     bits, block, columns = (int(info[name]) for name in ("bits", "block", "columns"))
     return Blocks(state["codes"], state["scale"], state.get("zero_point"), bits, block, columns)

@@ -1,0 +1,38 @@
+"""Which tokens of calibration data are padding, and activations without them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from graphwright.ir.layers.products import Geometry
+from graphwright.ir.program import Program
+
+MASK_INPUTS = ("attention_mask", "mask", "padding_mask")
+"""Names of inputs (batch, sequence) that are 0 where a token is padding."""
+
+
+def real_tokens(program: Program, batches: Sequence[Sequence[Tensor]]) -> list[Tensor | None]:
+    """For every batch (batch, length) booleans, true where a token is no padding; None where the
+    inputs do not tell.
+
+    Args:
+        program: whose inputs they are.
+        batches: one tensor per input each.
+    """
+    for place, spec in enumerate(program.signature.inputs):
+        if spec.name in MASK_INPUTS and len(spec.shape) == 2:
+            return [batch[place] != 0 for batch in batches]
+    return [None] * len(batches)
+
+
+def without_padding(geometry: Geometry, x: Tensor, real: Tensor | None) -> Tensor:
+    """An activation's real tokens, (n, in); the activation itself where its rows are no tokens."""
+    if real is None or geometry.is_convolution:
+        return x
+    if x.dim() >= 3 and x.shape[:2] == real.shape:
+        return x[real]
+    if x.dim() == 2 and x.shape[0] == real.numel():
+        return x[real.flatten()]
+    return x
