@@ -96,9 +96,8 @@ class _Job:
         program, records, checker = run_chain(self.run, original, calibration, training)
         if not self.run.place.is_main:
             return Outcome(self.run.place.out, {}, program)
-        left = left_as_they_are(program, records)
-        if left is not None:
-            self.run.warn(left)
+        for line in left_as_they_are(program, records):
+            self.run.warn(line)
         staging = self.run.place.fresh_staging()
         exported = self._export(exports, program, staging, loaded)
         compiled = self._lower(program)

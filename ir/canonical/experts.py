@@ -27,7 +27,7 @@ def gathered_product(editor: Editor, node: fx.Node) -> None:
         stack = _gathered(node.args[place])
         column = 2 - place  # the dimension of size 1
         x = _unsqueezed(node.args[1 - place], column)
-        readers = list(node.users)
+        readers = _read_users(node)
         if stack is None or x is None or not all(_squeezes(r, column) for r in readers):
             continue
         weight, experts = stack
@@ -75,9 +75,14 @@ def _squeezes(node: fx.Node, dim: int) -> bool:
     return node.target is aten.squeeze.dims and [int(d) % 3 for d in node.args[1]] == [dim]  # type: ignore[union-attr]
 
 
+def _read_users(node: fx.Node) -> list[fx.Node]:
+    """Users whose result is read: calls that were in place leave unread ones behind."""
+    return [user for user in node.users if user.users]
+
+
 def _biased(node: fx.Node, experts: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     """The call that ends the layer, and the stack (experts, out) of its bias, if it has one."""
-    users = list(node.users)
+    users = _read_users(node)
     if len(users) != 1 or users[0].target is not aten.add.Tensor or users[0].kwargs:
         return node, None
     for one, other in (users[0].args, users[0].args[::-1]):

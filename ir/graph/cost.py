@@ -101,7 +101,13 @@ def _has_nested_graph(node: fx.Node, program: Program) -> bool:
 
 
 def layer_name(node: fx.Node, program: Program) -> str:
-    """Innermost module of a call, or its weight where the root owns it, or the node itself."""
+    """Innermost module of a call, or its weight where the root owns it or it is a stack of
+    experts, or the node itself."""
+    from graphwright.ir.layers.kinds import EXPERTS, KINDS
+    from graphwright.ir.layers.selectors import stack_name
+
+    if KINDS.get(node.target) in EXPERTS:
+        return stack_name(program, node)
     scopes = [path for path in node.meta.get("nn_module_stack", {}) if not path.startswith("_")]
     if scopes:
         return str(scopes[-1])

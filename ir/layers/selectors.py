@@ -68,8 +68,8 @@ def layers(program: Program, kinds: Collection[str] | None = None) -> list[Layer
         state = str(source.target)
         aliases = program.aliases.get(state, (state,))
         names = _owners(node, state, aliases)
-        if kind in EXPERTS:  # a module has several stacks: each is a layer of its own
-            names = tuple(PART.sub("", a) for a in aliases) if _is_part(source) else aliases
+        if kind in EXPERTS:
+            names = _stack_names(program, source)
         direct = state if source is weight else ""
         found.append(Layer(names[0], kind, node, direct, names))
     return found
@@ -86,6 +86,19 @@ def _owners(node: fx.Node, state: str, aliases: tuple[str, ...]) -> tuple[str, .
             if scopes and _module(alias) == scopes[-1]:
                 return (_module(alias),)
     return (_module(state), *(_module(a) for a in aliases if a != state))
+
+
+def stack_name(program: Program, node: fx.Node) -> str:
+    """The name of a stack of experts, by its call; that of the call where it has no weight."""
+    source = weight_source(node.args[WEIGHT_ARGUMENT[KINDS[node.target]]])
+    return node.name if source is None else _stack_names(program, source)[0]
+
+
+def _stack_names(program: Program, stored: fx.Node) -> tuple[str, ...]:
+    """A module has several stacks, and each is a layer of its own, called after its tensor."""
+    name = str(stored.target)
+    aliases = program.aliases.get(name, (name,))
+    return tuple(PART.sub("", a) for a in aliases) if _is_part(stored) else aliases
 
 
 def _is_part(stored: fx.Node) -> bool:

@@ -14,7 +14,7 @@ from graphwright.ir.errors import ModelError
 
 
 class Mixed(nn.Module):
-    """A recurrent layer, weights of experts in one tensor, a transposed convolution, linears."""
+    """A recurrent layer, weights of an einsum, a transposed convolution, linears."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,14 +47,14 @@ class Plain(nn.Module):
         return self.b(self.norm(self.a(x)))
 
 
-def warnings(module: nn.Module, passes: str, folder: Path) -> list[str]:
+def warnings(module: nn.Module, passes: str, folder: Path, done: str = "quantized") -> list[str]:
     torch.manual_seed(0)
     gw.trace(module.eval(), {"x": torch.randn(2, 5, 16)}).save(folder / "m.pt2")
     (folder / "spec.yaml").write_text(f"version: 1\npasses: [{passes}]\n")
     report: dict[str, Any] = gw.optimize(
         folder / "m.pt2", folder / "spec.yaml", out=folder / "out"
     ).report
-    return [text for text in report["warnings"] if "not quantized" in text]
+    return [text for text in report["warnings"] if f"not {done}" in text]
 
 
 def test_the_line_names_layers_and_their_share(tmp_path: Path) -> None:
@@ -71,6 +71,31 @@ def test_the_line_names_layers_and_their_share(tmp_path: Path) -> None:
 
 def test_what_the_spec_leaves_out_is_not_named(tmp_path: Path) -> None:
     assert warnings(Plain(), "quantize.rtn: {targets: ['*', '!b'], block: 16}", tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("passes", "done"),
+    [
+        ("prune.magnitude: {sparsity: 0.5}", "pruned"),
+        ("prune.magnitude: {sparsity: 0.5}, compensate.svd: {rank: 2}", "compensated"),
+    ],
+)
+def test_pruning_and_compensation_name_what_they_do_not_see(
+    passes: str, done: str, tmp_path: Path
+) -> None:
+    """Every weight that is no product: recurrent layers, einsum, the transposed convolution."""
+    listed = passes.replace("}, ", "}}, {")
+    (line,) = warnings(Mixed(), f"{{{listed}}}", tmp_path, done)
+    net = Mixed()
+    seen = sum(p.numel() for part in (net.gate, net.o) for p in part.parameters())
+    share = 1 - seen / sum(p.numel() for p in net.parameters())
+    listed_share = float(line.split("(")[1].split("%")[0]) / 100
+    if done == "pruned":
+        assert "up (conv_transpose1d" in line
+        assert listed_share == pytest.approx(share, abs=0.01)
+    assert "r (lstm)" in line
+    assert "w (einsum)" in line
+    assert "gate" not in line
 
 
 def test_a_chain_without_quantizing_passes_says_nothing(tmp_path: Path) -> None:

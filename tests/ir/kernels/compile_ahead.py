@@ -30,6 +30,7 @@ from graphwright.ir.kernels import (
     divisor_norm,
     epilogue,
     expand_2_4,
+    experts,
     float8,
     int8_linear,
     low_bit,
@@ -160,6 +161,20 @@ def cases() -> Iterator[Case]:
         floats("fp32", "x", "scale", "y") | sizes("count", "row"),
         {"EXACT": float8.EXACT, "BLOCK": float8.BLOCK},
     )
+    for rows, dtype in ((16, "bf16"), (256, "fp16")):
+        tiles = experts.tiles_for(rows)
+        yield Case(
+            f"expert_gemm-{rows}-{dtype}",
+            experts.expert_gemm_kernel,
+            floats(dtype, "x", "weight", "bias", "y")
+            | dict.fromkeys(("order", "tile_expert", "tile_start", "tile_end"), "*i64")
+            | sizes("n", "k", "x_stride", "expert_stride", "out_stride"),
+            {"in_stride": 1, "HAS_BIAS": True, "PRECISION": "tf32"}
+            | {"COMPUTE": tl.float16 if dtype == "fp16" else tl.bfloat16}
+            | {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k},
+            warps=tiles.warps,
+            stages=tiles.stages,
+        )
     yield from int8_cases()
     yield from lookup_cases()
     yield from dot_cases()
