@@ -14,6 +14,8 @@ from torch import Tensor, fx
 from graphwright.ir.data.batches import example_sizes
 from graphwright.ir.graph.nodes import op_name
 from graphwright.ir.graph.sizes import Size, dimension_names, expression_of, named_symbol, shape_of
+from graphwright.ir.layers.kinds import EXPERTS, KINDS
+from graphwright.ir.layers.stacks import stack_name
 from graphwright.ir.program import Program
 
 
@@ -103,9 +105,6 @@ def _has_nested_graph(node: fx.Node, program: Program) -> bool:
 def layer_name(node: fx.Node, program: Program) -> str:
     """Innermost module of a call, or its weight where the root owns it or it is a stack of
     experts, or the node itself."""
-    from graphwright.ir.layers.kinds import EXPERTS, KINDS
-    from graphwright.ir.layers.selectors import stack_name
-
     if KINDS.get(node.target) in EXPERTS:
         return stack_name(program, node)
     scopes = [path for path in node.meta.get("nn_module_stack", {}) if not path.startswith("_")]

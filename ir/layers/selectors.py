@@ -9,7 +9,6 @@ includes (`*` for all).
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -21,12 +20,10 @@ from graphwright.ir.errors import ModelError
 from graphwright.ir.graph.constants import weight_source
 from graphwright.ir.graph.nodes import adapter_of
 from graphwright.ir.layers.kinds import EXPERTS, KINDS, WEIGHT_ARGUMENT
+from graphwright.ir.layers.stacks import stack_names
 from graphwright.ir.program import Program
 
 aten = torch.ops.aten
-
-PART = re.compile(r"[._](codes|kept|low_rank_b|(\d+_)?(main|outlier)_indices)(_\d+)?$")
-"""End of the name of the first tensor that a stored form of a weight is rebuilt from."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ def layers(program: Program, kinds: Collection[str] | None = None) -> list[Layer
         aliases = program.aliases.get(state, (state,))
         names = _owners(node, state, aliases)
         if kind in EXPERTS:
-            names = _stack_names(program, source)
+            names = stack_names(program, source)
         direct = state if source is weight else ""
         found.append(Layer(names[0], kind, node, direct, names))
     return found
@@ -86,27 +83,6 @@ def _owners(node: fx.Node, state: str, aliases: tuple[str, ...]) -> tuple[str, .
             if scopes and _module(alias) == scopes[-1]:
                 return (_module(alias),)
     return (_module(state), *(_module(a) for a in aliases if a != state))
-
-
-def stack_name(program: Program, node: fx.Node) -> str:
-    """The name of a stack of experts, by its call; that of the call where it has no weight."""
-    source = weight_source(node.args[WEIGHT_ARGUMENT[KINDS[node.target]]])
-    return node.name if source is None else _stack_names(program, source)[0]
-
-
-def _stack_names(program: Program, stored: fx.Node) -> tuple[str, ...]:
-    """A module has several stacks, and each is a layer of its own, called after its tensor."""
-    name = str(stored.target)
-    aliases = program.aliases.get(name, (name,))
-    return tuple(PART.sub("", a) for a in aliases) if _is_part(stored) else aliases
-
-
-def _is_part(stored: fx.Node) -> bool:
-    """Whether a stored tensor is what our ops rebuild a weight from."""
-    targets = [user.target for user in stored.users]
-    names = [str(getattr(target, "_opname", "")) for target in targets]
-    is_own = all(getattr(target, "namespace", "") == "graphwright" for target in targets)
-    return is_own and all(name.startswith(("dequantize", "expand", "add_low")) for name in names)
 
 
 def _module(name: str) -> str:
