@@ -25,6 +25,7 @@ from graphwright.ir.calibration.experts import (
     routing_node,
     site_of,
 )
+from graphwright.ir.calibration.lifetimes import last_uses
 from graphwright.ir.calibration.observe import bound_batches
 from graphwright.ir.calibration.padding import real_tokens
 from graphwright.ir.calibration.site import Method, Site, Solved, Task
@@ -125,7 +126,7 @@ class _Sweep:
         self.done: set[int] = set()
         self.missing = {id(site) for site in self.sites if not self._is_known(site)}
         self.constant = constant_nodes(program.graph)
-        self.last_use = _last_uses(program.graph, self.constant)
+        self.last_use = last_uses(program.graph, self.constant)
 
     # ---- the walk
 
@@ -336,16 +337,3 @@ def _with(kind: str, args: list[Any], changed: Solved) -> tuple[Any, ...]:
         place = INPUT_ARGUMENT[kind]
         args[place] = torch.ops.graphwright.fake_quantize(args[place], *changed.grid)
     return tuple(args)
-
-
-def _last_uses(graph: fx.Graph, constant: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """For every node, the values that nothing behind it reads."""
-    last: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        for operand in node.all_input_nodes:
-            if operand not in constant:
-                last[operand] = node
-    found: dict[fx.Node, list[fx.Node]] = {}
-    for value, user in last.items():
-        found.setdefault(user, []).append(value)
-    return found
