@@ -44,11 +44,11 @@ def _gathered(node: Any) -> tuple[fx.Node, fx.Node] | None:
     """(stack, indices (n,)) of a gather along the first dimension of a constant."""
     if not isinstance(node, fx.Node):
         return None
-    if node.target is aten.index.Tensor:
-        stack, indices = node.args[0], list(node.args[1])  # type: ignore[call-overload]
-        experts = indices[0] if len(indices) == 1 else None
-    elif node.target is aten.index_select.default and node.args[1] == 0:
-        stack, _, experts = node.args
+    args: Any = node.args
+    if node.target is aten.index.Tensor and len(args[1]) == 1:
+        stack, (experts,) = args
+    elif node.target is aten.index_select.default and args[1] == 0:
+        stack, _, experts = args
     else:
         return None
     if not isinstance(stack, fx.Node) or not isinstance(experts, fx.Node):
@@ -64,15 +64,15 @@ def _unsqueezed(node: Any, dim: int) -> fx.Node | None:
     """The matrix (n, k) whose rows the operand is, with a dimension of size 1 at `dim`."""
     if not isinstance(node, fx.Node) or node.target is not aten.unsqueeze.default:
         return None
-    x, at = node.args
-    assert isinstance(x, fx.Node)
-    return x if x.meta["val"].dim() == 2 and int(at) % 3 == dim else None  # type: ignore[call-overload]
+    args: Any = node.args
+    return args[0] if args[0].meta["val"].dim() == 2 and args[1] % 3 == dim else None
 
 
 def _squeezes(node: fx.Node, dim: int) -> bool:
+    args: Any = node.args
     if node.target is aten.squeeze.dim:
-        return int(node.args[1]) % 3 == dim  # type: ignore[arg-type]
-    return node.target is aten.squeeze.dims and [int(d) % 3 for d in node.args[1]] == [dim]  # type: ignore[union-attr]
+        return int(args[1]) % 3 == dim
+    return node.target is aten.squeeze.dims and [d % 3 for d in args[1]] == [dim]
 
 
 def _read_users(node: fx.Node) -> list[fx.Node]:

@@ -78,11 +78,11 @@ def _launch(x: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None) -> 
     for expert, size in enumerate(sizes):
         plan += [(expert, starts + at, starts + size) for at in range(0, size, tiles.block_m)]
         starts += size
-    expert, start, end = torch.tensor(plan, dtype=torch.int64, device=x.device).unbind(1)
+    which, start, end = torch.tensor(plan, dtype=torch.int64, device=x.device).unbind(1)
     y = torch.empty((len(rows), n), dtype=x.dtype, device=x.device)
     expert_gemm_kernel[(len(plan), triton.cdiv(n, tiles.block_n))](
         rows, order, weight, weight if bias is None else bias.contiguous(), y,
-        expert.contiguous(), start.contiguous(), end.contiguous(), n, k,
+        which.contiguous(), start.contiguous(), end.contiguous(), n, k,
         rows.stride(0), *weight.stride(),
         HAS_BIAS=bias is not None, COMPUTE=compute_type(x), PRECISION=precision(),
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,

@@ -216,7 +216,8 @@ def _originals(
     Raises:
         ArgumentError: there is none.
     """
-    good, dense, actions = [], {}, []
+    dense: dict[str, Tensor] = {}
+    good, actions = [], []
     for layer in layers:
         w = program.state[layer.weight].detach()
         old = None if teacher is None else teacher.state.get(layer.weight)
