@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, Literal, cast, get_args, get_origin
@@ -51,6 +52,7 @@ class Result:
         uncompressed: the program whose weights were compressed, where that is not the one that
             was given but one of another form (weights multiplied by factors first).
         effect: what became of the weights, where that is not what the pass declares.
+        warnings: what a user should know before trusting the result, a sentence each.
     """
 
     program: Program
@@ -58,6 +60,7 @@ class Result:
     metrics: Mapping[str, float] = field(default_factory=dict)
     uncompressed: Program | None = None
     effect: Effect | None = None
+    warnings: tuple[str, ...] = ()
 
 
 class Pass(Generic[OptionsT]):
@@ -175,6 +178,8 @@ class Pass(Generic[OptionsT]):
             scope=(self.id,),
         )
         result = self.execute(program, context)
+        for text in result.warnings:
+            warnings.warn(f"{self.id}: {text}", stacklevel=2)
         if check:
             from graphwright.ir.check.verify import check_contract
             from graphwright.ir.data.synthetic import other_size_inputs

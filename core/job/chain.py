@@ -154,6 +154,8 @@ def _one_pass(
             error = checker.accept(result.program, step.promise())
         except ContractError as failure:
             raise _with_reproducer(run, failure, program, index) from failure
+    for text in result.warnings:
+        run.warn(f"{call.id}: {text}")
     record = {
         "id": call.id,
         "options": step.resolved_options(),

@@ -46,8 +46,8 @@ class MfacOptions(SparsityOptions):
 
     loss: LossName = "auto"
     """Loss whose gradients they are: `cross_entropy` with the labels in the data, `next_token` of a
-    language model, `energy` (mean square of the outputs); `auto` is the first where there are
-    labels, and else the last."""
+    language model, `energy` (mean square of the outputs), `projection` (their product with random
+    numbers); `auto` is the first where there are labels, and else `energy`."""
 
     @model_validator(mode="after")
     def _blocks_hold_patterns(self) -> MfacOptions:

@@ -1,42 +1,58 @@
-"""prune.zig: removes the least important channels in one shot, exactly."""
+"""prune.zig: removes the least important channels, exactly."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from graphwright.ir.channels import ChannelGroup, channel_groups, cut, masked_outputs
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.options import Bounded, Selector
 from graphwright.ir.program import Program
 from graphwright.passes.base import Action, Context, Need, Pass, Result
-from graphwright.passes.prune._units.eligible import eligible_groups, gap
-from graphwright.passes.prune._units.gradients import Draws, LossName, gradients, labelled, room
-from graphwright.passes.prune._units.group_fisher import unit_costs
-from graphwright.passes.prune._units.scores import WITH_GRADIENT, scores, unit_sums
+from graphwright.passes.prune._units.eligible import eligible_groups, gap, gutted, largest_shares
+from graphwright.passes.prune._units.families import Family
+from graphwright.passes.prune._units.gradients import LossName
+from graphwright.passes.prune._units.importance import ON_DATA, Importance, Normalize, Score
+from graphwright.passes.prune._units.measures import Of, measure
+from graphwright.passes.prune._units.removed import Removed
 from graphwright.passes.prune._units.select import Selection
+
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ZigOptions(Bounded):
     """Options of prune.zig."""
 
-    sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    sparsity: Share = 0.5
     """Share to remove, of what `of` says."""
 
-    of: Literal["groups", "parameters", "macs"] = "groups"
-    """The unit of the share: removable units (zero-invariant groups), the program's
-    parameters, or its multiply-accumulates at the example sizes."""
+    of: Of = "groups"
+    """What the share is of: removable units (zero-invariant groups); the program's parameters, its
+    multiply-accumulates at the example sizes, or the bytes of its weights; or `latency`, the time
+    that the cut program takes on the examples as PyTorch runs it, measured again and again."""
 
-    score: Literal[
-        "magnitude", "normalized_magnitude", "cosine", "taylor", "taylor2", "hesso", "fisher"
-    ] = "magnitude"
-    """Importance of a unit; `hesso` is the mean of the five before it, `fisher` the loss increase
-    by the inverse empirical Fisher (M-FAC). All but the first two need calibration data."""
+    score: Score = "auto"
+    """Importance of a unit. From its weights: `magnitude` (L2), `l1`, `normalized_magnitude` (L2 by
+    the number of values), `geometric_median` (distances to the other units), `bn_scale`; from
+    calibration data: `activation`, `taylor` (|x.g| of the mean gradient), `taylor_per_batch`
+    (mean of (x.g)^2 over the batches), `cosine`, `hesso` (a mean of five criteria), `fisher` (loss
+    increase by the inverse empirical Fisher, M-FAC); or `random`. `auto` is `taylor_per_batch`
+    where there is calibration data (and no weight in codes), and else `magnitude`."""
+
+    normalize: Normalize = "auto"
+    """What makes scores of unlike groups comparable: `mean` divides by the mean of the group,
+    `cost` by what a unit saves of what `of` says, `none` takes them as they are. `auto` is `cost`
+    for scores that estimate changes of the loss, and else `mean`."""
+
+    rounds: Annotated[int, Field(ge=1)] | None = None
+    """Times that units are scored and removed, an equal share each time, without training. When
+    absent, 5 for `taylor` and `taylor_per_batch` on data with labels, and else 1: without labels a
+    later round would follow the program as the earlier ones have left it."""
 
     gradients: Annotated[int, Field(ge=1)] = 64
     """Mini-batch gradients that `fisher` is made of; fewer where there are fewer samples."""
@@ -51,9 +67,11 @@ class ZigOptions(Bounded):
     """Compare scores over the whole program, or take the same share of every group."""
 
     loss: LossName = "auto"
-    """Loss whose gradient the scores use: cross-entropy with the labels in the data, that of a
-    language model's next tokens, or the mean square of the outputs; `auto` is the first where
-    there are labels, and else the last."""
+    """Loss whose gradient the scores use: `cross_entropy` with the labels in the data, `next_token`
+    of a language model, `energy`, the mean square of the outputs, or `projection`, their product
+    with random numbers, by which `taylor_per_batch` estimates how far the outputs move. `auto` is
+    the first where there are labels; else `projection` for `taylor_per_batch`, and `energy` for
+    the others."""
 
     unit: Literal["head", "channel"] = "head"
     """Unit of a channel dimension that is split into heads."""
@@ -67,6 +85,20 @@ class ZigOptions(Bounded):
     min_kept: Annotated[int, Field(ge=1)] = 1
     """Least number of units that each group keeps."""
 
+    max_ratio: Share = 0.9
+    """Largest share of its units that a group loses."""
+
+    max_ratios: dict[str, Share] = Field(default_factory=dict)
+    """Largest shares by layer: selector patterns over names and kinds. A group that holds output
+    channels of several layers obeys the least of theirs."""
+
+    spare: tuple[Family, ...] = ()
+    """Kinds of groups that stay whole: the `residual` stream, attention `heads`, the width of
+    `embeddings`, `hidden` channels (all others)."""
+
+    warn_above: Annotated[float, Field(gt=0, le=1)] = 0.75
+    """Share of its units above which the loss of a group is a warning in the report."""
+
     targets: Selector = ("*",)
     """Layers whose output channels may go: selector patterns over names and kinds. A group that
     holds output channels of another layer stays."""
@@ -78,114 +110,102 @@ class Zig(Pass[ZigOptions]):
     A unit is every parameter slice that has to go together with a channel. The smaller program
     equals the one with these slices zeroed; the pass checks that on the example inputs.
 
+    Units of unlike groups (a filter of 9 values, a channel of a residual stream with thousands)
+    are only comparable in a common measure: see `normalize`. No group loses more than `max_ratio`
+    of its units, and one that loses more than `warn_above` is named in a warning.
+
     Source: Chen et al. 2023, "OTOv2" (groups); Chen et al. 2024, "HESSO" (criteria). The cosine
-    keeps OTOv2's sign, where HESSO's code has the opposite. `fisher`: Frantar et al. 2021, "M-FAC",
-    with the optimal brain surgeon's increase 1/2 w_Q ([F^-1]_QQ)^-1 w_Q for all values Q of a unit.
+    keeps OTOv2's sign, where HESSO's code has the opposite. `taylor_per_batch`: Molchanov et al.
+    2019, "Importance Estimation for Neural Network Pruning", equation 8. `geometric_median`: He et
+    al. 2019, "Filter Pruning via Geometric Median". `bn_scale`: Liu et al. 2017, "Network
+    Slimming". `fisher`: Frantar et al. 2021, "M-FAC", with the optimal brain surgeon's increase 1/2
+    w_Q ([F^-1]_QQ)^-1 w_Q for all values Q of a unit. `mean`: Fang et al. 2023, "DepGraph".
     """
 
     contract = "lossy"
     weights = "reformed"
     needs_with: ClassVar[Mapping[tuple[str, Any], Need]] = dict.fromkeys(
-        (("score", name) for name in (*WITH_GRADIENT, "fisher")), "calibration"
+        (("score", name) for name in ON_DATA), "calibration"
     )
     papers = ("P46", "P66")
 
     def run(self, program: Program, context: Context) -> Result:
         o = self.options
-        groups = channel_groups(program, unit=o.unit, norm=o.norm)
-        eligible, actions = eligible_groups(program, groups, o.targets)
-        if not eligible:
-            raise ModelError("no channel group can be pruned",
-                             fix="`graphwright inspect --groups` says why.")  # fmt: skip
-        analysis = eligible[0].analysis
-        selection = Selection(analysis, eligible, self._scores(eligible, context),
-                              o.group_divisible, o.min_kept, o.scope == "group")  # fmt: skip
-        chosen = _choose(selection, o.of, o.sparsity)
-        picks = {g: u.tolist() for g, u in zip(eligible, chosen, strict=True) if len(u)}
-        actions += [_action(g, len(u)) for g, u in zip(eligible, chosen, strict=True)]
-        if not picks:
+        current, actions = program, []
+        removed: Removed | None = None
+        rounds = o.rounds or self._importance().rounds(program, context)
+        for number in range(1, rounds + 1):
+            groups = channel_groups(current, unit=o.unit, norm=o.norm)
+            eligible, left_alone = eligible_groups(current, groups, o.targets, o.spare)
+            if removed is None:
+                if not eligible:
+                    raise ModelError("no channel group can be pruned",
+                                     fix="`graphwright inspect --groups` says why.")  # fmt: skip
+                limits = largest_shares(current, eligible, o.max_ratio, o.max_ratios)
+                whole = measure(o.of, eligible, context)
+                removed, actions = Removed.nothing(eligible, limits, whole), left_alone
+            if not eligible:
+                break
+            here = context.within("round", number) if rounds > 1 else context
+            picks = self._choose(removed, eligible, o.sparsity * number / rounds, here)
+            if picks:
+                smaller = cut(current, picks)
+                removed.note(picks, gap(masked_outputs(current, picks), smaller, self.id))
+                current = smaller
+        assert removed is not None  # there is a first round
+        actions += [_action(removed, name) for name in removed.units]
+        if current is program:
             return Result(program, tuple(actions))
-        smaller = cut(program, picks)
-        error = gap(masked_outputs(program, picks), smaller, self.id)
-        return Result(smaller, tuple(actions), _metrics(selection, chosen, error))
+        warnings = gutted(removed.units, removed.gone, o.warn_above)
+        return Result(current, tuple(actions), _metrics(removed, current), warnings=warnings)
 
-    def _scores(self, groups: list[ChannelGroup], context: Context) -> list[np.ndarray]:
-        """A score per unit of every group."""
-        o, analysis = self.options, groups[0].analysis
-        if o.score == "fisher":
-            return _fisher_scores(groups, o, context)
-        mean = None
-        if o.score in WITH_GRADIENT:
-            mean = _gradients(analysis.program, context, o.loss)
-        found = scores(
-            o.score, unit_sums(analysis, mean), np.concatenate([g.classes for g in groups])
-        )
-        return np.split(found, np.cumsum([g.units for g in groups])[:-1])
+    def _importance(self) -> Importance:
+        o = self.options
+        return Importance(o.score, o.normalize, o.of, o.loss, o.gradients, o.batch_size, o.damp)
+
+    def _choose(
+        self, removed: Removed, groups: list[ChannelGroup], sparsity: float, context: Context
+    ) -> dict[ChannelGroup, list[int]]:
+        """The units to remove, so that the share `sparsity` of the first program is gone."""
+        o = self.options
+        scores = self._importance().per_unit(groups, context)
+        selection = Selection(groups[0].analysis, groups, scores,
+                              o.group_divisible, removed.least(groups, o.min_kept),
+                              o.scope == "group")  # fmt: skip
+        share = removed.share(measure(o.of, groups, context), o.of == "groups", groups)
+        most = share(selection.flags(selection.removed_at(selection.steps())))
+        if not removed.gone:
+            _check_reachable(most, o)
+        if o.of == "groups":
+            sparsity = math.floor(sparsity * removed.whole + 1e-9) / removed.whole
+        chosen = selection.choose(share, sparsity)
+        return {g: u.tolist() for g, u in zip(groups, chosen, strict=True) if len(u)}
 
 
-def _choose(selection: Selection, of: str, sparsity: float) -> list[np.ndarray]:
-    analysis = selection.analysis
-    nothing = np.zeros(analysis.count, bool)
-    units = sum(g.units for g in selection.groups)
-    measures: dict[str, Callable[[np.ndarray], float]] = {
-        "groups": lambda removed: int(removed.sum()) / units,
-        "parameters": lambda removed: 1 - analysis.parameters(removed) / whole,
-        "macs": lambda removed: 1 - analysis.macs(removed) / whole,
-    }
-    whole = max(1.0, analysis.macs(nothing) if of == "macs" else analysis.parameters(nothing))
-    measure = measures[of]
-    target = np.floor(sparsity * units) / units if of == "groups" else sparsity
-    most = measure(selection.flags(selection.removed_at(selection.steps())))
-    if most < target - 0.02:
+def _check_reachable(most: float, options: ZigOptions) -> None:
+    if most < options.sparsity - 0.02:
         raise ArgumentError(
-            f"sparsity {sparsity} of {of} cannot be reached: {most:.3f} is the most",
-            fix="Lower it, min_kept or group_divisible, or widen targets.",
+            f"sparsity {options.sparsity} of {options.of} cannot be reached: {most:.3f} is the "
+            "most",
+            fix="Lower it, min_kept or group_divisible, raise max_ratio, or widen targets.",
         )
-    return selection.choose(measure, float(target))
 
 
-def _action(group: ChannelGroup, removed: int) -> Action:
-    if removed == 0:
-        return Action.left(group.name, "its units score higher, or its limits keep them", "kept")
-    return Action(group.name, f"cut to {group.units - removed} of {group.units} units")
+def _action(removed: Removed, name: str) -> Action:
+    units, gone = removed.units[name], removed.gone.get(name, 0)
+    if gone == 0:
+        return Action.left(name, "its units score higher, or its limits keep them", "kept")
+    kinds = ", ".join(removed.kinds[name])
+    return Action(name, f"cut to {units - gone} of {units} units ({kinds})")
 
 
-def _metrics(selection: Selection, chosen: list[np.ndarray], error: float) -> dict[str, float]:
-    analysis, removed = selection.analysis, selection.flags(chosen)
-    nothing = np.zeros(analysis.count, bool)
+def _metrics(removed: Removed, program: Program) -> dict[str, float]:
+    analysis = channel_groups(program)[0].analysis
+    none = np.zeros(analysis.count, bool)
     return {
-        "units_removed": float(sum(len(u) for u in chosen)),
-        "parameters_left": analysis.parameters(removed) / max(1, analysis.parameters(nothing)),
-        "macs_left": analysis.macs(removed) / max(1.0, analysis.macs(nothing)),
-        "cut_error": error,
+        "units_removed": float(sum(removed.gone.values())),
+        "parameters_left": analysis.parameters(none) / removed.parameters,
+        "macs_left": analysis.macs(none) / removed.macs,
+        "largest_share_of_a_group": max(n / removed.units[g] for g, n in removed.gone.items()),
+        "cut_error": removed.error,
     }
-
-
-def _gradients(program: Program, context: Context, loss: LossName) -> dict[str, Tensor]:
-    """Mean gradient of the loss over the calibration batches, by parameter."""
-    total: dict[str, Tensor] = {}
-    count = 0
-    batches = labelled(context.batches, program.signature)
-    for found in gradients(program, batches, loss):
-        total = {name: g + total[name] if total else g for name, g in found.items()}
-        count += 1
-        context.progress("gradients", count, 0)
-    return {name: gradient / count for name, gradient in total.items()}
-
-
-def _fisher_scores(
-    groups: list[ChannelGroup], options: ZigOptions, context: Context
-) -> list[np.ndarray]:
-    """Loss increases by the Fisher matrix of all parameters that the groups have slices of."""
-    program = groups[0].analysis.program
-    every = program.parameters()
-    names = dict.fromkeys(m.parameter for g in groups for m in g.members if m.parameter in every)
-    parameters: dict[str, Tensor] = {name: every[name] for name in names}
-    draws = Draws(context.batches, program.signature, options.gradients, options.batch_size)
-    size = sum(p.numel() for p in parameters.values())
-    with room(draws.count, size, context.work) as buffer:
-        batches = draws.draw(context.generator("gradients"))
-        for row, found in enumerate(gradients(program, batches, options.loss, parameters)):
-            buffer[row] = torch.cat([found[name].flatten() for name in parameters])
-            context.progress("gradients", row + 1, draws.count)
-        return unit_costs(groups, parameters, buffer, options.damp)

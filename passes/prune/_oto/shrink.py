@@ -118,7 +118,12 @@ def lowest(units: Units, scored: np.ndarray, count: int, first: Tensor, divisibl
     ranks = np.empty(units.count)
     ranks[order] = np.arange(units.count)
     selection = Selection(
-        units.analysis, units.groups, units.by_group(ranks), divisible, 1, by_group=False
+        units.analysis,
+        units.groups,
+        units.by_group(ranks),
+        divisible,
+        [1] * len(units.groups),
+        by_group=False,
     )
     chosen = selection.choose(lambda removed: float(removed.sum()), float(count))
     flags = [np.isin(np.arange(g.units), u) for g, u in zip(units.groups, chosen, strict=True)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,51 +13,99 @@ from graphwright.ir.channels.analysis import Analysis
 from graphwright.ir.channels.values import Value
 from graphwright.ir.errors import ContractError
 from graphwright.ir.layers.kinds import NORMS, TABLE
-from graphwright.ir.layers.selectors import layers, select
+from graphwright.ir.layers.selectors import Layer, layers, select
 from graphwright.ir.program import Program
 from graphwright.passes.base import Action
+from graphwright.passes.prune._units.families import Family, families
 
 
 def eligible_groups(
-    program: Program, groups: list[ChannelGroup], targets: tuple[str, ...]
+    program: Program,
+    groups: list[ChannelGroup],
+    targets: tuple[str, ...],
+    spare: tuple[Family, ...] = (),
 ) -> tuple[list[ChannelGroup], list[Action]]:
     """Prunable groups whose output channels all belong to selected layers; reasons of the rest.
 
     A norm has no output channels of its own: it follows the layers in front of it.
+
+    Args:
+        program: the one that the groups are of.
+        groups: all of them.
+        targets: selector of layers.
+        spare: kinds of groups that stay whole.
     """
     if not groups:
         return [], []
-    outside = _outside(program, groups[0].analysis, targets)
+    analysis = groups[0].analysis
+    selected = {layer.node.name for layer in select(program, targets)}
+    others = [layer for layer in layers(program) if layer.node.name not in selected]
+    outside = _output_classes(analysis, others)
+    kinds = families(groups) if spare else {}
     eligible, actions = [], []
     for group in groups:
         other = next((outside[c] for c in group.classes.tolist() if c in outside), "")
+        spared = next((kind for kind in kinds.get(group, ()) if kind in spare), "")
         if not group.prunable:
             actions.append(Action.left(group.name, group.reason, "kept"))
         elif other:
             actions.append(Action.left(group.name, f"layer {other} is not in targets", "kept"))
+        elif spared:
+            actions.append(Action.left(group.name, f"spare: {spared}", "kept"))
         else:
             eligible.append(group)
     return eligible, actions
 
 
-def _outside(program: Program, analysis: Analysis, targets: tuple[str, ...]) -> dict[int, str]:
-    """Classes of the output channels of layers that are not selected, to one such layer.
+def largest_shares(
+    program: Program, groups: list[ChannelGroup], share: float, layer_shares: Mapping[str, float]
+) -> list[float]:
+    """The share of its units that each group may lose: `share`, or the least of its layers."""
+    limits = [share] * len(groups)
+    for pattern, own in layer_shares.items():
+        classes = _output_classes(groups[0].analysis, select(program, (pattern,)))
+        for number, group in enumerate(groups):
+            if any(c in classes for c in group.classes.tolist()):
+                limits[number] = min(limits[number], own)
+    return limits
+
+
+def _output_classes(analysis: Analysis, chosen: Iterable[Layer]) -> dict[int, str]:
+    """Classes of the output channels of layers, to one such layer.
 
     Read off the layer's result, so it does not matter how its weight is stored or computed.
     """
-    selected = {layer.node.name for layer in select(program, targets)}
     found: dict[int, str] = {}
-    for layer in layers(program):
-        if layer.node.name in selected or layer.kind in NORMS:
-            continue
+    for layer in chosen:
         value = analysis.values.get(layer.node.name)
-        if isinstance(value, Value):
+        if layer.kind not in NORMS and isinstance(value, Value):
             spatial = TABLE[layer.kind].spatial
             channels = value.at(len(value.shape) - spatial - 1)
             if channels is not None:
                 classes = np.unique(analysis.class_of[channels.ids]).tolist()
                 found.update(dict.fromkeys(classes, layer.name))
     return found
+
+
+def gutted(start: Mapping[str, int], gone: Mapping[str, int], above: float) -> tuple[str, ...]:
+    """A warning that names the groups which lost more than a share of their units; or nothing.
+
+    Args:
+        start: units by group name.
+        gone: units that were removed, by group name.
+        above: the share.
+    """
+    lost = {name: gone.get(name, 0) / units for name, units in start.items()}
+    worst = sorted((n for n, share in lost.items() if share > above), key=lambda n: -lost[n])
+    if not worst:
+        return ()
+    named = ", ".join(f"{n} ({start[n] - gone[n]} of {start[n]} units left)" for n in worst[:3])
+    more = f" and {len(worst) - 3} more" if len(worst) > 3 else ""
+    groups = "1 channel group" if len(worst) == 1 else f"{len(worst)} channel groups"
+    return (
+        f"{groups} lost more than {above:.0%} of their units: {named}{more}; "
+        "a network may not recover from that",
+    )
 
 
 def check_cut(masked: Program, smaller: Program, where: str) -> float:

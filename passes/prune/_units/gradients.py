@@ -17,7 +17,7 @@ from graphwright.ir.program import Program
 from graphwright.ir.signature import Signature
 from graphwright.ir.tune.losses import cross_entropy, main_output, next_token, wide
 
-LossName = Literal["auto", "cross_entropy", "next_token", "energy"]
+LossName = Literal["auto", "cross_entropy", "next_token", "energy", "projection"]
 MEMORY = 1 << 30
 """Bytes of gradients that are held in memory; more of them go to a memory-mapped file."""
 
@@ -30,6 +30,7 @@ def gradients(
     batches: Iterable[Labelled],
     loss: LossName,
     names: Collection[str] | None = None,
+    unlabelled: LossName = "energy",
 ) -> Iterator[dict[str, Tensor]]:
     """Gradient of the mean loss of every batch, by parameter; zeros where there is none.
 
@@ -38,6 +39,7 @@ def gradients(
         batches: inputs and labels.
         loss: what `loss_value` takes.
         names: parameters, all floating-point ones when None.
+        unlabelled: loss that `auto` stands for where there are no labels.
 
     Raises:
         ModelError: a loss or a gradient is not finite; names the batch.
@@ -50,9 +52,10 @@ def gradients(
     }  # fmt: skip
     twin = program.replace(state={**program.state, **trained})
     for number, (inputs, labels) in enumerate(batches):
+        name = unlabelled if loss == "auto" and labels is None else loss
         with torch.enable_grad():
             outputs = twin.run_flat(twin.bind(**inputs))
-            value = loss_value(program.signature, outputs, inputs, labels, loss)
+            value = loss_value(program.signature, outputs, inputs, labels, name, number)
             found = torch.autograd.grad(value, list(trained.values()), allow_unused=True)
         if not bool(torch.isfinite(value)):
             raise ModelError(f"the loss of calibration batch {number} is {float(value.detach())}")
@@ -68,6 +71,7 @@ def loss_value(
     inputs: Mapping[str, Tensor],
     labels: Tensor | None,
     loss: LossName,
+    number: int = 0,
 ) -> Tensor:
     """The loss of one batch.
 
@@ -77,8 +81,11 @@ def loss_value(
         inputs: by name.
         labels: of the batch, or None.
         loss: `cross_entropy` of the main output with the labels, `next_token` of a language
-            model, `energy`, the sum of the outputs' mean squares; `auto` is the first where there
-            are labels, and else the last.
+            model, `energy`, the sum of the outputs' mean squares; `projection`, the inner product
+            of the outputs with random numbers, in units of their norms, whose squared changes are
+            on average those of the outputs; `auto` is the first where there are labels, and else
+            `energy`.
+        number: of the batch, which the random numbers follow from.
 
     Raises:
         ArgumentError: the loss needs labels, and there are none.
@@ -91,10 +98,19 @@ def loss_value(
     if loss == "cross_entropy" and labels is None:
         raise ArgumentError("loss is cross_entropy, and the calibration data has no labels",
                             fix="Add a `labels` column, or use loss: energy.")  # fmt: skip
-    if labels is not None and loss != "energy":
+    if labels is not None and loss in ("auto", "cross_entropy"):
         return cross_entropy(wide(outputs[main_output(signature)]), {"labels": labels})
     floats = [out for out in outputs if out.is_floating_point()]
+    if loss == "projection":
+        return torch.stack([_projected(out, number) for out in floats]).sum()
     return torch.stack([out.float().square().mean() for out in floats]).sum()
+
+
+def _projected(output: Tensor, number: int) -> Tensor:
+    draw = torch.Generator().manual_seed(number)
+    sides = torch.randn(output.shape, generator=draw, dtype=torch.float32).to(output.device)
+    size: Tensor = output.detach().float().norm().clamp_min(1e-12)
+    return (output.float() * sides).sum() / size
 
 
 def labelled(calibration: Iterable[Any], signature: Signature) -> Iterator[Labelled]:

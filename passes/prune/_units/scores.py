@@ -6,7 +6,7 @@ Sums over a unit run over all its slices, rows that produce the channel and colu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from graphwright.ir.channels.analysis import Analysis
 from graphwright.ir.channels.weights import weight_values
+from graphwright.ir.graph.nodes import op_name
 
 HESSO_WEIGHT = 0.2
 """Weight of each of the five criteria in HESSO."""
@@ -21,22 +22,35 @@ HESSO_WEIGHT = 0.2
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over the slices of each class: x.x, d.d, x.d and the number of values."""
+    """Sums over the slices of each class: x.x, d.d, x.d, the number of values, |x|, and |x| and the
+    number over batch norm scales alone. The last three may be left out."""
 
     xx: np.ndarray
     dd: np.ndarray
     xd: np.ndarray
     n: np.ndarray
+    size: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    scale: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    scales: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+    def of(self, classes: np.ndarray) -> Sums:
+        """The sums of some classes."""
+        given = [getattr(self, f.name) for f in fields(self)]
+        return Sums(*(values[classes] if len(values) else values for values in given))
 
 
-def unit_sums(analysis: Analysis, gradients: Mapping[str, Tensor] | None) -> Sums:
+def unit_sums(
+    analysis: Analysis, gradients: Mapping[str, Tensor] | None, *, only_products: bool = False
+) -> Sums:
     """Sums of every class, in float64.
 
     Args:
         analysis: of the program the parameters are taken from.
         gradients: by parameter name; None where no criterion reads them.
+        only_products: x.d alone, which is what changes from batch to batch.
     """
-    sums = Sums(*(np.zeros(analysis.count) for _ in range(4)))
+    sums = Sums(*(np.zeros(analysis.count) for _ in fields(Sums)))
+    scales = () if only_products else _batch_norm_scales(analysis)
     weights = weight_values(analysis.program)
     wanted: dict[str, list[int]] = {}
     for (name, dim), classes in analysis.stored.items():
@@ -44,16 +58,28 @@ def unit_sums(analysis: Analysis, gradients: Mapping[str, Tensor] | None) -> Sum
             wanted.setdefault(name, []).append(dim)
     for name, dims in wanted.items():
         x, d = weights[name], (gradients or {}).get(name)  # codes have no gradient
-        pairs = [(sums.xx, x, x)]
-        if d is not None:
-            pairs += [(sums.dd, d, d), (sums.xd, x, d)]
+        pairs = [] if d is None else [(sums.xd, x, d)]
+        if not only_products:
+            pairs += [(sums.xx, x, x), (sums.size, x.abs(), torch.ones_like(x))]
+            pairs += [] if d is None else [(sums.dd, d, d)]
         for total, left, right in pairs:
             for dim, values in _summed(left, right, dims).items():
                 _add(total, analysis.stored[name, dim], values)
-        for dim in dims:
+        if name in scales:
+            _add(sums.scale, analysis.stored[name, 0], x.abs().double())
+            _add(sums.scales, analysis.stored[name, 0], torch.ones_like(x).double())
+        for dim in dims if not only_products else ():
             counts = np.bincount(analysis.stored[name, dim], minlength=analysis.count)
             sums.n[:] += counts * (x.numel() / x.shape[dim])
     return sums
+
+
+def _batch_norm_scales(analysis: Analysis) -> set[str]:
+    return {
+        str(node.args[1].target)
+        for node in analysis.program.graph.nodes
+        if op_name(node) == "batch_norm" and getattr(node.args[1], "op", "") == "get_attr"
+    }
 
 
 SLAB = 1 << 18
@@ -92,6 +118,16 @@ def magnitude(sums: Sums) -> np.ndarray:
     return np.asarray(np.sqrt(sums.xx))
 
 
+def l1(sums: Sums) -> np.ndarray:
+    """Sum of |x|."""
+    return np.asarray(sums.size)
+
+
+def bn_scale(sums: Sums) -> np.ndarray:
+    """Mean |gamma| of the batch norms on the channel (Liu et al. 2017, "Network Slimming")."""
+    return np.asarray(sums.scale / np.maximum(sums.scales, 1))
+
+
 def normalized_magnitude(sums: Sums) -> np.ndarray:
     """||x|| / n."""
     return np.asarray(np.sqrt(sums.xx) / (sums.n + 1e-6))
@@ -113,13 +149,13 @@ def taylor2(sums: Sums) -> np.ndarray:
 
 
 CRITERIA = {
-    "magnitude": magnitude,
-    "normalized_magnitude": normalized_magnitude,
-    "cosine": cosine,
-    "taylor": taylor,
-    "taylor2": taylor2,
-}
-WITH_GRADIENT = ("cosine", "taylor", "taylor2", "hesso")
+    "magnitude": magnitude, "l1": l1, "normalized_magnitude": normalized_magnitude,
+    "bn_scale": bn_scale, "cosine": cosine, "taylor": taylor,
+}  # fmt: skip
+OF_HESSO = (magnitude, normalized_magnitude, cosine, taylor, taylor2)
+"""The criteria of HESSO. The last ranks units as the one before it does, and no more than that: it
+has weight in the mean only."""
+WITH_GRADIENT = ("cosine", "taylor", "hesso")
 
 
 def scores(name: str, sums: Sums, units: np.ndarray) -> np.ndarray:
@@ -131,9 +167,9 @@ def scores(name: str, sums: Sums, units: np.ndarray) -> np.ndarray:
         sums: by class.
         units: classes of the units.
     """
-    own = Sums(sums.xx[units], sums.dd[units], sums.xd[units], sums.n[units])
+    own = sums.of(units)
     if name != "hesso":
         return CRITERIA[name](own)
-    parts = [criterion(own) for criterion in CRITERIA.values()]
+    parts = [criterion(own) for criterion in OF_HESSO]
     total = sum(HESSO_WEIGHT * part / (np.linalg.norm(part) + 1e-8) for part in parts)
     return np.asarray(total)

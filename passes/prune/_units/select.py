@@ -20,7 +20,7 @@ class Selection:
         groups: eligible groups.
         scores: per group, a score per unit.
         divisible: the number of units a group keeps is a multiple of this; smaller groups stay.
-        min_kept: least number of units a group keeps.
+        least: per group, the least number of units it keeps.
         by_group: take the same share of every group rather than the lowest scores of all.
     """
 
@@ -28,7 +28,7 @@ class Selection:
     groups: Sequence[ChannelGroup]
     scores: Sequence[np.ndarray]
     divisible: int
-    min_kept: int
+    least: Sequence[int]
     by_group: bool
 
     def __post_init__(self) -> None:
@@ -43,18 +43,19 @@ class Selection:
     def removed_at(self, step: int) -> list[np.ndarray]:
         """Unit indices per group at a step; a larger step never removes fewer."""
         found = []
-        for group, scores, order in zip(self.groups, self._sorted, self._order, strict=True):
+        parts = zip(self.groups, self._sorted, self._order, self.least, strict=True)
+        for group, scores, order, least in parts:
             if self.by_group:
                 count = group.units * step // self.steps()
             elif step == 0:
                 count = 0
             else:
                 count = int(np.searchsorted(scores, self.ranked[step - 1], "right"))
-            found.append(order[: self._limited(group.units, count)])
+            found.append(order[: self._limited(group.units, count, least)])
         return found
 
-    def _limited(self, units: int, count: int) -> int:
-        kept = max(units - count, self.min_kept, 1)
+    def _limited(self, units: int, count: int, least: int) -> int:
+        kept = max(units - count, least, 1)
         kept = -(-kept // self.divisible) * self.divisible
         return max(0, units - kept)
 

@@ -96,7 +96,7 @@ def test_limits_per_group() -> None:
     assert min(units(ran(sparsity=0.7, min_kept=5)).values()) >= 5
 
 
-@pytest.mark.parametrize("score", ["cosine", "taylor", "taylor2", "hesso"])
+@pytest.mark.parametrize("score", ["cosine", "taylor", "taylor_per_batch", "hesso", "activation"])
 def test_scores_with_gradients(score: str) -> None:
     labelled, energy = ran(batches(True), score=score), ran(batches(), score=score)
     assert labelled.metrics["units_removed"] == energy.metrics["units_removed"] == 30
@@ -277,7 +277,7 @@ def test_refusals() -> None:
     with pytest.raises(ModelError, match="no channel group"):
         ran(targets=["head"])
     with pytest.raises(ContractError):
-        Zig(sparsity=0.8, max_error=1e-6)(program())
+        Zig(sparsity=0.6, max_error=1e-6)(program())
 
 
 def test_sparsity_zero_changes_nothing() -> None:
