@@ -1,4 +1,4 @@
-"""Tensors that follow from numbers alone, which a model may read as Python values when traced."""
+"""Tensors that follow from numbers and constants alone, which a model may read as Python values when traced."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _len_torch_dispatch_stack
 
 FACTORIES = frozenset({
-    torch.arange, torch.eye, torch.full, torch.linspace, torch.logspace, torch.ones, torch.tensor,
-    torch.tril_indices, torch.triu_indices, torch.zeros,
+    torch.arange, torch.bartlett_window, torch.blackman_window, torch.eye, torch.full,
+    torch.hamming_window, torch.hann_window, torch.kaiser_window,
+    torch.linspace, torch.logspace, torch.ones, torch.tensor, torch.tril_indices,
+    torch.triu_indices, torch.zeros,
 })  # fmt: skip
 READS = frozenset({
     Tensor.tolist, Tensor.item, Tensor.numpy, Tensor.__array__, Tensor.__bool__, Tensor.__int__,
@@ -36,6 +39,8 @@ class KnownValues(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.values: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+        self.wrote = False
+        self.modes = _modes()
 
     def __torch_function__(
         self,
@@ -45,6 +50,10 @@ class KnownValues(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if torch.compiler.is_dynamo_compiling() or _modes() < self.modes:
+            # The body of a condition, where stand-ins look real; or a rule of torch for a call
+            # that TorchScript makes, whose numbers are real tensors.
+            return func(*args, **kwargs)
         if func in READS and args[0] is not None and self._value(args[0]) is not None:
             return _really(func, (self._value(args[0]), *args[1:]), kwargs)
         real = self._real(func, args, kwargs)
@@ -53,9 +62,12 @@ class KnownValues(TorchFunctionMode):
             self._remember(result, real)
         elif _writes(func, kwargs):
             self.values.clear()  # it may have written into the storage of any of them
+            self.wrote = True
         return result
 
     def _value(self, tensor: Any) -> Tensor | None:
+        if type(tensor) is Tensor and not self.wrote:
+            return tensor  # a real one among stand-ins: a constant of the model's code
         known = self.values.get(id(tensor))
         return known[1] if known is not None and known[0]() is tensor else None
 
@@ -92,6 +104,11 @@ class KnownValues(TorchFunctionMode):
             both = isinstance(tensor, Tensor) and isinstance(value, Tensor)
             if both and value.numel() <= MOST_VALUES:
                 self.values[id(tensor)] = (weakref.ref(tensor), value)
+
+
+def _modes() -> int:
+    """Modes that a call of an operator goes through: fewer inside of one."""
+    return int(_len_torch_dispatch_stack()) + int(_len_torch_dispatch_stack_pre_dispatch())
 
 
 def _really(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:

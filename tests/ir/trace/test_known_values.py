@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import graphwright as gw
 from graphwright.ir.errors import ModelError
 
+TABLE = torch.tensor([3, 2])
+
 
 def traced(function: Callable[[Tensor], Tensor]) -> gw.Program:
     return gw.trace(Function(function), {"x": torch.randn(2, 4, 6)}, dynamic={"x": {0: "batch"}})
@@ -34,8 +36,20 @@ def in_place_all_known(x: Tensor) -> Tensor:
         lambda x: x + float(torch.linspace(0, 1, 5).numpy().sum()),
         lambda x: x[:, torch.arange(4)[torch.tensor([1, 2])].tolist()],
         lambda x: x[:, : torch.ones(4).cumsum(0).bool().sum().item()],
+        lambda x: x[:, : TABLE.tolist()[1]],
+        lambda x: x * 2 if (torch.hann_window(6) > 0).any() else x,
     ],
-    ids=["arange", "tensor", "branch", "product of sizes", "numpy", "index", "item"],
+    ids=[
+        "arange",
+        "tensor",
+        "branch",
+        "product of sizes",
+        "numpy",
+        "index",
+        "item",
+        "constant",
+        "window",
+    ],
 )
 def test_values_of_numbers_are_read_as_they_are(function: Callable[[Tensor], Tensor]) -> None:
     program = traced(function)
