@@ -123,14 +123,24 @@ def _degree(node: ast.AST) -> int:
 
 
 def _exponent(node: ast.AST) -> int:
-    """The size of an exponent; a symbol counts as 1, for a power of one is not computed."""
+    """The size of an exponent; a symbol counts as 1, for a power of one is not computed.
+
+    A number times a symbol counts as the number; anything else that is computed is too large.
+    """
     text = ast.unparse(node)
     if _SYMBOL.fullmatch(text) or text.startswith(("Symbol(", "L[")):
         return 1
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        if node.func.id == "ToFloat" and len(node.args) == 1:
+            return _exponent(node.args[0])
+        if node.func.id == "Mul":
+            return _small(math.prod(_exponent(arg) for arg in node.args))
     value = _literal(node)
-    if value is None or abs(value) > LARGEST_POWER:
-        return 2**31
-    return max(1, math.ceil(abs(value)))
+    return _small(math.inf if value is None else abs(value))
+
+
+def _small(value: float) -> int:
+    return 2**31 if value > LARGEST_POWER else max(1, math.ceil(value))
 
 
 def _literal(node: ast.AST) -> float | None:

@@ -1,4 +1,4 @@
-"""Tensors that follow from numbers and constants alone, which a model may read as Python values when traced."""
+"""Tensors of numbers and constants alone, which a model may read as Python values when traced."""
 
 from __future__ import annotations
 

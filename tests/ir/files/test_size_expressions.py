@@ -18,6 +18,7 @@ SYMBOL = "Symbol('s77', positive=True, integer=True)"
         f"Max(Integer(1), Function('TruncToInt')(Mul(Float('0.5', precision=53), {SYMBOL})))",
         f"FloatTrueDiv(ToFloat({SYMBOL}), Float('3.7000000000000002', precision=53))",
         f"FloatPow(ToFloat({SYMBOL}), Float('0.5', precision=53))",
+        f"FloatPow(Float('2.0', precision=53), ToFloat(Mul(Integer(-1), {SYMBOL})))",
         f"OpaqueUnaryFn_sqrt(ToFloat({SYMBOL}))", f"PowByNatural({SYMBOL}, Integer(3))",
         "RoundDecimal(Float('1e-05', precision=53), Integer(1))", f"Pow({SYMBOL}, Rational(1, 2))",
         f"CeilToInt(IntTrueDiv({SYMBOL}, Integer(2)))", f"PowByNatural(Integer(2), {SYMBOL})",
@@ -40,7 +41,9 @@ def test_arithmetic_on_sizes_passes(text: str) -> None:
         "LShift(Integer(1), Integer(10000000))",
         "Pow(Pow(Pow(Integer(9), Integer(64)), Integer(64)), Integer(64))",
         "Pow(Integer(9), Add(Integer(99999999), Mul(Integer(0), s0)))",
-        "Pow(Integer(9), Pow(Integer(9), Integer(9)))", "FloatPow(s0, -99999.0)", "s0[0]", "Symbol",
+        "Pow(Integer(9), Pow(Integer(9), Integer(9)))", "FloatPow(2.0, ToFloat(Mul(64, 64, s0)))",
+        "Pow(Integer(2), Mul(Integer(9), Pow(Integer(9), Integer(9))))",
+        "FloatPow(s0, -99999.0)", "s0[0]", "Symbol",
     ],
 )  # fmt: skip
 def test_anything_else_in_a_size_does_not(text: str) -> None:
