@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes, _len_torch_dispatch_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 FACTORIES = frozenset({
     torch.arange, torch.bartlett_window, torch.blackman_window, torch.eye, torch.full,
@@ -108,7 +108,7 @@ class KnownValues(TorchFunctionMode):
 
 def _modes() -> int:
     """Modes that a call of an operator goes through: fewer inside of one."""
-    return int(_len_torch_dispatch_stack()) + int(_len_torch_dispatch_stack_pre_dispatch())
+    return int(torch._C._len_torch_dispatch_stack()) + int(_len_torch_dispatch_stack_pre_dispatch())
 
 
 def _really(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
