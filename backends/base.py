@@ -66,11 +66,13 @@ class Backend:
         name: as in the spec's `lower` section.
         Options: the options it takes.
         summary: one line for the docs.
+        computes_in: floating-point dtypes of the programs that it runs.
     """
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     Options: ClassVar[type[Options]] = Options
+    computes_in: ClassVar[tuple[str, ...]] = ("float64", "float32", "float16", "bfloat16")
 
     def __init__(self, **options: Any) -> None:
         try:
@@ -86,10 +88,6 @@ class Backend:
             LoweringError: it cannot be lowered, or computes something else.
         """
         raise TypeError(f"{type(self).__name__} defines no lower(program, context)")
-
-    def refusal(self, dtype: str) -> str:
-        """Why programs in a floating-point dtype cannot be run here; empty where they can."""
-        return ""
 
     @classmethod
     def open(cls, path: Path) -> Compiled | None:

@@ -51,7 +51,7 @@ def explain_pass(name: str) -> str:
     for label, names in (
         ("after", facts.after), ("before", facts.before), ("conflicts", facts.conflicts),
         ("behind", facts.behind), ("takes", facts.takes), ("codes", facts.codes),
-        ("computes in", facts.computes_in or ()),
+        ("computes in", facts.computes_in),
     ):  # fmt: skip
         lines += [f"{label:11} {', '.join(names)}"] if names else []
     if papers := definition["x-graphwright"].get("papers"):

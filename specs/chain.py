@@ -80,9 +80,9 @@ def _alone(earlier: list[_Link], link: _Link) -> Finding | None:
             )
             return Finding(path, message)
     casts = [other for other in earlier if other.facts.id == CAST]
-    if casts and facts.computes_in is not None and not casts[-1].options.get("keep"):
+    if casts and not casts[-1].options.get("keep"):
         to = casts[-1].options.get("to")
-        if to not in facts.computes_in:
+        if facts.computes_in and to not in facts.computes_in:
             message = f"{facts.id} does not take {to}, which {casts[-1].place} makes"
             return Finding(path, f"{message}; move it up to line {casts[-1].line}")
     return None

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from graphwright.ir.files.exports import Export
     from graphwright.passes.base import Pass
 
+from graphwright.specs.schema import EVERY_DTYPE
+
 OUTPUT = Path(__file__).with_name("schema.json")
 FACTS = ("contract", "needs", "after", "before", "conflicts", "behind", "takes", "codes",
          "lowers_to", "papers")  # fmt: skip
@@ -64,10 +66,8 @@ def build_schema(
 
 def define_pass(name: str, cls: type[Pass]) -> dict[str, Any]:
     """Definitions of a pass: its options and what its class says about it."""
-    from graphwright.passes.base import Pass
-
     facts = {fact: _plain(getattr(cls, fact)) for fact in FACTS if _plain(getattr(cls, fact, None))}
-    if cls.computes_in != Pass.computes_in:
+    if set(cls.computes_in) != set(EVERY_DTYPE):
         facts["computes_in"] = list(cls.computes_in)
     if cls.needs_with:
         facts["needs_with"] = [
@@ -79,7 +79,10 @@ def define_pass(name: str, cls: type[Pass]) -> dict[str, Any]:
 
 def define_backend(name: str, cls: type[Backend]) -> dict[str, Any]:
     """Definitions of a backend's options."""
-    return _define(name, cls, {"backend": name}, cls.summary or _first_line(cls.__doc__))
+    facts: dict[str, Any] = {"backend": name}
+    if set(cls.computes_in) != set(EVERY_DTYPE):
+        facts["computes_in"] = list(cls.computes_in)
+    return _define(name, cls, facts, cls.summary or _first_line(cls.__doc__))
 
 
 def _define(name: str, cls: Any, facts: dict[str, Any], summary: str) -> dict[str, Any]:

@@ -31,6 +31,8 @@ def rule_findings(root: Node, schema: Schema, doubtful: set[Path]) -> Iterator[F
     if sound("model", "kwargs") and sound("model", "factory"):
         yield from _factory(document.get("model"))
     yield from _inputs(document.get("model"), sound)
+    if sound("passes") and sound("lower") and sound("model", "dtype"):
+        yield from _dtype(document, root, schema)
     if sound("require") and sound("evaluate"):
         yield from _drop_without_metric(document)
     if sound("export"):
@@ -107,6 +109,24 @@ def _example(
         if first != size:
             message = f"dimension {show(dim)} is {size} here and {first} in input {show(owner)}"
             yield Finding(place, message, str(first))
+
+
+def _dtype(document: dict[str, Any], root: Node, schema: Schema) -> Iterator[Finding]:
+    """The dtype that is asked for has to run in every pass and backend."""
+    model = document.get("model")
+    asked = model.get("dtype") if isinstance(model, dict) else None
+    chains = [[entry_id(n) for n in chain_nodes(root, key)] for key in ("passes", "lower")]
+    if asked and (why := dtype_fault(schema, asked, *chains)):
+        yield Finding(("model", "dtype"), why, "float32")
+
+
+def dtype_fault(schema: Schema, dtype: str, passes: list[str], backends: list[str]) -> str:
+    """Why a program of a chain cannot be in a floating-point dtype; empty where it can."""
+    for said, names in (("does not run", backends), ("does not take", passes)):
+        for name in names:
+            if name in schema.definitions and dtype not in schema.computes_in(name):
+                return f"{name} {said} {dtype}"
+    return ""
 
 
 def _drop_without_metric(document: dict[str, Any]) -> Iterator[Finding]:

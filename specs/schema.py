@@ -11,6 +11,9 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+EVERY_DTYPE = ("float64", "float32", "float16", "bfloat16")
+"""Floating-point dtypes; what a pass or a backend computes in where it does not say."""
+
 FILE = Path(__file__).with_name("schema.json")
 
 
@@ -29,8 +32,8 @@ class PassFacts:
     takes: tuple[str, ...]
     codes: tuple[str, ...]
     lowers_to: tuple[str, ...]
-    computes_in: tuple[str, ...] | None
-    """None for any."""
+    computes_in: tuple[str, ...]
+    """Empty for every dtype."""
 
     def needed(self, options: dict[str, Any], defaults: dict[str, Any]) -> str:
         """The needs of the pass when it has these options."""
@@ -78,15 +81,20 @@ class Schema:
         if "pass" not in found:
             return None
         when = tuple((w["option"], w["value"], w["needs"]) for w in found.get("needs_with", ()))
-        lists = ("after", "before", "conflicts", "behind", "takes", "codes", "lowers_to")
+        lists = ("after", "before", "conflicts", "behind", "takes", "codes", "lowers_to",
+                 "computes_in")  # fmt: skip
         return PassFacts(
             id=name,
             contract=found.get("contract", "exact"),
             needs=found.get("needs", "nothing"),
             needs_with=when,
-            computes_in=tuple(found["computes_in"]) if "computes_in" in found else None,
             **{key: tuple(found.get(key, ())) for key in lists},
         )
+
+    def computes_in(self, name: str) -> tuple[str, ...]:
+        """Floating-point dtypes of the programs that a pass takes or a backend runs."""
+        found = self.definitions[name]["x-graphwright"].get("computes_in", EVERY_DTYPE)
+        return tuple(found)
 
     def resolve(self, part: dict[str, Any]) -> dict[str, Any]:
         """`part`, or what its `$ref` points to."""

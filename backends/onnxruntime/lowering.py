@@ -16,11 +16,11 @@ from graphwright.backends.onnxruntime.steps.catalog import STEPS
 from graphwright.backends.onnxruntime.steps.leftovers import leftovers, rebuilt_warnings
 from graphwright.backends.onnxruntime.ties import decided_by_ties
 from graphwright.ir.context import Context
-from graphwright.ir.errors import ArgumentError
 from graphwright.ir.program import Program
 
 RUN_DTYPES = ("float64", "float32", "float16")
-"""Floating-point dtypes whose kernels and arrays ONNX Runtime has."""
+"""Floating-point dtypes whose kernels and arrays ONNX Runtime has: bfloat16 has next to no kernels
+on a CPU, and arrays of it cannot be handed over."""
 
 
 class Lowering(Backend):
@@ -29,10 +29,7 @@ class Lowering(Backend):
     name = "onnxruntime"
     summary = "ONNX model with fused attention, norms and activations, run by ONNX Runtime."
     Options = OnnxRuntimeOptions
-
-    def refusal(self, dtype: str) -> str:
-        """bfloat16 has next to no kernels on a CPU, and arrays of it cannot be handed over."""
-        return f"onnxruntime does not run {dtype}" if dtype not in RUN_DTYPES else ""
+    computes_in = RUN_DTYPES
 
     @classmethod
     def open(cls, path: Path) -> OnnxCompiled | None:
@@ -50,10 +47,6 @@ class Lowering(Backend):
             LoweringError: an op has no ONNX form, or the model differs without any step.
         """
         options: OnnxRuntimeOptions = self.options
-        unknown = sorted(set(options.skip) - {step.name for step in STEPS})
-        if unknown:
-            known = ", ".join(step.name for step in STEPS)
-            raise ArgumentError(f"skip: no step named {unknown[0]!r}", fix=f"There are {known}.")
         job = Job(program, options, TemporaryDirectory())
         steps = [step for step in STEPS if step.name not in options.skip]
         try:

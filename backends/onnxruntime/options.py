@@ -8,6 +8,13 @@ from pydantic import Field, model_validator
 
 from graphwright.ir.options import Options
 
+StepName = Literal[
+    "low_rank", "simplify_layout", "find_rms_norm", "find_gelu", "find_silu", "rotary",
+    "find_attention", "attention", "skip_norm", "tidy", "bias_gelu", "move_biases", "int8", "table",
+    "blocks",
+]  # fmt: skip
+"""Names of the rewriting steps (`steps/catalog.py`), here without what they import."""
+
 
 class OnnxRuntimeOptions(Options):
     """Options of the lowering to ONNX Runtime."""
@@ -36,7 +43,7 @@ class OnnxRuntimeOptions(Options):
     """Arithmetic of those products: 4 rounds activations to 8 bits, block by block, as they come
     (fast; adds about 0.5% error to each product), 1 in float32."""
 
-    skip: tuple[str, ...] = ()
+    skip: tuple[StepName, ...] = ()
     """Rewriting steps to leave out, by name."""
 
     sparse_initializers: bool = False

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from graphwright.backends.base import Backend
-from graphwright.backends.triton.compiled import FusedModule
+from graphwright.backends.triton.compiled import FILE, FusedModule, load
 from graphwright.backends.triton.fuse import BY, fuse
 from graphwright.ir.check.promise import Promise
 from graphwright.ir.check.verify import check_contract
@@ -26,6 +28,14 @@ class Lowering(Backend):
     name = "triton"
     summary = "PyTorch with fused ops: Triton kernels on a GPU, eager on a CPU."
     Options = Options
+
+    @classmethod
+    def open(cls, path: Path) -> FusedModule | None:
+        """A folder with the `program.pt2` that this backend wrote; the file by itself is a program
+        like any other."""
+        if not path.is_dir() or not (path / FILE).is_file():
+            return None
+        return load(path)
 
     @torch.no_grad()
     def lower(self, program: Program, context: Context) -> FusedModule:

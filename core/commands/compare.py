@@ -37,8 +37,15 @@ def compare(arguments: Any, console: Console | None = None) -> int:
         for source in (arguments.reference, arguments.candidate)
     ]
     _check_inputs(*opened)
+    if arguments.samples is not None and arguments.samples < 1:
+        raise ArgumentError(f"--samples {arguments.samples}: nothing would be compared")
     data = _load(arguments, opened[0].signature, SEED, probable_sizes(opened[0]))
     parts = compare_over(opened[0], opened[1], data)
+    if not parts:
+        raise ArgumentError(
+            "no output was compared: the data holds no sample, or the models give no tensors",
+            where=data.source,
+        )
     table = Table(box=None, pad_edge=False, header_style="dim")
     for title in ("output", "max |a-b|", "relative", "cosine", "SNR"):
         table.add_column(title, justify="left" if title == "output" else "right")
@@ -78,6 +85,8 @@ def compare_over(reference: Any, candidate: Any, data: Batches) -> dict[str, Fid
                     part = measure(left[path], right[path])
                     totals[path] = merge([totals.get(path, Fidelity()), part])
     overall = totals.pop("all")
+    if not totals and not overall.broken:
+        return {}
     return overall_last(totals, overall)
 
 
@@ -91,8 +100,8 @@ def overall_last(outputs: dict[str, Fidelity], overall: Fidelity) -> dict[str, F
 def _figures(error: Fidelity) -> list[str]:
     from graphwright.report.charts import figure_text
 
-    if error.broken:
-        return ["broken", "", "", ""]
+    if error.broken or error.blank:
+        return ["broken" if error.broken else "nothing", "", "", ""]
     snr = f"{error.snr_db:.1f} dB" if error.max_abs else "exact"
     return [f"{error.max_abs:.3g}", f"{error.relative:.3g}", figure_text(error.cosine), snr]
 

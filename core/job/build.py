@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from graphwright.ir.errors import ModelError
+from graphwright.job.declared import check_declared
 
 if TYPE_CHECKING:
     from graphwright.ir.files import LoadedModel
@@ -25,10 +26,13 @@ def build_program(loaded: LoadedModel, section: ModelSection, seed: int) -> Prog
         seed: of the example inputs.
 
     Raises:
-        ModelError: it cannot be traced, or needs inputs that the spec does not declare.
+        ModelError: it cannot be traced, needs inputs that the spec does not declare, or has other
+            inputs than it declares.
     """
     program = loaded.program
-    if program is None:
+    if program is not None:
+        check_declared(program, section, str(loaded.source))
+    else:
         program = _traced(loaded, section.inputs or _own_inputs(loaded), seed, section.state)
     if loaded.is_fixed and loaded.change.dtype is not None:
         from graphwright.passes.cast.dtype import in_float32

@@ -33,17 +33,12 @@ def dtype_refusal(spec: Spec) -> Callable[[str], str]:
 
     Asks every backend and every pass of the spec.
     """
-    from graphwright.backends.base import find_backend
-    from graphwright.passes.registry import find_pass
+    from graphwright.specs.rules import dtype_fault
 
     def refusal(dtype: str) -> str:
-        for call in spec.lower:
-            if why := find_backend(call.id)(**call.options).refusal(dtype):
-                return why
-        for item in spec.passes:
-            if dtype not in find_pass(item.id).computes_in:
-                return f"{item.id} does not take {dtype}"
-        return ""
+        return dtype_fault(
+            spec.schema, dtype, [c.id for c in spec.passes], [c.id for c in spec.lower]
+        )
 
     return refusal
 
@@ -52,9 +47,6 @@ def _problems(spec: Spec) -> Iterator[Problem]:
     sections: dict[str, tuple[PassCall | BackendCall, ...]] = {
         "passes": spec.passes, "lower": spec.lower,
     }  # fmt: skip
-    asked = spec.model.dtype
-    if asked is not None and (why := dtype_refusal(spec)(asked)):
-        yield spec.problem(("model", "dtype"), why, "float32")
     for section, calls in sections.items():
         for index, call in enumerate(calls):
             facts = spec.schema.definitions[call.id].get("x-graphwright", {})

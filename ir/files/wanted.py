@@ -14,6 +14,9 @@ from graphwright.ir.files.dtypes import DtypeChoice
 CHECKPOINTS = (Kind.CHECKPOINT, Kind.CHECKPOINT_OLD, Kind.PICKLE)
 """Kinds whose weights may lie under a key."""
 
+WEIGHTS_ALONE = (*CHECKPOINTS, Kind.SAFETENSORS, Kind.SAFETENSORS_INDEX)
+"""Kinds that may hold weights without the model they belong to."""
+
 WITH_GRAPH = (Kind.EXPORT, Kind.EXPORT_OLD, Kind.TORCHSCRIPT)
 """Kinds that hold a graph, dtypes included."""
 
@@ -52,8 +55,15 @@ class Wanted:
         """Refuses options that have no meaning for a kind of file.
 
         Raises:
-            ModelError: `key` or `strip_prefix` is given for a file without such.
+            ModelError: `key` or `strip_prefix` is given for a file without such, or a factory for
+                one that holds the model itself.
         """
+        if self.factory is not None and kind not in WEIGHTS_ALONE:
+            raise ModelError(
+                f"model.factory builds the model of a file of weights, and this is {kind.value}",
+                where=str(path),
+                fix="Take it out of the spec.",
+            )
         if self.key is not None and kind not in CHECKPOINTS:
             raise ModelError(
                 f"model.key names a part of a training checkpoint, and this is {kind.value}",

@@ -21,6 +21,26 @@ def imported(code: str, *arguments: str) -> set[str]:
     return {line.rpartition("|")[2].strip().partition(".")[0] for line in lines[1:]}
 
 
+CHAIN = """
+from graphwright.ir.errors import SpecError
+from graphwright.specs import parse_spec
+text = (
+    "version: 1\\nmodel: {dtype: bfloat16}\\n"
+    "passes: [cast.dtype, quantize.rtn, quantize.nf4]\\n"
+    "lower: [{onnxruntime: {skip: [atention]}}]\\n"
+)
+try:
+    parse_spec(text)
+except SpecError as error:
+    found = [str(problem) for problem in error.problems]
+else:
+    raise SystemExit(1)
+assert found[0].startswith("spec:2:16: model.dtype: onnxruntime does not run bfloat16"), found
+assert "passes[2]: quantize.nf4 finds only codes" in found[1], found
+assert found[2].startswith("spec:4:31: lower[0].skip[0]: "), found
+assert found[2].endswith("did you mean 'attention'?"), found
+"""
+
 REFUSED = """
 from graphwright.ir.errors import SpecError
 from graphwright.specs import load_spec
@@ -38,10 +58,11 @@ else:
     [
         "import graphwright.specs",
         REFUSED,
+        CHAIN,
         "from graphwright.specs import load_spec, resolve; resolve(load_spec('int8_static'))",
         "from graphwright.specs.catalogue import list_passes; list_passes()",
     ],
-    ids=["import", "refused", "accepted", "catalogue"],
+    ids=["import", "refused", "chain", "accepted", "catalogue"],
 )
 def test_nothing_heavy_is_imported(code):
     modules = imported(code)

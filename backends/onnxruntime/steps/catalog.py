@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from graphwright.backends.onnxruntime.options import OnnxRuntimeOptions
+from graphwright.backends.onnxruntime.options import OnnxRuntimeOptions, StepName
 from graphwright.backends.onnxruntime.steps.activations import (
     find_gelu,
     find_silu,
@@ -34,7 +34,7 @@ class Step:
         takes_options: `run` takes the backend's options too.
     """
 
-    name: str
+    name: StepName
     run: Callable[..., int]
     takes_options: bool = False
 

@@ -38,6 +38,8 @@ def files(tmp_path_factory):
     scaled.save(folder / "scaled.pt2")
     gw.trace(nn.Linear(8, 3), {"input": torch.randn(2, 8)}).save(folder / "other.pt2")
     gw.lower(program, "onnxruntime").save(folder / "onnx")
+    gw.lower(program, "triton").save(folder / "triton")
+    np.savez(folder / "none.npz", x=np.ones((0, 8), np.float32))
     np.savez(folder / "rows.npz", x=np.ones((5, 8), np.float32))
     return folder
 
@@ -69,6 +71,25 @@ def test_compare_program_with_its_artifact(files, capsys):
     text = capsys.readouterr().out
     assert "16 samples of synthetic data" in text
     assert "broken" not in text
+
+
+def test_a_folder_of_the_triton_backend_is_an_artifact(files, capsys):
+    assert main(["compare", str(files / "a.pt2"), str(files / "triton")]) == 0
+    assert "16 samples of synthetic data" in capsys.readouterr().out
+    assert main(["bench", str(files / "a.pt2"), str(files / "triton"), "--seconds", "0.1"]) == 0
+    assert "1.00x" in capsys.readouterr().out
+    loaded = gw.load(files / "triton")
+    x = torch.ones(2, 8)
+    torch.testing.assert_close(loaded(x), gw.load(files / "scaled.pt2")(x))  # the module's own
+
+
+@pytest.mark.parametrize("samples", ["0", "-3"])
+def test_compare_on_no_samples_is_an_error(files, samples, capsys):
+    arguments = ["compare", str(files / "a.pt2"), str(files / "scaled.pt2")]
+    assert main([*arguments, "--samples", samples]) == 2
+    assert f"--samples {samples}: nothing would be compared" in capsys.readouterr().err
+    assert main([*arguments, "--data", str(files / "none.npz")]) == 2
+    assert "no" in capsys.readouterr().err
 
 
 def test_compare_measures_a_known_difference(files, capsys):
