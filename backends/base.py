@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError
-from graphwright.ir.options import Options
+from graphwright.ir.options import EVERY_DTYPE, Options
 from graphwright.ir.program import Program
 from graphwright.ir.signature import Signature
 
@@ -72,7 +72,7 @@ class Backend:
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     Options: ClassVar[type[Options]] = Options
-    computes_in: ClassVar[tuple[str, ...]] = ("float64", "float32", "float16", "bfloat16")
+    computes_in: ClassVar[tuple[str, ...]] = EVERY_DTYPE
 
     def __init__(self, **options: Any) -> None:
         try:

@@ -6,6 +6,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+EVERY_DTYPE = ("float64", "float32", "float16", "bfloat16")
+"""Floating-point dtypes; what a pass or a backend computes in where it does not say."""
+
 
 class Options(BaseModel):
     """Options of a pass or a backend: one declaration for validation, schema, help and docs.

@@ -16,7 +16,7 @@ from graphwright.ir.check.promise import EXACT, Promise
 from graphwright.ir.context import Batch, Context
 from graphwright.ir.errors import ArgumentError, ContractError
 from graphwright.ir.graph.writes import Writes
-from graphwright.ir.options import Options
+from graphwright.ir.options import EVERY_DTYPE, Options
 from graphwright.ir.program import Program, Provenance
 from graphwright.passes.registry import all_passes, find_pass, register
 
@@ -117,7 +117,7 @@ class Pass(Generic[OptionsT]):
     weights: ClassVar[Effect | None] = None
     changes_interface: ClassVar[bool] = False
     stores_weights: ClassVar[bool] = False
-    computes_in: ClassVar[tuple[str, ...]] = ("float64", "float32", "float16", "bfloat16")
+    computes_in: ClassVar[tuple[str, ...]] = EVERY_DTYPE
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

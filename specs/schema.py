@@ -11,8 +11,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-EVERY_DTYPE = ("float64", "float32", "float16", "bfloat16")
-"""Floating-point dtypes; what a pass or a backend computes in where it does not say."""
+from graphwright.ir.options import EVERY_DTYPE
 
 FILE = Path(__file__).with_name("schema.json")
 
