@@ -49,6 +49,9 @@ class GradualOptions(Bounded, Targets):
     scope: Literal["global", "layer", "row"] | None = None
     """For the score `magnitude`: weights that are compared with each other; a layer when absent."""
 
+    distribution: Literal["uniform", "erk", "lamp", "owl"] = "uniform"
+    """Sparsity of every layer, as in the pass of `score`."""
+
     rewind: Literal["none", "start"] = "none"
     """What training goes on from after a pruning: the weights as they are, with a learning rate
     that starts anew (`none`), or those that the pass was given, under the new mask (`start`). To
@@ -63,6 +66,10 @@ class GradualOptions(Bounded, Targets):
             raise ValueError(f"initial {self.initial} is not below sparsity {self.sparsity}")
         if self.scope is not None and self.score != "magnitude":
             raise ValueError(f"scope has no part in score {self.score}")
+        if self.distribution != "uniform" and (self.score == "mfac" or self.scope == "global"):
+            raise ValueError(
+                f"distribution {self.distribution} has no part where all layers compete"
+            )
         if self.tune.keep_zeros is False:
             raise ValueError("gradual pruning keeps its zeros: leave out keep_zeros")
         return self
@@ -141,8 +148,9 @@ class Gradual(Pass[GradualOptions]):
     ) -> Program:
         o = self.options
         given: dict[str, Any] = {"sparsity": share, "targets": targets}
-        if o.scope is not None:
-            given["scope"] = o.scope
+        for name, default in (("scope", None), ("distribution", "uniform")):
+            if getattr(o, name) != default:
+                given[name] = getattr(o, name)
         data = context.calibration
         if data is None:
             data = as_batches(context.training_data, program.signature)

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import ValidationInfo, field_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
 from graphwright.ir.layers.products import from_matrix, geometry
 from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.program import Program
-from graphwright.passes.base import MATRICES, Action, Context, Pass, Result
+from graphwright.passes.base import MATRICES, Action, Context, Need, Pass, Result
+from graphwright.passes.prune._masks.distribution import LayerwiseOptions, distributed
 from graphwright.passes.prune._masks.layers import maskable, matrix, share_of_zeros, with_weights
-from graphwright.passes.prune._masks.patterns import Pattern, SparsityOptions
+from graphwright.passes.prune._masks.patterns import Pattern
 
 
-class MagnitudeOptions(SparsityOptions):
+class MagnitudeOptions(LayerwiseOptions):
     """Options of prune.magnitude."""
 
     scope: Literal["global", "layer", "row"] | None = None
     """Weights that are compared with each other, and so share the sparsity: all selected layers,
     one layer, or one row (the weights of one output); a layer when absent. An N:M pattern
     compares within its groups and takes no scope."""
+
+    @model_validator(mode="after")
+    def _compares_layers_once(self) -> Self:
+        if self.scope == "global" and self.distribution != "uniform":
+            raise ValueError("scope global finds its own sparsity of every layer: "
+                             f"leave out distribution {self.distribution}")  # fmt: skip
+        return self
 
     @field_validator("scope")
     @classmethod
@@ -36,7 +44,8 @@ class MagnitudeOptions(SparsityOptions):
 
 
 class Magnitude(Pass[MagnitudeOptions]):
-    """Sets the weights of least absolute value to zero. Looks at no data.
+    """Sets the weights of least absolute value to zero. Looks at no data, but for the distribution
+    `owl`.
 
     Source: Han et al. 2015, "Learning both weights and connections for efficient neural
     networks", section 3; the baseline of the other pruning passes.
@@ -44,16 +53,21 @@ class Magnitude(Pass[MagnitudeOptions]):
 
     contract = "lossy"
     takes = MATRICES
+    needs_with: ClassVar[Mapping[tuple[str, Any], Need]] = {("distribution", "owl"): "calibration"}
 
     def run(self, program: Program, context: Context) -> Result:
         pattern = self.options.wanted()
         layers, actions = maskable(program, self.options.targets, pattern)
         own = list({layer.weight: layer for layer in layers}.values())
         limit = _Limit.of(program, own, pattern) if self.options.scope == "global" else None
+        patterns = distributed(program, own, self.options, context)
         weights = {}
         for layer in own:
             w = matrix(program, layer)
-            keep = _keep(w, pattern, self.options.scope) if limit is None else limit.keep(w)
+            if limit is None:
+                keep = _keep(w, patterns[layer.name], self.options.scope)
+            else:
+                keep = limit.keep(w)
             weights[layer.weight] = from_matrix(geometry(program, layer), w.where(keep, 0.0))
             actions.append(Action(layer.name, f"{1 - float(keep.float().mean()):.1%} zeros"))
         pruned = with_weights(program, self.id, weights)

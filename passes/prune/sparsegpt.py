@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -15,12 +16,13 @@ from graphwright.ir.calibration.walk import sweep
 from graphwright.ir.layers.products import as_matrix, from_matrix
 from graphwright.ir.program import Program
 from graphwright.passes.base import MATRICES, Action, Context, Pass, Result
+from graphwright.passes.prune._masks.distribution import LayerwiseOptions, distributed
 from graphwright.passes.prune._masks.layers import maskable, share_of_zeros, with_weights
-from graphwright.passes.prune._masks.patterns import Pattern, SparsityOptions
+from graphwright.passes.prune._masks.patterns import Pattern
 from graphwright.passes.prune._math import sparsegpt
 
 
-class SparsegptOptions(SparsityOptions):
+class SparsegptOptions(LayerwiseOptions):
     """Options of prune.sparsegpt."""
 
     block: Annotated[int, Field(ge=1)] = sparsegpt.BLOCK
@@ -35,7 +37,7 @@ class SparsegptOptions(SparsityOptions):
 class SparsegptMethod:
     """Masks and updates by the second moments of the input."""
 
-    pattern: Pattern
+    patterns: Mapping[str, Pattern]
     block: int
     damping: float
 
@@ -50,7 +52,7 @@ class SparsegptMethod:
         for group, h in zip(w, seen_or_even(task.stats), strict=True):
             upper, damping = inverse_factor(h, self.damping, task.name)
             new, _ = sparsegpt.prune_matrix(
-                group, upper, self.pattern, dead=h.diagonal() == 0, block=self.block
+                group, upper, self.patterns[task.name], dead=h.diagonal() == 0, block=self.block
             )
             parts.append(new)
             used = max(used, damping)
@@ -103,7 +105,8 @@ class Sparsegpt(Pass[SparsegptOptions]):
         o = self.options
         pattern = o.wanted()
         layers, actions = maskable(program, o.targets, pattern)
-        method = SparsegptMethod(pattern, o.block, o.damping)
+        patterns = distributed(program, layers, o, context)
+        method = SparsegptMethod(patterns, o.block, o.damping)
         found = sweep(program, layers, context.batches, method, context)
         weights = {layer.weight: found[layer.node.name].state["weight"] for layer in layers}
         for layer in layers:

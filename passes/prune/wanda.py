@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +12,13 @@ from graphwright.ir.calibration.walk import sweep
 from graphwright.ir.layers.products import as_matrix, from_matrix
 from graphwright.ir.program import Program
 from graphwright.passes.base import MATRICES, Action, Context, Pass, Result
+from graphwright.passes.prune._masks.distribution import LayerwiseOptions, distributed
 from graphwright.passes.prune._masks.layers import maskable, share_of_zeros, with_weights
-from graphwright.passes.prune._masks.patterns import Pattern, SparsityOptions
+from graphwright.passes.prune._masks.patterns import Pattern
 from graphwright.passes.prune._math.features import Features, features
 
 
-class WandaOptions(SparsityOptions):
+class WandaOptions(LayerwiseOptions):
     """Options of prune.wanda."""
 
 
@@ -24,7 +26,7 @@ class WandaOptions(SparsityOptions):
 class WandaMethod:
     """Masks by |w| ||x|| in every row."""
 
-    pattern: Pattern
+    patterns: Mapping[str, Pattern]
 
     def gather(self, site: Site) -> Features:
         """Sizes of the input's features."""
@@ -34,7 +36,8 @@ class WandaMethod:
         """The masked weight."""
         w = as_matrix(task.geometry, task.weight)
         score = w.float().abs() * task.stats.norm.unsqueeze(1)
-        keep = torch.stack([self.pattern.keep(group) for group in score])
+        pattern = self.patterns[task.name]
+        keep = torch.stack([pattern.keep(group) for group in score])
         weight = from_matrix(task.geometry, w.where(keep, 0.0))
         return Solved(weight, state={"weight": weight}, info={"zeros": _zeros(weight)})
 
@@ -62,7 +65,8 @@ class Wanda(Pass[WandaOptions]):
     def run(self, program: Program, context: Context) -> Result:
         pattern = self.options.wanted()
         layers, actions = maskable(program, self.options.targets, pattern)
-        found = sweep(program, layers, context.batches, WandaMethod(pattern), context)
+        method = WandaMethod(distributed(program, layers, self.options, context))
+        found = sweep(program, layers, context.batches, method, context)
         weights = {layer.weight: found[layer.node.name].state["weight"] for layer in layers}
         actions += [
             Action(layer.name, f"{found[layer.node.name].info['zeros']:.1%} zeros")

@@ -14,6 +14,7 @@ from graphwright.ir.layers.products import as_matrix, geometry
 from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.program import Program
 from graphwright.passes.base import Action
+from graphwright.passes.prune._masks.heads import DENSE_HEAD, left_heads
 from graphwright.passes.prune._masks.patterns import Pattern
 
 
@@ -27,9 +28,10 @@ def maskable(
     """
     chosen = select(program, targets, PRODUCTS)
     nodes = {layer.node for layer in chosen}
+    heads = left_heads(program, chosen, targets)
     good, actions = [], []
     for layer in chosen:
-        reason = _reason(program, layer, nodes, pattern)
+        reason = DENSE_HEAD if layer.node in heads else _reason(program, layer, nodes, pattern)
         if reason:
             actions.append(Action.left(layer.name, reason))
         else:

@@ -16,6 +16,7 @@ from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.options import Options
 from graphwright.ir.program import Program
 from graphwright.passes.base import Action
+from graphwright.passes.prune._masks.heads import DENSE_HEAD, left_heads
 from graphwright.passes.prune._masks.layers import with_weights
 
 KINDS = (*PRODUCTS, *TRANSPOSED_CONVOLUTIONS)
@@ -32,11 +33,14 @@ def trainable_layers(program: Program, targets: Sequence[str]) -> tuple[list[Lay
     """
     chosen = select(program, targets, KINDS)
     nodes = {layer.node: layer for layer in chosen}
+    heads = left_heads(program, chosen, targets)
     trainable = program.trainable()
     layers, actions = [], []
     for layer in chosen:
         reason = ""
-        if not layer.weight:
+        if layer.node in heads:
+            reason = DENSE_HEAD
+        elif not layer.weight:
             reason = "its weight is computed in the graph"
         elif layer.weight not in trainable:
             reason = "its weight is frozen"
