@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import weakref
@@ -11,13 +10,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import onnx
 import onnxruntime
 import torch
 
 from graphwright.backends.base import Artifact, Compiled
 from graphwright.backends.onnxruntime.runtime import SessionSettings, open_session, run_session
-from graphwright.ir.errors import LoweringError
+from graphwright.backends.onnxruntime.saved import read_signature
+from graphwright.ir.causes import innermost
+from graphwright.ir.errors import GraphwrightError, ModelError
 from graphwright.ir.program import bind_inputs
 from graphwright.ir.signature import Signature, rebuild
 
@@ -86,17 +86,17 @@ def load(path: str | Path, settings: SessionSettings | None = None) -> OnnxCompi
     """Opens a saved artifact: the folder, or its `model.onnx`.
 
     Raises:
-        LoweringError: the file is no artifact of ours.
+        ModelError: the file is no artifact of ours, or damaged.
     """
     path = Path(path)
     path = path / FILE if path.is_dir() else path
+    signature = read_signature(path)
     try:
-        head = onnx.load(path, load_external_data=False)
-    except Exception as error:
-        raise LoweringError("not a readable ONNX file", where=str(path)) from error
-    record = {item.key: item.value for item in head.metadata_props}.get("graphwright")
-    if record is None:
-        raise LoweringError("carries no graphwright metadata", where=str(path))
-    signature = Signature.from_json(json.loads(record)["signature"])
-    session = open_session(path, settings or SessionSettings())
+        session = open_session(path, settings or SessionSettings())
+    except GraphwrightError:
+        raise
+    except Exception as error:  # the runtime has a type for each of its failures
+        raise ModelError(
+            "ONNX Runtime cannot open this artifact", where=str(path), details=(innermost(error),)
+        ) from error
     return OnnxCompiled(path, signature, session, {})

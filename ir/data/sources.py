@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphwright.ir.errors import ArgumentError
+from graphwright.ir.errors import ArgumentError, ModelError
+from graphwright.ir.files.bounds import refuse_special
 from graphwright.ir.user_code import admit
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -76,6 +77,10 @@ def open_source(
         ArgumentError: it does not exist, is of no known kind, or cannot be read.
     """
     path = root / data
+    try:
+        refuse_special(path)
+    except ModelError as error:
+        raise ArgumentError(error.message, where=data, fix=error.fix) from None
     if not path.exists():
         if _FUNCTION.fullmatch(data):
             return _open_function(data, root)
@@ -208,7 +213,13 @@ def _fast_tokenizer(texts: list[str], file: Path, data: str) -> TextSource:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise _missing("tokenizers", data) from error
-    loaded = Tokenizer.from_file(str(file))
+    refuse_special(file)
+    try:
+        loaded = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library has no type of its own for it
+        raise ArgumentError(
+            f"the tokenizer {file} cannot be read: {_first_line(error)}", where=data
+        ) from error
     loaded.no_padding()
     loaded.no_truncation()
 
@@ -228,7 +239,14 @@ def _any_tokenizer(texts: list[str], folder: Path, data: str) -> TextSource:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise _missing("transformers", data) from error
-    loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    try:
+        loaded = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the library raises anything
+        raise ArgumentError(
+            f"the tokenizer in {folder} cannot be read: {_first_line(error)}", where=data
+        ) from error
 
     def tokenize(batch: list[str]) -> list[dict[str, list[int]]]:
         encoded = loaded(batch, return_token_type_ids=True, return_attention_mask=True)

@@ -25,6 +25,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from graphwright.ir.errors import ArgumentError, ModelError
+from graphwright.ir.files.bounds import bounded
 from graphwright.ir.files.export_file import read_export
 from graphwright.ir.files.exported import from_exported_program, to_exported_program
 from graphwright.ir.files.size_calls import restore, spell
@@ -65,6 +66,7 @@ def save_program(program: Program, path: str | Path) -> None:
         _write(file, exported, extras)
 
 
+@bounded
 def load_program(path: str | Path) -> Program:
     """The program in a file written by `save_program`; weights stay mapped from the file.
 

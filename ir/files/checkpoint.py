@@ -11,6 +11,7 @@ import torch
 
 from graphwright.ir.causes import innermost
 from graphwright.ir.errors import ModelError
+from graphwright.ir.files.bounds import refuse_repeated
 from graphwright.ir.files.detect import Kind
 from graphwright.ir.files.factory import current_folder
 from graphwright.ir.files.pickles import (
@@ -50,13 +51,17 @@ def read_checkpoint(path: Path, kind: Kind, *, allow_pickle: bool) -> Any:
     try:
         if not found and kind is not Kind.PICKLE:
             mapped = kind is Kind.CHECKPOINT
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            refuse_repeated(value, path)
+            return value
         # Classes of a trusted file may live beside where the command is run, as a factory's do.
         with current_folder():
             if kind is Kind.PICKLE:
                 with path.open("rb") as file:
                     return pickle.load(file)
             return torch.load(path, map_location="cpu", weights_only=False)
+    except ModelError:
+        raise
     except (AttributeError, ModuleNotFoundError) as error:
         raise _missing_class(path, error, found) from error
     except Exception as error:  # torch and the file's own code raise anything

@@ -9,7 +9,9 @@ from enum import Enum
 from pathlib import Path
 
 from graphwright.ir.errors import ModelError
+from graphwright.ir.files.bounds import refuse_special
 from graphwright.ir.files.pickles import LEGACY_MAGIC
+from graphwright.ir.files.zips import DAMAGE
 
 
 class Kind(Enum):
@@ -53,6 +55,7 @@ def detect(path: Path) -> Kind:
     """
     if path.is_dir():
         return _detect_folder(path)
+    refuse_special(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -124,7 +127,7 @@ def _detect_zip(path: Path) -> Kind:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
+    except DAMAGE as error:
         raise ModelError(
             "the zip archive is damaged or cut short",
             where=str(path),
@@ -197,13 +200,16 @@ def read_json(path: Path) -> object:
     Raises:
         ModelError: missing, too large, or no JSON.
     """
+    refuse_special(path)
     try:
         if path.stat().st_size > 256 << 20:
             raise ModelError("this JSON file is larger than 256 MiB", where=str(path))
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelError(f"cannot be read: {error.strerror}", where=str(path)) from error
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise ModelError("this JSON is nested too deep", where=str(path)) from error
+    except ValueError as error:
         raise ModelError("this is not valid JSON", where=str(path)) from error
 
 

@@ -20,7 +20,9 @@ import torch
 from torch.export import ExportedProgram
 
 from graphwright.ir.errors import ModelError
-from graphwright.ir.files.export_scan import NAMESPACES, scan_model
+from graphwright.ir.files.bounds import refuse_repeated
+from graphwright.ir.files.export_scan import scan_model
+from graphwright.ir.files.operators import NAMESPACES
 from graphwright.ir.files.pickles import listed, read_content, refuse_absurd, unsafe
 from graphwright.ir.files.size_expressions import CALLS
 from graphwright.ir.files.zips import Archive, Member
@@ -54,6 +56,7 @@ def read_export(path: Path) -> tuple[ExportedProgram, dict[str, str]]:
     )
     weights = _tensors(archive, storage, "weights", name)
     constants = _tensors(archive, storage, "constants", name)
+    refuse_repeated([weights, constants], path)
     examples = _sample_inputs(archive, name)
     program = _deserialize(model, weights, constants, str(path))
     program.example_inputs = examples
@@ -213,7 +216,11 @@ def _sample_inputs(archive: Archive, name: str) -> Any:
             details=tuple(listed(found)),
         )
     try:
-        return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+        inputs = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+        refuse_repeated(inputs, archive.path)
+        return inputs
+    except ModelError:
+        raise
     except Exception as error:  # torch raises many types here, RuntimeError and KeyError among them
         raise ModelError(
             "the sample inputs in this export archive are damaged", where=str(archive.path)

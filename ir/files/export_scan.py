@@ -13,21 +13,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from graphwright.ir.errors import ModelError
-from graphwright.ir.files.size_expressions import defined, is_plain_expression, is_plain_guard
-
-NAMESPACES = {
-    "aten": "",
-    "prims": "",
-    "graphwright": "graphwright.ir.ops",
-    "quantized_decomposed": "torch.ao.quantization.fx._decomposed",
-    "torchvision": "torchvision",
-    "torchaudio": "torchaudio",
-    "transformers": "transformers.integrations.moe",
-}
-"""Operator namespaces without side effects, each with the module that registers it."""
-
-DENIED_OPS = frozenset({"from_file", "save", "load", "_load_for_executorch", "_print", "warn"})
-"""Operators of these namespaces that touch files or the console."""
+from graphwright.ir.files.operators import is_plain
+from graphwright.ir.files.size_expressions import (
+    LARGEST_SIZE,
+    defined,
+    has_size_for_power,
+    is_plain_expression,
+    is_plain_guard,
+)
 
 HIGHER_ORDER = frozenset(
     {
@@ -67,7 +60,7 @@ def scan_model(model: Any, where: str) -> dict[str, Any]:
         ModelError: it could run code, or is not what torch writes; lists what was found.
     """
     try:
-        found = list(_problems(model))
+        found = [*_problems(model), *_powers(model)]
         if not found:
             return _reduced(model)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
@@ -99,6 +92,25 @@ def _problems(model: dict[str, Any]) -> Iterator[str]:
             yield f"module name: {_short(entry['fqn'])}"
         if entry.get("signature"):
             yield from _in_call(entry["signature"])
+
+
+def _powers(model: dict[str, Any]) -> Iterator[str]:
+    """Sizes that are exponents, where some size of the file is large."""
+    texts: list[str] = []
+    hints: list[int] = []
+    pending: list[Any] = [model["graph_module"]]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            if isinstance(value.get("expr_str"), str):
+                texts.append(value["expr_str"])
+                hints += [h for h in (value.get("hint") or {}).values() if isinstance(h, int)]
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value
+    powers = [text for text in dict.fromkeys(texts) if has_size_for_power(text)]
+    if powers and max(hints, default=0) > LARGEST_SIZE:
+        yield f"size expression: {_short(powers[0])} of sizes up to {max(hints)}"
 
 
 def _in_call(signature: dict[str, Any]) -> Iterator[str]:
@@ -177,7 +189,7 @@ def is_plain_operator(target: str) -> bool:
         return False
     if len(parts) == 4 and parts[2] == "higher_order":
         return parts[3] in HIGHER_ORDER
-    return len(parts) in (4, 5) and parts[2] in NAMESPACES and parts[3] not in DENIED_OPS
+    return len(parts) in (4, 5) and is_plain(parts[2], parts[3])
 
 
 def _reduced(model: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphwright.ir.causes import innermost
 from graphwright.ir.errors import ModelError
 from graphwright.ir.files.checkpoint import read_checkpoint
 from graphwright.ir.files.coded.description import (
@@ -16,6 +17,7 @@ from graphwright.ir.files.coded.description import (
     layout_of,
     refuse_undescribed,
 )
+from graphwright.ir.files.config_size import fits, refuse_counts
 from graphwright.ir.files.detect import Kind, detect, read_json
 from graphwright.ir.files.dtypes import STORED, Change, DtypeChoice
 from graphwright.ir.files.pretrained import build_pretrained
@@ -89,7 +91,17 @@ def read_folder(
     if not isinstance(config, dict):
         raise ModelError("config.json holds no object", where=str(folder))
     _refuse_code(config, folder)
+    refuse_counts(config, folder)
     weights = _weights(folder, kind)
+    with fits(weights, folder):
+        return _built(config, weights, folder, kind, choice, strip_prefix)
+
+
+def _built(
+    config: dict[str, Any], weights: dict[str, torch.Tensor], folder: Path, kind: Kind,
+    choice: DtypeChoice, strip_prefix: str | None,
+) -> tuple[nn.Module, Change, list[str]]:  # fmt: skip
+    """The model of the folder, by its library."""
     find = _transformers_class if kind is Kind.HUGGING_FACE else _diffusers_class
     cls = find(config, folder)
     inner, more = _wrapped(weights, strip_prefix, folder)
@@ -110,7 +122,18 @@ def read_folder(
     elif kind is Kind.HUGGING_FACE:
         model, warnings = build_pretrained(cls, folder, inner, **arguments)
     else:
-        model = cls.from_config(cls.load_config(str(folder))).to(dtype).eval()
+        try:
+            with torch.device("meta"):
+                cls.from_config(cls.load_config(str(folder)))  # to see that its size is sane
+            model = cls.from_config(cls.load_config(str(folder))).to(dtype).eval()
+        except ModelError:
+            raise
+        except Exception as error:  # the library raises anything
+            raise ModelError(
+                f"{cls.__name__} cannot be built from config.json",
+                where=str(folder),
+                details=(innermost(error),),
+            ) from error
         given = {n: t.to(dtype) if t.is_floating_point() else t for n, t in inner.items()}
         warnings = fill(model, given, str(folder))
     return model, change, [*more, *warnings]
@@ -157,9 +180,7 @@ def _read_coded(
     if kind is not Kind.HUGGING_FACE:
         raise ModelError("quantized folders of diffusers are not read", where=where)
     parts = Parts(weights, layout)
-    config = cls.config_class.from_pretrained(where, local_files_only=True)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    config = _plain_config(cls, where)
     stored = getattr(config, "dtype", None) or torch.float32
     change = choice.decide({stored})
     dtype = change.dtype or stored
@@ -169,10 +190,34 @@ def _read_coded(
         model, warnings[:] = build_pretrained(cls, folder, state, config=config, dtype=dtype)
         return model
 
-    with torch.device("meta"):
-        blank = cls(config)
+    try:
+        with torch.device("meta"):
+            blank = cls(config)
+    except ModelError:
+        raise
+    except Exception as error:  # the library raises anything
+        raise ModelError(
+            f"{cls.__name__} cannot be built from config.json",
+            where=where,
+            details=(innermost(error),),
+        ) from error
     model = load_coded(parts, build, blank, dtype)
     return model.eval(), change, [*warnings, *parts.notes()]
+
+
+def _plain_config(cls: Any, where: str) -> Any:
+    """The configuration without its description of codes."""
+    try:
+        config = cls.config_class.from_pretrained(where, local_files_only=True)
+    except Exception as error:  # the library raises anything
+        raise ModelError(
+            "config.json is not what the architecture needs",
+            where=where,
+            details=(innermost(error),),
+        ) from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def input_hints(module: nn.Module) -> dict[str, dict[str, Any]] | None:

@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 
 from graphwright.ir.causes import innermost
 from graphwright.ir.errors import ModelError
+from graphwright.ir.files.bounds import bounded
 from graphwright.ir.files.checkpoint import read_checkpoint
 from graphwright.ir.files.coded.description import (
     description_beside,
@@ -99,6 +100,7 @@ class LoadedModel:
         return run
 
 
+@bounded
 def load_model(
     source: str | Path,
     *,

@@ -34,6 +34,8 @@ def build_pretrained(
     Raises:
         ModelError: tensors are missing or of another shape, or the library fails.
     """
+    if cls.__module__.startswith("transformers"):
+        arguments["trust_remote_code"] = False  # the folder's own code is never run
     with quiet_libraries():
         try:
             if state is not None:
@@ -45,6 +47,8 @@ def build_pretrained(
                 str(folder) if state is None else None, local_files_only=True,
                 output_loading_info=True, ignore_mismatched_sizes=True, **arguments,
             )  # fmt: skip
+        except ModelError:
+            raise
         except Exception as error:  # the libraries raise anything
             raise ModelError(
                 f"{cls.__name__} cannot be built from this folder",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from graphwright.ir.errors import ModelError
+from graphwright.ir.files.bounds import refuse_special
 from graphwright.ir.files.detect import read_json
 
 
@@ -19,15 +20,16 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """
     from safetensors import SafetensorError, safe_open
 
+    refuse_special(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, OverflowError) as error:
         raise ModelError(
             "the safetensors file is damaged or cut short",
             where=str(path),
             fix="Copy or download the file again.",
-            details=(str(error).splitlines()[0],),
+            details=((str(error) or type(error).__name__).splitlines()[0],),
         ) from error
 
 

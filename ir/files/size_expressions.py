@@ -30,6 +30,9 @@ CONSTANTS = frozenset({"oo", "int_oo", "zoo", "nan", "true", "false"})
 KEYWORDS = frozenset({"positive", "integer", "nonnegative", "real", "precision", "evaluate"})
 POWERS = frozenset({"Pow", "PowByNatural", "FloatPow", "LShift"})
 LARGEST_POWER = 64
+LARGEST_SIZE = 4096
+"""Of any size in a file where some size is an exponent."""
+
 LARGEST_DEGREE = 1024
 """Product of nested constant powers."""
 
@@ -110,37 +113,69 @@ def _is_plain(node: ast.AST, calls: set[int], quoted: set[int]) -> bool:
 def _degree(node: ast.AST) -> int:
     """Product of the constant exponents on the deepest path; too large a number for odd ones."""
     below = max((_degree(child) for child in ast.iter_child_nodes(node)), default=1)
-    exponent: ast.AST | None = None
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        if node.func.id == "Float":
-            digits = [k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)]
-            return below if all(isinstance(d, int) and d <= 256 for d in digits) else 2**31
-        if node.func.id in POWERS:
-            exponent = node.args[1] if len(node.args) >= 2 else node
-    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow | ast.LShift):
-        exponent = node.right
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Float":
+        digits = [k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)]
+        return below if all(isinstance(d, int) and d <= 256 for d in digits) else 2**31
+    exponent = _power(node)
     return below if exponent is None else below * _exponent(exponent)
 
 
-def _exponent(node: ast.AST) -> int:
-    """The size of an exponent; a symbol counts as 1, for a power of one is not computed.
+def _power(node: ast.AST) -> ast.AST | None:
+    """The exponent, where the node is a power; a power without one is its own, which is refused."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in POWERS:
+        return node.args[1] if len(node.args) >= 2 else node
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow | ast.LShift):
+        return node.right
+    return None
 
-    A number times a symbol counts as the number; anything else that is computed is too large.
+
+def _exponent(node: ast.AST) -> int:
+    """The size of an exponent. One with a symbol, whose value `LARGEST_SIZE` bounds, counts as the
+    largest there is, so that there is no power of such a power.
     """
-    text = ast.unparse(node)
-    if _SYMBOL.fullmatch(text) or text.startswith(("Symbol(", "L[")):
+    factor = _factor(node)
+    return max(factor, LARGEST_POWER) if _has_size(node) else factor
+
+
+def _factor(node: ast.AST) -> int:
+    """A symbol counts as 1, and a number times a symbol as the number; anything else that is
+    computed is too large."""
+    if _is_size(node):
         return 1
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         if node.func.id == "ToFloat" and len(node.args) == 1:
-            return _exponent(node.args[0])
+            return _factor(node.args[0])
         if node.func.id == "Mul":
-            return _small(math.prod(_exponent(arg) for arg in node.args))
+            return _small(math.prod(_factor(arg) for arg in node.args))
     value = _literal(node)
     return _small(math.inf if value is None else abs(value))
 
 
 def _small(value: float) -> int:
     return 2**31 if value > LARGEST_POWER else max(1, math.ceil(value))
+
+
+def _is_size(node: ast.AST) -> bool:
+    """A symbol, or the size of an input in a guard, and no sum with one."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        return node.func.id == "Symbol"
+    if isinstance(node, ast.Name):
+        return _SYMBOL.fullmatch(node.id) is not None
+    return isinstance(node, ast.Subscript)
+
+
+def _has_size(node: ast.AST) -> bool:
+    return any(_is_size(part) for part in ast.walk(node))
+
+
+def has_size_for_power(text: str) -> bool:
+    """Whether a size is an exponent in an expression, so that its value has to be bounded."""
+    if not any(sign in text for sign in (*POWERS, "**", "<<")):
+        return False
+    tree = _parsed(defined(text))
+    return tree is not None and any(
+        _has_size(exponent) for exponent in map(_power, ast.walk(tree)) if exponent is not None
+    )
 
 
 def _literal(node: ast.AST) -> float | None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from graphwright.ir.causes import innermost
 from graphwright.ir.errors import ModelError
+from graphwright.ir.files.bounds import refuse_repeated
 from graphwright.ir.files.pickles import listed
 from graphwright.ir.files.script_scan import findings
 from graphwright.ir.files.script_state import (
@@ -200,6 +201,7 @@ def read_torchscript(path: Path, *, allow_pickle: bool) -> ScriptedModule:
             details=(innermost(error),),
         ) from error
     scripted.eval()
+    refuse_repeated(dict(scripted.named_parameters()) | dict(scripted.named_buffers()), path)
     return ScriptedModule(scripted).eval()
 
 

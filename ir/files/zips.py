@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from graphwright.ir.errors import ModelError
+from graphwright.ir.files.bounds import refuse_special
 
 MAX_RATIO = 100
 """A compressed member may declare at most this many times its packed size."""
@@ -21,7 +22,7 @@ MAX_INFLATED = 1 << 30
 MAX_TEXT = 1 << 30
 """A member that is read whole into memory may not be larger than this."""
 
-_DAMAGE = (
+DAMAGE = (
     zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, ValueError, LookupError,
     NotImplementedError, OverflowError, RuntimeError,
 )  # fmt: skip
@@ -53,6 +54,7 @@ class Archive:
     def __init__(self, path: Path, data: bytes | None = None) -> None:
         self.path = path
         self._data = data
+        refuse_special(path)
         try:
             with self._open() as file, zipfile.ZipFile(file) as archive:
                 infos = [info for info in archive.infolist() if not info.is_dir()]
@@ -67,7 +69,7 @@ class Archive:
                     for info in infos
                 }  # fmt: skip
                 total = file.seek(0, io.SEEK_END)
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise ModelError(
                 "the zip archive is damaged or cut short",
                 where=str(path),
@@ -96,7 +98,7 @@ class Archive:
         try:
             with self._open() as file, zipfile.ZipFile(file) as archive:
                 return archive.read(member.name)
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise ModelError(
                 f"member {name!r} is damaged",
                 where=str(self.path),
