@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from graphwright import backends, ir, passes, specs
     from graphwright.api import load, lower, optimize
+    from graphwright.backends.onnxruntime.adapters import save_onnx_adapter
     from graphwright.ir.adapters.save import save_adapter
     from graphwright.ir.channels import channel_groups, cut, zero
     from graphwright.ir.check.fidelity import compare
@@ -40,6 +41,7 @@ _HOMES = {
     "cut": "graphwright.ir.channels",
     "zero": "graphwright.ir.channels",
     "save_adapter": "graphwright.ir.adapters.save",
+    "save_onnx_adapter": "graphwright.backends.onnxruntime.adapters",
     "export_checkpoint": "graphwright.ir.files.export_checkpoint",
     "Context": "graphwright.ir.context",
     "Editor": "graphwright.ir.edit",
@@ -80,6 +82,7 @@ __all__ = [
     "passes",
     "register",
     "save_adapter",
+    "save_onnx_adapter",
     "specs",
     "trace",
     "zero",

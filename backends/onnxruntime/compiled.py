@@ -14,14 +14,18 @@ import onnxruntime
 import torch
 
 from graphwright.backends.base import Artifact, Compiled
+from graphwright.backends.onnxruntime.adapters import Switch, write_adapter
 from graphwright.backends.onnxruntime.runtime import SessionSettings, open_session, run_session
-from graphwright.backends.onnxruntime.saved import read_signature
+from graphwright.backends.onnxruntime.saved import read_record
 from graphwright.ir.causes import innermost
-from graphwright.ir.errors import GraphwrightError, ModelError
+from graphwright.ir.errors import ArgumentError, GraphwrightError, ModelError
 from graphwright.ir.program import bind_inputs
 from graphwright.ir.signature import Signature, rebuild
 
 FILE = "model.onnx"
+ADAPTERS = "adapters"
+"""Folder of the adapters that a model takes."""
+
 DATA = "model.onnx.data"
 """Weights, when they are too large for the model file."""
 
@@ -33,6 +37,8 @@ class OnnxCompiled(Compiled):
         model: serialized model, or the path of one with its weights beside it.
         signature: inputs, outputs and structure, as the program's.
         session: ONNX Runtime's session.
+        switch: the adapters that it takes; None where it takes none.
+        shipped: adapters that `save` writes beside the model, by name.
     """
 
     backend = "onnxruntime"
@@ -46,6 +52,9 @@ class OnnxCompiled(Compiled):
         keep: TemporaryDirectory[str] | None = None,
     ) -> None:
         super().__init__(notes)
+        self.switch: Switch | None = None
+        self.shipped: Mapping[str, Mapping[str, Any]] = {}
+        self._run_options: onnxruntime.RunOptions | None = None
         self.model = model
         self.signature = signature
         self.session = session
@@ -63,7 +72,21 @@ class OnnxCompiled(Compiled):
 
     def run_flat(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Flat outputs for one tensor per input, unchecked."""
-        return run_session(self.session, self.signature, inputs)
+        return run_session(self.session, self.signature, inputs, self._run_options)
+
+    def use_adapter(self, path: str | Path | None) -> None:
+        """Runs with the adapter of a file from now on; with the model's own when None.
+
+        Raises:
+            ArgumentError: the model takes no adapters, or not this one.
+        """
+        if path is None:
+            self._run_options = None
+            return
+        if self.switch is None:
+            raise ArgumentError("the model takes no adapters",
+                                fix="Lower it with `adapters: switchable`.")  # fmt: skip
+        self._run_options = self.switch.options(Path(path))
 
     def save(self, folder: str | Path) -> Artifact:
         """Writes `model.onnx` (and `model.onnx.data` when the weights are large)."""
@@ -79,6 +102,10 @@ class OnnxCompiled(Compiled):
             os.replace(folder / f"{DATA}.part", folder / DATA)
             shutil.copyfile(self.model, part)
         os.replace(part, folder / FILE)
+        for name, factors in self.shipped.items():
+            assert self.switch is not None
+            written.append(folder / ADAPTERS / f"{name}.onnx_adapter")
+            write_adapter(written[-1], factors, self.switch.base)
         return Artifact(self.backend, folder / FILE, sum(f.stat().st_size for f in written))
 
 
@@ -90,7 +117,7 @@ def load(path: str | Path, settings: SessionSettings | None = None) -> OnnxCompi
     """
     path = Path(path)
     path = path / FILE if path.is_dir() else path
-    signature = read_signature(path)
+    signature, switch = read_record(path)
     try:
         session = open_session(path, settings or SessionSettings())
     except GraphwrightError:
@@ -99,4 +126,6 @@ def load(path: str | Path, settings: SessionSettings | None = None) -> OnnxCompi
         raise ModelError(
             "ONNX Runtime cannot open this artifact", where=str(path), details=(innermost(error),)
         ) from error
-    return OnnxCompiled(path, signature, session, {})
+    compiled = OnnxCompiled(path, signature, session, {})
+    compiled.switch = switch
+    return compiled

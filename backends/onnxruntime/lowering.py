@@ -7,6 +7,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from graphwright.backends.base import Backend
+from graphwright.backends.onnxruntime.adapters import (
+    FACT,
+    Switch,
+    switch_record,
+    switchable,
+    without_rank,
+)
 from graphwright.backends.onnxruntime.compiled import FILE, OnnxCompiled, load
 from graphwright.backends.onnxruntime.job import Job
 from graphwright.backends.onnxruntime.options import OnnxRuntimeOptions
@@ -15,6 +22,7 @@ from graphwright.backends.onnxruntime.steps.blocks import FORMS_FACT
 from graphwright.backends.onnxruntime.steps.catalog import STEPS
 from graphwright.backends.onnxruntime.steps.leftovers import leftovers, rebuilt_warnings
 from graphwright.backends.onnxruntime.ties import decided_by_ties
+from graphwright.ir.adapters.record import adapters
 from graphwright.ir.context import Context
 from graphwright.ir.program import Program
 
@@ -47,6 +55,8 @@ class Lowering(Backend):
             LoweringError: an op has no ONNX form, or the model differs without any step.
         """
         options: OnnxRuntimeOptions = self.options
+        if options.adapters == "switchable" and FACT not in program.facts:
+            return self._switchable(program, context)
         job = Job(program, options, TemporaryDirectory())
         steps = [step for step in STEPS if step.name not in options.skip]
         try:
@@ -88,6 +98,18 @@ class Lowering(Backend):
         if keep is None:
             job.folder.cleanup()
         return OnnxCompiled(attempt.model, program.signature, attempt.session, notes, keep)
+
+    def _switchable(self, program: Program, context: Context) -> OnnxCompiled:
+        """The model whose adapter's factors are inputs, with the adapter as it is for default."""
+        exposed = switchable(program)
+        compiled = self.lower(exposed, context)
+        record = switch_record(exposed)
+        compiled.switch = Switch(record["base"], record["shapes"])
+        own = {name: exposed.state[name].detach().cpu().numpy() for name in record["shapes"]}
+        (name,) = adapters(program)
+        compiled.shipped = {name: own, "base": without_rank(exposed)}
+        compiled.notes = {**compiled.notes, "adapters": sorted(record["shapes"])}
+        return compiled
 
     def _from_two(self, program: Program, dims: dict[str, str], context: Context) -> OnnxCompiled:
         """The model for sizes of 2 or more of these dimensions; says so."""

@@ -43,6 +43,12 @@ class OnnxRuntimeOptions(Options):
     """Arithmetic of those products: 4 rounds activations to 8 bits, block by block, as they come
     (fast; adds about 0.5% error to each product), 1 in float32."""
 
+    adapters: Literal["beside", "switchable"] = "beside"
+    """Factors of a low-rank adapter: constants of the model, or inputs that have the adapter's
+    values for default, so that a run can bring another adapter of any rank (`.onnx_adapter`
+    files are written beside the model, one for the base alone too). Such factors are not folded
+    or packed ahead: a single adapter runs fastest merged."""
+
     skip: tuple[StepName, ...] = ()
     """Rewriting steps to leave out, by name."""
 

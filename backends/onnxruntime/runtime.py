@@ -110,10 +110,13 @@ def feeds_for(
 
 
 def run_session(
-    session: onnxruntime.InferenceSession, signature: Signature, inputs: Sequence[torch.Tensor]
+    session: onnxruntime.InferenceSession,
+    signature: Signature,
+    inputs: Sequence[torch.Tensor],
+    options: onnxruntime.RunOptions | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Flat outputs for flat inputs, as torch tensors on the device of the first input."""
-    results = session.run(None, feeds_for(session, signature, inputs))
+    results = session.run(None, feeds_for(session, signature, inputs), options)
     device = inputs[0].device if inputs else torch.device("cpu")
     return tuple(torch.from_numpy(array).to(device) for array in results)
 

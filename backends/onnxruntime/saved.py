@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx
 
+from graphwright.backends.onnxruntime.adapters import Switch
 from graphwright.ir.errors import ModelError
 from graphwright.ir.signature import Signature
 
@@ -16,8 +17,10 @@ _LOADS_FILES = frozenset({"EPContext"})
 """Operators whose kernels open a file that the model names."""
 
 
-def read_signature(path: Path) -> Signature:
-    """The signature of an artifact; weights beside it are not read, but checked.
+def read_record(path: Path) -> tuple[Signature, Switch | None]:
+    """The signature of an artifact, and the adapters that it takes.
+
+    Weights beside the file are not read, but checked.
 
     Raises:
         ModelError: damaged, not written by us, or it names a file that is not beside it.
@@ -39,7 +42,9 @@ def read_signature(path: Path) -> Signature:
     for tensor in _tensors(head):
         _check_place(tensor, path)
     try:
-        return Signature.from_json(json.loads(record)["signature"])
+        whole = json.loads(record)
+        signature, taken = Signature.from_json(whole["signature"]), whole.get("adapters")
+        return signature, Switch(taken["base"], taken["shapes"]) if taken else None
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ModelError(
             "the record of this artifact is damaged",

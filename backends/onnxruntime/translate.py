@@ -11,6 +11,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import fx
 
 from graphwright.backends.onnxruntime import aten
+from graphwright.backends.onnxruntime.adapters import FACT, expose, switch_record
 from graphwright.backends.onnxruntime.aten.contrib import by_face
 from graphwright.backends.onnxruntime.decompose import computed_ahead, taken_apart
 from graphwright.backends.onnxruntime.emitter import (
@@ -98,6 +99,7 @@ def translate_with_values(
         graph, ir_version=IR_VERSIONS[opset], producer_name="graphwright", functions=e.functions
     )
     RemoveUnusedNodesPass()(model)
+    expose(model, program)
     finish(model, program)
     return model, e.values
 
@@ -246,4 +248,6 @@ def finish(model: ir.Model, program: Program) -> None:
         "passes": [{"id": p.id, "options": p.options, "seed": p.seed, "contract": p.contract}
                    for p in program.provenance],
     }  # fmt: skip
+    if FACT in program.facts:
+        record["adapters"] = switch_record(program)
     model.metadata_props["graphwright"] = json.dumps(record, sort_keys=True)

@@ -174,7 +174,7 @@ class _SideBySide:
     def _has_astray(self, node: fx.Node, expected: Any, got: Any, lost: Any) -> bool:
         """Whether a part of a value is wrong that is too small to show in the whole of it."""
         if node in self.rounded:
-            return is_astray(expected, lost, got, FAR * self.unit)
+            return is_astray(expected, lost, got, max(self.tolerance, FAR * self.unit))
         losses = FAR * 2**-52 / self.unit * slice_errors(expected, lost)
         allowed = torch.clamp(losses, min=self.tolerance)
         return bool((slice_errors(expected, got) > allowed).any())
