@@ -109,7 +109,19 @@ class CalibrationSection(Options):
     """Folder with the tokenizer of a `.txt` file, where it is not the model's own."""
 
     max_length: Size | None = None
-    """Tokens per text at most."""
+    """Tokens per text at most; the tokenizer cuts, and keeps what opens and closes a text."""
+
+    window: Size | None = None
+    """Read a `.txt` file as one text, in windows of so many tokens: what perplexities of language
+    models are published on. Absent, every line is a text of its own."""
+
+    stride: Size | None = None
+    """Tokens between the beginnings of two windows; absent, the `window`. With fewer, windows
+    overlap, and a token counts in the first that has it."""
+
+    chat_template: bool = False
+    """Put every line of a `.txt` file into the tokenizer's chat template: a line is a JSON list of
+    messages with `role` and `content`, or else what a user says."""
 
 
 class TrainingSection(CalibrationSection):

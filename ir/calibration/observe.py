@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
+from graphwright.ir.calibration.padding import real_tokens, real_values
 from graphwright.ir.context import Batch
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.program import Program
@@ -94,6 +95,8 @@ def observe(
     observers: Mapping[str, Observer],
     batches: Iterable[Batch],
     progress: Callable[[str, int, int], None] | None = None,
+    *,
+    padding: bool = True,
 ) -> int:
     """Runs the program on every batch and shows each named node's value to its observer.
 
@@ -102,6 +105,7 @@ def observe(
         observers: node name to observer.
         batches: calibration data.
         progress: called with (description, done, total).
+        padding: show what stands at padding tokens too; else real tokens alone, (n, in).
 
     Returns:
         Number of batches.
@@ -111,6 +115,7 @@ def observe(
         ModelError: an observed value is empty, NaN or infinite; names the node and the batch.
     """
     done = 0
+    real: Tensor | None = None
 
     def watch(node: fx.Node, value: Any) -> None:
         observer = observers.get(node.name)
@@ -122,12 +127,13 @@ def observe(
                 f"calibration batch {done} gives {what} at {node.name!r}",
                 fix="Check the calibration data, and the model on it.",
             )
-        observer.update(value)
+        observer.update(real_values(value, real))
 
     total = _length(batches)
     runner = _Run(program, watch)
     with torch.no_grad():
         for inputs in bound_batches(program, batches):
+            real = None if padding else real_tokens(program, [inputs])[0]
             runner.run(*inputs)
             done += 1
             if progress is not None:

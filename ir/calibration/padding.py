@@ -27,12 +27,17 @@ def real_tokens(program: Program, batches: Sequence[Sequence[Tensor]]) -> list[T
     return [None] * len(batches)
 
 
-def without_padding(geometry: Geometry, x: Tensor, real: Tensor | None) -> Tensor:
+def real_values(x: Tensor, real: Tensor | None) -> Tensor:
     """An activation's real tokens, (n, in); the activation itself where its rows are no tokens."""
-    if real is None or geometry.is_convolution:
+    if real is None:
         return x
     if x.dim() >= 3 and x.shape[:2] == real.shape:
         return x[real]
     if x.dim() == 2 and x.shape[0] == real.numel():
         return x[real.flatten()]
     return x
+
+
+def without_padding(geometry: Geometry, x: Tensor, real: Tensor | None) -> Tensor:
+    """The same for the input of a layer; that of a convolution stays whole, with its windows."""
+    return x if geometry.is_convolution else real_values(x, real)

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from graphwright.ir.data.checks import RawBatch, check_batch, check_names, without_padding
 from graphwright.ir.data.pieces import pieces_of, wanted_samples
-from graphwright.ir.data.sources import Column, Table, TextSource, open_source
+from graphwright.ir.data.sources import Column, Table, open_source
 from graphwright.ir.data.synthetic import (
     draw_size,
     example_sizes,
     synthetic_inputs,
 )
+from graphwright.ir.data.text_samples import text_samples
+from graphwright.ir.data.texts import TextSource
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.signature import DimRange, Signature
 
@@ -34,6 +36,7 @@ __all__ = [
 ]
 
 LABEL_NAMES = ("labels", "targets")
+TEXT_OPTIONS = ("window", "stride", "chat_template")
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_SYNTHETIC_SAMPLES = 32
 
@@ -139,7 +142,8 @@ def load_data(
     values within the signature's ranges. The first `samples` samples are used, in file order.
 
     Args:
-        section: `data`, and optionally `samples`, `batch_size`, `tokenizer`, `max_length`.
+        section: `data`, and optionally `samples`, `batch_size`, `tokenizer`, `max_length`,
+            `window`, `stride`, `chat_template`; with the `metric` perplexity windows have labels.
         signature: what the batches must fit.
         seed: of synthetic data; other sources do not draw.
         root: folder that relative paths start from.
@@ -162,12 +166,16 @@ def load_data(
         size = fixed[0]
     if data == "synthetic":
         return _synthetic(signature, samples or DEFAULT_SYNTHETIC_SAMPLES, size, seed, sizes or {})
-    options = {"tokenizer": section.get("tokenizer") or tokenizer}
-    source = open_source(data, Path(root), **options)
+    chat = bool(section.get("chat_template"))
+    own = section.get("tokenizer") or tokenizer
+    source = open_source(data, Path(root), tokenizer=own, chat=chat)
+    given = [name for name in TEXT_OPTIONS if section.get(name)]
+    if given and not isinstance(source, TextSource):
+        raise ArgumentError(f"{given[0]} is for text, a .txt file", where=data)
     if isinstance(source, dict):
         return _from_table(data, source, signature, samples, size)
     if isinstance(source, TextSource):
-        return _from_text(data, source, signature, samples, size, section.get("max_length"))
+        return _from_text(data, source, signature, samples, size, section)
     return _from_stream(data, source, signature, samples)
 
 
@@ -236,28 +244,18 @@ def _from_text(
     signature: Signature,
     samples: int | None,
     size: int,
-    max_length: int | None,
+    section: Mapping[str, Any],
 ) -> Batches:
-    lengths = [spec.shape[1] for spec in signature.inputs if len(spec.shape) == 2]
-    if not lengths:
-        raise ArgumentError("text needs a model with inputs of shape (batch, length)", where=data)
-    length = lengths[0]
-    fixed = length if isinstance(length, int) else None
-    bounds = signature.dims.get(str(length), DimRange())
-    limits = [limit for limit in (fixed, bounds.max, max_length) if limit is not None]
-    count = wanted_samples(data, samples, len(source.texts))
-    names = [spec.name for spec in signature.inputs]
+    count, take = text_samples(data, source, signature, samples, section)
     pieces = pieces_of(data, signature, count, size)
-
-    def take(indices: Sequence[int]) -> RawBatch:
-        texts = [source.texts[index] for index in indices]
-        return source.encode(texts, names, min(limits, default=None), fixed, bounds.min)
 
     def read() -> Iterator[RawBatch]:
         for start, stop in pieces:
             yield take(range(start, stop))
 
-    batches = Batches(data, signature, read, rows=Rows(count, size, take))
+    has_labels = section.get("window") and section.get("metric") == "perplexity"
+    label = LABEL_NAMES[0] if has_labels else None
+    batches = Batches(data, signature, read, label, rows=Rows(count, size, take))
     _ = len(batches)
     return batches
 

@@ -7,7 +7,7 @@ import re
 import struct
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graphwright.ir.data.texts import TextSource, open_text
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.files.bounds import refuse_special
 from graphwright.ir.user_code import admit
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model")
 
 
 @dataclass(frozen=True)
@@ -35,41 +35,11 @@ class Column:
 Table = dict[str, Column]
 
 
-@dataclass(frozen=True)
-class TextSource:
-    """Texts and what turns them into token ids."""
-
-    texts: list[str]
-    tokenize: Callable[[list[str]], list[dict[str, list[int]]]]
-    padding: dict[str, int]
-
-    def encode(
-        self,
-        texts: list[str],
-        names: Sequence[str],
-        limit: int | None,
-        fixed: int | None,
-        least: int,
-    ) -> dict[str, Tensor]:
-        """int64 tensors (batch, length) by input name; padded on the right to the longest text."""
-        rows = self.tokenize(texts)
-        if limit is not None:  # the last token closes the sequence ([SEP], </s>): keep it
-            rows = [{n: _cut(ids, limit) for n, ids in row.items()} for row in rows]
-        length = fixed or max(least, *(len(row["input_ids"]) for row in rows))
-        return {
-            name: torch.tensor(
-                [r[name] + [self.padding.get(name, 0)] * (length - len(r[name])) for r in rows]
-            )
-            for name in names
-            if name in rows[0]
-        }
-
-
 Stream = Callable[[], Iterable[Any]]
 
 
 def open_source(
-    data: str, root: Path, *, tokenizer: str | Path | None = None
+    data: str, root: Path, *, tokenizer: str | Path | None = None, chat: bool = False
 ) -> Table | TextSource | Stream:
     """Opens `data`: see `graphwright.ir.data.batches.load_data` for the kinds.
 
@@ -97,7 +67,7 @@ def open_source(
         if path.suffix == ".safetensors":
             return _open_safetensors(path)
         if path.suffix == ".txt":
-            return _open_text(path, data, tokenizer)
+            return open_text(path, data, tokenizer, chat=chat)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, struct.error) as error:
         raise ArgumentError(f"cannot be read: {_first_line(error)}", where=data) from error
     raise ArgumentError(
@@ -187,82 +157,6 @@ def _not_empty(table: Table, data: str) -> Table:
     if not table:
         raise ArgumentError("holds no arrays", where=data, fix="Save one array per input.")
     return table
-
-
-# --- text --------------------------------------------------------------------------------------
-
-
-def _open_text(path: Path, data: str, tokenizer: str | Path | None) -> TextSource:
-    folders = [Path(tokenizer)] if tokenizer else [path.parent]
-    folder = folders[0] if folders[0].is_dir() else folders[0].parent
-    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
-        raise ArgumentError(
-            f"text needs a tokenizer, and {folder} has none",
-            where=data,
-            fix="Name the folder that holds tokenizer.json under `tokenizer`, or give token ids.",
-        )
-    texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    tokenizer_file = folder / "tokenizer.json"
-    if tokenizer_file.exists():
-        return _fast_tokenizer(texts, tokenizer_file, data)
-    return _any_tokenizer(texts, folder, data)
-
-
-def _fast_tokenizer(texts: list[str], file: Path, data: str) -> TextSource:
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise _missing("tokenizers", data) from error
-    refuse_special(file)
-    try:
-        loaded = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library has no type of its own for it
-        raise ArgumentError(
-            f"the tokenizer {file} cannot be read: {_first_line(error)}", where=data
-        ) from error
-    loaded.no_padding()
-    loaded.no_truncation()
-
-    def tokenize(batch: list[str]) -> list[dict[str, list[int]]]:
-        return [
-            {"input_ids": e.ids, "attention_mask": e.attention_mask, "token_type_ids": e.type_ids}
-            for e in loaded.encode_batch(batch)
-        ]
-
-    known = (loaded.token_to_id(token) for token in ("[PAD]", "<pad>", "<|endoftext|>"))
-    pad = next((index for index in known if index is not None), 0)
-    return TextSource(texts, tokenize, {"input_ids": pad})
-
-
-def _any_tokenizer(texts: list[str], folder: Path, data: str) -> TextSource:
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise _missing("transformers", data) from error
-    try:
-        loaded = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # the library raises anything
-        raise ArgumentError(
-            f"the tokenizer in {folder} cannot be read: {_first_line(error)}", where=data
-        ) from error
-
-    def tokenize(batch: list[str]) -> list[dict[str, list[int]]]:
-        encoded = loaded(batch, return_token_type_ids=True, return_attention_mask=True)
-        return [{name: encoded[name][i] for name in encoded} for i in range(len(batch))]
-
-    return TextSource(texts, tokenize, {"input_ids": loaded.pad_token_id or 0})
-
-
-def _missing(package: str, data: str) -> ArgumentError:
-    return ArgumentError(
-        f"tokenizing text needs {package}", where=data, fix="Install graphwright[hub]."
-    )
-
-
-def _cut(ids: list[int], limit: int) -> list[int]:
-    return ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
 
 
 # --- functions ---------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize_blocks
 from graphwright.ir.calibration.experts import is_stack, part_names
+from graphwright.ir.calibration.padding import without_padding
 from graphwright.ir.calibration.site import Site, Solved, Task
 from graphwright.ir.calibration.walk import sweep
 from graphwright.ir.edit import Editor
@@ -180,22 +181,29 @@ class _Method:
 
     def gather(self, site: Site) -> adaquant.Samples:
         low, high, count = 0.0, 0.0, 0
-        for x in site.inputs():
-            flat = x.flatten(1)
+        for x, real in zip(site.inputs(), site.real, strict=True):
+            flat = self._without_padding(site, x, real).flatten(1)
             low, high = low + float(flat.amin(1).sum()), high + float(flat.amax(1).sum())
             count += len(x)
-        now, then = (
-            list(self._parts(site, site.inputs())),
-            list(self._parts(site, site.original_inputs())),
-        )
+        now = list(self._parts(site, site.inputs(), site.rows()))
+        then = list(self._parts(site, site.original_inputs(), site.original_rows()))
         return adaquant.Samples(now, then, low / max(count, 1), high / max(count, 1))
 
-    def _parts(self, site: Site, values: Iterator[Tensor]) -> Iterator[Tensor]:
-        """Images as they are; rows (n, k) of the rest, evenly thinned to a bounded number."""
+    def _without_padding(self, site: Site, x: Tensor, real: Tensor | None) -> Tensor:
+        """Samples with zeros, which any range holds, in the place of padding tokens."""
+        if real is not None and x.dim() >= 3 and x.shape[:2] == real.shape:
+            return x.where(real.reshape(*real.shape, *[1] * (x.dim() - 2)), 0.0)
+        return without_padding(site.geometry, x, real)
+
+    def _parts(
+        self, site: Site, values: Iterator[Tensor], rows: Iterator[Tensor]
+    ) -> Iterator[Tensor]:
+        """Images as they are; rows (n, k) of the rest, without padding, evenly thinned to a
+        bounded number."""
         if site.geometry.is_convolution:
             yield from values
             return
-        found = [x.reshape(-1, x.shape[-1]) for x in values]
+        found = [x[0] for x in rows]
         total = sum(len(x) for x in found)
         step = max(1, -(-total // MOST_ROWS))
         yield torch.cat([x[::step] for x in found])  # none of an expert that no token went to

@@ -68,7 +68,7 @@ class Smoothquant(Pass[SmoothquantOptions]):
         channels = {group.x.name: Channels() for group in groups}
         rows = {group.x.name: Rows(ROWS, ROWS_PER_BATCH) for group in groups}
         watched = {name: Several(channels[name], rows[name]) for name in channels}
-        observe(program, watched, context.batches, context.progress)
+        observe(program, watched, context.batches, context.progress, padding=False)
         editor = Editor(program, by=self.id)
         twin = dict(zip(program.graph.nodes, editor.graph.nodes, strict=True))
         actions = []
