@@ -167,8 +167,8 @@ def load_data(
     if data == "synthetic":
         return _synthetic(signature, samples or DEFAULT_SYNTHETIC_SAMPLES, size, seed, sizes or {})
     chat = bool(section.get("chat_template"))
-    own = section.get("tokenizer") or tokenizer
-    source = open_source(data, Path(root), tokenizer=own, chat=chat)
+    folder = section.get("tokenizer") or tokenizer
+    source = open_source(data, Path(root), tokenizer=folder, chat=chat)
     given = [name for name in TEXT_OPTIONS if section.get(name)]
     if given and not isinstance(source, TextSource):
         raise ArgumentError(f"{given[0]} is for text, a .txt file", where=data)
