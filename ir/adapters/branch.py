@@ -112,16 +112,24 @@ class Branch:
 
     def dropped(self, p: float, *readers: fx.Node) -> None:
         """Lets `readers` see the layer's input through one dropout while the program trains."""
+        self.dropped_from(self.input, p, *readers)
+
+    def dropped_from(self, source: fx.Node, p: float, *readers: fx.Node) -> None:
+        """Lets `readers` see a value through one dropout while the program trains."""
         if p:
-            entries = gw_meta(self.input).get("dropout") or ()
+            entries = gw_meta(source).get("dropout") or ()
             names = [reader.name for reader in readers]
-            set_gw_meta(self.input, dropout=[*entries, ["dropout", p, names]])
+            set_gw_meta(source, dropout=[*entries, ["dropout", p, names]])
 
     def before(self, target: object, *args: object) -> fx.Node:
         """Adds a call in front of the layer's own."""
         node = self.editor.call(target, *args, before=self.call, like=self.call)
         set_gw_meta(node, adapter=self.name)
         return node
+
+    def read_weight(self, node: fx.Node) -> None:
+        """Lets the layer's call read its weight from a node that is computed from it."""
+        self.call.update_arg(WEIGHT_ARGUMENT[self.layer.kind], node)
 
     def scale_input(self, factor: fx.Node) -> None:
         """Lets the layer read its input times a factor, and nothing else change."""
@@ -137,6 +145,15 @@ class Branch:
             set_gw_meta(result, dropout=dropout)
             set_gw_meta(self.tip, dropout=None)
         self.tip.replace_all_uses_with(result, delete_user_cb=lambda user: user not in made)
+
+
+def stored_weight(call: fx.Node, place: int) -> fx.Node:
+    """The weight that a call reads, below what adapters compute from it."""
+    node = call.args[place]
+    assert isinstance(node, fx.Node)
+    while adapter_of(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
 
 
 def results(call: fx.Node, layer: str) -> list[fx.Node]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from graphwright.ir.adapters.branch import results
+from graphwright.ir.adapters.branch import results, stored_weight
 from graphwright.ir.adapters.record import Adapter, adapters, forget, record
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
@@ -131,8 +131,7 @@ def _store(
     editor: Editor, layer: Layer, call: fx.Node, adapter: Adapter, formula: Formula
 ) -> Applied:
     """Puts the merged weight and bias where all calls of the layer read them."""
-    weight = call.args[WEIGHT_ARGUMENT[layer.kind]]
-    assert isinstance(weight, fx.Node)
+    weight = stored_weight(call, WEIGHT_ARGUMENT[layer.kind])
     _refuse(weight, layer, call, adapter)
     place = BIAS_ARGUMENT.get(layer.kind)
     args, _ = full_arguments(call)
@@ -237,6 +236,10 @@ def _scaled_input(call: fx.Node, adapter: Adapter) -> fx.Node | None:
 
 def _take_out(call: fx.Node, layer: Layer, adapter: Adapter) -> None:
     """Lets every reader of the adapter's result read the layer's own output again."""
+    place = WEIGHT_ARGUMENT[layer.kind]
+    read = call.args[place]
+    if isinstance(read, fx.Node) and adapter_of(read) == adapter.name:
+        call.update_arg(place, stored_weight(call, place))
     scaled = _scaled_input(call, adapter)
     if scaled is not None:
         call.update_arg(INPUT_ARGUMENT[layer.kind], scaled.args[0])

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from graphwright.ir.errors import ModelError
 from graphwright.ir.graph.aliasing import unstable_nodes
+from graphwright.ir.graph.nodes import adapter_of
 
 
 def constant_operand(program: Stored, node: fx.Node, device: torch.device) -> Any:
@@ -87,8 +88,10 @@ def weight_source(node: object) -> fx.Node | None:
             continue
         if current.op == "get_attr":
             return current
-        if not depends_on_input(current):
-            seen.extend(current.all_input_nodes)
+        if depends_on_input(current):
+            continue
+        # below an adapter's own tensors lies the weight that it was computed from
+        seen.extend(current.all_input_nodes[:1] if adapter_of(current) else current.all_input_nodes)
     return None
 
 
