@@ -14,9 +14,11 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from graphwright.ir.errors import GraphwrightError
+from graphwright.ir.lack import lacks_told
 
 EXIT_STATUS = (
-    "exit status: 0 done; 2 the spec or the arguments are wrong; 3 the model cannot be loaded or "
+    "exit status: 0 done; 2 the spec or the arguments are wrong, or the machine lacks memory, disk "
+    "space or a right for them; 3 the model cannot be loaded or "
     "traced; 4 a pass broke its contract or its error bound; 5 lowering failed or its result "
     "differs from the program; 6 a bound of `require` was missed"
 )
@@ -51,8 +53,9 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     if getattr(arguments, "no_code", False) and getattr(arguments, "allow_pickle", False):
         parser.error("--no-code and --allow-pickle contradict each other")
     try:
-        status = arguments.do(arguments)
-        sys.stdout.flush()
+        with lacks_told():
+            status = arguments.do(arguments)
+            sys.stdout.flush()
         return int(status or 0)
     except GraphwrightError as error:
         if arguments.debug:

@@ -20,14 +20,20 @@ def innermost(error: BaseException) -> str:
     TorchScript puts the message of the operator below a listing of its own code; other engines
     chain exceptions. The type is named where the text is empty.
     """
-    chain = [error]
-    while (cause := chain[-1].__cause__) is not None and cause not in chain:
-        chain.append(cause)
-    for one in chain:
+    errors = chain(error)
+    for one in errors:
         text = _telling(str(one))
         if text:
             return text[:_LONGEST]
-    return type(chain[-1]).__name__
+    return type(errors[-1]).__name__
+
+
+def chain(error: BaseException) -> list[BaseException]:
+    """An error, the one that it was raised from, and so on."""
+    found = [error]
+    while (cause := found[-1].__cause__) is not None and cause not in found:
+        found.append(cause)
+    return found
 
 
 def _telling(text: str) -> str:

@@ -22,6 +22,10 @@ def _silent(description: str, done: int, total: int) -> None:
     """The progress callback of a run without a bar."""
 
 
+def _unheard(text: str) -> None:
+    """The warning callback of a run without a report."""
+
+
 @dataclass(frozen=True)
 class Context:
     """Surroundings of one pass or one lowering.
@@ -33,6 +37,7 @@ class Context:
         jobs: parallel workers, or `ray`.
         work: folder that may be written; None when there is none.
         progress: called with (description, done, total).
+        warn: called with a line that the user should know of.
         scope: place in the run, as (2, "quantize.int8"); part of every derived seed.
         training: labelled batches for passes that train: `ir.data.Batches`, or re-iterable like
             `calibration`, with the labels as one value more.
@@ -51,6 +56,7 @@ class Context:
     jobs: int | str = 1
     work: Path | None = None
     progress: Callable[[str, int, int], None] = _silent
+    warn: Callable[[str], None] = _unheard
     scope: tuple[str | int, ...] = ()
     training: Iterable[Any] | None = None
     teacher: Program | None = None

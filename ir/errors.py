@@ -39,6 +39,10 @@ class ArgumentError(GraphwrightError):
     exit_code = 2
 
 
+class ResourceError(ArgumentError):
+    """The machine lacks memory, room on a disk or a right that the run needs."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing wrong in a spec."""

@@ -206,6 +206,7 @@ class Pass(Generic[OptionsT]):
             else self.run(program, context)
         )
         from graphwright.ir.check.interface import check_interface
+        from graphwright.ir.graph.arrange import arranged
         from graphwright.ir.graph.digest import digest
 
         written = writes.found()
@@ -221,7 +222,12 @@ class Pass(Generic[OptionsT]):
             self.id, self.resolved_options(), context.seed, self.contract, digest(program)
         )
         changed = result.program.replace(provenance=(*program.provenance, record))
-        return replace(result, program=changed)
+        if result.program.graph is not program.graph:
+            changed = arranged(changed)
+        before = result.uncompressed
+        return replace(
+            result, program=changed, uncompressed=None if before is None else arranged(before)
+        )
 
     def _run_on_stored(self, program: Program, context: Context) -> Result:
         from graphwright.ir.stored.parametrized import store_weights

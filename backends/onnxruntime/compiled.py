@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import weakref
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from graphwright.backends.base import Artifact, Compiled
 from graphwright.backends.onnxruntime.adapters import Switch, write_adapter
 from graphwright.backends.onnxruntime.runtime import SessionSettings, open_session, run_session
 from graphwright.backends.onnxruntime.saved import read_record
+from graphwright.ir.atomic import replacing, write_atomically
 from graphwright.ir.causes import innermost
 from graphwright.ir.errors import ArgumentError, GraphwrightError, ModelError
 from graphwright.ir.program import bind_inputs
@@ -93,15 +93,13 @@ class OnnxCompiled(Compiled):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         written = [folder / FILE]
-        part = folder / f"{FILE}.part"
         if isinstance(self.model, bytes):
-            part.write_bytes(self.model)
+            write_atomically(folder / FILE, self.model)
         else:
             written.append(folder / DATA)
-            shutil.copyfile(self.model.parent / DATA, folder / f"{DATA}.part")
-            os.replace(folder / f"{DATA}.part", folder / DATA)
-            shutil.copyfile(self.model, part)
-        os.replace(part, folder / FILE)
+            for source, target in ((self.model.parent / DATA, DATA), (self.model, FILE)):
+                with source.open("rb") as old, replacing(folder / target) as new:
+                    shutil.copyfileobj(old, new, 1 << 24)
         for name, factors in self.shipped.items():
             assert self.switch is not None
             written.append(folder / ADAPTERS / f"{name}.onnx_adapter")

@@ -29,11 +29,7 @@ from graphwright.backends.onnxruntime.integer import integer_kernels, quantized_
 from graphwright.backends.onnxruntime.optimized import OptimizedGraph
 from graphwright.backends.onnxruntime.options import OnnxRuntimeOptions
 from graphwright.backends.onnxruntime.rounded import check_products, set_level
-from graphwright.backends.onnxruntime.runtime import (
-    SessionSettings,
-    open_and_count,
-    run_session,
-)
+from graphwright.backends.onnxruntime.runtime import SessionSettings, open_and_count, run_session
 from graphwright.backends.onnxruntime.sparse import store_sparse
 from graphwright.backends.onnxruntime.steps.blocks import EXACT, PRODUCTS_FACT
 from graphwright.backends.onnxruntime.steps.catalog import Step
@@ -41,9 +37,11 @@ from graphwright.backends.onnxruntime.steps.int8 import REPLACED
 from graphwright.backends.onnxruntime.steps.leftovers import has_compressed_weights
 from graphwright.backends.onnxruntime.ties import with_settled_ties
 from graphwright.backends.onnxruntime.translate import translate_with_values
+from graphwright.ir.causes import innermost
 from graphwright.ir.check.exact import SMALL_MULTIPLE
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import LoweringError
+from graphwright.ir.lack import raise_lack
 from graphwright.ir.program import Program
 
 MOST_GROWTH, SLACK = 1.3, 1 << 16
@@ -109,6 +107,7 @@ class Job:
             count = step(editor, self.options)
             program = editor.finish(propagate=False)
         except Exception as error:
+            raise_lack(error)
             raise Differs(f"step {step.name} failed: {error!r}") from error
         if count:
             made.program = program
@@ -158,7 +157,8 @@ class Job:
         except Differs:
             raise
         except Exception as error:
-            raise Differs(f"ONNX Runtime refuses the model: {_first_line(error)}") from error
+            raise_lack(error)
+            raise Differs(f"ONNX Runtime refuses the model: {innermost(error)}") from error
         made.exact = made.session
         try:
             self._check_session(made, made.session, outputs, plain)
@@ -185,7 +185,8 @@ class Job:
             try:
                 outputs = graph.read(names, self.settings, self.program.signature, case.inputs)[1]
             except Exception as error:
-                made.unoptimized = _first_line(error)
+                raise_lack(error)
+                made.unoptimized = innermost(error)
                 return []
             self._compare(case, outputs, made, taps)
             found.append(outputs)
@@ -213,7 +214,8 @@ class Job:
                 try:
                     outputs = run_session(session, self.program.signature, case.inputs)
                 except Exception as error:
-                    raise Differs(f"the model fails {case}: {_first_line(error)}") from error
+                    raise_lack(error)
+                    raise Differs(f"the model fails {case}: {innermost(error)}") from error
             self._compare(case, outputs, made, taps)
             if plain and taps is None:  # codes of quantizers may differ by one, and do not matter
                 same = replace(case, expected=plain[index])
@@ -343,7 +345,3 @@ class Job:
 def _weight_bytes(model: ir.Model) -> int:
     values = (value.const_value for value in model.graph.initializers.values())
     return sum(value.nbytes for value in values if value is not None)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -24,6 +24,7 @@ from graphwright.backends.onnxruntime.steps.leftovers import leftovers, rebuilt_
 from graphwright.backends.onnxruntime.ties import decided_by_ties
 from graphwright.ir.adapters.record import adapters
 from graphwright.ir.context import Context
+from graphwright.ir.graph.arrange import arranged
 from graphwright.ir.program import Program
 
 RUN_DTYPES = ("float64", "float32", "float16")
@@ -57,6 +58,7 @@ class Lowering(Backend):
         options: OnnxRuntimeOptions = self.options
         if options.adapters == "switchable" and FACT not in program.facts:
             return self._switchable(program, context)
+        program = arranged(program)  # one program, one file, whatever it went through
         job = Job(program, options, TemporaryDirectory())
         steps = [step for step in STEPS if step.name not in options.skip]
         try:

@@ -14,6 +14,7 @@ from graphwright.ir.check.verify import check_contract
 from graphwright.ir.context import Context
 from graphwright.ir.data.synthetic import other_size_inputs
 from graphwright.ir.errors import ContractError, LoweringError
+from graphwright.ir.graph.arrange import arranged
 from graphwright.ir.options import Options as BaseOptions
 from graphwright.ir.program import Program
 
@@ -44,6 +45,7 @@ class Lowering(Backend):
         Raises:
             LoweringError: the fused program computes something else; names the first node.
         """
+        program = arranged(program)  # one program, one file, whatever it went through
         fused = fuse(program)
         others = other_size_inputs(program, context.seed)
         try:

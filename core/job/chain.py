@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphwright.ir.errors import ContractError, GraphwrightError
-from graphwright.job.checkpoint import Checkpoints, chain_key
-from graphwright.job.environment import environment
+from graphwright.ir.lack import lack
+from graphwright.job.checkpoint import Checkpoints
+from graphwright.job.keys import chain_keys
 
 if TYPE_CHECKING:
     from graphwright.ir.check.verify import Checker
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from graphwright.ir.data.batches import Batches
     from graphwright.ir.program import Program
     from graphwright.job.run import Run
-    from graphwright.specs.sections import CalibrationSection
 
 CHECK_BATCHES = 2
 """Calibration batches that every pass is checked on, beside the example inputs."""
@@ -37,7 +37,7 @@ def run_chain(
     """
     from graphwright.ir.graph.digest import digest
 
-    keys = _keys(run, digest(original)) if run.spec.passes else []
+    keys = chain_keys(run, digest(original), calibration, training)
     records: list[dict[str, Any]] = []
     program, begin, uncompressed = original, 0, original
     checkpoints = Checkpoints(run.place.work / "checkpoints")
@@ -62,36 +62,13 @@ def run_chain(
             try:
                 checkpoints.save(index, keys[index], program, records, kept)
                 run.place.drop_pass_work()  # what a pass had saved on its way is of no more use
-            except GraphwrightError as error:
+            except (GraphwrightError, OSError) as error:
                 # The run is what was asked for; a checkpoint only saves time if it is killed.
-                run.warn(f"no checkpoint behind pass {index} ({record['id']}): {error.message}")
+                told = lack(error) or error
+                run.warn(f"no checkpoint behind pass {index} ({record['id']}): {told}")
             unsaved = 0.0
         run.check_time(f"pass {index} ({record['id']})")
     return program, records, checker
-
-
-def _keys(run: Run, base: str) -> list[str]:
-    keys, key = [], base
-    for index, call in enumerate(run.spec.passes):
-        key = chain_key(
-            key, id=call.id, options=call.options, index=index, seed=run.spec.seed,
-            environment=environment(), calibration=_data_digest(run, run.spec.calibration),
-            training=_data_digest(run, run.spec.training),
-        )  # fmt: skip
-        keys.append(key)
-    return keys
-
-
-def _data_digest(run: Run, section: CalibrationSection | None) -> str:
-    """Data is an input like any other: a changed file makes another run."""
-    if section is None:
-        return ""
-    file = Path(run.spec.folder) / section.data
-    if file.is_file():
-        from graphwright.job.checkpoint import file_sha256
-
-        return chain_key(file_sha256(file), **section.model_dump(mode="json"))
-    return chain_key("", **section.model_dump(mode="json"))
 
 
 def _checker(run: Run, program: Program, calibration: Batches | None) -> Checker:
@@ -129,6 +106,7 @@ def _context(run: Run, index: int) -> Context:
         jobs=run.settings.jobs,
         work=run.place.pass_work(index),
         progress=run.progress.update,
+        warn=run.warn,
         scope=(index, run.spec.passes[index].id),
         folder=Path(run.spec.folder),
         checkpoint_seconds=run.settings.checkpoint_seconds,

@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from graphwright.ir.program import Program
 
 
+MANIFEST = "manifest.json"
+
+
+class _DamagedError(Exception):
+    """A file does not hold what was written; names it."""
+
+
 def chain_key(previous: str, **parts: Any) -> str:
     """Key of a step: a digest of everything that its result depends on."""
     text = json.dumps([previous, parts], sort_keys=True, default=str)
@@ -34,29 +41,45 @@ class Checkpoints:
 
         None if there is none; `uncompressed` is None where it is the program before all passes.
 
-        A stale or damaged checkpoint counts as none: it is never worth an error. `warn` is told
-        of one that is not stale and cannot be read.
+        One of another chain counts as none. So does a damaged one, of which `warn` is told: it
+        costs the time that it would have saved, and is never an error.
         """
         from graphwright.ir.errors import GraphwrightError
         from graphwright.ir.files.archive import load_program
 
-        manifest = self.folder / "manifest.json"
+        if not (self.folder / MANIFEST).exists():
+            return None
         try:
-            entry = json.loads(manifest.read_text())
-            index = keys.index(entry["key"])
+            entry = self._entry()
+            if entry["key"] not in keys:
+                return None
             programs = []
             for name, digest in entry["files"]:
                 if file_sha256(self.folder / name) != digest:
-                    return None
+                    raise _DamagedError(name)
                 programs.append(load_program(self.folder / name))
             place = entry["uncompressed"]
             uncompressed = None if place is None else programs[place]
-            return index, programs[0], entry["records"], uncompressed
+            return keys.index(entry["key"]), programs[0], entry["records"], uncompressed
+        except _DamagedError as error:
+            reason = f"{error} does not hold the bytes that were written"
+        except OSError as error:
+            reason = f"{error.filename}: {error.strerror}"
         except GraphwrightError as error:
-            warn(f"the checkpoint of an earlier run cannot be read, and is not used: {error}")
-        except (OSError, ValueError, KeyError, TypeError, IndexError):
-            pass
+            reason = str(error)
+        warn(f"the checkpoint of an earlier run is damaged, and is not used: {reason}")
         return None
+
+    def _entry(self) -> dict[str, Any]:
+        """The manifest: a line with the digest of the JSON behind it.
+
+        Raises:
+            _DamagedError: it is not.
+        """
+        written, _, text = (self.folder / MANIFEST).read_bytes().partition(b"\n")
+        if hashlib.sha256(text).hexdigest().encode() != written:
+            raise _DamagedError(MANIFEST)
+        return dict(json.loads(text))
 
     def save(
         self,
@@ -83,7 +106,9 @@ class Checkpoints:
             files.append((file.name, file_sha256(file)))
         place_of = None if uncompressed is None else len(programs) - 1
         entry = {"key": key, "files": files, "uncompressed": place_of, "records": records}
-        write_atomically(self.folder / "manifest.json", json.dumps(entry).encode())
+        text = json.dumps(entry).encode()
+        signed = hashlib.sha256(text).hexdigest().encode() + b"\n" + text
+        write_atomically(self.folder / MANIFEST, signed)
         kept = {name for name, _ in files}
         for old in self.folder.glob("*.pt2"):
             if old.name not in kept:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphwright.ir.errors import LoweringError, RequirementError
+from graphwright.ir.lack import lacks_told
 from graphwright.ir.user_code import watched
 from graphwright.job.chain import run_chain
 from graphwright.job.environment import deterministic, environment
@@ -64,7 +65,7 @@ def run(source: str | Path, spec: Spec, settings: JobSettings) -> Outcome:
         refuse_code(spec)
     check_rules(spec)
     place = OutputPlace(Path(settings.out))
-    with place.locked(), deterministic():
+    with lacks_told(), place.locked(), deterministic():
         from graphwright.job.progress import Progress
 
         quiet = settings.quiet or not place.is_main
@@ -112,7 +113,7 @@ class _Job:
         )  # fmt: skip
         self._write(report, program, staging, loaded)
         self._require(report)
-        self.run.place.publish()
+        self.run.publish()
         return Outcome(self.run.place.out, report, program, compiled)
 
     # ---- stages
@@ -169,6 +170,7 @@ class _Job:
             context = Context(
                 seed=self.spec.seed,
                 progress=self.progress.update,
+                warn=self.run.warn,
                 work=self.run.place.work / "lower",
                 scope=("lower", call.id),
             )
@@ -321,6 +323,7 @@ class _Job:
         from graphwright.report.build import write_report
         from graphwright.specs.spec import write_lock
 
+        report["files"] = self.run.place.files()
         write_report(report, program, staging)
         lock = {"environment": environment(), "model": {"sha256": loaded.sha256}}
         write_lock(self.spec, lock, staging / "spec.lock.yaml", home=self.run.place.out)

@@ -63,9 +63,17 @@ class Run:
     code: list[str] = field(default_factory=list)
 
     def warn(self, text: str) -> None:
-        """Notes something the user should know, in the report and on the console."""
+        """Notes something the user should know, in the report and on the console; once."""
+        if text in self.warnings:
+            return
         self.warnings.append(text)
         self.progress.note(f"warning: {text}")
+
+    def publish(self) -> None:
+        """Puts the result in its place; says which of the user's files went with it."""
+        mine = self.place.publish()
+        if mine:
+            self.progress.note(f"kept in {self.place.out}: {', '.join(mine)}")
 
     def note_peak(self) -> int:
         """Peak resident memory since the last call, in bytes."""

@@ -9,6 +9,7 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graphwright.ir.atomic import write_atomically
 from graphwright.report.model import Report
 
 if TYPE_CHECKING:
@@ -115,17 +116,9 @@ def write_report(report: dict[str, Any], program: Program, folder: str | Path) -
 
     folder = Path(folder)
     text = json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False)
-    _write_atomically(folder / "report.json", text + "\n")
-    _write_atomically(folder / "report.html", render_page(report, program))
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    page = render_page(report, program)
+    for name, content in (("report.json", text + "\n"), ("report.html", page)):
+        write_atomically(folder / name, content.encode("utf-8", "backslashreplace"))
 
 
 def machine() -> dict[str, Any]:

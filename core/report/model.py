@@ -127,6 +127,8 @@ class Report(_Part):
     warnings: list[str] = []
     code: list[str] = []
     """Code of the user's own that ran because the spec or a flag names it."""
+    files: list[str] = []
+    """Files of the result, relative to its folder; others in it are the user's, and are kept."""
     seconds: float = 0.0
     peak_rss_bytes: int = 0
     versions: dict[str, str] = {}

@@ -11,10 +11,7 @@ from __future__ import annotations
 import base64
 import json
 import operator
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -24,13 +21,16 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from graphwright.ir.atomic import replacing
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.files.bounds import bounded
 from graphwright.ir.files.export_file import read_export
 from graphwright.ir.files.exported import from_exported_program, to_exported_program
 from graphwright.ir.files.size_calls import restore, spell
 from graphwright.ir.files.size_expressions import CALLS
+from graphwright.ir.graph.arrange import arranged
 from graphwright.ir.graph.nodes import gw_meta
+from graphwright.ir.lack import cannot_write
 from graphwright.ir.program import Program, Provenance
 from graphwright.ir.signature import Signature
 
@@ -54,6 +54,7 @@ def save_program(program: Program, path: str | Path) -> None:
             cannot be written.
     """
     path = Path(path)
+    program = arranged(program)
     exported = to_exported_program(program)
     sizes = spell(exported.graph)
     if any(tensor.device.type != "cpu" for tensor in program.state.values()):
@@ -62,8 +63,11 @@ def save_program(program: Program, path: str | Path) -> None:
         exported = move_to_device_pass(exported, "cpu")
     exported.example_inputs = None  # kept as an extra text: torch would pickle them
     extras = {RECORD: _record(program, sizes), EXAMPLES: _examples_text(program.examples)}
-    with _replacing(path) as file:
-        _write(file, exported, extras)
+    try:
+        with replacing(path) as file:
+            _write(file, exported, extras)
+    except OSError as error:
+        raise cannot_write("the program", path, error) from error
 
 
 @bounded
@@ -95,7 +99,7 @@ def program_from(exported: ExportedProgram, extras: dict[str, str], where: str) 
         restore(graph, record.get("sizes", {}))
         _restore_nodes(graph, record["nodes"])
         _name_inputs(graph, signature)
-        return Program(
+        program = Program(
             graph=graph,
             state={name: tensors[name] for name in record["state"]},
             signature=signature,
@@ -104,6 +108,7 @@ def program_from(exported: ExportedProgram, extras: dict[str, str], where: str) 
             provenance=tuple(Provenance(**entry) for entry in record["provenance"]),
             facts=record["facts"],
         )
+        return arranged(program)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(
             "the record of this program is damaged",
@@ -290,26 +295,3 @@ def _compact(name: str, tensor: torch.Tensor) -> torch.Tensor:
     data = tensor.detach().resolve_conj().resolve_neg()
     whole = data.storage_offset() == 0 and data.untyped_storage().nbytes() == data.nbytes
     return data if whole else data.clone()
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file beside `path` that takes its place when it is complete and on the disk."""
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ArgumentError(
-            f"cannot write the program: {error.strerror}", where=str(path)
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

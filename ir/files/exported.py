@@ -26,11 +26,9 @@ from torch.export.graph_signature import (
 from torch.utils import _pytree as pytree
 
 from graphwright.ir.errors import ModelError
+from graphwright.ir.graph.arrange import KEPT
 from graphwright.ir.graph.nodes import fake_mode_of
 from graphwright.ir.program import Program
-
-KEPT = ("val", "nn_module_stack", "custom")
-"""Node metadata that an ExportedProgram of ours carries."""
 
 
 def to_exported_program(program: Program) -> ExportedProgram:

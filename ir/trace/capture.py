@@ -13,6 +13,7 @@ from torch import nn
 
 from graphwright.ir.canonical.normalize import canonicalize
 from graphwright.ir.errors import ModelError
+from graphwright.ir.graph.arrange import arranged
 from graphwright.ir.graph.nodes import gw_meta
 from graphwright.ir.mode import drops
 from graphwright.ir.program import Program
@@ -103,6 +104,7 @@ def trace(
         notes.append(f"output {name!r} is a {kind}, which holds no tensors; it is left out")
     for note in notes:
         warnings.warn(note, TraceWarning, stacklevel=2)
+    program = arranged(program)
     if not notes:
         return program
     facts = {**program.facts.get("trace", {}), "notes": notes}

@@ -148,7 +148,7 @@ class _Loop:
             if self.processes.is_main and self.checkpoint.is_due:
                 self._save()
         self._finite_losses()
-        if self.processes.is_main and self.checkpoint.path is not None:
+        if self.processes.is_main and self.checkpoint.folder is not None:
             self._save()
         if self.best.tensors:
             self.working.load(self.best.tensors)
@@ -288,15 +288,15 @@ class _Loop:
     ) -> Checkpoint:
         context = self.context
         if context.work is None:
-            return Checkpoint(None, "", math.inf)
+            return Checkpoint(None, "", "", math.inf, context.warn)
         key = make_key(
             run=context.key, program=digest(program), seed=context.seed, scope=context.scope,
             teacher=None if teacher is None else digest(teacher), names=chosen, data=source,
             options=self.options.model_dump(mode="json"), processes=self.processes.count,
             hooks=[type(hook).__qualname__ for hook in hooks], torch=torch.__version__,
         )  # fmt: skip
-        path = context.work / f"tune-{make_key(scope=context.scope)[:12]}.pt"
-        return Checkpoint(path, key, context.checkpoint_seconds)
+        stem = f"tune-{make_key(scope=context.scope)[:12]}"
+        return Checkpoint(context.work, stem, key, context.checkpoint_seconds, context.warn)
 
     def _save(self) -> None:
         self.checkpoint.save(

@@ -66,7 +66,7 @@ def by_face(e: Emitter, node: fx.Node, face: Any) -> Any:
         result = face(*map(stand_in, node.args), **{k: stand_in(v) for k, v in node.kwargs.items()})
     for arg, value in stand_ins.items():
         value.replace_all_uses_with(e.values[arg])
-    recorded = {v for n in recorder.nodes for v in n.inputs if v is not None}
+    recorded = dict.fromkeys(v for n in recorder.nodes for v in n.inputs if v is not None)
     e.adopt(recorder.nodes, [v for v in recorded if v.const_value is not None and not v.producer()])
     e.functions.extend(recorder.functions.values())  # type: ignore[arg-type]
     return list(result) if isinstance(result, tuple | list) else result

@@ -232,9 +232,9 @@ def product(
     walk: Walk, call: Call, values: list[Value], labels: list[list[Any]], out: list[Any]
 ) -> Value:
     """A sum of products over the labels that are not in `out`."""
-    every = {label for names in labels for label in names}
-    linked = walk.link(values, labels, every, f"a fixed dimension of {call.name}")
-    for label in every - set(out):
+    every = dict.fromkeys(label for names in labels for label in names)
+    linked = walk.link(values, labels, set(every), f"a fixed dimension of {call.name}")
+    for label in (label for label in every if label not in out):
         contract(walk, linked, label, f"summed over by {call.name}, and no slot of it is zero")
     return walk.gather(call.shape, out, linked, lambda k: any(k.zero.values()))
 

@@ -238,8 +238,20 @@ def test_the_walk_ends_at_the_last_layer_that_is_missing(
     again = sweep(program, chosen, data, Halve(), context)
     assert walked == []
     assert list(again) == list(first)
-    lost = LayerStore.of(context, program, Halve())._path("o")
-    lost.write_bytes(lost.read_bytes()[:100])
+    store = LayerStore.of(context, program, Halve()).folder
+    assert store is not None
+    sizes = {file: file.read_bytes() for file in store.iterdir()}
+    assert len(sizes) == len(chosen)
+    told: list[str] = []
+    for file, whole in sizes.items():  # one bit of a weight: the archive can still be read
+        place = len(whole) // 2
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert LayerStore(store, told.append).load("o") is None or told == []
+        if told:
+            break
+        file.write_bytes(whole)
+    assert "layer 'o' of an earlier run is damaged" in told[0]
+    assert len(told) == 1
     method = Halve()
     again = sweep(program, chosen, data, method, context)
     o = next(layer.node.name for layer in chosen if layer.name == "o")

@@ -1,0 +1,125 @@
+"""Keys of the steps of a chain: digests of everything that the result of a step depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graphwright.job.checkpoint import chain_key, file_sha256
+from graphwright.job.environment import environment
+
+if TYPE_CHECKING:
+    from graphwright.ir.data.batches import Batches
+    from graphwright.job.run import Run
+    from graphwright.specs.sections import CalibrationSection
+
+_FUNCTION = re.compile(r"([A-Za-z_][\w.]*):[A-Za-z_]\w*")
+
+
+def chain_keys(
+    run: Run, base: str, calibration: Batches | None, training: Batches | None
+) -> list[str]:
+    """One key per pass; each depends on those before it.
+
+    Args:
+        run: its spec names passes, options, seed and data.
+        base: digest of the program before the first pass.
+        calibration, training: the data that the spec names.
+    """
+    if not run.spec.passes:
+        return []
+    folder = Path(run.spec.folder)
+    surroundings = {
+        "seed": run.spec.seed,
+        "device": run.settings.device,
+        "environment": environment(),
+        "calibration": _of_data(folder, run.spec.calibration, calibration),
+        "training": _of_data(folder, run.spec.training, training),
+    }
+    keys, key = [], base
+    for index, call in enumerate(run.spec.passes):
+        named = {name: _of_named(folder, name) for name in sorted(set(_texts(call.options)))}
+        key = chain_key(
+            key, id=call.id, options=call.options, index=index,
+            named={name: found for name, found in named.items() if found}, **surroundings,
+        )  # fmt: skip
+        keys.append(key)
+    return keys
+
+
+def _of_data(folder: Path, section: CalibrationSection | None, batches: Batches | None) -> str:
+    """Data is an input like any other: other contents make another run.
+
+    Files are read as they are. What a function gives, and what becomes of texts, is only seen in
+    the batches, so they are read once for this.
+    """
+    if section is None:
+        return ""
+    path = folder / section.data
+    settings = section.model_dump(mode="json")
+    if section.data == "synthetic":  # follows from the seed and the program
+        return chain_key("", **settings)
+    if path.exists() and path.suffix != ".txt":
+        return chain_key(_of_path(path), **settings)
+    return chain_key("" if batches is None else _of_batches(batches), **settings)
+
+
+def _of_path(path: Path) -> str:
+    """Digest of a file, or of all files below a folder with their names."""
+    if path.is_file():
+        return file_sha256(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return chain_key("", files=[(str(f.relative_to(path)), file_sha256(f)) for f in files])
+
+
+def _of_batches(batches: Batches) -> str:
+    from graphwright.ir.graph.digest import tensor_digest
+
+    total = hashlib.sha256()
+    for inputs, labels in batches.labelled():
+        for name, tensor in sorted(inputs.items()):
+            total.update(f"{name} {tensor_digest(tensor)}\n".encode())
+        total.update(("" if labels is None else tensor_digest(labels)).encode())
+        total.update(b"\n")
+    return total.hexdigest()
+
+
+def _texts(options: Any) -> Iterator[str]:
+    """All texts in the options of a pass."""
+    if isinstance(options, str):
+        yield options
+    elif isinstance(options, dict | list | tuple):
+        for part in options.values() if isinstance(options, dict) else options:
+            yield from _texts(part)
+
+
+def _of_named(folder: Path, text: str) -> str:
+    """Digest of the file that an option names, or of the module of a function; else empty."""
+    named = _FUNCTION.fullmatch(text)
+    if named is not None:
+        return _of_module(folder, named.group(1))
+    path = folder / text
+    try:
+        return file_sha256(path) if text and path.is_file() else ""
+    except (OSError, ValueError):  # a text that is no path
+        return ""
+
+
+def _of_module(folder: Path, module: str) -> str:
+    """Digest of the source of a module, which is not imported for this."""
+    file = folder / Path(*module.split(".")).with_suffix(".py")
+    if file.is_file():
+        return file_sha256(file)
+    try:
+        found = importlib.util.find_spec(module.partition(".")[0])
+    except (ImportError, ValueError):
+        return ""
+    origin = None if found is None or found.origin is None else Path(found.origin)
+    if origin is None or not origin.is_file():
+        return ""
+    inner = origin.parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    return file_sha256(inner if inner.is_file() else origin)

@@ -1,0 +1,34 @@
+"""A program that came out of a file is the program that went in: a resumed run ends the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from models import every_pass
+
+import graphwright as gw
+from graphwright.passes.registry import pass_ids
+
+
+def test_every_pass_is_here() -> None:
+    """But adapt.load, which inserts what adapt.lora, ia3 and krona do, out of a folder of PEFT."""
+    assert sorted([*every_pass.CHAINS, "adapt.load"]) == pass_ids()
+
+
+@pytest.mark.parametrize("name", every_pass.CHAINS)
+def test_a_pass_does_the_same_to_a_program_out_of_a_file(name: str, tmp_path: Path) -> None:
+    """And what it makes is saved in the bytes in which it is saved once it was loaded."""
+    given = every_pass.before_last(name)
+    result = every_pass.run_last(name, given)
+    result.save(tmp_path / "straight.pt2")
+    straight = (tmp_path / "straight.pt2").read_bytes()
+
+    gw.load(tmp_path / "straight.pt2").save(tmp_path / "again.pt2")
+    assert (tmp_path / "again.pt2").read_bytes() == straight
+
+    given.save(tmp_path / "given.pt2")
+    every_pass.run_last(name, gw.load(tmp_path / "given.pt2")).save(tmp_path / "resumed.pt2")
+    assert (tmp_path / "resumed.pt2").read_bytes() == straight
+    if name != "cleanup.canonicalize":  # a traced program is canonical
+        assert straight != (tmp_path / "given.pt2").read_bytes()
