@@ -26,13 +26,16 @@ class Best:
     value: float = math.inf
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, step: int, value: float, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Takes the evaluation after `step` steps, and copies `tensors` when it is the best."""
+    def add(self, step: int, value: float, tensors: Iterable[tuple[str, Tensor]]) -> bool:
+        """Takes the evaluation after `step` steps; whether it is the best, and `tensors` were
+        copied to be kept."""
         self.evaluations.append((step, value))
-        if self.step is None or value < self.value or math.isnan(self.value):
-            self.step, self.value = step, value
-            if self.keep:
-                self.tensors = {name: tensor.cpu().clone() for name, tensor in tensors}
+        if not (self.step is None or value < self.value or math.isnan(self.value)):
+            return False
+        self.step, self.value = step, value
+        if self.keep:
+            self.tensors = {name: tensor.cpu().clone() for name, tensor in tensors}
+        return self.keep
 
     @property
     def is_out_of_patience(self) -> bool:

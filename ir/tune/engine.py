@@ -152,6 +152,7 @@ class _Loop:
             self._save()
         if self.best.tensors:
             self.working.load(self.best.tensors)
+            self.hooks.restore_best()
         history = History(
             tuple(self._finite_losses()), tuple(self.best.evaluations), self.best.step,
             self.stopped, {name: float(zero.float().mean()) for name, zero in self.zeros.items()},
@@ -217,7 +218,8 @@ class _Loop:
         self.working.at = self._moment(0)
         with torch.no_grad():
             value = self.processes.from_main(float(self.evaluate(self.working.in_inference())))
-        self.best.add(self.step, value, self.working.tensors())
+        if self.best.add(self.step, value, self.working.tensors()):
+            self.hooks.keep_best()
         if self.best.is_out_of_patience and self.step < self.total:
             self.stopped = f"no better evaluation in the last {self.options.patience}"
 

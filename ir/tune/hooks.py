@@ -80,6 +80,12 @@ class Hook:
     def after_step(self, at: Moment) -> None:
         """Called after the optimizer's step, with the gradients still there."""
 
+    def keep_best(self) -> None:
+        """Called when an evaluation is the best so far, and the result may be that of it."""
+
+    def restore_best(self) -> None:
+        """Called at the end, when the parameters are again those of the best evaluation."""
+
     def state_dict(self) -> dict[str, Any]:
         """State that must survive a kill: tensors, numbers, texts, and lists and dicts of them."""
         return {}
@@ -123,6 +129,14 @@ class Hooks(Hook):
     def after_step(self, at: Moment) -> None:
         for hook in self.hooks:
             hook.after_step(at)
+
+    def keep_best(self) -> None:
+        for hook in self.hooks:
+            hook.keep_best()
+
+    def restore_best(self) -> None:
+        for hook in self.hooks:
+            hook.restore_best()
 
     def state_dict(self) -> dict[str, Any]:
         return {str(index): hook.state_dict() for index, hook in enumerate(self.hooks)}

@@ -71,9 +71,10 @@ class PvOptions(Bounded):
     """Quantized layers to train: selector patterns over names and kinds."""
 
     tune: TuneOptions = TuneOptions(**RECIPE)
-    """Options of training. `lr` is that of scales and codebooks (with `lamb`, a share of their
-    norm) and, by the named rule, of what is not quantized. What is not given is as in the released
-    code: kl, Adam at a constant rate of 3e-4. The last step is the result."""
+    """Options of training. `lr` is that of scales, codebooks and what is not quantized (with
+    `lamb`, a share of their norm); with another `optimizer`, or with `weight_decay`, what is not
+    quantized moves by that rule. What is not given is as in the released code: kl, Adam at a
+    constant rate of 3e-4."""
 
     @field_validator("tune", mode="before")
     @classmethod
@@ -96,8 +97,8 @@ class Pv(Pass[PvOptions]):
     points and quantized scales stay.
 
     Source: Malinovskii et al. 2024, "PV-Tuning: Beyond Straight-Through Estimation for Extreme LLM
-    Compression", algorithms 1 and 2; steps and defaults as in the released code (LAMB with bias
-    correction), which keeps the buffers across steps.
+    Compression", algorithms 1 and 2; steps and defaults as in the released code (LAMB, its bias
+    correction outside the trust ratio), which keeps the buffers across steps.
     """
 
     contract = "lossy"
@@ -121,8 +122,9 @@ class Pv(Pass[PvOptions]):
         names = set(weights)
         if options.rest:
             names |= {n for n in twin.trainable() if n not in weights}
-        how = options.tune.model_copy(update={"keep_best": False})
-        hook = PvHook(weights, how.lr)
+        how = options.tune
+        is_released = how.optimizer == RECIPE["optimizer"] and not how.weight_decay
+        hook = PvHook(weights, how.lr, _settings(options) if is_released else None)
         rest = names - set(weights)  # in a coded weight a zero is a code, and no mask
         tuned = tune(
             twin, context.training_data, how, context, hooks=[hook], names=names, masked=rest
@@ -139,15 +141,15 @@ class Pv(Pass[PvOptions]):
             "codes_changed": sum(w.codes_changed() for w in weights.values()) / len(weights),
             "largest_change": max(w.largest_change for w in weights.values()),
         }
+        if tuned.history.best_step is not None:
+            metrics["best_step"] = float(tuned.history.best_step)
         return Result(result, tuple(actions), metrics)
 
     def _apart(
         self, program: Program, coded: list[Layer]
     ) -> tuple[dict[str, Weight], Program, dict[fx.Node, str]]:
         """The program with its coded weights as plain parameters, and what these stand for."""
-        o: PvOptions = self.options
-        settings = PvSettings(o.betas, o.code_lr, o.code_betas, o.lamb, o.max_change, o.trust,
-                            o.decay, o.codes, o.continuous)  # fmt: skip
+        settings = _settings(self.options)
         editor = Editor(program, by=self.id)
         here = {node.name: node for node in editor.graph.nodes}
         weights: dict[str, Weight] = {}
@@ -163,6 +165,11 @@ class Pv(Pass[PvOptions]):
             weights[name] = weight
             editor.replace(here[node.name], editor.get(name))
         return weights, editor.finish(), owners
+
+
+def _settings(o: PvOptions) -> PvSettings:
+    return PvSettings(o.betas, o.code_lr, o.code_betas, o.lamb, o.max_change, o.trust,
+                      o.decay, o.codes, o.continuous)  # fmt: skip
 
 
 def _together(program: Program, tuned: Program, weights: dict[str, Weight]) -> Program:

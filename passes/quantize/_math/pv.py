@@ -41,6 +41,10 @@ class PvSettings:
     continuous: bool
 
 
+Parts = dict[str, dict[str, Tensor]]
+"""What a weight is made of: `continuous` and `codes` by name."""
+
+
 class Moments:
     """Adam's moments of one tensor; with `lamb` the step has the tensor's own norm as its unit."""
 
@@ -50,16 +54,21 @@ class Moments:
     def step(
         self, x: Tensor, gradient: Tensor, rate: float, betas: tuple[float, float], lamb: bool
     ) -> Tensor:
-        """x after a step (You et al. 2020, "LAMB", with bias correction; Adam without `lamb`)."""
+        """x after a step.
+
+        u = m / (sqrt(v) + eps), x <- x - rate c r u, with c = sqrt(1 - b2^t) / (1 - b1^t), and the
+        trust ratio r = ||x|| / ||u|| of LAMB (You et al. 2020), or 1 for Adam. The trust ratio
+        does not see c, as in the released code of PV-Tuning: first steps are smaller than a share
+        `rate` of the norm where b1 is 0.
+        """
         self.count += 1
         self.first.mul_(betas[0]).add_(gradient, alpha=1 - betas[0])
         self.second.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
-        mean = self.first / (1 - betas[0] ** self.count)
-        root = (self.second / (1 - betas[1] ** self.count)).sqrt()
-        update = mean / (root + EPS)
+        update = self.first / (self.second.sqrt() + EPS)
+        rate *= math.sqrt(1 - betas[1] ** self.count) / (1 - betas[0] ** self.count)
         if lamb:
             size, length = float(x.norm()), float(update.norm())
-            update = update * (size / length if size > 0 and length > 0 else 1.0)
+            rate *= size / length if size > 0 and length > 0 else 1.0
         return x - rate * update
 
     def state(self) -> dict[str, Any]:
@@ -185,33 +194,74 @@ class Weight:
             part.load(state["parts"][name])
         self.largest_change, self.first = float(state["largest_change"]), dict(state["first"])
 
+    def parts_now(self) -> Parts:
+        """Scales, codebooks and codes; steps put new tensors in their places."""
+        return {"continuous": dict(self.rep.continuous), "codes": dict(self.rep.codes)}
+
+    def put(self, parts: Parts) -> None:
+        """Undoes what came behind `parts_now`."""
+        self.rep.continuous = dict(parts["continuous"])
+        self.rep.codes = dict(parts["codes"])
+
 
 class PvHook(Hook):
     """Moves compressed weights in the place of the optimizer.
 
     The loop trains the rebuilt weights as plain parameters; before the optimizer's step this takes
     their gradients, moves what they are made of, and writes them anew.
+
+    Args:
+        weights: by name of the parameter.
+        base_rate: rate of the optimizer where the schedule is 1.
+        rest: settings by which the other parameters move; None leaves them to the optimizer.
     """
 
-    def __init__(self, weights: Mapping[str, Weight], base_rate: float) -> None:
-        self.weights, self.base_rate = weights, base_rate
+    def __init__(
+        self, weights: Mapping[str, Weight], base_rate: float, rest: PvSettings | None = None
+    ) -> None:
+        self.weights, self.base_rate, self.rest = weights, base_rate, rest
+        self.others: dict[str, Moments] = {}
+        self.best: dict[str, Parts] = {}
 
     def before_step(self, at: Moment) -> None:
         rate = float(at.optimizer.param_groups[0]["lr"])
         share = rate / self.base_rate  # the schedule holds for codes too
         with torch.no_grad():
-            for name, weight in self.weights.items():
-                live = at.parameters[name]
-                if live.grad is None:
+            for name, live in at.parameters.items():
+                if live.grad is None or (name not in self.weights and self.rest is None):
                     continue
                 gradient = live.grad.detach().float().cpu()
-                new = weight.step(gradient, rate, weight.settings.code_rate * share)
-                live.copy_(new)
+                live.copy_(self._moved(name, live, gradient, rate, share))
                 live.grad = None  # nothing is left for the optimizer
 
+    def _moved(
+        self, name: str, live: Tensor, gradient: Tensor, rate: float, share: float
+    ) -> Tensor:
+        weight = self.weights.get(name)
+        if weight is not None:
+            return weight.step(gradient, rate, weight.settings.code_rate * share)
+        assert self.rest is not None
+        moments = self.others.setdefault(name, Moments(gradient))
+        return moments.step(live.float().cpu(), gradient, rate, self.rest.betas, self.rest.lamb)
+
+    def keep_best(self) -> None:
+        self.best = {name: weight.parts_now() for name, weight in self.weights.items()}
+
+    def restore_best(self) -> None:
+        for name, parts in self.best.items():
+            self.weights[name].put(parts)
+
     def state_dict(self) -> dict[str, Any]:
-        return {name: weight.state() for name, weight in self.weights.items()}
+        return {
+            "weights": {name: weight.state() for name, weight in self.weights.items()},
+            "others": {name: moments.state() for name, moments in self.others.items()},
+            "best": self.best,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, weight in self.weights.items():
-            weight.load(state[name])
+            weight.load(state["weights"][name])
+        for name, part in state["others"].items():
+            self.others[name] = Moments(part["first"])
+            self.others[name].load(part)
+        self.best = dict(state["best"])

@@ -5,19 +5,22 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import graphwright as gw
 from graphwright.ir.context import Context
+from graphwright.ir.data.batches import load_data
 from graphwright.ir.errors import ModelError
 from graphwright.ir.layers.products import weight_node, weight_value
 from graphwright.ir.layers.selectors import layers
 from graphwright.ir.program import Program
 from graphwright.ir.stored.encoders import nearest
 from graphwright.ir.stored.representation import Representation
-from graphwright.passes.quantize._math.pv import PvHook, PvSettings, Weight
+from graphwright.passes.base import Result
+from graphwright.passes.quantize._math.pv import Moments, PvHook, PvSettings, Weight
 
 
 class Net(nn.Module):
@@ -296,3 +299,69 @@ def test_what_tune_does_not_say_is_the_papers_recipe() -> None:
 def test_a_float_program_is_refused(original: Program) -> None:
     with pytest.raises(ModelError, match="no selected layer has a weight made of codes"):
         gw.passes.quantize.Pv()(original, training=batches(2), teacher=original)
+
+
+@pytest.mark.parametrize(
+    ("betas", "lamb"), [((0.0, 0.95), True), ((0.9, 0.95), True), ((0.9, 0.95), False)]
+)
+def test_steps_are_those_of_the_released_code(betas: tuple[float, float], lamb: bool) -> None:
+    """Its formula in float64: the bias correction scales the step, the trust ratio the update."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 7, generator=generator)
+    moments, wanted = Moments(x), x.double()
+    mean, square = torch.zeros(5, 7).double(), torch.zeros(5, 7).double()
+    for step in range(1, 6):
+        gradient = torch.randn(5, 7, generator=generator)
+        mean = betas[0] * mean + (1 - betas[0]) * gradient.double()
+        square = betas[1] * square + (1 - betas[1]) * gradient.double() ** 2
+        update = mean / (square.sqrt() + 1e-6)
+        scale = 0.01 * math.sqrt(1 - betas[1] ** step) / (1 - betas[0] ** step)
+        if lamb:
+            scale *= float(wanted.norm() / update.norm())
+        wanted = wanted - scale * update
+        moved = moments.step(x, gradient, 0.01, betas, lamb)
+        if step == 1 and lamb:
+            share = float((moved - x).norm() / x.norm())
+            assert share == pytest.approx(0.01 * math.sqrt(0.05) / (1 - betas[0]), rel=1e-4)
+        x = moved
+        torch.testing.assert_close(x.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_not_quantized_moves_as_scales_do(original: Program) -> None:
+    """Biases of a first step move by a share of their norm, not by an absolute rate."""
+    start = compressed(original, "blocks")
+    for tune, share in (({}, 1.0), ({"optimizer": "sgd"}, None)):
+        how = {"tune": {"lr": 1e-3, "steps": 1, **tune}, "codes": False}
+        tuned = gw.passes.quantize.Pv(**how)(
+            start, training=batches(2), teacher=original, check=False
+        )
+        old, new = start.state["fc2.bias"].detach(), tuned.state["fc2.bias"].detach()
+        moved = float((new - old).norm() / old.norm())
+        expected = 1e-3 * math.sqrt(0.05) / 0.1
+        assert (moved == pytest.approx(expected, rel=1e-3)) is (share is not None)
+
+
+@pytest.mark.parametrize("form", ["blocks", "vectors"])
+def test_the_best_evaluation_is_the_result(original: Program, form: str, tmp_path: Path) -> None:
+    """With rates that ruin the model an earlier step is the best; its codes come back too."""
+    start = compressed(original, form)
+    np.savez(tmp_path / "x.npz", x=torch.cat([x for (x,) in batches(4)]).numpy())
+    section = {"data": "x.npz", "batch_size": 32}
+    data = load_data(section, original.signature, 0, root=tmp_path)
+
+    def trained(steps: int, **given: Any) -> Result:
+        tune = {"lr": 0.5, "steps": steps, "hold_out": 0.25, "evaluate_every": 1, **given}
+        how = gw.passes.quantize.Pv(tune={"epochs": 9, **tune}, code_lr=1.0, max_change=0.2)
+        return how.run(start, Context(training=data, teacher=original))
+
+    best, last = trained(8), trained(8, keep_best=False)
+    step = int(best.metrics["best_step"])
+    assert step < 8
+    assert last.program.state.keys() == best.program.state.keys()
+    alone = trained(step, keep_best=False)
+    changed = [
+        n for n, t in last.program.state.items() if not torch.equal(t, alone.program.state[n])
+    ]
+    assert any("codes" in name or "indices" in name for name in changed)
+    for name, tensor in best.program.state.items():
+        assert torch.equal(tensor, kept[name]), name
