@@ -358,10 +358,8 @@ def test_the_best_evaluation_is_the_result(original: Program, form: str, tmp_pat
     step = int(best.metrics["best_step"])
     assert step < 8
     assert last.program.state.keys() == best.program.state.keys()
-    alone = trained(step, keep_best=False)
-    changed = [
-        n for n, t in last.program.state.items() if not torch.equal(t, alone.program.state[n])
-    ]
+    kept = trained(step, keep_best=False).program.state
+    changed = [n for n, t in last.program.state.items() if not torch.equal(t, kept[n])]
     assert any("codes" in name or "indices" in name for name in changed)
     for name, tensor in best.program.state.items():
         assert torch.equal(tensor, kept[name]), name
