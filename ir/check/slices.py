@@ -24,7 +24,9 @@ worst of many slices is looked at."""
 def slice_errors(reference: Any, candidate: Any, least: int = 1) -> Tensor:
     """Relative errors ||a - b|| / ||a|| of all slices along every axis of every tensor.
 
-    A slice whose error is no more than float64 rounds in the whole tensor counts as equal.
+    A slice whose error is no more than float64 rounds in the whole tensor counts as equal; so does
+    one of zeros in the reference whose error is no more than the tensors' own type rounds there: a
+    sum that cancels is zero in one order and not in another.
 
     Args:
         reference: a tensor or a nest of tensors.
@@ -55,19 +57,28 @@ def is_astray(exact: Any, own: Any, actual: Any, floor: float) -> bool:
 def _of_tensor(a: Tensor, b: Tensor, least: int) -> Tensor:
     if a.dim() == 0 or not a.numel():
         return torch.zeros(0, dtype=torch.float64)
+    rounding = max(_rounding(a), _rounding(b))
     a, b = _real(a), _real(b).to(a.device)
     finite = a.isfinite() & b.isfinite()
     error = torch.where(finite, a - b, 0.0).square()
     energy = torch.where(finite, a, 0.0).square()
-    floor = float(energy.sum()) * 2.0**-100
+    total = float(energy.sum())
+    floor, floor_of_zeros = total * 2.0**-100, total * rounding**2
     found = [torch.zeros(0, dtype=torch.float64, device=a.device)]
     for axis in range(a.dim()):
         if a.numel() // a.shape[axis] < least:
             continue
         others = [other for other in range(a.dim()) if other != axis]
         off, size = (x.sum(others) if others else x for x in (error, energy))
-        found.append(torch.where(off <= floor, 0.0, (off / size).sqrt()))
+        equal = (off <= floor) | ((size == 0) & (off <= floor_of_zeros))
+        found.append(torch.where(equal, 0.0, (off / size).sqrt()))
     return torch.cat(found).cpu()
+
+
+def _rounding(tensor: Tensor) -> float:
+    """What sums of float32 or less lose in the whole of a tensor; nothing for other types."""
+    inexact = tensor.is_floating_point() or tensor.is_complex()
+    return 4 * 2.0**-23 if inexact and tensor.dtype not in (torch.float64, torch.complex128) else 0
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -36,6 +36,17 @@ def test_zeros_and_values_that_are_not_finite() -> None:
     assert slice_errors(torch.tensor(1.0), torch.tensor(2.0)).numel() == 0
 
 
+def test_zeros_that_another_order_of_a_sum_leaves_as_noise_are_equal() -> None:
+    reference = torch.tensor([[3.0, 0.0], [4.0, 0.0]])
+    noise, more = (reference + torch.tensor([0.0, size]) for size in (1e-6, 1e-5))
+    assert slice_errors(reference, noise)[3] == 0.0
+    assert slice_errors(reference, more)[3] == float("inf")
+    # in float64 such noise is no rounding
+    assert slice_errors(reference.double(), noise.double())[3] == float("inf")
+    # and what is not zero in the reference is not lost either
+    assert slice_errors(noise, reference)[3] == 1.0
+
+
 def test_a_small_part_beside_a_large_one_is_seen() -> None:
     big, small = torch.randn(8, 6).double() * 1e6, torch.randn(8, 6).double() * 1e-6
     exact = torch.cat([big, small], 1)
