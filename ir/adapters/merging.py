@@ -118,7 +118,7 @@ def _merge_one(
     calls = {node.name: node for node in editor.graph.nodes}
     applied: dict[str, Applied] = {}
     for layer in layers(program):
-        if layer.name not in adapter.layers:
+        if not adapter.layers.get(layer.name):  # a rule of training alone has no tensors
             continue
         call = calls[layer.node.name]
         if layer.name not in applied:
