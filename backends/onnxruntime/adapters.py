@@ -119,7 +119,7 @@ def factors_of(program: Program, adapter: Adapter) -> dict[str, Tensor]:
     for name, parts in adapter.layers.items():
         tensors = {part: program.state[place].detach() for part, place in parts.items()}
         try:
-            a, b, scale = low_rank(tensors, adapter.scales.get(name, 1.0), adapter, name)
+            a, b, scale = low_rank(tensors, adapter.scales.get(name, 1.0), adapter, by_name[name])
         except ModelError as error:
             raise LoweringError(
                 f"adapters: switchable takes low-rank changes alone, and {adapter.kind} is none",

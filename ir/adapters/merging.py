@@ -101,6 +101,18 @@ def merge(
     return editor.finish(), applied
 
 
+def bare(program: Program) -> Program:
+    """The program without its adapters, on the weights as they are."""
+    editor = Editor(program, by="bare")
+    calls = {node.name: node for node in editor.graph.nodes}
+    for adapter in adapters(program).values():
+        for layer in layers(program):
+            if adapter.layers.get(layer.name):
+                _take_out(calls[layer.node.name], layer, adapter)
+        forget(editor, adapter.name)
+    return editor.finish()
+
+
 def _unfreeze(editor: Editor, names: tuple[str, ...]) -> None:
     """Lets parameters be trained again; while other adapters are there, these keep them frozen."""
     others = list(adapters(editor).values())

@@ -13,7 +13,7 @@ from graphwright.ir.adapters.peft_files import write_peft
 from graphwright.ir.adapters.record import Adapter, adapters, find_adapter
 from graphwright.ir.errors import ModelError
 from graphwright.ir.layers.kinds import TURNED
-from graphwright.ir.layers.products import weight_value
+from graphwright.ir.layers.products import weight_node, weight_value
 from graphwright.ir.layers.selectors import Layer, layers
 from graphwright.ir.program import Program
 
@@ -81,7 +81,7 @@ def _write_lora(
     ranks, alphas = {}, {}
     for name, parts in given.items():
         layer = by_name[name]
-        a, b, scale = low_rank(parts, adapter.scales.get(name, 1.0), adapter, name)
+        a, b, scale = low_rank(parts, adapter.scales.get(name, 1.0), adapter, layer)
         if adapter.residual:
             a, b = _on_base(program, base, layer, a, b * scale)
             scale = 1.0
@@ -114,7 +114,7 @@ def _write_lora(
 
 
 def low_rank(
-    parts: Parts, scale: float, adapter: Adapter, name: str
+    parts: Parts, scale: float, adapter: Adapter, layer: Layer
 ) -> tuple[Tensor, Tensor, float]:
     """An adapter's change of a layer as a, b and a factor.
 
@@ -125,12 +125,34 @@ def low_rank(
         lower = parts["lower"]
         pivots = parts["pivots"].reshape(1, -1, *(1,) * (lower.dim() - 2))
         return parts["upper"], lower * pivots, float(parts.get("scale", scale))
+    if {"columns", "rows"} & set(parts):
+        return *_blocks(parts, layer), 1.0
     if not {"lora_a", "lora_b"} <= set(parts):
-        raise ModelError(f"PEFT has no form for the adapter of {adapter.kind} beside {name!r}")
+        raise ModelError(f"there is no low-rank form of {adapter.kind} beside {layer.name!r}")
     a, b = parts["lora_a"], parts["lora_b"]
     if "core" in parts:
         a = (parts["core"] @ a.flatten(1)).reshape(a.shape)
     return a, b, scale
+
+
+def _blocks(parts: Parts, layer: Layer) -> tuple[Tensor, Tensor]:
+    """Blocks of columns and rows as a, b: one side of each says where it is."""
+    out, inputs = weight_node(layer).meta["val"].shape[:: -1 if layer.kind in TURNED else 1]
+    left: list[Tensor] = []
+    right: list[Tensor] = []
+    if "columns" in parts:
+        values, places = parts["column_values"], parts["columns"]
+        left.append(values)
+        right.append(_one_hot(places, int(inputs), values.dtype))
+    if "rows" in parts:
+        values, places = parts["row_values"], parts["rows"]
+        left.append(_one_hot(places, int(out), values.dtype).t())
+        right.append(values)
+    return torch.cat(right), torch.cat(left, 1)
+
+
+def _one_hot(places: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    return torch.nn.functional.one_hot(places, size).to(dtype)
 
 
 def _on_base(

@@ -133,7 +133,9 @@ class AdapterPass(Pass[OptionsT]):
         for layer in chosen:
             branch = Branch(editor, options.name, layer)
             done = self.attach(branch, layer, context.generator(layer.name))
-            if layer.name not in parts:
+            if not branch.parts:
+                actions.append(Action.left(layer.name, done))
+            elif layer.name not in parts:
                 actions.append(Action(layer.name, done))
                 parts[layer.name] = branch.parts
                 scales[layer.name] = branch.scale
