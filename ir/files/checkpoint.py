@@ -75,6 +75,7 @@ def read_checkpoint(path: Path, kind: Kind, *, allow_pickle: bool) -> Any:
 def _contents(path: Path, kind: Kind) -> list[Content]:
     if kind is Kind.CHECKPOINT:
         archive = Archive(path)
+        archive.check_reads_alike()
         pickles = [name for name in archive.members if name.endswith(".pkl")]
         return [read_content(archive.read(name)) for name in pickles]
     with path.open("rb") as file:

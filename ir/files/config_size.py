@@ -26,7 +26,7 @@ PACKED = 64
 """Parameters to a stored number: 2-bit codes in words of 32, built several times over."""
 
 SPARE_PARAMETERS = 1 << 27
-SPARE_MODULES = 20_000
+SPARE_MODULES = 5_000
 MODULES_PER_TENSOR = 64
 
 _COUNT = re.compile(

@@ -236,6 +236,7 @@ def _globals_in_checkpoint(data: bytes, path: Path) -> list[str]:
             fix="Do not open it unless you trust its maker; --allow-pickle then opens it.",
         )
     inner = Archive(path, data)
+    inner.check_reads_alike()
     contents = [read_content(inner.read(name)) for name in inner.members if name.endswith(".pkl")]
     for content in contents:
         refuse_absurd(content, str(path))

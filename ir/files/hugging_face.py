@@ -172,6 +172,22 @@ def _read_coded(
     kind: Kind, choice: DtypeChoice,
 ) -> tuple[nn.Module, Change, list[str]]:  # fmt: skip
     """A model whose weights are stored in codes, which stay codes in its linear layers."""
+    where = str(folder)
+    try:
+        return _coded_model(cls, description, weights, folder, kind, choice)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError,
+            RuntimeError) as error:  # fmt: skip
+        raise ModelError(
+            "the folder's description of its quantized weights does not fit them",
+            where=where,
+            details=(innermost(error),),
+        ) from error
+
+
+def _coded_model(
+    cls: Any, description: dict[str, Any], weights: dict[str, torch.Tensor], folder: Path,
+    kind: Kind, choice: DtypeChoice,
+) -> tuple[nn.Module, Change, list[str]]:  # fmt: skip
     from graphwright.ir.files.coded.folder import load_coded
     from graphwright.ir.files.coded.insert import Parts
 
@@ -255,8 +271,9 @@ def _strings(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 def _transformers_class(config: dict[str, Any], folder: Path) -> Any:
     transformers = _import("transformers", folder)
-    names = config.get("architectures") or []
-    model_type = config.get("model_type")
+    names, model_type = config.get("architectures") or [], config.get("model_type")
+    if not isinstance(names, list) or not isinstance(model_type, str | None):
+        raise ModelError("config.json names no architecture", where=str(folder))
     known = model_type in transformers.CONFIG_MAPPING
     for name in names if known else []:
         found = getattr(transformers, str(name), None)

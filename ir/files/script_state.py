@@ -11,14 +11,34 @@ from graphwright.ir.errors import ModelError
 
 
 def written_attributes(scripted: torch.jit.ScriptModule) -> list[str]:
-    """Qualified names of the attributes that `forward` assigns, in the order of the code."""
-    graph = scripted.forward.inlined_graph  # type: ignore[attr-defined]
+    """Qualified names of the attributes that `forward` assigns, in the order of the code.
+
+    Calls are followed and not inlined: of a submodule each method is read once, however often it
+    is called, for a few functions that call each other twice would inline to any size.
+    """
     found: dict[str, None] = {}
-    for node in _nodes(graph):
-        if node.kind() == "prim::SetAttr":
-            owner = _path(next(iter(node.inputs())))
-            if owner is not None:
-                found[".".join([*owner, node.s("name")])] = None
+    seen: set[tuple[str, ...]] = set()
+
+    def walk(path: tuple[str, ...], method: str) -> None:
+        if (*path, method) in seen:
+            return
+        seen.add((*path, method))
+        owner: Any = scripted
+        for part in path:
+            owner = getattr(owner, part)
+        graph = getattr(owner, "_c", owner)._get_method(method).graph
+        for node in _nodes(graph):
+            if node.kind() not in ("prim::SetAttr", "prim::CallMethod"):
+                continue
+            relative = _path(next(iter(node.inputs())), graph)
+            if relative is None:
+                continue
+            if node.kind() == "prim::CallMethod":
+                walk((*path, *relative), node.s("name"))
+            else:
+                found[".".join([*path, *relative, node.s("name")])] = None
+
+    walk((), "forward")
     return list(found)
 
 
@@ -29,14 +49,14 @@ def _nodes(block: Any) -> Iterator[Any]:
             yield from _nodes(inner)
 
 
-def _path(value: Any) -> list[str] | None:
+def _path(value: Any, graph: Any) -> list[str] | None:
     """Attributes that lead from the module to a submodule; None where it is not one by name."""
     node = value.node()
     if node.kind() == "prim::Param":
-        return []
+        return [] if value.debugName() == next(iter(graph.inputs())).debugName() else None
     if node.kind() != "prim::GetAttr":
         return None
-    owner = _path(next(iter(node.inputs())))
+    owner = _path(next(iter(node.inputs())), graph)
     return None if owner is None else [*owner, node.s("name")]
 
 

@@ -188,30 +188,20 @@ def read_torchscript(path: Path, *, allow_pickle: bool) -> ScriptedModule:
         )
     if found:
         admit(str(path), "a TorchScript archive that --allow-pickle opens")
-    _check_same_members(archive)
+    archive.check_reads_alike()
     try:
         with warnings.catch_warnings():
             # A deprecation, whose category and words depend on the versions of torch and Python.
             warnings.filterwarnings("ignore", message=".torch.jit.load")
-            scripted = torch.jit.load(str(path), map_location="cpu")
+            scripted = torch.jit.load(str(path), map_location="cpu").eval()
+        tensors = {**dict(scripted.named_parameters()), **dict(scripted.named_buffers())}
+        refuse_repeated(tensors, path)
+        return ScriptedModule(scripted).eval()
+    except ModelError:
+        raise
     except Exception as error:  # torch raises many types over an archive that is damaged
         raise ModelError(
             "torch cannot read this TorchScript archive",
             where=str(path),
             details=(innermost(error),),
         ) from error
-    scripted.eval()
-    refuse_repeated(dict(scripted.named_parameters()) | dict(scripted.named_buffers()), path)
-    return ScriptedModule(scripted).eval()
-
-
-def _check_same_members(archive: Archive) -> None:
-    """Torch's zip reader must see the very code that was scanned, and no other."""
-    reader = torch._C.PyTorchFileReader(str(archive.path))
-    same = set(reader.get_all_records()) == set(archive.members) and all(
-        reader.get_record(name) == archive.read(name)
-        for name in archive.members
-        if name.startswith("code/") or name.endswith("pkl")
-    )
-    if not same:
-        raise ModelError("the zip archive reads in two different ways", where=str(archive.path))

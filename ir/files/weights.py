@@ -124,6 +124,18 @@ def _check_names(weights: Mapping[str, torch.Tensor], target: Target, where: str
 def _check_shapes(
     weights: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], where: str
 ) -> None:
+    odd = [
+        f"{name}: {'no values' if t.is_meta else t.layout}"
+        for name, t in weights.items()
+        if name in wanted and (t.is_meta or t.layout is not torch.strided)
+    ]
+    if odd:
+        raise ModelError(
+            f"{counted(len(odd), 'tensor')} that cannot be weights",
+            where=where,
+            fix="Save dense tensors, on a device.",
+            details=tuple(listed(odd, 5)),
+        )
     wrong = [
         f"{name}: {tuple(weights[name].shape)} in the file, {tuple(t.shape)} in the module"
         for name, t in wanted.items()

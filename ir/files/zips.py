@@ -106,6 +106,27 @@ class Archive:
                 details=(str(error),),
             ) from error
 
+    def check_reads_alike(self) -> None:
+        """Torch's own zip reader must see the very members that were checked, and no others.
+
+        Raises:
+            ModelError: it sees something else, where code or a pickle is concerned.
+        """
+        import torch
+
+        with self._open() as file:
+            try:
+                reader = torch._C.PyTorchFileReader(file)
+                alike = set(reader.get_all_records()) == set(self.members) and all(
+                    reader.get_record(name) == self.read(name)
+                    for name in self.members
+                    if name.startswith("code/") or name.endswith("pkl")
+                )
+            except (RuntimeError, ValueError):
+                alike = False
+        if not alike:
+            raise ModelError("the zip archive reads in two different ways", where=str(self.path))
+
 
 def _check_infos(infos: list[zipfile.ZipInfo], path: Path) -> None:
     where = str(path)

@@ -84,6 +84,17 @@ def bert() -> bytes:
     )
 
 
+def beside(name: str) -> Make:
+    """A whole model folder with a pipe in it."""
+
+    def make(folder: Path) -> Path:
+        path = model_folder({})(folder)
+        os.mkfifo(path / name)
+        return path
+
+    return make
+
+
 def model_folder(
     change: dict[str, Any], files: dict[str, bytes] | None = None, weights: bool = True
 ) -> Make:
@@ -122,6 +133,8 @@ FOLDERS: dict[str, tuple[Make, str]] = {
         "never run"),
     "a kernel from the network": (
         model_folder({"_attn_implementation": "evil/kernels"}), "kernel"),
+    "architectures of another kind": (model_folder({"architectures": 1e308}), "architecture"),
+    "a model type of another kind": (model_folder({"model_type": {"a": 1}}), "architecture"),
     "config of another kind": (model_folder({}, {"config.json": b"[1]"}), "object"),
     "deep config": (model_folder({}, {"config.json": archives.deep()}), "deep"),
     "deep config of objects": (
@@ -136,6 +149,8 @@ FOLDERS: dict[str, tuple[Make, str]] = {
                           "b.bin": pickled.saved({"a": Creates()})}, False), "import"),
     "TorchScript as weights": (
         model_folder({}, {"pytorch_model.bin": b"PK"}, False), "damaged"),
+    "codes of endless width": (
+        model_folder({"quantization_config": {"quant_method": "gptq", "bits": 2**70}}), "bits"),
     "codes of a deep description": (
         model_folder({"quantization_config": {"quant_method": "awq", "bits": [[[4]]]}}), ""),
     "a diffusers model of any width": (
@@ -327,8 +342,9 @@ CASES: dict[str, Hostile] = {
         index({"a": "x.bin"}, lambda f: (f / "x.bin").write_bytes(pickled.saved(Creates()))),
         "", True),
     **{f"folder: {name}": Hostile(make, says) for name, (make, says) in FOLDERS.items()},
+    "folder: a pipe beside it": Hostile(beside("generation_config.json"), is_harmless=True),
     "folder: codes that no weight has": Hostile(
-        model_folder({"quantization_config": {"quant_method": "gptq", "bits": BILLION,
+        model_folder({"quantization_config": {"quant_method": "gptq", "bits": 4,
                                               "group_size": -BILLION}}), is_harmless=True),
     **{f"artifact: {name}": Hostile(make, says) for name, (make, says) in ARTIFACTS.items()},
     **{f"no file: {name}": Hostile(make, says) for name, (make, says) in NO_FILES.items()},

@@ -182,9 +182,9 @@ CASES: dict[str, Hostile] = {
         content(lambda: rewritten(state(), kept, {"archive/b.pkl": _opcodes("global")})), "", True
     ),
     "torch.save: nested tuples": Hostile(
-        content(lambda: with_pickle(b"\x80\x02})" + b"\x85" * 10**5 + b"K\x01s.")), "nested", True),
+        content(lambda: with_pickle(b"\x80\x02})" + b"\x85" * 9999 + b"K\x01s.")), "nested", True),
     "torch.save: nested lists": Hostile(
-        content(lambda: with_pickle(b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b".")),
+        content(lambda: with_pickle(b"\x80\x02" + b"]" * 20_000 + b"a" * (20_000 - 1) + b".")),
         "nested", True),
     "torch.save: nested from inside": Hostile(
         content(lambda: with_pickle(
@@ -227,6 +227,17 @@ CASES: dict[str, Hostile] = {
         content(lambda: state()[:300] + bytes(300) + state()[600:]), "", True),
     "torch.save, old: nested": Hostile(
         content(lambda: legacy(3, b"\x80\x02" + b"]" * 3000 + b"a" * 2999 + b".")), "nested", True),
+    "torch.save: sparse weights": Hostile(
+        content(lambda: saved({**net().state_dict(), "0.bias": torch.zeros(6).to_sparse()})),
+        "cannot be weights", True),
+    "torch.save: weights without values": Hostile(
+        content(lambda: saved({**net().state_dict(), "0.bias": torch.zeros(6, device="meta")})),
+        "cannot be weights", True),
+    "torch.save: an endless sparse tensor": Hostile(
+        content(lambda: saved({**net().state_dict(), "0.bias": torch.sparse_coo_tensor(
+            torch.zeros(2, 1, dtype=torch.int64), torch.ones(1), (10**9, 10**9),
+            check_invariants=False)})),
+        "cannot be weights", True),
     "torch.save, old: cut": Hostile(
         content(lambda: saved(net().state_dict(), **OLD)[:-30]), "", True),
     "torch.save: a module": Hostile(content(lambda: saved(net())), "--allow-pickle"),

@@ -44,7 +44,7 @@ def scripted() -> Iterator[tuple[str, Hostile]]:
     for depth in (5_000, 100_000):
         nested = "return " + "(" * depth + "x" + ")" * depth
         yield f"TorchScript: nested {depth}", _script(scripts.calls(nested))
-    lists = scripts.with_pickle(b"]" * 10**5 + b"a" * (10**5 - 1))
+    lists = scripts.with_pickle(b"]" * 20_000 + b"a" * (20_000 - 1))
     yield "TorchScript: nested pickle", _script(lists)
     bound = scripts.with_pickle(b"c__torch__.torch.classes.rpc\nX\n)\x81")
     yield "TorchScript: a C++ object", _script(bound)

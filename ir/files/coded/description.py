@@ -38,6 +38,9 @@ LAYOUTS: dict[str, type[Layout]] = {
 }
 """By `quant_method`; auto-round's is told by its packing_format."""
 
+WIDEST = 64
+"""Bits of a code at most."""
+
 NOTHING: Mapping[str, Tensor] = {}
 
 _NAMES = re.compile(
@@ -93,6 +96,7 @@ def layout_of(config: Mapping[str, Any], where: str) -> Layout:
     Raises:
         ModelError: another method, a form of it that is not read, or a description that is broken.
     """
+    _refuse_width(config, where)
     try:
         return _layout_of(config, where)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -101,6 +105,23 @@ def layout_of(config: Mapping[str, Any], where: str) -> Layout:
             where=where,
             details=(f"{type(error).__name__}: {error}",),
         ) from error
+
+
+def _refuse_width(config: Mapping[str, Any], where: str) -> None:
+    """A description at any depth has no code of more bits than a word: tables are made of them."""
+    pending: list[tuple[str, Any]] = [("", config)]
+    while pending:
+        key, value = pending.pop()
+        if isinstance(value, Mapping):
+            pending += [(str(name), part) for name, part in value.items()]
+        elif isinstance(value, list):
+            pending += [(key, part) for part in value]
+        elif key.endswith(("bits", "bit")) and _is_number(value) and not 0 <= value <= WIDEST:
+            raise ModelError(f"the quantized weights have {value} {key}", where=where)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
 
 
 def _layout_of(config: Mapping[str, Any], where: str) -> Layout:
