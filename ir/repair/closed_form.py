@@ -32,6 +32,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from graphwright.ir.repair.nonneg import solve_nonneg
+
 Repair = Literal["auto", "features", "ridge", "nonneg", "diagonal", "none"]
 
 GRID = (1e-2, 1e-1, 1.0, 10.0, 100.0)
@@ -40,7 +42,10 @@ GRID = (1e-2, 1e-1, 1.0, 10.0, 100.0)
 SAMPLES = 2048
 """Gaussian inputs that the candidates are compared on."""
 PER_CHANNEL = 8
-"""Gaussian inputs that `features` is fitted to, for each channel, and no fewer than `SAMPLES`."""
+"""Gaussian inputs that `features` is fitted to, for each channel, in whole draws of `SAMPLES`."""
+
+
+Equations = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -83,42 +88,40 @@ def normal_equations(channels: Channels, l1: float) -> tuple[Tensor, Tensor]:
     return left, y @ channels.filters.T + l1 * torch.outer(e, channels.offsets)
 
 
-def ridge(channels: Channels, l1: float, l2: float) -> Tensor:
+def ridge(channels: Channels, l1: float, l2: float, equations: Equations | None = None) -> Tensor:
     """S (R, N) for every channel.
 
     Args:
         channels: before and after.
         l1: weight of the offsets.
         l2: weight of the shrinkage, as it stands in the objective; positive.
+        equations: of `normal_equations`, where they are known.
     """
-    left, right = normal_equations(channels, l1)
+    left, right = equations or normal_equations(channels, l1)
     eye = torch.eye(len(left), dtype=left.dtype, device=left.device)
     found: Tensor = torch.linalg.solve(left + l2 * eye, right + l2 * channels.nothing)
     return found
 
 
-def diagonal(channels: Channels, l1: float, l2: float) -> Tensor:
+def diagonal(
+    channels: Channels, l1: float, l2: float, equations: Equations | None = None
+) -> Tensor:
     """S (R, N) where every kept channel is only scaled, and a pruned one lost."""
-    left, right = normal_equations(channels, l1)
+    left, right = equations or normal_equations(channels, l1)
     rows = torch.arange(len(left))
     scale = (right[rows, channels.kept] + l2) / (left.diagonal() + l2)
     return channels.nothing * scale[:, None]
 
 
-def nonneg(channels: Channels, l1: float, l2: float) -> Tensor:
+def nonneg(channels: Channels, l1: float, l2: float, equations: Equations | None = None) -> Tensor:
     """S (R, N) >= 0 for pruned channels, and the diagonal for kept ones."""
-    import numpy as np
-    from scipy.optimize import nnls
-
-    found = diagonal(channels, l1, l2) if channels.is_rounded else channels.nothing
-    left, right = normal_equations(channels, l1)
+    left, right = equations or normal_equations(channels, l1)
+    found = channels.nothing
+    if channels.is_rounded:
+        found = diagonal(channels, l1, l2, (left, right))
     eye = torch.eye(len(left), dtype=left.dtype, device=left.device)
-    factor = torch.linalg.cholesky(left + l2 * eye)  # the objective is |L^T s - L^-1 q|^2
-    targets = torch.linalg.solve_triangular(factor, right, upper=False).cpu().numpy()
-    matrix = np.ascontiguousarray(factor.T.cpu().numpy())
-    for j in pruned(channels).tolist():
-        solution = nnls(matrix, targets[:, j], maxiter=30 * len(matrix))[0]
-        found[:, j] = torch.from_numpy(solution).to(found)
+    gone = pruned(channels)
+    found[:, gone] = solve_nonneg(left + l2 * eye, right[:, gone])
     return found
 
 
@@ -141,16 +144,17 @@ def candidates(
         l2: in units of the mean diagonal; None for the whole grid.
     """
     yield "none", channels.nothing
-    unit = float(normal_equations(channels, l1)[0].diagonal().mean())
+    equations = normal_equations(channels, l1)  # once: at thousands of channels they cost seconds
+    unit = float(equations[0].diagonal().mean())
     if repair == "none" or unit == 0.0:
         return
     for share in GRID if l2 is None else (l2,):
         strength = share * unit
         if repair in ("auto", "ridge"):
-            mixed = ridge(channels, l1, strength)
+            mixed = ridge(channels, l1, strength, equations)
             if channels.is_rounded:
                 yield f"ridge {share:g}", mixed
-                kept = diagonal(channels, l1, strength)
+                kept = diagonal(channels, l1, strength, equations)
             else:
                 kept = channels.nothing
             if len(pruned(channels)):
@@ -159,9 +163,9 @@ def candidates(
                 only[:, gone] = mixed[:, gone]
                 yield f"ridge {share:g} of pruned channels", only
         if repair in ("auto", "nonneg") and len(pruned(channels)):
-            yield f"nonneg {share:g}", nonneg(channels, l1, strength)
+            yield f"nonneg {share:g}", nonneg(channels, l1, strength, equations)
         if repair in ("auto", "diagonal") and channels.is_rounded:
-            yield f"diagonal {share:g}", diagonal(channels, l1, strength)
+            yield f"diagonal {share:g}", diagonal(channels, l1, strength, equations)
 
 
 def feature_candidates(
@@ -178,9 +182,13 @@ def feature_candidates(
         l2: in units of the mean square of the damaged activations; None for the whole grid.
         generator: of the Gaussian inputs, other ones than those of `choose`.
     """
-    count = max(SAMPLES, PER_CHANNEL * len(channels.filters))
-    whole, damaged = gaussian_activations(channels, activation, generator, count)
-    left, right = damaged.T @ damaged / count, damaged.T @ whole / count
+    draws = -(-PER_CHANNEL * len(channels.filters) // SAMPLES)
+    left = right = channels.filters.new_zeros(())
+    for _ in range(max(1, draws)):  # never more than one draw of activations in memory
+        whole, damaged = gaussian_activations(channels, activation, generator)
+        left, right = left + damaged.T @ damaged, right + damaged.T @ whole
+    count = max(1, draws) * SAMPLES
+    left, right = left / count, right / count
     unit = float(left.diagonal().mean())
     if unit == 0.0:
         return

@@ -23,6 +23,7 @@ from graphwright.ir.tune.feed import Feed, Labelled
 from graphwright.ir.tune.history import History, Tuned
 from graphwright.ir.tune.hooks import Hook, Hooks, Moment
 from graphwright.ir.tune.losses import OF_TEACHER, Flat, check_teacher, make_loss
+from graphwright.ir.tune.mfac import MfacOptimizer
 from graphwright.ir.tune.optimizers import MakeOptimizer, make_optimizer
 from graphwright.ir.tune.options import TuneOptions
 from graphwright.ir.tune.processes import Processes
@@ -156,6 +157,7 @@ class _Loop:
         history = History(
             tuple(self._finite_losses()), tuple(self.best.evaluations), self.best.step,
             self.stopped, {name: float(zero.float().mean()) for name, zero in self.zeros.items()},
+            self.optimizer.window.nbytes if isinstance(self.optimizer, MfacOptimizer) else 0,
         )  # fmt: skip
         return Tuned(self.working.result(), history)
 

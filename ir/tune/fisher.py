@@ -209,6 +209,11 @@ class Window:
         self.products = torch.zeros(count, count, dtype=torch.float64, device=device)
         self.added = 0
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the gradients."""
+        return self.gradients.numel() * self.gradients.element_size()
+
     def add(self, gradient: Tensor) -> None:
         """Replaces the oldest gradient; one row and column of S change."""
         row = self.added % self.gradients.shape[0]
@@ -226,8 +231,14 @@ class Window:
         eye = torch.eye(m, dtype=torch.float64, device=x.device)
         lower = torch.linalg.cholesky(self.products / self.damp + m * eye)
         mixed = torch.cholesky_solve(self._inner(x)[:, None], lower)[:, 0] / self.damp
-        # one division at the end: x / damp and the sum nearly cancel where gradients are large
-        return (x - self.gradients.T @ mixed.to(self.gradients.dtype)) / self.damp
+        found = torch.empty_like(x)
+        step = max(1, PAGE // m)
+        for start in range(0, x.numel(), step):
+            page = slice(start, start + step)
+            # x and the sum nearly cancel where gradients are large: rounded once, at the end
+            gap = x[page].double() - self.gradients[:, page].double().T @ mixed
+            found[page] = (gap / self.damp).to(x.dtype)
+        return found
 
     def _inner(self, x: Tensor) -> Tensor:
         """G x in float64, page by page."""
@@ -235,5 +246,6 @@ class Window:
         step = max(1, PAGE // len(total))
         for start in range(0, x.numel(), step):
             page = slice(start, start + step)
-            total += (self.gradients[:, page] @ x[page].to(self.gradients.dtype)).double()
+            # float64 from the start: the products nearly cancel in the inverse
+            total += self.gradients[:, page].double() @ x[page].double()
         return total

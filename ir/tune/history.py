@@ -18,6 +18,7 @@ class History:
         best_step: steps done at the best evaluation; None where nothing was evaluated.
         stopped: why it ended before the last step; empty when it did not.
         zeros: share of zeros that stayed zero, by the name of each weight that has such.
+        window_bytes: memory of the gradients that the optimizer `mfac` kept; 0 for the others.
     """
 
     losses: tuple[float, ...]
@@ -25,6 +26,7 @@ class History:
     best_step: int | None = None
     stopped: str = ""
     zeros: Mapping[str, float] = field(default_factory=dict)
+    window_bytes: int = 0
 
     @property
     def steps(self) -> int:

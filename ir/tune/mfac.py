@@ -11,11 +11,32 @@ from torch import Tensor
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.tune.fisher import Window
 
+MOST = 8 << 30
+"""Bytes of a window at most."""
+
+
+def window_bytes(values: int, gradients: int, dtype: torch.dtype = torch.float32) -> int:
+    """Memory of a window of so many gradients of so many values."""
+    return values * gradients * dtype.itemsize
+
+
+def _check_room(values: int, gradients: int, dtype: torch.dtype) -> None:
+    size = window_bytes(values, gradients, dtype)
+    if size > MOST:
+        fits = MOST // (values * dtype.itemsize)
+        raise ArgumentError(
+            f"a window of {gradients} gradients of {values} values takes {size / 2**30:.1f} GiB, "
+            f"and M-FAC takes {MOST >> 30} GiB at most",
+            fix=f"Lower fisher_gradients to {fits}, or train fewer parameters." if fits
+            else "Train fewer parameters, or choose another optimizer.",
+        )  # fmt: skip
+
 
 class MfacOptimizer(torch.optim.Optimizer):
     """w <- w - lr F^-1 g, with F of the last `gradients` gradients, g among them.
 
-    Memory is `gradients` times that of the trained parameters, all of which share one F.
+    Memory is `gradients` times that of the trained parameters, all of which share one F; a window
+    of more than 8 GiB is refused.
 
     Args:
         params: as any optimizer of torch takes them.
@@ -58,6 +79,7 @@ class MfacOptimizer(torch.optim.Optimizer):
         ]
         first = tensors[0]
         dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        _check_room(sum(self._sizes), gradients, dtype)
         self.window = Window(sum(self._sizes), gradients, damp, dtype, first.device)
 
     def _parameters(self) -> list[Tensor]:

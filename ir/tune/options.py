@@ -54,7 +54,8 @@ class TuneOptions(Options):
     """Decay rates of the two moments of `adam` and `adamw`."""
 
     fisher_gradients: Count = 1024
-    """Gradients that `mfac` keeps; its memory is so many times that of the parameters."""
+    """Gradients that `mfac` keeps; its memory is so many times that of the parameters in training,
+    8 GiB at most, and is said in the report."""
 
     fisher_damp: Annotated[float, Field(gt=0)] = 1e-5
     """Number that `mfac` adds to the diagonal of the Fisher matrix."""

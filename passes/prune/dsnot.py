@@ -59,6 +59,10 @@ class DsnotOptions(SparsityOptions):
     """End a row rather than let its expected change turn to the other side. The paper's code has
     this test off by default; without it outputs can get worse while their means get better."""
 
+    never_worse: bool = False
+    """End a row rather than let its expected change grow: under N:M the weight to drop is chosen
+    whatever its sign, and may take away more than comes back. A rule of ours, not of the paper."""
+
     @field_validator("base")
     @classmethod
     def _finds_its_own(cls, base: str, info: ValidationInfo) -> str:
@@ -184,7 +188,7 @@ class Dsnot(Pass[DsnotOptions]):
         if existing:
             layers, dense, reasons = _originals(program, context.before_compression, layers)
             actions += reasons
-        settings = DsnotSettings(o.threshold, o.cycles, o.power, o.same_sign)
+        settings = DsnotSettings(o.threshold, o.cycles, o.power, o.same_sign, o.never_worse)
         method = DsnotMethod(o.base, o.update, pattern, settings, dense)
         found = sweep(program, layers, context.batches, method, context)
         weights = {layer.weight: found[layer.node.name].state["weight"] for layer in layers}

@@ -62,10 +62,11 @@ class NmOptions(Bounded):
     decay: Literal["exponential", "linear"] = "exponential"
     """Course of the mask value: exp(-c t) or max(0, 1 - c t), t steps into the masked phase."""
 
-    decay_rate: Annotated[float, Field(gt=0)] = 2e-4
-    """The c of `decay`, per step. The default is for runs of tens of thousands of steps; in a run
-    of T steps, 10 / T brings the exponential down to e^-10. The metric `mask_value_at_end` says
-    where it ended."""
+    decay_rate: Annotated[float, Field(gt=0)] | None = None
+    """The c of `decay`, per step. When absent it follows the run: over the T steps between the
+    dense and the last phase the exponential falls to e^-10 (c = 10 / T), the line to 0 (c = 1 / T).
+    The published configurations have 1e-4 and 2e-4, for tens of thousands of steps. The metric
+    `mask_value_at_end` says where it ended."""
 
     structure: Literal["stepwise", "geometric", "densify", "custom"] = "stepwise"
     """Patterns before N:M: `stepwise` (M-1):M, M/2:M, M/4:M and so on; `geometric` kN:kM for k =

@@ -19,6 +19,12 @@ from graphwright.passes.prune._oto.training import (
     remove_zeros,
 )
 from graphwright.passes.prune._oto.units import Units
+from graphwright.passes.prune._units.eligible import gutted
+
+SHORT = 0.05
+"""Share of the units by which DHSPG may miss its target without a word."""
+WARN_ABOVE = 0.95
+"""Share of its units whose loss in a group is a warning: training has seen to the rest."""
 
 
 class Otov2(Pass[Otov2Options]):
@@ -69,7 +75,24 @@ class Otov2(Pass[Otov2Options]):
         }  # fmt: skip
         if tuned.history.evaluations:
             metrics["last_evaluation"] = tuned.history.evaluations[-1][1]
-        return Result(smaller, tuple(actions), metrics)
+        return Result(smaller, tuple(actions), metrics, warnings=_warnings(units, picks, options))
+
+
+def _warnings(
+    units: Units, picks: Mapping[ChannelGroup, list[int]], options: Otov2Options
+) -> tuple[str, ...]:
+    """What the sparsity that was reached says about the run."""
+    gone = sum(len(chosen) for chosen in picks.values())
+    if gone == 0:
+        return (
+            f"{options.method} removed nothing: no unit reached zero. Train for more steps or at a "
+            "higher learning rate" + (", or raise penalty" if options.method == "dhspg" else ""),
+        )
+    if options.method == "dhspg" and gone < (options.sparsity - SHORT) * units.count:
+        return (f"dhspg removed {gone / units.count:.1%} of the units, where "
+                f"{options.sparsity:.1%} were asked for",)  # fmt: skip
+    start = {group.name: group.units for group in units.groups}
+    return gutted(start, {g.name: len(chosen) for g, chosen in picks.items()}, WARN_ABOVE)
 
 
 def _actions(

@@ -133,6 +133,8 @@ def _metrics(history: History) -> dict[str, float]:
         "first_loss": history.losses[0],
         "last_loss": history.losses[-1],
     }
+    if history.window_bytes:
+        metrics["mfac_window_mib"] = history.window_bytes / 2**20
     if history.zeros:
         metrics["weights_with_kept_zeros"] = float(len(history.zeros))
     if history.evaluations:

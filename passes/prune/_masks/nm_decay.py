@@ -13,6 +13,9 @@ Pattern = tuple[int, int]
 
 Decay = Literal["linear", "exponential"]
 
+FALL = 10.0
+"""Exponent that the mask value falls to where no rate is given: e^-10 is 5e-5."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -31,14 +34,14 @@ class NmSchedule:
         frames: patterns between the dense and the last phase, which share its steps equally; the
             last one is the pattern that stays.
         decay: how the mask value of pruned weights falls; None for a binary mask.
-        rate: c of `decay`, per step.
+        rate: c of `decay`, per step; None for one that ends with the masked phase.
         dense: share of the steps without a mask, at the begin.
         finetune: share of the steps under the final binary mask, at the end.
     """
 
     frames: tuple[Pattern, ...]
     decay: Decay | None = None
-    rate: float = 0.0
+    rate: float | None = None
     dense: float = 0.0
     finetune: float = 0.0
 
@@ -65,7 +68,13 @@ class NmSchedule:
             return Stage(*self.final, 0.0)
         passed = step - begin
         n, m = self.frames[passed * len(self.frames) // (end - begin)]
-        return Stage(n, m, mask_value(self.decay, self.rate, passed))
+        return Stage(n, m, mask_value(self.decay, self.rate_of(end - begin), passed))
+
+    def rate_of(self, steps: int) -> float:
+        """c for so many masked steps: as given, or what brings exp to e^-10 and the line to 0."""
+        if self.rate is not None:
+            return self.rate
+        return (FALL if self.decay == "exponential" else 1.0) / steps
 
     def bounds(self, total: int) -> tuple[int, int]:
         """First step under a mask, and first step under the final binary one.
@@ -86,7 +95,8 @@ class NmSchedule:
         """Mask value in the last of `steps` steps before the final binary mask; 1 while dense."""
         begin, end = self.bounds(total)
         passed = min(steps, end) - 1 - begin
-        return mask_value(self.decay, self.rate, passed) if passed >= 0 else 1.0
+        rate = self.rate_of(end - begin)
+        return mask_value(self.decay, rate, passed) if passed >= 0 else 1.0
 
 
 def mask_value(decay: Decay | None, rate: float, step: int) -> float:

@@ -18,6 +18,7 @@ class DsnotSettings:
     cycles: int = 50
     power: float = 1.0
     same_sign: bool = True
+    never_worse: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def refine(
     A row stops for good when |e| is at most the threshold, when e would change its sign (the
     sign test), or when it has no such pair left. Under N:M the weight to drop is the one with the
     lowest metric in the group of the weight that comes back, whatever its sign; the row stops
-    when that trade would change the sign of e, or move e away from zero.
+    when that trade would change the sign of e. With `never_worse` a row also stops at a trade that
+    would move e away from zero, which is no rule of the paper.
 
     Args:
         dense: (rows, columns), the values that come back.
@@ -90,7 +92,7 @@ def refine(
         go = active & may_grow & may_drop & (e.abs() > settings.threshold)
         if settings.same_sign or groups is not None:
             go &= after.sign() == first_sign
-        if groups is not None:
+        if settings.never_worse:
             go &= after.abs() <= e.abs()
         active = go
         if not bool(go.any()):

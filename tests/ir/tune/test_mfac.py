@@ -12,6 +12,7 @@ import graphwright as gw
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.tune import TuneOptions, tune
+from graphwright.ir.tune.fisher import Window
 from graphwright.ir.tune.mfac import MfacOptimizer
 
 
@@ -67,6 +68,27 @@ def test_steps_follow_the_dense_formula(momentum: float) -> None:
         w = w - lr * average
         optimizer.step()
     torch.testing.assert_close(torch.cat([p.detach().flatten() for p in params]), w)
+
+
+def test_a_window_in_float32_is_as_exact_as_its_gradients() -> None:
+    """Large gradients and little damping, where the two terms of the inverse nearly cancel."""
+    g = torch.Generator().manual_seed(3)
+    window = Window(400, 8, 1e-5)
+    rows = 30 * torch.randn(8, 400, generator=g)
+    for row in rows:
+        window.add(row)
+    fisher = 1e-5 * torch.eye(400).double() + rows.double().T @ rows.double() / 8
+    for x in (rows[2], torch.randn(400, generator=g)):
+        expected = torch.linalg.solve(fisher, x.double())
+        gap = (window.product(x).double() - expected).norm() / expected.norm()
+        assert float(gap) < 1e-6  # one rounding to float32
+
+
+def test_a_window_beyond_its_bound_is_refused_before_it_is_made() -> None:
+    w = nn.Parameter(torch.zeros(3_000_000, device="meta"))
+    with pytest.raises(ArgumentError, match=r"takes 11\.4 GiB") as caught:
+        MfacOptimizer([w])
+    assert "Lower fisher_gradients to 715" in str(caught.value.fix)
 
 
 def test_zeros_stay_zero_when_asked() -> None:

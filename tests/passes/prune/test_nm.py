@@ -151,6 +151,20 @@ def test_phases_and_frames_of_a_run() -> None:
     assert schedule.value_at_end(31, 100) == pytest.approx(0.8)
 
 
+@pytest.mark.parametrize("total", [50, 1000])
+def test_without_a_rate_the_decay_ends_with_the_run(total: int) -> None:
+    """At every length the last masked step is a step before e^-10, or before 0."""
+    masked = total - total // 5  # a tenth dense, a tenth under the final mask
+    last = (masked - 1) / masked
+    for decay, end in (("exponential", math.exp(-10 * last)), ("linear", 1 - last)):
+        schedule = NmSchedule(((1, 4),), decay, dense=0.1, finetune=0.1)
+        assert schedule.value_at_end(total, total) == pytest.approx(end)
+        halfway = schedule.at(total // 10 + masked // 2, total)
+        assert halfway is not None
+        assert halfway.value == pytest.approx(math.exp(-5) if decay == "exponential" else 0.5)
+    assert Nm().options.schedule().rate is None
+
+
 def test_mask_values() -> None:
     assert mask_value("exponential", 1e-4, 0) == 1.0
     assert mask_value("exponential", 1e-4, 30_000) == pytest.approx(math.exp(-3))

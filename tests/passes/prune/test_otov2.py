@@ -131,6 +131,10 @@ def test_units_that_did_not_reach_zero_are_told_of() -> None:
     assert result.metrics["group_sparsity"] == 0
     reasons = " ".join(a.reason for a in result.actions)
     assert "more redundant units did not reach zero" in reasons
+    assert result.warnings == (
+        "dhspg removed nothing: no unit reached zero. Train for more steps or at a higher learning "
+        "rate, or raise penalty",
+    )
     assert result.metrics["cut_error"] == 0.0
 
 
