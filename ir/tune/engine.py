@@ -17,6 +17,7 @@ from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.graph.digest import digest
 from graphwright.ir.program import Program
 from graphwright.ir.signature import rebuild
+from graphwright.ir.tune.average import Average
 from graphwright.ir.tune.best import Best
 from graphwright.ir.tune.checkpoint import Checkpoint, make_key
 from graphwright.ir.tune.feed import Feed, Labelled
@@ -28,6 +29,7 @@ from graphwright.ir.tune.optimizers import MakeOptimizer, make_optimizer
 from graphwright.ir.tune.options import TuneOptions
 from graphwright.ir.tune.processes import Processes
 from graphwright.ir.tune.schedule import lr_factor, total_steps
+from graphwright.ir.tune.select import make_score, mean_score
 from graphwright.ir.tune.working import Working, choose, frozen, own_random_numbers
 from graphwright.ir.tune.zeros import ZeroKeeper, zeros_to_keep
 
@@ -109,19 +111,27 @@ class _Loop:
         chosen = choose(program, names)
         about = chosen if masked is None else [name for name in chosen if name in masked]
         self.zeros = zeros_to_keep(program, about, options.keep_zeros)
+        recipes = list(hooks)
         hooks = [*hooks, ZeroKeeper(self.zeros)] if self.zeros else hooks
         self.hooks = Hooks(hooks)
         self.working = Working(program, chosen, self.hooks, device)
         teacher = (teacher or context.teacher) if options.loss in OF_TEACHER else None
         run_teacher = None if teacher is None else _frozen(teacher, program, device)
-        self.loss = make_loss(options.loss, batches, context.folder, run_teacher)
+        parts = (options.loss, batches, context.folder, run_teacher)
+        self.loss = make_loss(*parts, options.label_smoothing)
+        self.score = make_score(
+            options.select, make_loss(*parts), batches.signature, context.folder
+        )
+        if options.ema is not None and recipes:
+            raise ArgumentError("ema averages over steps, and this recipe counts on the last one")
+        self.average = None if options.ema is None else Average(self.working, options.ema)
         self.optimizer = (
             make_optimizer(self.working.trained, options, self.zeros)
             if optimizer is None
             else optimizer(self.working.trained, options)
         )
         self.full_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self.evaluate = evaluate or (self._held_out_loss if options.hold_out else None)
+        self.evaluate = evaluate or (self._held_out_score if options.hold_out else None)
         self.evaluate_every = self._evaluation_interval()
         self.best = Best(options.patience, options.keep_best)
         self.losses: list[Tensor | float] = []
@@ -154,6 +164,8 @@ class _Loop:
         if self.best.tensors:
             self.working.load(self.best.tensors)
             self.hooks.restore_best()
+        elif self.average is not None:
+            self.working.load(self.average.values)
         history = History(
             tuple(self._finite_losses()), tuple(self.best.evaluations), self.best.step,
             self.stopped, {name: float(zero.float().mean()) for name, zero in self.zeros.items()},
@@ -183,6 +195,8 @@ class _Loop:
         loss = torch.stack(losses).mean()
         self.processes.mean_([loss, *self.working.moving.values()])
         self.losses.append(loss)
+        if self.average is not None:
+            self.average.update()
 
     def _backward(self, model: torch.nn.Module, at: Moment, batch: Labelled) -> Tensor:
         """Adds the gradients of a batch; returns its loss."""
@@ -218,25 +232,18 @@ class _Loop:
         if self.step % self.evaluate_every and self.step < self.total:
             return
         self.working.at = self._moment(0)
-        with torch.no_grad():
+        averaged = contextlib.nullcontext() if self.average is None else self.average.in_place()
+        with torch.no_grad(), averaged:
             value = self.processes.from_main(float(self.evaluate(self.working.in_inference())))
-        if self.best.add(self.step, value, self.working.tensors()):
+            is_best = self.best.add(self.step, value, self.working.tensors())
+        if is_best:
             self.hooks.keep_best()
         if self.best.is_out_of_patience and self.step < self.total:
             self.stopped = f"no better evaluation in the last {self.options.patience}"
 
-    def _held_out_loss(self, program: Program) -> float:
-        """Mean loss over the held-out samples, every batch weighted by its samples."""
-        total, count = 0.0, 0
-        names = [spec.name for spec in program.signature.inputs]
-        for batch in self.feed.held_out():
-            batch = {name: value.to(self.processes.device) for name, value in batch.items()}
-            with self._precision():
-                flat = program.run_flat(tuple(batch[name] for name in names))
-            rows = int(batch[names[0]].shape[0])
-            total += rows * float(self.loss(flat, batch))
-            count += rows
-        return total / count
+    def _held_out_score(self, program: Program) -> float:
+        with self._precision():
+            return mean_score(program, self.feed.held_out(), self.score, self.processes.device)
 
     def _evaluation_interval(self) -> int:
         options = self.options
@@ -312,6 +319,7 @@ class _Loop:
                 "optimizer": self.optimizer.state_dict(),
                 "hooks": self.hooks.state_dict(),
                 "best": self.best.state_dict(),
+                "average": {} if self.average is None else self.average.state_dict(),
             }
         )
 
@@ -325,6 +333,8 @@ class _Loop:
         self.optimizer.load_state_dict(state["optimizer"])
         self.hooks.load_state_dict(state["hooks"])
         self.best.load_state_dict(state["best"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
 
     def _seed(self, *path: str | int) -> int:
         return self.context.generator("tune", *path).initial_seed()

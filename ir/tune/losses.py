@@ -25,7 +25,9 @@ Loss = Callable[[Flat, Mapping[str, Tensor]], Tensor]
 Teacher = Callable[[Flat], Flat]
 
 
-def make_loss(name: str, data: Batches, folder: Path, teacher: Teacher | None) -> Loss:
+def make_loss(
+    name: str, data: Batches, folder: Path, teacher: Teacher | None, smoothing: float = 0.0
+) -> Loss:
     """The loss of that name; its arithmetic is in float32 or better.
 
     Args:
@@ -33,6 +35,7 @@ def make_loss(name: str, data: Batches, folder: Path, teacher: Teacher | None) -
         data: training data; says whether there are labels, and what the outputs are.
         folder: modules in it are found too.
         teacher: runs the program that `kl` compares with.
+        smoothing: share of every label that is spread over all classes.
 
     Raises:
         ArgumentError: the data has no labels, there is no teacher, or no such function.
@@ -48,8 +51,10 @@ def make_loss(name: str, data: Batches, folder: Path, teacher: Teacher | None) -
         raise ArgumentError(
             f"the loss {name} needs labels", where=data.source, fix="Add an array named `labels`."
         )
-    built_in = {"cross_entropy": cross_entropy, "next_token": next_token, "mse": mse}[name]
-    return lambda flat, batch: built_in(wide(flat[main]), batch)
+    if name == "mse":
+        return lambda flat, batch: mse(wide(flat[main]), batch)
+    of_labels = {"cross_entropy": cross_entropy, "next_token": next_token}[name]
+    return lambda flat, batch: of_labels(wide(flat[main]), batch, smoothing)
 
 
 def main_output(signature: Signature) -> int:
@@ -65,13 +70,14 @@ def main_output(signature: Signature) -> int:
     return next((index for index in named if index in floats), floats[0])
 
 
-def cross_entropy(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+def cross_entropy(logits: Tensor, batch: Mapping[str, Tensor], smoothing: float = 0.0) -> Tensor:
     """Mean cross entropy with class labels.
 
     Args:
         logits: (batch, ..., classes) or (batch, classes, ...), beside labels (batch, ...).
         batch: `labels` are class indices, -100 where they do not count; or shares of all classes,
             in the shape of the logits.
+        smoothing: share of every label that is spread over all classes.
     """
     labels = batch["labels"]
     if labels.shape == logits.shape[:-1]:
@@ -82,16 +88,17 @@ def cross_entropy(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
             f"{tuple(logits.shape)}: cross_entropy takes one class index per prediction"
         )
     labels = labels if labels.is_floating_point() else labels.long()
-    return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL)
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, label_smoothing=smoothing)
 
 
-def next_token(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+def next_token(logits: Tensor, batch: Mapping[str, Tensor], smoothing: float = 0.0) -> Tensor:
     """Mean cross entropy of every token predicted from those before it.
 
     Args:
         logits: (batch, length, vocabulary).
         batch: `labels` (batch, length) are the token ids in the place of the token they are;
             `input_ids` where there are none, without what `attention_mask` takes out.
+        smoothing: share of every label that is spread over all classes.
     """
     labels = batch.get("labels")
     if labels is None:
@@ -105,8 +112,9 @@ def next_token(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
             f"these are {tuple(logits.shape)} and {tuple(labels.shape)}"
         )
     return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().long(), ignore_index=IGNORED_LABEL
-    )
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().long(),
+        ignore_index=IGNORED_LABEL, label_smoothing=smoothing,
+    )  # fmt: skip
 
 
 def mse(output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from graphwright.ir.options import Options
 
@@ -60,8 +60,22 @@ class TuneOptions(Options):
     fisher_damp: Annotated[float, Field(gt=0)] = 1e-5
     """Number that `mfac` adds to the diagonal of the Fisher matrix."""
 
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Course of the learning rate from `lr` (after the warm-up) to 0 (at the end), or constant."""
+    schedule: Literal["constant", "linear", "cosine", "step", "multistep"] = "cosine"
+    """Course of the learning rate behind the warm-up: from `lr` to `min_lr` at the end (`linear`,
+    `cosine`); times `gamma` at every one of `milestones` (`multistep`), or whenever another
+    `step_share` of the steps is done (`step`); or `constant`."""
+
+    milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
+    """For `multistep`: shares of the steps behind the warm-up, rising."""
+
+    step_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """For `step`: the share of the steps behind the warm-up after which the rate falls again."""
+
+    gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """For `step` and `multistep`: factor of the learning rate."""
+
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate that no schedule goes below, once the warm-up is over."""
 
     warmup: Annotated[int, Field(ge=0)] = 0
     """Steps in which the learning rate rises linearly to `lr`."""
@@ -74,6 +88,14 @@ class TuneOptions(Options):
     of logits from its own, or `teacher_mse`, the relative squared difference of any output;
     `module:function` is a `function(outputs, batch)` of one's own, which is imported and run."""
 
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """For `cross_entropy` and `next_token`: share of every label that is spread over all classes
+    (Szegedy et al. 2016). Evaluations are without it."""
+
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an exponential moving average of all that is trained, which is what is evaluated and
+    what results; in step t it is (1 + t) / (10 + t) where that is less. Off when absent."""
+
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the forward pass; parameters and optimizer state stay as they are."""
 
@@ -85,6 +107,11 @@ class TuneOptions(Options):
 
     hold_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the training samples that is kept out; their loss is the evaluation."""
+
+    select: Literal["loss", "accuracy"] | Function = "loss"
+    """What the evaluation of the held-out samples measures, by which `keep_best` and `patience` go:
+    their loss; `accuracy`, the share of labels that the largest logit names (-100 does not count);
+    or a metric of one's own, `module:function` as in the section `evaluate`."""
 
     evaluate_every: Count | None = None
     """Steps between evaluations; once per epoch when absent."""
@@ -100,3 +127,23 @@ class TuneOptions(Options):
 
     keep_best: bool = True
     """Whether the result is that of the best evaluation instead of the last step."""
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> Self:
+        if bool(self.milestones) != (self.schedule == "multistep"):
+            raise ValueError("milestones belong to schedule multistep, and it needs them")
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError("milestones have to rise")
+        if (self.step_share is not None) != (self.schedule == "step"):
+            raise ValueError("step_share belongs to schedule step, and it needs it")
+        if self.gamma != 0.1 and self.schedule not in ("step", "multistep"):
+            raise ValueError(f"gamma has no part in schedule {self.schedule}")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr:g} is more than lr {self.lr:g}")
+        if self.label_smoothing and self.loss not in ("cross_entropy", "next_token"):
+            raise ValueError(f"label_smoothing has no part in loss {self.loss}")
+        if self.select != "loss" and not self.hold_out:
+            raise ValueError(
+                "select chooses among evaluations: set hold_out to a share of the samples"
+            )
+        return self

@@ -34,11 +34,20 @@ def lr_factor(options: TuneOptions, step: int, total: int) -> float:
     """Learning rate of a step as a share of `lr`.
 
     (step + 1) / warmup while warming up. Then, with t from 0 right after the warm-up to 1 at
-    `total`: 1, 1 - t or (1 + cos(pi t)) / 2 (Loshchilov & Hutter 2017, without restarts).
+    `total`: 1; 1 - t or (1 + cos(pi t)) / 2 (Loshchilov & Hutter 2017, without restarts), on the
+    way from 1 to min_lr / lr; or gamma to the power of the milestones (or whole `step_share`s) that
+    t has reached, no less than min_lr / lr.
     """
     if step < options.warmup:
         return (step + 1) / options.warmup
     done = (step - options.warmup) / max(1, total - options.warmup)
-    if options.schedule == "linear":
-        return 1.0 - done
-    return 0.5 * (1.0 + math.cos(math.pi * done)) if options.schedule == "cosine" else 1.0
+    least = options.min_lr / options.lr
+    if options.schedule == "multistep":
+        return max(least, options.gamma ** sum(done >= m for m in options.milestones))
+    if options.schedule == "step":
+        assert options.step_share is not None  # the options say so
+        return max(least, options.gamma ** int(done / options.step_share + 1e-9))
+    if options.schedule == "constant":
+        return 1.0
+    course = 1.0 - done if options.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return least + (1.0 - least) * course
