@@ -58,7 +58,8 @@ def _projected(left: Tensor, right: Tensor) -> Tensor:
         s, momentum = new, following
         if float(step.norm()) <= CLOSE * float(s.norm()):
             break
-    return s.double() * scale[:, None]
+    found: Tensor = s.double() * scale[:, None]
+    return found
 
 
 def _largest(a: Tensor) -> float:
