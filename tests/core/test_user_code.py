@@ -55,6 +55,7 @@ def test_what_runs_is_said_and_reported(capsys: pytest.CaptureFixture[str]) -> N
     assert [line.rpartition(":")[2] for line in report["code"]] == names
     assert all(f"nets_of_tests:{name}" in said.err for name in names)
     assert said.out.count("ran code") == 3
+    assert Path("out/report.html").read_text().count("nets_of_tests:") >= 3
 
 
 COMMANDS = {

@@ -210,7 +210,7 @@ def test_files_stay_mapped(nets: Any, tmp_path: Path) -> None:
     write(model, "export", tmp_path / "m.pt2")
     for name in ("m.safetensors", "m.pt", "m.pt2"):
         wide = {"factory": "nets_of_tests:build", "kwargs": {"width": 1_250_000}}
-        loaded = load_model(tmp_path / name, section=wide)
+        loaded = load_model(tmp_path / name, section=None if name == "m.pt2" else wide)
         maps = Path("/proc/self/maps")
         if not maps.exists():
             pytest.skip("no /proc on this system")
