@@ -191,14 +191,15 @@ def test_rows_that_are_named_are_run_again_in_place_of_their_old_ones(
 
 
 def test_the_page_says_why_a_cell_is_not_ok() -> None:
-    good = examine(entry(Small)).as_json()
-    bad = {**good, "name": "Bad", "cells": {**good["cells"],
+    good = {**examine(entry(Small)).as_json(), "commit": "abc"}
+    bad = {**good, "name": "Bad", "commit": "", "cells": {**good["cells"],
            "cut": {"state": "fails", "detail": "/some/where/file.py:3: no | way"}}}  # fmt: skip
     page = render([good, bad])
     assert "| cut | 1 | 1 | 0 |" in page
     assert "4 integer kernels for 4 quantized layers; 2 of them lack none" in page
     assert "- **Bad**: cut: file.py:3: no \\| way" in page
     assert "not applicable" not in page
+    assert "Commits of graphwright: abc (1 of 2 rows), unknown (1 of 2 rows)." in page
 
 
 def test_the_catalog_is_wide_and_loads_without_its_packages() -> None:
