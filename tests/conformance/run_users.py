@@ -13,6 +13,7 @@ stopped. The page is written once every architecture has a row.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import logging
@@ -89,7 +90,10 @@ def _imported() -> dict[str, Any]:
 
 
 def _warm_up() -> None:
-    """Compiles a small network, so that the compiler is imported once and not in every child."""
+    """Compiles a small network, so that the compiler is imported once and not in every child.
+
+    What is in memory by then is kept out of garbage collections, which would copy it in each.
+    """
     from conformance.users.columns import examine
     from conformance.zoo import Architecture, floats
     from torch import nn
@@ -98,6 +102,8 @@ def _warm_up() -> None:
     fields = {"input": floats("batch", 3, 8, 8)}
     row = examine(Architecture("warm", "warm", lambda: norms, fields, ()))
     assert all(cell.state == "ok" for cell in row.cells.values()), row.cells
+    gc.collect()
+    gc.freeze()
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -67,7 +68,8 @@ def users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str,
     monkeypatch.setattr(catalog, "USERS", listed)
     monkeypatch.setattr(run_users, "_imported", lambda: listed)
     monkeypatch.setattr(run_users, "PAGE", tmp_path / "page.md")
-    return listed
+    yield listed
+    gc.unfreeze()
 
 
 def test_a_small_network_is_ok_in_every_column() -> None:
