@@ -7,7 +7,8 @@ The packages are listed in tests/conformance/users/requirements.txt.
 
 Every architecture runs in a child process with bounds on time and memory, and appends one line of
 JSON to the file of results, with the commit that it ran on. `--resume` goes on where a run was
-stopped. The page is written once every architecture has a row.
+stopped. The page is written once every architecture has a row; `--page` writes it at once, with the
+names of those that have none.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 PAGE = ROOT / "docs" / "conformance-users.md"
+SOURCES = ("backends", "core", "ir", "passes")
 RESULTS = ROOT / "out" / "conformance-users.jsonl"
 
 
@@ -45,21 +47,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(names))
         return 0
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     done = {row["name"]: row for row in read(options.out) if row["name"] in users}
+    if options.page:
+        _write_page(done, users)
+        return 0
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     if not options.resume:
         done = {name: row for name, row in done.items() if name not in names}
         options.out.write_text("".join(json.dumps(row) + "\n" for row in done.values()))
     done |= run([name for name in names if name not in done], options)
     if len(done) == len(users):
-        from conformance.users.page import render
-
-        PAGE.write_text(render([done[name] for name in users]))
-        print(f"wrote {PAGE}")
+        _write_page(done, users)
     rows = [done[name] for name in names]
     failed = [row["name"] for row in rows if _failing(row)]
     print(f"{len(rows) - len(failed)} of {len(rows)} architectures have no failing cell")
     return 1 if failed else 0
+
+
+def _write_page(done: dict[str, Any], users: dict[str, Any]) -> None:
+    from conformance.users.page import render
+
+    missing = [name for name in users if name not in done]
+    PAGE.write_text(render([done[name] for name in users if name in done], missing))
+    print(f"wrote {PAGE}")
 
 
 def _options() -> argparse.ArgumentParser:
@@ -67,6 +77,9 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", metavar="GLOB", help="names; all when absent")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     parser.add_argument("--resume", action="store_true", help="keep the results that are there")
+    parser.add_argument(
+        "--page", action="store_true", help="write the page of the results there, and stop"
+    )
     parser.add_argument("--seconds", type=float, default=600, help="of wall time, each")
     parser.add_argument("--memory", type=float, default=24, help="GiB of address space, each")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
@@ -131,8 +144,8 @@ def run(names: list[str], options: argparse.Namespace) -> dict[str, dict[str, An
 
 
 def _commit() -> str:
-    """Returns the short name of the source's commit; empty outside a git checkout."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    """Returns the last commit that changed the compiler; empty outside a git checkout."""
+    command = ["git", "-C", str(ROOT), "log", "-1", "--format=%h", "--", *SOURCES]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 

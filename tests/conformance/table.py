@@ -20,6 +20,9 @@ others (batch 1 and 3, other sequence lengths and image sizes where they are fre
 relative error ||a - b|| / ||a|| of at most {tolerance:.0e} for every output at every size,
 and equal integers. Triton runs here through its eager faces, on a CPU.
 
+Architectures as published packages build them, with more columns, are in
+[conformance-users.md](conformance-users.md).
+
 {count} architectures, {passed} of them pass every stage.
 Versions: {versions}.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -201,7 +202,9 @@ def test_the_page_says_why_a_cell_is_not_ok() -> None:
     assert "4 integer kernels for 4 quantized layers; 2 of them lack none" in page
     assert "- **Bad**: cut: file.py:3: no \\| way" in page
     assert "not applicable" not in page
-    assert "Commits of graphwright: abc (1 of 2 rows), unknown (1 of 2 rows)." in page
+    assert "Not run" not in page
+    assert "before these 1:\n\n- Slow\n" in render([good], ["Slow"])
+    assert "Commits of the compiler: abc (1 of 2 rows), unknown (1 of 2 rows)." in page
 
 
 def test_the_catalog_is_wide_and_loads_without_its_packages() -> None:
@@ -209,3 +212,11 @@ def test_the_catalog_is_wide_and_loads_without_its_packages() -> None:
     assert len(names) >= 150
     assert len({name.partition(".")[0] for name in names}) >= 12
     assert len({a.family for a in names.values()}) >= 12
+
+
+def test_the_page_in_the_docs_lists_the_catalog() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "conformance-users.md").read_text()
+    table, _, rest = text.partition("## Every architecture")[2].partition("\n## ")
+    listed = re.findall(r"^\| ([^ |]+) \|", table, flags=re.MULTILINE)
+    listed += re.findall(r"^- (\S+)$", rest.partition("## Not run")[2], flags=re.MULTILINE)
+    assert sorted(listed[2:]) == sorted(catalog.load()), "run `make conformance-users`"
