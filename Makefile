@@ -15,7 +15,7 @@ USERS_NEED := tests/conformance/users/requirements
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install demo test lint bench docs loading conformance conformance-users sweep clean
+.PHONY: help install demo test lint bench docs loading faults conformance conformance-users sweep clean
 
 help:
 	@echo "make demo         compile a pretrained sentence encoder to int8 and compare it with the original"
@@ -24,6 +24,7 @@ help:
 	@echo "make bench        measure the compiled models against their peers (see docs/benchmarks.md)"
 	@echo "make docs         regenerate the pass catalogue, the spec reference and the JSON schema"
 	@echo "make loading      regenerate the tables of docs/loading.md"
+	@echo "make faults       regenerate the table of docs/faults.md: kills, bit flips, limits, full disks"
 	@echo "make conformance  regenerate docs/conformance.md"
 	@echo "make conformance-users  regenerate docs/conformance-users.md, in an environment of its own"
 	@echo "make sweep        take hundreds of small modules at six sizes through the compiler (docs/sweep.md)"
@@ -61,6 +62,9 @@ docs: $(STAMP)
 
 loading: $(STAMP)
 	$(BIN)/python tests/conformance/loading.py --write
+
+faults: $(STAMP)
+	$(BIN)/python tests/faults/run.py --write
 
 conformance: $(STAMP)
 	$(BIN)/python tests/conformance/run.py

@@ -12,6 +12,7 @@ from graphwright.backends.onnxruntime.check import is_as_near
 from graphwright.backends.onnxruntime.emitter import Untranslatable
 from graphwright.backends.onnxruntime.runtime import SessionSettings, open_session
 from graphwright.backends.onnxruntime.translate import translate_with_values
+from graphwright.ir.causes import innermost
 from graphwright.ir.check.fidelity import compare
 from graphwright.ir.check.precision import Walk, roundoff
 from graphwright.ir.errors import LoweringError
@@ -53,8 +54,7 @@ def first_differing_node(
         order = [str(value.name) for value in model.graph.outputs]
         arrays = session.run(order, {k: v for k, v in feeds.items() if k in needed})
     except Exception as error:
-        text = str(error).strip().splitlines() or [type(error).__name__]
-        return f"ONNX Runtime says: {text[0]}"
+        return f"ONNX Runtime says: {innermost(error)}"
     actual = dict(zip(order, map(torch.from_numpy, arrays), strict=True))
     shown = {node: actual[str(value.name)] for node, value in watched.items()}
     node = _first(program, inputs, shown, bound)

@@ -49,6 +49,8 @@ def run_chain(
         index, program, records, kept = found
         begin, uncompressed = index + 1, original if kept is None else kept
         checker.resume(program)
+        for text in (text for record in records for text in record["warnings"]):
+            run.warn(text)
         run.progress.note(f"resumed after pass {index} ({run.spec.passes[index].id})")
     data = {"calibration": calibration, "training": training, "teacher": original}
     unsaved = 0.0
@@ -132,8 +134,9 @@ def _one_pass(
             error = checker.accept(result.program, step.promise())
         except ContractError as failure:
             raise _with_reproducer(run, failure, program, index) from failure
-    for text in result.warnings:
-        run.warn(f"{call.id}: {text}")
+    said = [f"{call.id}: {text}" for text in result.warnings]
+    for text in said:
+        run.warn(text)
     record = {
         "id": call.id,
         "options": step.resolved_options(),
@@ -143,6 +146,7 @@ def _one_pass(
         "error": error.as_dict(),
         "actions": [[a.layer, a.what, a.reason, a.changed] for a in result.actions],
         "metrics": dict(result.metrics),
+        "warnings": said,
     }
     assert context.uncompressed is not None
     return result.program, follow(context.uncompressed, step, program, result), record
@@ -156,13 +160,6 @@ def _with_reproducer(
 
     call = run.spec.passes[index]
     folder = run.place.out.with_name(f"{run.place.out.name}.reproducer")
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        program.save(folder / "before.pt2")
-    except GraphwrightError as error:
-        lost = f"no reproducer: {error.message}"
-        where = f"passes[{index}] (line {call.line})"
-        return ContractError(failure.message, where=where, details=(*failure.details, lost))
     document: dict[str, Any] = {"version": 1, "seed": run.spec.seed}
     for name, given in (("calibration", run.spec.calibration), ("training", run.spec.training)):
         if given is not None:
@@ -170,7 +167,14 @@ def _with_reproducer(
             data = Path(run.spec.folder) / section["data"]
             document[name] = {**section, "data": str(data.absolute())} if data.exists() else section
     document["passes"] = [{call.id: call.options} if call.options else call.id]
-    (folder / "spec.yaml").write_text(to_yaml(document))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        program.save(folder / "before.pt2")
+        (folder / "spec.yaml").write_text(to_yaml(document), encoding="utf-8")
+    except (GraphwrightError, OSError) as error:
+        lost = f"no reproducer: {error}"
+        where = f"passes[{index}] (line {call.line})"
+        return ContractError(failure.message, where=where, details=(*failure.details, lost))
     return ContractError(
         failure.message,
         where=f"passes[{index}] (line {call.line})",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graphwright.ir.causes import innermost
 from graphwright.ir.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -320,7 +321,7 @@ class _Own(_Meter):
         try:
             value = float(self.function(outputs, batch))
         except Exception as error:  # whatever the user's function does
-            first = (str(error) or type(error).__name__).splitlines()[0]
+            first = innermost(error)
             raise ArgumentError(f"{type(error).__name__}: {first}", where=self.name) from error
         return value * _rows(inputs)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
+from graphwright.ir.causes import innermost
 from graphwright.ir.check.difference import (
     MOST_NAMED,
     Difference,
@@ -214,7 +215,7 @@ def _run_after(program: Program, inputs: Inputs, by: str) -> Outputs:
         node = _failing_node(program, inputs)
         raise ContractError(
             f"{by} made a program that fails on inputs of the sizes {_sizes(inputs)}, which the "
-            f"program before it takes: {str(error).strip().splitlines()[0]}",
+            f"program before it takes: {innermost(error)}",
             details=() if node is None else (f"first node that fails: {node}",),
         ) from error
 

@@ -22,6 +22,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from graphwright.ir.atomic import replacing
+from graphwright.ir.causes import innermost
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.files.bounds import bounded
 from graphwright.ir.files.export_file import read_export
@@ -216,7 +217,7 @@ def _graph_json(exported: ExportedProgram) -> bytes:
         graph_module = graphs.serialize(exported.graph_module)
     except serde.SerializeError as error:
         raise ArgumentError(
-            f"the program cannot be written: {str(error).splitlines()[0][:300]}",
+            f"the program cannot be written: {innermost(error)}",
             fix="Torch's file format has no form of this call; write it another way in the model.",
         ) from error
     program = serde.ExportedProgram(  # type: ignore[attr-defined]

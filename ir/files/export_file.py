@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from graphwright.ir.causes import innermost
 from graphwright.ir.errors import ModelError
 from graphwright.ir.files.bounds import refuse_repeated
 from graphwright.ir.files.export_scan import scan_model
@@ -257,13 +258,12 @@ def _deserialize(
             serialized = _dict_to_dataclass(schema.ExportedProgram, model)
             return ExportedProgramDeserializer().deserialize(serialized, weights, constants, None)
         except Exception as error:  # the deserializer raises whatever its parts raise
-            lines = [line for line in str(error).splitlines() if line.strip()]
             version = model.get("torch_version", "unknown")
             raise ModelError(
                 "torch cannot rebuild the program in this archive",
                 where=where,
                 fix=f"It was written by torch {version}; this is torch {torch.__version__}.",
-                details=(lines[-1][:300] if lines else type(error).__name__,),
+                details=(innermost(error),),
             ) from error
 
 

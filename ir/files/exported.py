@@ -25,6 +25,7 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
+from graphwright.ir.causes import innermost
 from graphwright.ir.errors import ModelError
 from graphwright.ir.graph.arrange import KEPT
 from graphwright.ir.graph.nodes import fake_mode_of
@@ -63,7 +64,7 @@ def to_exported_program(program: Program) -> ExportedProgram:
         )
     except (SpecViolationError, RuntimeError) as error:
         raise ModelError(
-            f"the graph is not one torch.export accepts: {str(error).splitlines()[0]}"
+            f"the graph is not one torch.export accepts: {innermost(error)}"
         ) from error
     # Guards name the arguments of the model that was traced; these inputs have names of their own.
     exported._guards_code = []

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphwright.ir.causes import innermost
 from graphwright.ir.context import Context
 from graphwright.ir.data.batches import as_batches
 from graphwright.ir.errors import ArgumentError, ModelError
@@ -212,7 +213,7 @@ class _Loop:
             self.hooks.before_backward(at, loss)
             self.processes.accelerator.backward(loss / self.options.accumulate)
         except RuntimeError as error:
-            first = str(error).splitlines()[0]
+            first = innermost(error)
             raise ModelError(f"training step {at.step} failed: {first}") from error
         self.hooks.after_backward(at)
         return loss.detach()

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphwright.ir.causes import innermost
 from graphwright.ir.data.batches import Batches
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.program import Program
@@ -198,7 +199,7 @@ def _own_loss(name: str, signature: Signature, folder: Path) -> Loss:
         try:
             value = function(rebuild(signature.structure, flat), batch)
         except Exception as error:  # whatever the user's function does
-            first = (str(error) or type(error).__name__).splitlines()[0]
+            first = innermost(error)
             raise ArgumentError(f"{type(error).__name__}: {first}", where=name) from error
         if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
             raise ArgumentError("a loss is a floating-point tensor without dimensions", where=name)

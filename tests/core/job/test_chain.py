@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,9 +17,11 @@ import graphwright as gw
 from graphwright.ir.check.verify import measure
 from graphwright.ir.context import Context
 from graphwright.ir.edit import Editor
-from graphwright.ir.errors import ContractError
+from graphwright.ir.errors import ContractError, RequirementError
 from graphwright.ir.signature import DimRange
+from graphwright.job import chain
 from graphwright.job.chain import run_chain
+from graphwright.job.checkpoint import Checkpoints
 from graphwright.job.place import OutputPlace
 from graphwright.job.progress import Progress
 from graphwright.job.run import JobSettings, Run
@@ -232,3 +235,118 @@ def test_other_data_make_another_run(program: gw.Program, tmp_path: Path) -> Non
         made.progress.note = notes.append  # type: ignore[method-assign]
         run_chain(made, program, None)
     assert notes == ["resumed after pass 0 (chaintest.scale)"]
+
+
+@gw.register("chaintest.note")
+class Note(gw.Pass):
+    """Remembers the program that compression started from, and warns."""
+
+    contract = "lossy"
+    seen: ClassVar[list[Any]] = []
+
+    def run(self, program: gw.Program, context: Context) -> gw.Result:
+        assert context.uncompressed is not None
+        self.seen.append(context.uncompressed.state["b.weight"].clone())
+        place = context.scope[0]
+        return gw.Result(program, warnings=(f"seen at {place}",))
+
+
+def saves(monkeypatch: pytest.MonkeyPatch, seconds: list[float]) -> list[int]:
+    """Indices of the passes behind which a checkpoint is saved, where passes take so long."""
+    saved: list[int] = []
+    inner = chain._one_pass
+
+    def timed(run: Run, index: int, *rest: Any) -> Any:
+        program, uncompressed, record = inner(run, index, *rest)
+        return program, uncompressed, {**record, "seconds": seconds[index]}
+
+    monkeypatch.setattr(chain, "_one_pass", timed)
+    monkeypatch.setattr(Checkpoints, "save", lambda self, index, *_: saved.append(index))
+    return saved
+
+
+def test_what_passes_took_adds_up_to_a_checkpoint(
+    program: gw.Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = saves(monkeypatch, [1.0, 0.5, 0.5, 2.0, 1.9, 0.05])
+    run_chain(job(tmp_path, ["chaintest.scale"] * 6, checkpoint_seconds=2.0), program, None)
+    assert saved == [2, 3]
+
+
+def test_of_several_processes_one_saves(
+    program: gw.Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = saves(monkeypatch, [5.0])
+    run = job(tmp_path, ["chaintest.scale"])
+    run.place.is_main = False
+    run_chain(run, program, None)
+    assert saved == []
+
+
+def test_a_checkpoint_that_cannot_be_saved_is_told_and_the_run_goes_on(
+    program: gw.Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/there")
+
+    monkeypatch.setattr("graphwright.ir.files.archive.replacing", full)
+    run = job(tmp_path, ["chaintest.scale", "chaintest.scale"], checkpoint_seconds=0.0)
+    run.place.pass_work(0).mkdir(parents=True)
+    result, records, _ = run_chain(run, program, None)
+    assert len(records) == 2
+    assert torch.equal(result.state["b.weight"], program.state["b.weight"])
+    assert [text.partition(": ")[0] for text in run.warnings] == [
+        "no checkpoint behind pass 0 (chaintest.scale)",
+        "no checkpoint behind pass 1 (chaintest.scale)",
+    ]
+    assert all("No space left on device" in text for text in run.warnings)
+    assert run.place.pass_work(0).exists()  # what the pass kept is all there is
+
+
+def test_a_resumed_run_knows_what_compression_started_from_and_what_was_warned_of(
+    program: gw.Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = [{"chaintest.scale": {"factor": 0.5}}, "chaintest.note", "chaintest.note"]
+    monkeypatch.setattr(Note, "seen", [])
+    (tmp_path / "a").mkdir()
+    straight = job(tmp_path / "a", passes)
+    run_chain(straight, program, None)
+    (tmp_path / "b").mkdir()
+    run_chain(job(tmp_path / "b", passes[:2], checkpoint_seconds=0.0), program, None)
+    resumed = job(tmp_path / "b", passes)
+    run_chain(resumed, program, None)
+    assert len(Note.seen) == 4
+    assert all(torch.equal(seen, program.state["b.weight"]) for seen in Note.seen)
+    assert resumed.warnings == straight.warnings
+    assert "chaintest.note: seen at 1" in straight.warnings
+
+
+@pytest.mark.parametrize(("bound", "missed"), [(1.0, False), (0.999, True)])
+def test_a_bound_on_the_time_ends_the_chain_behind_the_pass_that_missed_it(
+    program: gw.Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: float, missed: bool
+) -> None:
+    document = {"version": 1, "passes": ["chaintest.scale"] * 2, "require": {"max_minutes": bound}}
+    run = job(tmp_path, ["chaintest.scale"])
+    run = replace(run, spec=parse_spec(yaml.safe_dump(document), folder=tmp_path))
+    monkeypatch.setattr(Run, "seconds", lambda self: 60.0)
+    if not missed:
+        assert len(run_chain(run, program, None)[1]) == 2
+        return
+    with pytest.raises(RequirementError) as caught:
+        run_chain(run, program, None)
+    said = "require.max_minutes: 1 minutes after pass 0 (chaintest.scale), bound 0.999"
+    assert caught.value.message == said
+    assert caught.value.exit_code == 6
+
+
+def test_a_broken_contract_is_told_where_no_reproducer_can_be_written(
+    program: gw.Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = job(tmp_path, ["chaintest.cut_rows"])
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(ContractError, match="broke its contract") as caught:
+        run_chain(run, program, None)
+    assert caught.value.details[-1] == "no reproducer: [Errno 28] No space left on device"
