@@ -320,9 +320,8 @@ class _Own(_Meter):
         batch = {**inputs} if labels is None else {**inputs, "labels": labels}
         try:
             value = float(self.function(outputs, batch))
-        except Exception as error:  # whatever the user's function does
-            first = innermost(error)
-            raise ArgumentError(f"{type(error).__name__}: {first}", where=self.name) from error
+        except Exception as e:  # whatever the user's function does
+            raise ArgumentError(f"{type(e).__name__}: {innermost(e)}", where=self.name) from e
         return value * _rows(inputs)
 
 
