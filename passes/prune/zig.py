@@ -14,7 +14,13 @@ from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.options import Bounded, Selector
 from graphwright.ir.program import Program
 from graphwright.passes.base import Action, Context, Need, Pass, Result
-from graphwright.passes.prune._units.eligible import eligible_groups, gap, gutted, largest_shares
+from graphwright.passes.prune._units.eligible import (
+    eligible_groups,
+    gap,
+    gutted,
+    largest_shares,
+    with_scales,
+)
 from graphwright.passes.prune._units.families import Family
 from graphwright.passes.prune._units.gradients import LossName
 from graphwright.passes.prune._units.importance import ON_DATA, Importance, Normalize, Score
@@ -137,6 +143,9 @@ class Zig(Pass[ZigOptions]):
         for number in range(1, rounds + 1):
             groups = channel_groups(current, unit=o.unit, norm=o.norm)
             eligible, left_alone = eligible_groups(current, groups, o.targets, o.spare)
+            if o.score == "bn_scale":
+                eligible, without = with_scales(eligible)
+                left_alone += without
             if removed is None:
                 if not eligible:
                     raise ModelError("no channel group can be pruned",

@@ -85,7 +85,8 @@ class Trial:
             return Finetune(tune=self.tune(share)).execute(program, context).program
 
         def one_shot(program: gw.Program, scope: str) -> gw.Program:
-            step = Zig(sparsity=SPARSITY, scope=scope, group_divisible=self.divisible)
+            step = Zig(sparsity=SPARSITY, scope=scope, group_divisible=self.divisible,
+                       score="magnitude", normalize="none", max_ratio=0.99)  # fmt: skip
             return step.execute(program, context).program
 
         dense = train(start, 1)

@@ -22,6 +22,9 @@ SCRIPTS = (
     ("otov2_digits.py",),
     ("nm_vit.py",),
     ("issp_sr.py",),
+    ("prune_scores.py",),
+    ("prune_scores.py", "encoder"),
+    ("mask_recovery.py",),
     ("prune_large.py", "--ours"),
     ("resnet50_pruned.py",),
 )

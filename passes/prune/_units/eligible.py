@@ -17,6 +17,7 @@ from graphwright.ir.layers.selectors import Layer, layers, select
 from graphwright.ir.program import Program
 from graphwright.passes.base import Action
 from graphwright.passes.prune._units.families import Family, families
+from graphwright.passes.prune._units.scores import batch_norm_scales
 
 
 def eligible_groups(
@@ -55,6 +56,14 @@ def eligible_groups(
         else:
             eligible.append(group)
     return eligible, actions
+
+
+def with_scales(groups: list[ChannelGroup]) -> tuple[list[ChannelGroup], list[Action]]:
+    """Groups that a batch norm scales, which `bn_scale` can score, and the reason of the others."""
+    scales = batch_norm_scales(groups[0].analysis) if groups else set()
+    scaled = [g for g in groups if any(m.parameter in scales for m in g.members)]
+    return scaled, [Action.left(g.name, "no batch norm scales its channels", "kept")
+                    for g in groups if g not in scaled]  # fmt: skip
 
 
 def largest_shares(

@@ -50,7 +50,7 @@ def unit_sums(
         only_products: x.d alone, which is what changes from batch to batch.
     """
     sums = Sums(*(np.zeros(analysis.count) for _ in fields(Sums)))
-    scales = () if only_products else _batch_norm_scales(analysis)
+    scales = () if only_products else batch_norm_scales(analysis)
     weights = weight_values(analysis.program)
     wanted: dict[str, list[int]] = {}
     for (name, dim), classes in analysis.stored.items():
@@ -74,7 +74,8 @@ def unit_sums(
     return sums
 
 
-def _batch_norm_scales(analysis: Analysis) -> set[str]:
+def batch_norm_scales(analysis: Analysis) -> set[str]:
+    """Names of the scales of batch norms."""
     return {
         str(node.args[1].target)
         for node in analysis.program.graph.nodes

@@ -244,6 +244,18 @@ def test_scales_of_batch_norm() -> None:
     assert kept(result, model) == sorted(order[4:].tolist())
 
 
+def test_what_no_batch_norm_scales_stays() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3),
+                          nn.ReLU(), nn.Conv2d(6, 4, 3))  # fmt: skip
+    model[1].weight.data.uniform_(0.5, 2)
+    program = gw.trace(model.eval(), (torch.randn(2, 3, 9, 9),))
+    result = Zig(sparsity=0.5, score="bn_scale").execute(program, Context())
+    said = {a.layer: a for a in result.actions}
+    assert said["3.weight:0"].reason == "no batch norm scales its channels"
+    assert said["0.weight:0"].what.startswith("cut to 4 of 8")
+
+
 def test_distances_are_those_of_all_slices() -> None:
     model, program, _ = small()
     group = next(g for g in channel_groups(program) if g.prunable)
