@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from graphwright.ir.errors import GraphwrightError
+from graphwright.ir.errors import GraphwrightError, printable
 from graphwright.ir.lack import lacks_told
 
 EXIT_STATUS = (
@@ -60,7 +60,7 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     except GraphwrightError as error:
         if arguments.debug:
             raise
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        print(printable(f"{parser.prog}: error: {error}"), file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         # The reader of our output is gone (`| head`): nothing is left to say to anyone.

@@ -40,6 +40,7 @@ _FOREIGN = (
     (b"ustar", 257, "a tar file"),
     (b"7z\xbc\xaf\x27\x1c", 0, "a 7z archive"),
 )
+MAX_JSON = 64 << 20
 _LFS_POINTER = b"version https://git-lfs"
 _TAKEN = (
     "Graphwright takes .pt2, TorchScript, torch.save files, safetensors and Hugging Face folders."
@@ -202,8 +203,8 @@ def read_json(path: Path) -> object:
     """
     refuse_special(path)
     try:
-        if path.stat().st_size > 256 << 20:
-            raise ModelError("this JSON file is larger than 256 MiB", where=str(path))
+        if path.stat().st_size > MAX_JSON:
+            raise ModelError("this JSON file is larger than 64 MiB", where=str(path))
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelError(f"cannot be read: {error.strerror}", where=str(path)) from error

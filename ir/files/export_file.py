@@ -28,6 +28,9 @@ from graphwright.ir.files.pickles import listed, read_content, refuse_absurd, un
 from graphwright.ir.files.size_expressions import CALLS
 from graphwright.ir.files.zips import Archive, Member
 
+MAX_JSON = 128 << 20
+"""Bytes of a member that is parsed: each may become thirty in memory."""
+
 _CONTAINER = ("archive_format", "archive_version", "byteorder")
 _FOLDERS = (
     ".data/",
@@ -99,7 +102,7 @@ def _model_name(archive: Archive) -> str:
 
 def _json(archive: Archive, member: str) -> Any:
     try:
-        return json.loads(archive.read(member))
+        return json.loads(archive.read(member, MAX_JSON))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"member {member!r} is not JSON", where=str(archive.path)) from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import pickletools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
@@ -32,6 +32,9 @@ LEGACY_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 MAX_OPCODES = 20_000_000
 """A pickle of more opcodes than this is refused; a checkpoint of 100 000 tensors has 4 million."""
 
+MAX_CONTAINERS = 1_000_000
+"""Of one pickle, each held in memory while it is followed; a tensor is about six."""
+
 MAX_NESTING = 1000
 """Containers in containers. Hashing a tuple and freeing a list of TorchScript are recursive."""
 
@@ -48,6 +51,14 @@ _STRINGS = frozenset(
 )  # fmt: skip
 _PUTS = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
 _GETS = frozenset({"GET", "BINGET", "LONG_BINGET"})
+_EMPTY = frozenset({"EMPTY_LIST", "EMPTY_TUPLE", "EMPTY_DICT", "EMPTY_SET"})
+_ATOMS = frozenset(
+    opcode.name
+    for opcode in pickletools.opcodes
+    if not opcode.stack_before and len(opcode.stack_after) == 1
+) - (_STRINGS | _GETS | _EMPTY | {"MARK", "GLOBAL", "EXT1", "EXT2", "EXT4"})
+"""Opcodes that push a number, bytes or the like."""
+
 _GROWS = frozenset({"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"})
 
 
@@ -70,6 +81,9 @@ class Content:
     paths: int
 
 
+_NOTHING: tuple[_Node, ...] = ()
+
+
 class _Node:
     """A container or an object: what it holds beside atoms, and the last text in it.
 
@@ -78,9 +92,15 @@ class _Node:
 
     __slots__ = ("inner", "text")
 
-    def __init__(self, inner: list[_Node], text: str = "") -> None:
-        self.inner = inner
+    def __init__(self, inner: Sequence[_Node], text: str = "") -> None:
+        self.inner = inner or _NOTHING
         self.text = text
+
+    def grow(self, inner: Sequence[_Node]) -> None:
+        """Puts more into the container."""
+        if inner:
+            self.inner = self.inner if isinstance(self.inner, list) else list(self.inner)
+            self.inner += inner
 
 
 class _Mark:
@@ -114,6 +134,10 @@ class _Machine:
             self.memo[len(self.memo)] = self.stack[-1]
         elif name in _GETS:
             self.stack.append(self.memo[int(str(arg))])
+        elif name in _ATOMS:
+            self.stack.append(None)
+        elif name in _EMPTY:
+            self.stack.append(self._node((), []))
         elif name == "MARK":
             self.stack.append(_MARK)
         elif name == "DUP":
@@ -138,11 +162,10 @@ class _Machine:
         if name in _GROWS:
             target = items[0]
             if isinstance(target, _Node):
-                target.inner += inner[1:]
+                target.grow(inner[1:])
             self.stack.append(target)
         elif opcode.stack_after:
-            is_atom = not (inner or texts or opcode.stack_before or name.startswith("EMPTY_"))
-            self.stack.append(None if is_atom else self._node(inner, texts))
+            self.stack.append(self._node(inner, texts))
 
     def _taken(self, opcode: pickletools.OpcodeInfo) -> list[_Value]:
         """Takes what the opcode consumes from the stack, the lowest first."""
@@ -161,14 +184,16 @@ class _Machine:
         items += [self.stack.pop() for _ in range(below)]
         return items[::-1]
 
-    def _node(self, inner: list[_Node], texts: list[str]) -> _Node:
+    def _node(self, inner: Sequence[_Node], texts: list[str]) -> _Node:
+        if len(self.nodes) == MAX_CONTAINERS:
+            raise ModelError("the pickle in the file has an absurd number of containers")
         node = _Node(inner, texts[-1] if texts else "")
         self.nodes.append(node)
         return node
 
     def measure(self) -> tuple[int, int]:
         """(nesting, paths) of all containers."""
-        inner = {id(node): [id(part) for part in node.inner] for node in self.nodes}
+        inner = {id(n): [id(part) for part in n.inner] for n in self.nodes if n.inner}
         return measure(inner, MAX_PATHS)
 
 

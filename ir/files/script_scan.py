@@ -33,6 +33,9 @@ _MEMBERS = re.compile(
 )
 """What torch writes. A `model.json` would make it read the archive in an older way, for example."""
 
+MAX_CODE = 64 << 20
+"""Bytes of code and of its debug records."""
+
 MAX_LEVELS = 250
 """Classes and functions that name each other: torch defines one within the other."""
 
@@ -57,6 +60,8 @@ def findings(archive: Archive) -> list[str]:
         for name in archive.members
         if not _MEMBERS.fullmatch(name)
     ]
+    if sum(m.size for n, m in archive.members.items() if n.startswith("code/")) > MAX_CODE:
+        return [*found, f"code/: more than {MAX_CODE >> 20} MiB"]
     sources = []
     for name in archive.members:
         if name.startswith("code/") and name.endswith(".py"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,9 @@ def written_attributes(scripted: torch.jit.ScriptModule) -> list[str]:
 
     Calls are followed and not inlined: of a submodule each method is read once, however often it
     is called, for a few functions that call each other twice would inline to any size.
+
+    Raises:
+        ModelError: a loop that has no way out.
     """
     found: dict[str, None] = {}
     seen: set[tuple[str, ...]] = set()
@@ -28,6 +32,8 @@ def written_attributes(scripted: torch.jit.ScriptModule) -> list[str]:
             owner = getattr(owner, part)
         graph = getattr(owner, "_c", owner)._get_method(method).graph
         for node in _nodes(graph):
+            if node.kind() == "prim::Loop" and _is_endless(node):
+                raise ModelError("the code holds a loop that never ends", where=f"{method}()")
             if node.kind() not in ("prim::SetAttr", "prim::CallMethod"):
                 continue
             relative = _path(next(iter(node.inputs())), graph)
@@ -47,6 +53,14 @@ def _nodes(block: Any) -> Iterator[Any]:
         yield node
         for inner in node.blocks():
             yield from _nodes(inner)
+
+
+def _is_endless(loop: Any) -> bool:
+    """Whether a loop goes on as long as True is true: `while True` without a way out."""
+    most, condition, *_ = loop.inputs()
+    again = next(iter(loop.blocks())).returnNode().inputsAt(0)
+    values = [value.toIValue() for value in (most, condition, again)]
+    return values == [sys.maxsize, True, True]
 
 
 def _path(value: Any, graph: Any) -> list[str] | None:

@@ -84,8 +84,12 @@ class Archive:
     def __contains__(self, name: str) -> bool:
         return name in self.members
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, most: int = MAX_TEXT) -> bytes:
         """Bytes of a member, its checksum verified.
+
+        Args:
+            name: without the root.
+            most: bytes that it may have.
 
         Raises:
             ModelError: no such member, too large to read whole, or damaged.
@@ -93,7 +97,7 @@ class Archive:
         member = self.members.get(name)
         if member is None:
             raise ModelError(f"the archive has no member {name!r}", where=str(self.path))
-        if member.size > MAX_TEXT:
+        if member.size > most:
             raise ModelError(f"member {name!r} declares {member.size} bytes", where=str(self.path))
         try:
             with self._open() as file, zipfile.ZipFile(file) as archive:

@@ -41,6 +41,16 @@ def scripted() -> Iterator[tuple[str, Hostile]]:
     )
     endless = scripts.method("while True:\n  pass", "s: int", "__setstate__")
     yield "TorchScript: endless load", _script(scripts.with_code(plain + endless))
+    loop = _script(scripts.calls("while True:\n  x = x + 1\nreturn x"), says="never ends")
+    yield "TorchScript: an endless loop", loop
+    twice = "".join(
+        f"def f{i}(x: Tensor) -> Tensor:\n"
+        f"  return __torch__.f{i + 1}(__torch__.f{i + 1}(x, ), )\n" for i in range(300)
+    )  # fmt: skip
+    yield (
+        "TorchScript: functions that double",
+        _script(scripts.with_code(twice + "def f300(x: Tensor) -> Tensor:\n  return x\n" + plain)),
+    )
     for depth in (5_000, 100_000):
         nested = "return " + "(" * depth + "x" + ")" * depth
         yield f"TorchScript: nested {depth}", _script(scripts.calls(nested))
@@ -194,3 +204,18 @@ def test_gw_load_refuses_too(folder: Path) -> None:
         with pytest.raises(GraphwrightError) as caught:
             gw.load(CASES[name].make(place))
         assert caught.value.exit_code == 3
+
+
+def test_names_do_not_command_the_terminal(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Messages quote what a file says; escape sequences in it are shown and not obeyed."""
+    from graphwright.cli import main
+
+    name = "\x1b]0;title\x07\x1b[2J.pt"
+    Path(name).write_bytes(b"hello")
+    assert main(["inspect", name]) == 3
+    said = capsys.readouterr().err
+    assert "\x1b" not in said
+    assert "\x07" not in said
+    assert "\\x1b]0;title\\x07" in said

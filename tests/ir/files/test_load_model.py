@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from graphwright.ir.errors import ModelError
-from graphwright.ir.files import load_model
+from graphwright.ir.files import load_model, pickles
 from graphwright.ir.files.detect import detect
 from graphwright.ir.files.pickles import read_content, unsafe
 from graphwright.ir.trace.capture import trace
@@ -383,6 +383,13 @@ def test_globals_are_named_in_every_protocol(protocol: int) -> None:
     assert unsafe(read_content(pickle.dumps(hostile, protocol)).globals) == [f"{os.name}.mkdir"]
     plain = pickle.dumps(collections.OrderedDict(a=1, b=["posix", "system"]), protocol)
     assert unsafe(read_content(plain).globals) == []
+
+
+def test_containers_of_a_pickle_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pickles, "MAX_CONTAINERS", 1000)
+    read_content(b"]" * 1000 + b".")
+    with pytest.raises(ModelError, match="absurd number of containers"):
+        read_content(b"]" * 1001 + b".")
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,22 @@ def test_a_first_call_that_does_not_begin_with_zeros_is_refused(
     assert caught.value.where == "_last"
 
 
+class Twice(nn.Module):
+    """Calls the same part twice; its own part does so too, and so on."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.part = Twice(depth - 1) if depth else Assigned()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.part(self.part(x))
+
+
+def test_calls_are_followed_and_not_inlined(tmp_path: Path) -> None:
+    """Inlined, the code would be two to the power of 24 times as long."""
+    assert next(iter(scripted(Twice(24), tmp_path).state_dict())).endswith("inner.mean")
+
+
 def test_a_module_without_state_is_not_called(tmp_path: Path) -> None:
     linear = scripted(nn.Linear(3, 2), tmp_path)
     linear.settle("no tensor at all")
