@@ -93,14 +93,15 @@ class _Node:
     __slots__ = ("inner", "text")
 
     def __init__(self, inner: Sequence[_Node], text: str = "") -> None:
-        self.inner = inner or _NOTHING
+        self.inner: Sequence[_Node] = inner or _NOTHING
         self.text = text
 
     def grow(self, inner: Sequence[_Node]) -> None:
         """Puts more into the container."""
         if inner:
-            self.inner = self.inner if isinstance(self.inner, list) else list(self.inner)
-            self.inner += inner
+            held = self.inner if isinstance(self.inner, list) else list(self.inner)
+            held.extend(inner)
+            self.inner = held
 
 
 class _Mark:
