@@ -31,7 +31,9 @@ def maskable(
     heads = left_heads(program, chosen, targets)
     good, actions = [], []
     for layer in chosen:
-        reason = DENSE_HEAD if layer.node in heads else _reason(program, layer, nodes, pattern)
+        reason = _reason(program, layer, nodes, pattern)
+        if not reason and layer.node in heads:
+            reason = DENSE_HEAD
         if reason:
             actions.append(Action.left(layer.name, reason))
         else:

@@ -38,9 +38,7 @@ def trainable_layers(program: Program, targets: Sequence[str]) -> tuple[list[Lay
     layers, actions = [], []
     for layer in chosen:
         reason = ""
-        if layer.node in heads:
-            reason = DENSE_HEAD
-        elif not layer.weight:
+        if not layer.weight:
             reason = "its weight is computed in the graph"
         elif layer.weight not in trainable:
             reason = "its weight is frozen"
@@ -50,6 +48,8 @@ def trainable_layers(program: Program, targets: Sequence[str]) -> tuple[list[Lay
             reason = f"its weight has {trainable[layer.weight].dim()} dimensions"
         else:
             reason = _shared(program, layer, nodes)
+        if not reason and layer.node in heads:
+            reason = DENSE_HEAD
         if reason:
             actions.append(Action.left(layer.name, reason))
         else:
