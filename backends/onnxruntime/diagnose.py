@@ -8,7 +8,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx
 
-from graphwright.backends.onnxruntime.check import is_as_near
+from graphwright.backends.onnxruntime.check import Differs, is_as_near
 from graphwright.backends.onnxruntime.emitter import Untranslatable
 from graphwright.backends.onnxruntime.runtime import SessionSettings, open_session
 from graphwright.backends.onnxruntime.translate import translate_with_values
@@ -16,7 +16,34 @@ from graphwright.ir.causes import innermost
 from graphwright.ir.check.fidelity import compare
 from graphwright.ir.check.precision import Walk, roundoff
 from graphwright.ir.errors import LoweringError
+from graphwright.ir.graph.random import named, random_nodes
 from graphwright.ir.program import Program
+
+
+def failure(
+    program: Program, error: Differs, opset: int, settings: SessionSettings, bound: float
+) -> LoweringError:
+    """The error for a model that is wrong without any step; names the node where it can.
+
+    Args:
+        program: what was translated.
+        error: how the model differs.
+        opset, settings, bound: as for `first_differing_node`.
+    """
+    drawn = random_nodes(program.graph)
+    if drawn:
+        return LoweringError(
+            f"{named(drawn)} random numbers, and the model draws others: it cannot be compared "
+            "with the program",
+            fix="Make them an input of the model, or use the backend triton.",
+            details=(str(error),),
+        )
+    node = first_differing_node(program, opset, settings, bound, error.inputs)
+    return LoweringError(
+        str(error),
+        fix="Leave that operation out of what is compiled, or use the backend triton.",
+        details=(node,) if node else (),
+    )
 
 
 def first_differing_node(

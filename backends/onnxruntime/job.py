@@ -21,7 +21,7 @@ from graphwright.backends.onnxruntime.check import (
     tolerance_for,
 )
 from graphwright.backends.onnxruntime.compiled import DATA, FILE
-from graphwright.backends.onnxruntime.diagnose import first_differing_node
+from graphwright.backends.onnxruntime.diagnose import failure
 from graphwright.backends.onnxruntime.drawn import drawn_cases
 from graphwright.backends.onnxruntime.emitter import Untranslatable
 from graphwright.backends.onnxruntime.forced import Taps, on_codes
@@ -331,15 +331,8 @@ class Job:
         return best, dropped
 
     def failure(self, error: Differs) -> LoweringError:
-        """The error for a model that is wrong without any step; names the node where it can."""
-        node = first_differing_node(
-            self.program, self.options.opset, self.settings, self.bound, error.inputs
-        )
-        return LoweringError(
-            str(error),
-            fix="Leave that operation out of what is compiled, or use the backend triton.",
-            details=(node,) if node else (),
-        )
+        """The error for a model that is wrong without any step."""
+        return failure(self.program, error, self.options.opset, self.settings, self.bound)
 
 
 def _weight_bytes(model: ir.Model) -> int:

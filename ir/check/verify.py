@@ -24,6 +24,7 @@ from graphwright.ir.context import Batch
 from graphwright.ir.data.far import far_inputs
 from graphwright.ir.errors import ContractError, ModelError
 from graphwright.ir.graph.nodes import gw_meta
+from graphwright.ir.graph.random import named, random_nodes
 from graphwright.ir.program import Program
 
 Inputs = tuple[torch.Tensor, ...]
@@ -137,7 +138,7 @@ class Checker:
             if not error.within(bound):
                 first = first_difference(self.program, after, bound)
                 allowed = f"{bound:.3g} (output {spec.name!r})"
-                raise _broken(promise, inputs, error, error.relative, allowed, first)
+                raise _broken(self.program, promise, inputs, error, error.relative, allowed, first)
 
 
 def check_contract(
@@ -242,7 +243,7 @@ def _hold_to_form(
     fidelity = compare(*outputs)
     if fidelity.broken:
         first = first_difference(before, after, math.inf, inputs)
-        raise _broken(promise, inputs, fidelity, fidelity.relative, "any finite", first)
+        raise _broken(before, promise, inputs, fidelity, fidelity.relative, "any finite", first)
 
 
 def _hold_to_equality(
@@ -277,10 +278,11 @@ def _hold_to_equality(
         worst, text = last.worst, f"{last.allowed:.3g}"
         if worst != last.error.relative:
             text += " (of a slice of the output; the rest hides it)"
-    raise _broken(promise, inputs, merge(errors), worst, text, first)
+    raise _broken(before, promise, inputs, merge(errors), worst, text, first)
 
 
 def _broken(
+    program: Program,
     promise: Promise,
     inputs: Inputs,
     fidelity: Fidelity,
@@ -288,6 +290,7 @@ def _broken(
     allowed: str,
     first: Difference | None,
 ) -> ContractError:
+    drawn = _drawn(program)
     return ContractError(
         f"{promise.by} broke its contract ({promise.contract}): relative error {error:.3g}, "
         f"allowed {allowed}",
@@ -295,7 +298,19 @@ def _broken(
             *fidelity.notes,
             f"inputs of the sizes {_sizes(inputs)}; outputs: {fidelity}",
             *_named(first),
+            *drawn,
         ),
+    )
+
+
+def _drawn(program: Program) -> tuple[str, ...]:
+    """Random numbers in a program may be all that differs."""
+    nodes = random_nodes(program.graph)
+    if not nodes:
+        return ()
+    return (
+        f"{named(nodes)} random numbers: a pass that changes how many, or in which order, changes "
+        "the outputs; make them an input of the model to tell",
     )
 
 

@@ -199,3 +199,22 @@ def test_an_innocent_node_is_not_named_where_digits_are_lost(
     with pytest.raises(LoweringError) as caught:
         gw.lower(made, "onnxruntime")
     assert "erf (aten.erf.default)" in caught.value.details[0]
+
+
+class Noise(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) + 0.1 * torch.randn_like(x)
+
+
+def test_random_numbers_are_named_and_not_a_wrong_translation() -> None:
+    with pytest.warns(UserWarning, match="other results on every call"):
+        program = gw.trace(Noise().eval(), {"x": torch.randn(4, 8)}, dynamic={"x": {0: "n"}})
+    with pytest.raises(LoweringError) as caught:
+        gw.lower(program, "onnxruntime")
+    assert "node 'randn_like'" in caught.value.message
+    assert "random numbers, and the model draws others" in caught.value.message
+    assert "Make them an input" in caught.value.fix

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import graphwright as gw
 from graphwright.backends.base import find_backend
 from graphwright.backends.triton import lowering
 from graphwright.backends.triton.compiled import FusedModule, load
@@ -156,3 +157,27 @@ def test_runs_its_kernels_on_a_gpu(compiled: FusedModule, model: Model) -> None:
     x = torch.randn(4, 5, 8)
     found = compiled.to("cuda")(x.cuda())
     assert_same({name: value.cpu() for name, value in found.items()}, model(x))
+
+
+class Halves(nn.Module):
+    """Takes even batches only."""
+
+    def __init__(self, pairs: bool) -> None:
+        super().__init__()
+        self.fc, self.pairs = nn.Linear(8, 8), pairs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.fc(x)
+        if self.pairs:
+            return h.reshape(x.shape[0] // 2, 2, 8).sum(1)
+        left, right = h.chunk(2, 0)
+        return left - right
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+def test_a_net_of_even_batches_is_lowered(pairs: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    net = Halves(pairs).eval()
+    program = gw.trace(net, {"x": torch.randn(4, 8)}, dynamic={"x": {0: "n"}})
+    x = torch.randn(10, 8)
+    torch.testing.assert_close(gw.lower(program, "triton")(x), net(x))
+    assert capfd.readouterr().err == ""  # sizes that it does not take are tried in silence
