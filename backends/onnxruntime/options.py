@@ -28,7 +28,7 @@ class OnnxRuntimeOptions(Options):
     threads: Annotated[int, Field(ge=0)] = 0
     """Threads within an operator; 0 takes torch's current number."""
 
-    tolerance: Annotated[float, Field(gt=0)] = 1e-4
+    tolerance: Annotated[float, Field(gt=0)] = 1e-5
     """Largest relative error against the program, per output; more only where the program itself
     loses digits, by what it loses against float64."""
 
