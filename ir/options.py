@@ -2,12 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 EVERY_DTYPE = ("float64", "float32", "float16", "bfloat16")
 """Floating-point dtypes; what a pass or a backend computes in where it does not say."""
+
+
+_WORDS = {"len": len, "int": int, "all": all, "any": any}
+
+
+class Rule(NamedTuple):
+    """A rule between options, as data: the check of a spec asks it without the pass's code.
+
+    Attributes:
+        at: the option that the message is about.
+        holds: what has to be true, a Python expression of the options by name, as they are in JSON;
+            `given` holds the names of those that differ from their defaults.
+        message: what is wrong; names of options in braces stand for their values.
+    """
+
+    at: str
+    holds: str
+    message: str
+
+    def is_kept(self, values: Mapping[str, Any], given: Collection[str]) -> bool:
+        """Whether options keep the rule.
+
+        Args:
+            values: every option, None where it is absent.
+            given: names of the options that differ from their defaults.
+        """
+        names = {"__builtins__": _WORDS, "given": set(given), **values}
+        return bool(eval(self.holds, names))  # an expression of ours, never a user's text
+
+    def said(self, values: Mapping[str, Any]) -> str:
+        """The message with the values in it."""
+        return self.message.format(**values)
+
+
+def only_with(option: str, by: str, owners: Collection[str]) -> Rule:
+    """The rule that an option has a part only where option `by` is one of `owners`."""
+    holds = f"{option!r} not in given or {by} in {list(owners)!r}"
+    return Rule(option, holds, f"{option} has no part in {by} {{{by}}}")
 
 
 class Options(BaseModel):
@@ -15,7 +54,12 @@ class Options(BaseModel):
 
     Strict and closed: an unknown key or a value of another type is an error. The string under a
     field is its description, so a default, a unit or a bound is written in no second place.
+
+    Class attributes:
+        rules: rules between options; those of the bases hold too.
     """
+
+    rules: ClassVar[tuple[Rule, ...]] = ()
 
     model_config = ConfigDict(
         extra="forbid",
@@ -25,6 +69,26 @@ class Options(BaseModel):
         defer_build=True,
         protected_namespaces=(),
     )
+
+    @classmethod
+    def all_rules(cls) -> tuple[Rule, ...]:
+        """Rules of the class and its bases."""
+        found = [rule for base in cls.__mro__ for rule in base.__dict__.get("rules", ())]
+        return tuple(found)
+
+    @model_validator(mode="after")
+    def _keep_rules(self) -> Self:
+        rules = self.all_rules()
+        values = self.model_dump(mode="json") if rules else {}
+        defaults = {
+            name: field.get_default(call_default_factory=True)  # type: ignore[call-arg]
+            for name, field in type(self).model_fields.items()
+        }
+        given = [name for name in values if getattr(self, name) != defaults[name]]
+        for rule in rules:
+            if not rule.is_kept(values, given):
+                raise ValueError(rule.said(values))
+        return self
 
 
 Selector = Annotated[

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from graphwright.ir.errors import Problem
+from graphwright.specs.between import between_findings
 from graphwright.specs.chain import chain_findings
 from graphwright.specs.document import Node, Path, problem_at
 from graphwright.specs.entries import chain_nodes, entry_id, straighten
@@ -56,8 +57,16 @@ class _Checker:
         self.doubtful |= {(p,) for p in _unread_sections(findings)}
         for finding in chain_findings(self.root, self.schema):
             self._report(finding)
-        for finding in rule_findings(self.root, self.schema, self.doubtful):
+        for finding in rule_findings(self.root, self.schema, self._is_sound):
             self._report(finding)
+        for finding in between_findings(self.root, self.schema, self._is_sound):
+            self._report(finding)
+
+    def _is_sound(self, *path: str | int) -> bool:
+        """Whether nothing at, above or below a place is wrong in an unclear way."""
+        return not any(
+            path[: len(bad)] == bad or bad[: len(path)] == path for bad in self.doubtful if bad
+        )
 
     def _find_own_passes(self) -> None:
         names = [entry_id(node) for node in chain_nodes(self.root, "passes")]

@@ -89,8 +89,10 @@ def _define(name: str, cls: Any, facts: dict[str, Any], summary: str) -> dict[st
     schema = tidy(cls.Options.model_json_schema(ref_template=f"#/$defs/{name}.{{model}}"))
     nested = {f"{name}.{key}": value for key, value in schema.pop("$defs", {}).items()}
     schema.setdefault("properties", {})
-    if cls.Options.__pydantic_decorators__.model_validators:
-        facts = {**facts, "rules": True}  # between options: only the model itself can tell
+    if rules := [rule._asdict() for rule in cls.Options.all_rules()]:
+        facts = {**facts, "rules": rules}
+    if set(cls.Options.__pydantic_decorators__.model_validators) - {"_keep_rules"}:
+        facts = {**facts, "coded_rules": True}  # further ones, which only the model itself can tell
     schema |= {"title": name, "description": summary, "x-graphwright": facts}
     return {name: schema, **nested}
 

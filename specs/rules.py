@@ -13,20 +13,15 @@ from graphwright.specs.selector import excludes_only, pattern_faults
 from graphwright.specs.translate import Finding
 
 
-def rule_findings(root: Node, schema: Schema, doubtful: set[Path]) -> Iterator[Finding]:
+def rule_findings(root: Node, schema: Schema, sound: Callable[..., bool]) -> Iterator[Finding]:
     """Findings about fields that are each valid by themselves.
 
     Args:
         root: the document, misspelt names already taken for what they mean.
         schema: what is valid.
-        doubtful: places that are wrong in an unclear way; nothing is concluded from them.
+        sound: whether nothing at a place is wrong in an unclear way; nothing is concluded there.
     """
     document = root.plain()
-
-    def sound(*path: str | int) -> bool:
-        return not any(
-            path[: len(bad)] == bad or bad[: len(path)] == path for bad in doubtful if bad
-        )
 
     if sound("model", "kwargs") and sound("model", "factory"):
         yield from _factory(document.get("model"))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from graphwright.ir.options import Options
+from graphwright.ir.options import Options, Rule
 
 StepName = Literal[
     "low_rank", "simplify_layout", "find_rms_norm", "find_gelu", "find_silu", "rotary",
@@ -18,6 +18,12 @@ StepName = Literal[
 
 class OnnxRuntimeOptions(Options):
     """Options of the lowering to ONNX Runtime."""
+
+    rules = (
+        Rule("weights", "weights != 'qdq' or opset >= 21",
+             "weights: qdq needs opset 21 or later, for blocks in DequantizeLinear; the opset is "
+             "{opset}"),
+    )  # fmt: skip
 
     opset: Annotated[int, Field(ge=18, le=23)] = 21
     """Version of the standard ONNX operator set."""
@@ -56,12 +62,3 @@ class OnnxRuntimeOptions(Options):
     """Store a weight as its non-zeros and their places where that takes fewer bytes: in float32
     from two thirds of zeros on, for a place takes 8. The runtime makes it dense when it loads the
     model, so this is a matter of the file alone. Weights that lie beside the model stay dense."""
-
-    @model_validator(mode="after")
-    def _blocks_need_opset_21(self) -> Self:
-        if self.weights == "qdq" and self.opset < 21:
-            raise ValueError(
-                f"weights: qdq needs opset 21 or later, for blocks in DequantizeLinear; the opset "
-                f"is {self.opset}"
-            )
-        return self

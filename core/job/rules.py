@@ -1,6 +1,7 @@
-"""Rules between options, which a JSON schema cannot say: checked before the model is opened.
+"""Rules between options that only code can tell: checked before the model is opened.
 
-Only passes and backends that have such rules are imported for it.
+All others are data, and are checked with the spec (`specs/between.py`). Only passes that have such
+rules are imported for it.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def _problems(spec: Spec) -> Iterator[Problem]:
     for section, calls in sections.items():
         for index, call in enumerate(calls):
             facts = spec.schema.definitions[call.id].get("x-graphwright", {})
-            if not facts.get("rules") or not call.options:
+            if not facts.get("coded_rules") or not call.options:
                 continue
             try:
                 _options(section, call.id).model_validate_json(json.dumps(call.options))

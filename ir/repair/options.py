@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from graphwright.ir.options import Bounded, Targets
+from graphwright.ir.options import Bounded, Rule, Targets
 from graphwright.ir.repair.closed_form import Repair
 
 UNREAD = {"merge": ("offsets", "shrinkage"), "features": ("offsets",)}
@@ -15,6 +15,13 @@ UNREAD = {"merge": ("offsets", "shrinkage"), "features": ("offsets",)}
 
 class RepairOptions(Bounded, Targets):
     """Options of the repair of readers of damaged channels."""
+
+    rules = tuple(
+        Rule(name, f"{name!r} not in given or repair != {repair!r}",
+             f"{name} has no part in repair {repair}")
+        for repair, names in UNREAD.items()
+        for name in names
+    )  # fmt: skip
 
     repair: Literal[Repair, "merge"] = "auto"
     """The compensation of lost channels: `ridge`, any mixture of the kept ones, from the filters;
@@ -35,10 +42,3 @@ class RepairOptions(Bounded, Targets):
     search_scale: bool = False
     """Try smaller scales of weight codes for least squared error; else the largest weight of every
     channel is on the grid."""
-
-    @model_validator(mode="after")
-    def _options_of_the_repair(self) -> Self:
-        for name in UNREAD.get(self.repair, ()):
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} has no part in repair {self.repair}")
-        return self

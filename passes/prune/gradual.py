@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from graphwright.ir.data.batches import as_batches
-from graphwright.ir.options import Bounded, Targets
+from graphwright.ir.options import Bounded, Rule, Targets
 from graphwright.ir.program import Program
 from graphwright.ir.tune import History, TuneOptions, tune
 from graphwright.ir.tune.zeros import zeros_to_keep
@@ -28,6 +28,17 @@ BY: dict[str, type[Pass[Any]]] = {
 
 class GradualOptions(Bounded, Targets):
     """Options of prune.gradual."""
+
+    rules = (
+        Rule("initial", "initial < sparsity", "initial {initial} is not below sparsity {sparsity}"),
+        Rule("scope", "scope is None or score == 'magnitude'",
+             "scope has no part in score {score}"),
+        Rule("distribution",
+             "distribution == 'uniform' or (score != 'mfac' and scope != 'global')",
+             "distribution {distribution} has no part where all layers compete"),
+        Rule("tune", "tune.get('keep_zeros') is not False",
+             "gradual pruning keeps its zeros: leave out keep_zeros"),
+    )  # fmt: skip
 
     sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.9
     """Share of weights that are zero at the end."""
@@ -59,20 +70,6 @@ class GradualOptions(Bounded, Targets):
 
     tune: TuneOptions = TuneOptions()
     """Options of the training of one round; `keep_zeros` is on."""
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        if self.initial >= self.sparsity:
-            raise ValueError(f"initial {self.initial} is not below sparsity {self.sparsity}")
-        if self.scope is not None and self.score != "magnitude":
-            raise ValueError(f"scope has no part in score {self.score}")
-        if self.distribution != "uniform" and (self.score == "mfac" or self.scope == "global"):
-            raise ValueError(
-                f"distribution {self.distribution} has no part where all layers compete"
-            )
-        if self.tune.keep_zeros is False:
-            raise ValueError("gradual pruning keeps its zeros: leave out keep_zeros")
-        return self
 
     def course_of(self) -> tuple[float, ...]:
         """Sparsity of every round."""

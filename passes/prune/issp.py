@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Self
+from typing import Annotated
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from graphwright.ir.errors import ModelError
 from graphwright.ir.layers.selectors import Layer
-from graphwright.ir.options import Bounded, Selector
+from graphwright.ir.options import Bounded, Rule, Selector
 from graphwright.ir.program import Program
 from graphwright.ir.tune import Tuned, TuneOptions, tune
 from graphwright.passes.base import Action, Context, Pass, Result
@@ -30,6 +30,17 @@ SPARSITY = 0.9
 
 class IsspOptions(Bounded):
     """Options of prune.issp."""
+
+    rules = (
+        Rule("allow_adjust", "pattern is not None or not allow_adjust",
+             "allow_adjust belongs to pattern"),
+        Rule("sparsity", "pattern is None or sparsity is None",
+             "give sparsity or pattern, not both"),
+        Rule("sample", "pattern is None or sample is None",
+             "sample belongs to sparsity: groups of a pattern have no threshold"),
+        Rule("pattern", f"pattern is None or pattern[0] < {MOST} * pattern[1]",
+             f"pattern {{pattern[0]}}:{{pattern[1]}} prunes {MOST:.1%} of the weights or more"),
+    )  # fmt: skip
 
     sparsity: Annotated[float, Field(gt=0, lt=MOST)] | None = None
     """Share of every layer's weights that is pruned, the smallest |w|, rounded up; 0.9 when neither
@@ -61,21 +72,6 @@ class IsspOptions(Bounded):
 
     tune: TuneOptions = TuneOptions()
     """Options of training. Evaluations measure the program with its smallest weights at zero."""
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        if self.pattern is None:
-            if self.allow_adjust:
-                raise ValueError("allow_adjust belongs to pattern")
-            return self
-        n, m = self.pattern
-        if self.sparsity is not None:
-            raise ValueError("give sparsity or pattern, not both")
-        if self.sample is not None:
-            raise ValueError("sample belongs to sparsity: groups of a pattern have no threshold")
-        if n >= MOST * m:
-            raise ValueError(f"pattern {n}:{m} prunes {MOST:.1%} of the weights or more")
-        return self
 
 
 class Issp(Pass[IsspOptions]):

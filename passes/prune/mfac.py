@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from graphwright.ir.layers.selectors import Layer
+from graphwright.ir.options import Rule
 from graphwright.ir.program import Program
 from graphwright.ir.tune.fisher import Fisher
 from graphwright.passes.base import MATRICES, Action, Context, Pass, Result
@@ -20,6 +21,13 @@ from graphwright.passes.prune._units.gradients import Draws, LossName, gradients
 
 class MfacOptions(SparsityOptions):
     """Options of prune.mfac."""
+
+    rules = (
+        Rule("block_size",
+             "block_size is None or pattern == 'unstructured' "
+             "or block_size % int(pattern.replace('x', ':').split(':')[1]) == 0",
+             "block_size {block_size} is no multiple of the weights that {pattern} keeps together"),
+    )  # fmt: skip
 
     pattern: Annotated[
         str, Field(pattern=r"^(unstructured|[1-9][0-9]*:[1-9][0-9]*|1x[1-9][0-9]*)$")
@@ -48,13 +56,6 @@ class MfacOptions(SparsityOptions):
     """Loss whose gradients they are: `cross_entropy` with the labels in the data, `next_token` of a
     language model, `energy` (mean square of the outputs), `projection` (their product with random
     numbers); `auto` is the first where there are labels, and else `energy`."""
-
-    @model_validator(mode="after")
-    def _blocks_hold_patterns(self) -> MfacOptions:
-        block = self.structure().block
-        if self.block_size is not None and self.block_size % block:
-            raise ValueError(f"block_size is no multiple of the {block} weights of {self.pattern}")
-        return self
 
     def structure(self) -> Structure:
         """The unit of removal."""

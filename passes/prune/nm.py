@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from graphwright.ir.errors import ModelError
 from graphwright.ir.layers.selectors import Layer
-from graphwright.ir.options import Bounded, Selector
+from graphwright.ir.options import Bounded, Rule, Selector, only_with
 from graphwright.ir.program import Program
 from graphwright.ir.tune import Tuned, TuneOptions, tune
 from graphwright.passes.base import Action, Context, Pass, Result
@@ -46,6 +46,20 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 class NmOptions(Bounded):
     """Options of prune.nm."""
+
+    rules = (
+        Rule("n", "n < m", "n = {n} keeps all of m = {m}"),
+        *(only_with(name, "method", methods) for name, methods in ONLY_WITH.items()),
+        only_with("widest", "structure", ["geometric", "densify"]),
+        Rule("patterns", "(len(patterns) > 0) == (structure == 'custom')",
+             "patterns belong to structure custom, and it needs them"),
+        Rule("patterns", "all(kept <= of for kept, of in patterns)",
+             "one of the patterns {patterns} keeps more than there are"),
+        Rule("patterns", "not patterns or patterns[-1] == [n, m]",
+             "the last of patterns is not {n}:{m}"),
+        Rule("dense", "dense + finetune < 1",
+             "dense and finetune leave no step for the schedule"),
+    )  # fmt: skip
 
     n: Size = 2
     """Weights that every group keeps, the largest; less than `m`."""
@@ -106,23 +120,6 @@ class NmOptions(Bounded):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.n >= self.m:
-            raise ValueError(f"n = {self.n} keeps all of m = {self.m}")
-        for name, methods in ONLY_WITH.items():
-            is_set = getattr(self, name) != type(self).model_fields[name].default
-            if is_set and self.method not in methods:
-                raise ValueError(f"{name} has no part in method {self.method}")
-        if self.widest != 8 and self.structure not in ("geometric", "densify"):
-            raise ValueError(f"widest has no part in structure {self.structure}")
-        if bool(self.patterns) != (self.structure == "custom"):
-            raise ValueError("patterns belong to structure custom, and it needs them")
-        for n, m in self.patterns:
-            if n > m:
-                raise ValueError(f"pattern {n}:{m} keeps more than there are")
-        if self.patterns and self.patterns[-1] != (self.n, self.m):
-            raise ValueError(f"the last of patterns is not {self.n}:{self.m}")
-        if self.dense + self.finetune >= 1:
-            raise ValueError("dense and finetune leave no step for the schedule")
         self.schedule()
         return self
 

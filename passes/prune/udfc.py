@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from graphwright.ir.layers.kinds import PRODUCTS
 from graphwright.ir.layers.selectors import Layer, select
+from graphwright.ir.options import only_with
 from graphwright.ir.program import Program
 from graphwright.ir.repair.options import RepairOptions
 from graphwright.ir.repair.round import quantizable, quantized
@@ -17,6 +18,10 @@ from graphwright.passes.base import Action, Context, Effect, Pass, Result
 
 class UdfcOptions(RepairOptions):
     """Options of prune.udfc."""
+
+    rules = tuple(
+        only_with(name, "repair", ["merge"]) for name in ("merge_balance", "merge_threshold")
+    )
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.3
     """Share of the output channels of every layer that goes, rounded down."""
@@ -36,13 +41,6 @@ class UdfcOptions(RepairOptions):
     merge_threshold: Annotated[float, Field(ge=0, le=1)] = 0.1
     """For `merge`: smallest cosine of two filters that are merged. The paper's code has 0.1 for
     convolutions with batch norm, 0.45 for linear layers."""
-
-    @model_validator(mode="after")
-    def _options_of_merging(self) -> Self:
-        for name in ("merge_balance", "merge_threshold") if self.repair != "merge" else ():
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} has no part in repair {self.repair}")
-        return self
 
 
 class Udfc(Pass[UdfcOptions]):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Self
+from typing import Annotated
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize_blocks
@@ -21,7 +21,7 @@ from graphwright.ir.layers.bias import can_set_bias, set_bias
 from graphwright.ir.layers.kinds import INPUT_ARGUMENT, PRODUCTS, TRANSPOSED_CONVOLUTIONS
 from graphwright.ir.layers.products import from_matrix, geometry, weight_key
 from graphwright.ir.layers.selectors import Layer, select
-from graphwright.ir.options import Bounded, Targets
+from graphwright.ir.options import Bounded, Targets, only_with
 from graphwright.ir.program import Program
 from graphwright.ir.stored.blocks import Blocks, block_for, pack
 from graphwright.ir.stored.insert import Insertion, Make, rebuild_blocks, replace_weight
@@ -45,6 +45,8 @@ MOST_ROWS = 8192
 
 class AdaquantOptions(Bounded, Targets):
     """Options of quantize.adaquant."""
+
+    rules = tuple(only_with(name, "method", ["adam"]) for name in ONLY_ADAM)
 
     bits: Annotated[int, Field(ge=2, le=8)] = 4
     """Bits of a weight's code."""
@@ -87,13 +89,6 @@ class AdaquantOptions(Bounded, Targets):
 
     input_lr: Annotated[float, Field(gt=0)] = 1e-1
     """Learning rate of the inputs' ranges, as a share of the range they begin with (`adam`)."""
-
-    @model_validator(mode="after")
-    def _steps_are_of_adam(self) -> Self:
-        for name in ONLY_ADAM if self.method != "adam" else ():
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} has no part in method {self.method}")
-        return self
 
 
 class Adaquant(Pass[AdaquantOptions]):

@@ -21,7 +21,7 @@ from graphwright.ir.graph.cost import cost
 from graphwright.ir.layers.kinds import PRODUCTS
 from graphwright.ir.layers.products import weight_key, weight_node
 from graphwright.ir.layers.selectors import Layer, select
-from graphwright.ir.options import Bounded, Targets
+from graphwright.ir.options import Bounded, Rule, Targets
 from graphwright.ir.program import Program
 from graphwright.ir.tune.losses import main_output
 from graphwright.passes.base import MATRICES, WEIGHTS, Action, Pass, Result
@@ -35,6 +35,13 @@ LEAST = 1e-6
 
 class BitAllocationOptions(Bounded, Targets):
     """Options of quantize.bit_allocation."""
+
+    rules = (
+        Rule("quantizer", "quantizer != 'quantize.bit_allocation'",
+             "bit_allocation cannot quantize by itself"),
+        Rule("measure", "measure != 'latency' or table is not None",
+             "measure is latency, and no `table` is given"),
+    )  # fmt: skip
 
     quantizer: str = "quantize.adaquant"
     """Pass that quantizes: any with the options `bits` and `targets`."""
@@ -66,14 +73,10 @@ class BitAllocationOptions(Bounded, Targets):
 
     @model_validator(mode="after")
     def _quantizer_takes_its_options(self) -> Self:
-        if self.quantizer == "quantize.bit_allocation":
-            raise ValueError("quantizer: bit_allocation cannot quantize by itself")
         try:
             self.quantizer_of(self.bits[0])
         except ArgumentError as error:
             raise ValueError(f"quantizer: {error}") from None
-        if self.measure == "latency" and self.table is None:
-            raise ValueError("measure is latency, and no `table` is given")
         return self
 
     def quantizer_of(self, bits: int) -> Pass:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Self
+from typing import Annotated
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize_blocks
@@ -19,6 +19,7 @@ from graphwright.ir.layers.kinds import PRODUCTS
 from graphwright.ir.layers.products import as_matrix, from_matrix, weight_node
 from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.layers.selectors import layers as find_layers
+from graphwright.ir.options import Rule
 from graphwright.ir.program import Program
 from graphwright.ir.stored.blocks import Blocks, block_for, pack, round_to_nearest
 from graphwright.ir.stored.insert import Make, rebuild_blocks
@@ -35,6 +36,12 @@ from graphwright.passes.quantize._math.gptq import GptqSettings, Rounded, round_
 
 class GptqOptions(BlockOptions):
     """Options of quantize.gptq."""
+
+    rules = (
+        Rule("act_order", "not act_order or static_groups or block <= 0",
+             "act_order takes static_groups: true (or block: -1): with scales found on the way, "
+             "the inputs of a block would no longer lie side by side"),
+    )  # fmt: skip
 
     act_order: bool = False
     """Round the inputs with the largest activations first, while there is most left to make up
@@ -60,15 +67,6 @@ class GptqOptions(BlockOptions):
 
     least_rows: Annotated[int, Field(ge=1)] = 16
     """Rows of activations that a layer must have seen; with fewer it is rounded to nearest."""
-
-    @model_validator(mode="after")
-    def _order_needs_static_groups(self) -> Self:
-        if self.act_order and not self.static_groups and self.block > 0:
-            raise ValueError(
-                "act_order takes static_groups: true (or block: -1): with scales found on the "
-                "way, the inputs of a block would no longer lie side by side"
-            )
-        return self
 
     def settings(self, columns: int, dtype: torch.dtype) -> GptqSettings:
         """The grid of a matrix with that many columns, its scales stored in `dtype`."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Self
+from typing import Annotated
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize_codebook
@@ -18,7 +18,7 @@ from graphwright.ir.edit import Editor
 from graphwright.ir.layers.kinds import CODABLE
 from graphwright.ir.layers.products import as_matrix, from_matrix, geometry, weight_node
 from graphwright.ir.layers.selectors import Layer, select
-from graphwright.ir.options import Bounded, Targets
+from graphwright.ir.options import Bounded, Rule, Targets
 from graphwright.ir.program import Program
 from graphwright.ir.stored.codebook import Vectors, rebuild_vectors
 from graphwright.ir.stored.insert import Make
@@ -41,6 +41,11 @@ Width = Annotated[int, Field(ge=1, le=64)]
 
 class VptqOptions(Bounded, Targets):
     """Options of quantize.vptq."""
+
+    rules = (
+        Rule("residual_centroids", "residual_centroids != 1",
+             "residual_centroids is 0 for none, or at least 2"),
+    )  # fmt: skip
 
     vector_length: Width = 4
     """Neighbouring outputs that one index stands for. 4 with 256 centroids suits layers of a few
@@ -89,12 +94,6 @@ class VptqOptions(Bounded, Targets):
     sequential: bool = True
     """Calibrate every layer on what the quantized layers before it give; else all layers on the
     activations of the program as it was, and as many at a time as there are jobs."""
-
-    @model_validator(mode="after")
-    def _residual_is_a_codebook(self) -> Self:
-        if self.residual_centroids == 1:
-            raise ValueError("residual_centroids is 0 for none, or at least 2")
-        return self
 
     def settings(self) -> VptqSettings:
         """Sizes and options of a matrix."""

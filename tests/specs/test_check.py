@@ -71,7 +71,8 @@ PINNED = {
         (HEAD + "evaluate: {samples: 3}\n",
          "spec.yaml:3:1: evaluate: 'evaluate' needs 'data': `.npz` or `.safetensors` file or "
          "folder of `.npy` files with one array per input, `.txt` file with one text per line, "
-         "`module:function` that gives batches, or `synthetic`. Paths start at the spec's folder."),
+         "`module:function` that gives batches (imported and run, "
+         "unless `--no-code` is given), or `synthetic`. Paths start at the spec's folder."),
     "misspelt choice":
         (HEAD + "evaluate: {data: synthetic, metric: accuracy_}\n",
          "spec.yaml:3:37: evaluate.metric: expected one of cosine, accuracy, perplexity, snr_db or "

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from graphwright.ir.errors import ArgumentError
-from graphwright.ir.options import Bounded, Selector
+from graphwright.ir.options import Bounded, Rule, Selector, only_with
 from graphwright.ir.tune import TuneOptions
 
 Steps = Annotated[int, Field(ge=1)]
@@ -37,6 +37,14 @@ PENALTY = {"sgd": (1e-3, 2.0, 10.0), "adam": (1e-2, 20.0, 1e3)}
 
 class Otov2Options(Bounded):
     """Options of prune.otov2."""
+
+    rules = (
+        *(only_with(name, "method", owners) for name, owners in OWN.items()),
+        Rule("tune", "tune.get('patience') is None",
+             "patience could end the training before the units are zero"),
+        Rule("pruning_steps", "pruning_steps is None or pruning_steps >= pruning_periods",
+             "{pruning_steps} pruning_steps cannot be cut into {pruning_periods} pruning_periods"),
+    )  # fmt: skip
 
     method: Literal["hesso", "hesso_cric", "dhspg"] = "hesso"
     """The way units go to zero: `hesso` picks them by a score and lets them decay;
@@ -99,20 +107,6 @@ class Otov2Options(Bounded):
     tune: TuneOptions = TuneOptions()
     """Options of training. The result is that of the last step, whatever `keep_best` says: an
     earlier one is not sparse yet; for the same reason there is no `patience`."""
-
-    @model_validator(mode="after")
-    def _belong_together(self) -> Otov2Options:
-        for name, owners in OWN.items():
-            given = getattr(self, name) != type(self).model_fields[name].default
-            if given and self.method not in owners:
-                raise ValueError(f"{name} is an option of {' and '.join(owners)}, "
-                                 f"and the method is {self.method}")  # fmt: skip
-        if self.tune.patience is not None:
-            raise ValueError("patience could end the training before the units are zero")
-        if self.pruning_steps is not None and self.pruning_steps < self.pruning_periods:
-            raise ValueError(f"{self.pruning_steps} pruning_steps cannot be cut into "
-                             f"{self.pruning_periods} pruning_periods")  # fmt: skip
-        return self
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,7 @@ def test_a_layer_that_no_gradient_reaches_is_named() -> None:
 def test_nothing_to_do_and_refusals(trained: gw.Program) -> None:
     result = ran(trained, sparsity=0.0)
     assert all("as many zeros as asked" in a.reason for a in result.actions)
-    with pytest.raises(ArgumentError, match="multiple of the 3"):
+    with pytest.raises(ArgumentError, match="no multiple of the weights that 1x3"):
         Mfac(pattern="1x3")
     with pytest.raises(ArgumentError, match="needs calibration"):
         Mfac().execute(trained, Context())

@@ -403,7 +403,10 @@ def test_refusals_name_the_layer(program: gw.Program, batches) -> None:
         ({"method": "combined", "widest": 16}, "widest has no part in structure stepwise"),
         ({"method": "combined", "structure": "custom"}, "patterns belong to structure custom"),
         ({"method": "combined", "structure": "custom", "patterns": [[1, 2]]}, "not 2:4"),
-        ({"method": "combined", "structure": "custom", "patterns": [[5, 4], [2, 4]]}, "5:4"),
+        (
+            {"method": "combined", "structure": "custom", "patterns": [[5, 4], [2, 4]]},
+            "keeps more than there are",
+        ),
         ({"dense": 0.6, "finetune": 0.4}, "leave no step"),
         ({"pattern": "2:4"}, "pattern"),
     ],

@@ -1,0 +1,65 @@
+"""Rules between the options of one pass, backend or export, as the passes declare them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from graphwright.ir.options import Rule
+from graphwright.specs.document import CHAINS, Node
+from graphwright.specs.entries import chain_nodes, entry_id
+from graphwright.specs.nearest import nearest
+from graphwright.specs.schema import Schema
+from graphwright.specs.translate import Finding
+
+
+def between_findings(root: Node, schema: Schema, sound: Callable[..., bool]) -> Iterator[Finding]:
+    """Options that do not go together, each at the option that the rule is about."""
+    for section in CHAINS:
+        for index, node in enumerate(chain_nodes(root, section)):
+            name = entry_id(node)
+            if name not in schema.definitions or not sound(section, index):
+                continue
+            written = (node.entries[0].node.plain() if node.entries else None) or {}
+            for at, message, suggestion in _faults(name, written, schema):
+                place = (name, at) if at in written else ()
+                yield Finding((section, index, *place), message, suggestion)
+
+
+def _faults(name: str, written: dict[str, Any], schema: Schema) -> Iterator[tuple[str, str, str]]:
+    """(option, what is wrong, what to write instead) for every rule that is not kept."""
+    defaults = schema.defaults(name)
+    values = {**dict.fromkeys(schema.options(name)), **defaults, **written}
+    for option, default in defaults.items():
+        if isinstance(default, dict) and isinstance(written.get(option), dict):
+            values[option] = {**default, **written[option]}
+    given = {option for option, value in written.items() if value != defaults.get(option)}
+    said: set[str] = set()
+    for fact in schema.definitions[name].get("x-graphwright", {}).get("rules", ()):
+        rule = Rule(**fact)
+        if rule.at not in said and not rule.is_kept(values, given):
+            said.add(rule.at)  # the first of an option's rules; the others mostly follow from it
+            yield rule.at, rule.said(values), ""
+    if values.get("quantizer") is not None:
+        yield from _inside(values, schema)
+
+
+def _inside(values: dict[str, Any], schema: Schema) -> Iterator[tuple[str, str, str]]:
+    """A pass that another one runs has to be there, and to take what it is given."""
+    inside = values["quantizer"]
+    if schema.facts(inside) is None:
+        meant = nearest(inside, schema.names("pass"))
+        yield "quantizer", f"no pass named {inside!r}", meant or ""
+        return
+    known = schema.options(inside)
+    if not {"bits", "targets"} <= set(known):
+        message = f"{inside} has no options `bits` and `targets`; use quantize.adaquant, "
+        yield "quantizer", f"{message}quantize.gptq or quantize.rtn", ""
+    elif values.get("activations") and "activation_bits" not in known:
+        message = f"{inside} quantizes no inputs; leave `activations` out"
+        yield "activations", f"{message}, or use quantize.adaquant", ""
+    for option in values.get("options") or {}:
+        if option not in known:
+            meant = nearest(option, list(known))
+            more = f"; did you mean {meant!r}?" if meant else ""
+            yield "options", f"{inside} has no option {option!r}{more}", ""
