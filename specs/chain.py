@@ -24,8 +24,10 @@ class _Link:
     line: int
     facts: PassFacts
     options: dict[str, Any]
+    takes: tuple[str, ...]
     codes: tuple[str, ...]
-    """Kinds of layers whose weights are codes behind it, by itself or by a quantizer inside."""
+    """Kinds of layers that it takes, and that are codes behind it, by itself or by a quantizer
+    inside."""
 
     @property
     def place(self) -> str:
@@ -61,8 +63,8 @@ def _link(index: int, node: Node, facts: PassFacts, schema: Schema) -> _Link:
     given = node.entries[0].node.plain() if node.entries else None
     options = {**schema.defaults(facts.id), **(given if isinstance(given, dict) else {})}
     inside = schema.facts(str(options.get("quantizer")))
-    codes = facts.codes if inside is None else inside.codes
-    return _Link(index, node.line, facts, options, codes)
+    weights = facts if inside is None else inside
+    return _Link(index, node.line, facts, options, weights.takes, weights.codes)
 
 
 def _alone(earlier: list[_Link], link: _Link) -> Finding | None:
@@ -103,8 +105,7 @@ def _takes_all(earlier: _Link, later: _Link) -> bool:
     """Whether all weights that the later pass can work on are codes behind the earlier one."""
     targets = earlier.options.get("targets", ["*"])
     covers = targets == ["*"] or targets == later.options.get("targets")
-    takes = later.facts.takes
-    return bool(takes) and covers and set(takes) <= set(earlier.codes)
+    return bool(later.takes) and covers and set(later.takes) <= set(earlier.codes)
 
 
 def _pair(earlier: _Link, later: _Link) -> Finding | None:

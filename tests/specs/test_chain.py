@@ -110,6 +110,8 @@ def test_a_pass_without_any_that_gives_it_work():
         ("quantize.adaquant", "quantize.vptq", True),
         ("quantize.vptq", "quantize.adaquant", False),  # grouped convolutions are left
         ("quantize.nf4", "tune.finetune", False),
+        ("quantize.fp8", "quantize.bit_allocation", True),  # by quantize.adaquant
+        ("quantize.fp8", "quantize.bit_allocation: {quantizer: quantize.rtn}", False),
         ("quantize.udfc", "prune.magnitude", True),
         ("quantize.bit_allocation: {quantizer: quantize.rtn}", "quantize.nf4", True),
         ("quantize.bit_allocation: {quantizer: quantize.adaquant}", "quantize.nf4", False),
