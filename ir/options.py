@@ -11,7 +11,7 @@ EVERY_DTYPE = ("float64", "float32", "float16", "bfloat16")
 """Floating-point dtypes; what a pass or a backend computes in where it does not say."""
 
 
-_WORDS = {"len": len, "int": int, "all": all, "any": any}
+_WORDS = {"len": len, "int": int, "abs": abs, "all": all, "any": any}
 
 
 class Rule(NamedTuple):
@@ -81,7 +81,7 @@ class Options(BaseModel):
         rules = self.all_rules()
         values = self.model_dump(mode="json") if rules else {}
         defaults = {
-            name: field.get_default(call_default_factory=True)  # type: ignore[call-arg]
+            name: field.get_default(call_default_factory=True)
             for name, field in type(self).model_fields.items()
         }
         given = [name for name in values if getattr(self, name) != defaults[name]]

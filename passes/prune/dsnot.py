@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from graphwright.ir.calibration.experts import part_names
@@ -17,6 +17,7 @@ from graphwright.ir.calibration.walk import sweep
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.layers.products import as_matrix, from_matrix, geometry
 from graphwright.ir.layers.selectors import Layer
+from graphwright.ir.options import Rule
 from graphwright.ir.program import Program
 from graphwright.passes.base import MATRICES, Action, Context, Pass, Result
 from graphwright.passes.prune._masks.layers import maskable, share_of_zeros, with_weights
@@ -34,6 +35,13 @@ FARTHEST = 0.5
 
 class DsnotOptions(SparsityOptions):
     """Options of prune.dsnot."""
+
+    rules = (
+        Rule("base", "base != 'existing' or (sparsity is None and pattern == 'unstructured')",
+             "the mask is there already: leave out `pattern` and `sparsity`"),
+        Rule("update", "not update or base == 'sparsegpt'",
+             "only the base sparsegpt updates weights"),
+    )  # fmt: skip
 
     base: Literal["existing", "magnitude", "wanda", "sparsegpt"] = "wanda"
     """The mask to start from: the zeros that the program has (their values come from the program
@@ -62,21 +70,6 @@ class DsnotOptions(SparsityOptions):
     never_worse: bool = False
     """End a row rather than let its expected change grow: under N:M the weight to drop is chosen
     whatever its sign, and may take away more than comes back. A rule of ours, not of the paper."""
-
-    @field_validator("base")
-    @classmethod
-    def _finds_its_own(cls, base: str, info: ValidationInfo) -> str:
-        given = info.data.get("sparsity") is not None
-        if base == "existing" and (given or info.data.get("pattern") != "unstructured"):
-            raise ValueError("the mask is there already: leave out `pattern` and `sparsity`")
-        return base
-
-    @field_validator("update")
-    @classmethod
-    def _has_updates(cls, update: bool, info: ValidationInfo) -> bool:
-        if update and info.data.get("base") != "sparsegpt":
-            raise ValueError("only the base sparsegpt updates weights")
-        return update
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
 from graphwright.ir.layers.products import from_matrix, geometry
 from graphwright.ir.layers.selectors import Layer
+from graphwright.ir.options import Rule
 from graphwright.ir.program import Program
 from graphwright.passes.base import MATRICES, Action, Context, Need, Pass, Result
 from graphwright.passes.prune._masks.distribution import LayerwiseOptions, distributed
@@ -22,25 +22,18 @@ from graphwright.passes.prune._masks.patterns import Pattern
 class MagnitudeOptions(LayerwiseOptions):
     """Options of prune.magnitude."""
 
+    rules = (
+        Rule("scope", "scope != 'global' or distribution == 'uniform'",
+             "scope global finds its own sparsity of every layer: leave out distribution "
+             "{distribution}"),
+        Rule("scope", "scope is None or pattern == 'unstructured'",
+             "the pattern {pattern} compares within its groups"),
+    )  # fmt: skip
+
     scope: Literal["global", "layer", "row"] | None = None
     """Weights that are compared with each other, and so share the sparsity: all selected layers,
     one layer, or one row (the weights of one output); a layer when absent. An N:M pattern
     compares within its groups and takes no scope."""
-
-    @model_validator(mode="after")
-    def _compares_layers_once(self) -> Self:
-        if self.scope == "global" and self.distribution != "uniform":
-            raise ValueError("scope global finds its own sparsity of every layer: "
-                             f"leave out distribution {self.distribution}")  # fmt: skip
-        return self
-
-    @field_validator("scope")
-    @classmethod
-    def _unstructured(cls, scope: str | None, info: ValidationInfo) -> str | None:
-        pattern = info.data.get("pattern", "unstructured")
-        if scope is not None and pattern != "unstructured":
-            raise ValueError(f"the pattern {pattern} compares within its groups")
-        return scope
 
 
 class Magnitude(Pass[MagnitudeOptions]):

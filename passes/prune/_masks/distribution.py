@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from graphwright.ir.calibration.experts import part_names
@@ -17,6 +17,7 @@ from graphwright.ir.calibration.walk import sweep
 from graphwright.ir.context import Context
 from graphwright.ir.layers.products import as_matrix, geometry
 from graphwright.ir.layers.selectors import Layer
+from graphwright.ir.options import Rule, only_with
 from graphwright.ir.program import Program
 from graphwright.passes.prune._masks.layers import matrix
 from graphwright.passes.prune._masks.patterns import Pattern, SparsityOptions
@@ -25,6 +26,13 @@ from graphwright.passes.prune._math.features import Features, features
 
 class LayerwiseOptions(SparsityOptions):
     """Options of passes whose layers may have shares of their own."""
+
+    rules = (
+        Rule("distribution", "distribution == 'uniform' or pattern == 'unstructured'",
+             "the pattern {pattern} has one sparsity in every layer: it takes no distribution"),
+        only_with("outliers", "distribution", ["owl"]),
+        only_with("spread", "distribution", ["owl"]),
+    )  # fmt: skip
 
     distribution: Literal["uniform", "erk", "lamp", "owl"] = "uniform"
     """Sparsity of every layer, `sparsity` on average over all weights: the same (`uniform`); less
@@ -38,16 +46,6 @@ class LayerwiseOptions(SparsityOptions):
 
     spread: Annotated[float, Field(gt=0, lt=1)] = 0.08
     """For `owl`: largest distance of a layer's sparsity from the average."""
-
-    @model_validator(mode="after")
-    def _fits_distribution(self) -> Self:
-        if self.distribution != "uniform" and self.pattern != "unstructured":
-            raise ValueError(f"the pattern {self.pattern} has one sparsity in every layer: "
-                             f"it takes no distribution")  # fmt: skip
-        for name in ("outliers", "spread") if self.distribution != "owl" else ():
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} has no part in distribution {self.distribution}")
-        return self
 
 
 def distributed(

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 from torch import Tensor
 
-from graphwright.ir.options import Bounded, Targets
+from graphwright.ir.options import Bounded, Rule, Targets
 from graphwright.passes.prune._masks.nm_mask import nm_mask
 
 Scope = Literal["row", "layer"]
@@ -98,6 +98,15 @@ def found_pattern(keep: Tensor) -> Pattern:
 class SparsityOptions(Bounded, Targets):
     """Options that all passes share that set weights to zero."""
 
+    rules = (
+        Rule("pattern", "':' not in pattern or "
+             "int(pattern.split(':')[0]) < int(pattern.split(':')[1])",
+             "N must be below M: {pattern} prunes nothing"),
+        Rule("sparsity", "sparsity is None or ':' not in pattern or abs(sparsity - 1 + "
+             "int(pattern.split(':')[0]) / int(pattern.split(':')[1])) < 1e-9",
+             "the pattern {pattern} has a sparsity of its own, 1 - N/M, and not {sparsity}"),
+    )  # fmt: skip
+
     pattern: Annotated[str, Field(pattern=r"^(unstructured|[1-9][0-9]*:[1-9][0-9]*)$")] = (
         "unstructured"
     )
@@ -107,22 +116,6 @@ class SparsityOptions(Bounded, Targets):
 
     sparsity: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Share of weights that become zero; 0.5 when absent. An N:M pattern says its own, 1 - N/M."""
-
-    @field_validator("pattern")
-    @classmethod
-    def _keeps_some(cls, pattern: str) -> str:
-        n, _, m = pattern.partition(":")
-        if m and int(n) >= int(m):
-            raise ValueError(f"N must be below M: {pattern} prunes nothing")
-        return pattern
-
-    @field_validator("sparsity")
-    @classmethod
-    def _agrees(cls, sparsity: float | None, info: ValidationInfo) -> float | None:
-        n, _, m = info.data.get("pattern", "unstructured").partition(":")
-        if m and sparsity is not None and abs(sparsity - (1 - int(n) / int(m))) > 1e-9:
-            raise ValueError(f"the pattern {n}:{m} has a sparsity of {1 - int(n) / int(m):g}")
-        return sparsity
 
     def wanted(self) -> Pattern:
         """The pattern that the options mean."""
