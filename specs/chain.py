@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from graphwright.ir.options import EVERY_DTYPE
 from graphwright.specs.document import Node
 from graphwright.specs.entries import chain_nodes, entry_id
 from graphwright.specs.schema import PassFacts, Schema
@@ -28,6 +29,8 @@ class _Link:
     codes: tuple[str, ...]
     """Kinds of layers that it takes, and that are codes behind it, by itself or by a quantizer
     inside."""
+    computes_in: tuple[str, ...]
+    """Floating-point dtypes that it takes, and a quantizer inside as well."""
 
     @property
     def place(self) -> str:
@@ -64,7 +67,9 @@ def _link(index: int, node: Node, facts: PassFacts, schema: Schema) -> _Link:
     options = {**schema.defaults(facts.id), **(given if isinstance(given, dict) else {})}
     inside = schema.facts(str(options.get("quantizer")))
     weights = facts if inside is None else inside
-    return _Link(index, node.line, facts, options, weights.takes, weights.codes)
+    ids = [facts.id] if inside is None else [facts.id, inside.id]
+    dtypes = tuple(d for d in EVERY_DTYPE if all(d in schema.computes_in(name) for name in ids))
+    return _Link(index, node.line, facts, options, weights.takes, weights.codes, dtypes)
 
 
 def _alone(earlier: list[_Link], link: _Link) -> Finding | None:
@@ -84,7 +89,7 @@ def _alone(earlier: list[_Link], link: _Link) -> Finding | None:
     casts = [other for other in earlier if other.facts.id == CAST]
     if casts and not casts[-1].options.get("keep"):
         to = casts[-1].options.get("to")
-        if facts.computes_in and to not in facts.computes_in:
+        if to not in link.computes_in:
             message = f"{facts.id} does not take {to}, which {casts[-1].place} makes"
             return Finding(path, f"{message}; move it up to line {casts[-1].line}")
     return None

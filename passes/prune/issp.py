@@ -92,6 +92,7 @@ class Issp(Pass[IsspOptions]):
 
     contract = "lossy"
     needs = "training"
+    computes_in = ("float64", "float32", "bfloat16")  # in float16, updates round to nothing
     papers = ("P29",)
     before = ("cleanup.fold_batch_norm",)  # training wants the norms
 

@@ -163,6 +163,7 @@ class Nm(Pass[NmOptions]):
 
     contract = "lossy"
     needs = "training"
+    computes_in = ("float64", "float32", "bfloat16")  # in float16, updates round to nothing
     papers = ("P40",)
     before = ("cleanup.fold_batch_norm",)  # training wants the norms
 

@@ -55,6 +55,7 @@ class Otov2(Pass[Otov2Options]):
     contract = "lossy"
     weights = "reformed"
     needs = "training"
+    computes_in = ("float64", "float32", "bfloat16")  # in float16, updates round to nothing
     papers = ("P46",)
     before = ("cleanup.fold_batch_norm",)  # training wants the norms
 

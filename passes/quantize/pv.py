@@ -104,6 +104,7 @@ class Pv(Pass[PvOptions]):
     contract = "lossy"
     stores_weights = True
     needs = "training"
+    computes_in = ("float64", "float32", "bfloat16")  # in float16, updates round to nothing
     papers = ("P50",)
     after = ("cleanup.*", "quantize.*", "compensate.*", "prune.*")
 

@@ -38,6 +38,7 @@ class Finetune(Pass[FinetuneOptions]):
 
     contract = "lossy"
     needs = "training"
+    computes_in = ("float64", "float32", "bfloat16")  # in float16, updates round to nothing
 
     def run(self, program: Program, context: Context) -> Result:
         options = self.options

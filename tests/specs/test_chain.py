@@ -136,6 +136,8 @@ def test_a_pass_that_finds_only_codes(first, second, refused, problems):
 def test_a_pass_behind_a_cast_to_what_it_does_not_take(cast, refused, problems):
     found = problems(f"version: 1\npasses:\n  - {cast}\n  - quantize.int8\nlower: []\n")
     assert bool(found) == refused
+    within = f"calibration: {{data: synthetic}}\npasses:\n  - {cast}\n  - quantize.bit_allocation\n"
+    assert bool(problems(f"version: 1\n{within}lower: []\n")) == refused  # by quantize.adaquant
     if refused:
         to = "bfloat16" if "bfloat16" in cast else "float16"
         assert found == [

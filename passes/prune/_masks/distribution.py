@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -27,7 +27,7 @@ from graphwright.passes.prune._math.features import Features, features
 class LayerwiseOptions(SparsityOptions):
     """Options of passes whose layers may have shares of their own."""
 
-    rules = (
+    rules: ClassVar[tuple[Rule, ...]] = (
         Rule("distribution", "distribution == 'uniform' or pattern == 'unstructured'",
              "the pattern {pattern} has one sparsity in every layer: it takes no distribution"),
         only_with("outliers", "distribution", ["owl"]),

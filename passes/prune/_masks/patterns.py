@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -98,7 +98,7 @@ def found_pattern(keep: Tensor) -> Pattern:
 class SparsityOptions(Bounded, Targets):
     """Options that all passes share that set weights to zero."""
 
-    rules = (
+    rules: ClassVar[tuple[Rule, ...]] = (
         Rule("pattern", "':' not in pattern or "
              "int(pattern.split(':')[0]) < int(pattern.split(':')[1])",
              "N must be below M: {pattern} prunes nothing"),
