@@ -1,6 +1,6 @@
-"""`int(t * 0.5)` and `float(t)` in a model's code as arithmetic on sizes, and not as numbers.
+"""`int(t * 0.5)`, `float(t)` and `len(x)` in a model's code as sizes, and not as numbers.
 
-Python asks `int` and `float` for a plain number, so that a trace answers for the example's size. In
+Python asks these for a plain number, so that a trace answers for the example's size. In
 the modules that the model's code is in, other functions of these names take sizes as torch does.
 They stand there during an export alone; what they make of the model is checked without them.
 """
@@ -54,9 +54,15 @@ class _Float(builtins.float, metaclass=_Numbers):
     of_size = staticmethod(torch.sym_float)
 
 
+def _len(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.dim():
+        return value.shape[0]
+    return builtins.len(value)
+
+
 @contextlib.contextmanager
 def symbolic_numbers(model: nn.Module) -> Iterator[None]:
-    """Puts `int` and `float` of sizes into all modules of the packages that the model is from."""
+    """Puts `int`, `float` and `len` that know sizes into the modules of the model's packages."""
     packages = {type(module).__module__.partition(".")[0] for module in model.modules()}
     packages -= LIBRARIES | set(sys.stdlib_module_names) - {"__main__"}
     places = [
@@ -66,7 +72,7 @@ def symbolic_numbers(model: nn.Module) -> Iterator[None]:
     ]
     changed = []
     for place in places:
-        for name, number in (("int", _Int), ("float", _Float)):
+        for name, number in (("int", _Int), ("float", _Float), ("len", _len)):
             if name not in place:
                 place[name] = number
                 changed.append((place, name))

@@ -296,3 +296,13 @@ def test_a_size_that_the_model_kept_from_an_earlier_call_fixes_nothing(model: nn
     for batch, length in ((1, 5), (2, 5), (2, 2), (3, 8), (5, 1), (7, 64)):
         x = torch.randn(batch, length, 6)
         torch.testing.assert_close(program(x=x), model(x), **CLOSE)
+
+
+def test_the_length_of_a_tensor_is_a_size() -> None:
+    model = Sized(lambda y: y.reshape(len(y), -1) + torch.ones(len(y), 1) * len([1, 2]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        program = gw.trace(model, {"x": torch.randn(2, 5, 6)}, {"x": {0: "batch"}})
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, 5, 6)
+        torch.testing.assert_close(program(x=x), model(x), **CLOSE)
