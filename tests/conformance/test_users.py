@@ -23,6 +23,7 @@ from conformance.children import Limits, Send, each_in_a_child
 from conformance.users import catalog
 from conformance.users.columns import COLUMNS, examine, settle_
 from conformance.users.page import render
+from conformance.users.remarks import REMARKS
 from conformance.zoo import Architecture, floats
 
 
@@ -212,6 +213,7 @@ def test_the_catalog_is_wide_and_loads_without_its_packages() -> None:
     assert len(names) >= 150
     assert len({name.partition(".")[0] for name in names}) >= 12
     assert len({a.family for a in names.values()}) >= 12
+    assert REMARKS.keys() <= names.keys()
 
 
 def test_the_page_in_the_docs_lists_the_catalog() -> None:

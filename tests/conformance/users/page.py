@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from conformance.users.columns import COLUMNS, LEAST_BOUND, MOST_CUT_ERROR, MULTIPLE
+from conformance.users.remarks import REMARKS
 
 PACKAGES = (
     "torch", "onnxruntime-gpu", "timm", "torchvision", "segmentation-models-pytorch", "spandrel",
@@ -135,7 +136,8 @@ def _reasons(rows: list[dict[str, Any]], state: str, title: str) -> str:
         found = {c: cell for c, cell in row["cells"].items() if cell["state"] == state}
         if found:
             why = "; ".join(f"{column}: {_plain(cell['detail'])}" for column, cell in found.items())
-            lines.append(f"- **{row['name']}**: {why}\n")
+            remark = REMARKS.get(row["name"]) if state == "fails" else None
+            lines.append(f"- **{row['name']}**: {f'{remark}. ' if remark else ''}{why}\n")
     return f"\n## {title}\n\n{''.join(lines)}" if lines else ""
 
 

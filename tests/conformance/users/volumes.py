@@ -32,7 +32,7 @@ TWO = {"spatial_dims": 2, "in_channels": 1, "out_channels": 2}
 monai("UNet", **THREE, **LEVELS, num_res_units=2)
 monai("UNet", label="UNet2d", dims=2, **TWO, **LEVELS, norm="BATCH")
 monai("BasicUNet", **THREE, features=(8, 8, 16, 32, 64, 8))
-monai("BasicUNetPlusPlus", size=16, **THREE, features=(8, 8, 16, 32, 64, 8))
+monai("BasicUNetPlusPlus", **THREE, features=(8, 8, 16, 32, 64, 8))
 monai("AttentionUnet", **THREE, **LEVELS)
 monai(
     "DynUNet",
