@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 EVERY_DTYPE = ("float64", "float32", "float16", "bfloat16")
 """Floating-point dtypes; what a pass or a backend computes in where it does not say."""
@@ -89,6 +98,29 @@ class Options(BaseModel):
             if not rule.is_kept(values, given):
                 raise ValueError(rule.said(values))
         return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """The schema of every option under all its names (`also`)."""
+        made = handler(core_schema)
+        whole = handler.resolve_ref_schema(made)
+        properties, twice = whole.get("properties", {}), []
+        for name, field in cls.model_fields.items():
+            choices = getattr(field.validation_alias, "choices", [])
+            for other in (str(choice) for choice in choices if choice != name):
+                kept = {k: v for k, v in properties[name].items() if k not in ("default", "title")}
+                properties[other] = {**kept, "description": f"The same as `{name}`."}
+                twice.append({"not": {"required": [name, other]}})
+        if twice:
+            whole["allOf"] = twice
+        return made
+
+
+def also(name: str, other: str) -> AliasChoices:
+    """For `Field(validation_alias=...)`: an option that the field knows by another name too."""
+    return AliasChoices(name, other)
 
 
 Selector = Annotated[

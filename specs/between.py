@@ -28,6 +28,9 @@ def between_findings(root: Node, schema: Schema, sound: Callable[..., bool]) -> 
 
 def _faults(name: str, written: dict[str, Any], schema: Schema) -> Iterator[tuple[str, str, str]]:
     """(option, what is wrong, what to write instead) for every rule that is not kept."""
+    twice = schema.definitions[name].get("allOf", ())
+    own = {other: option for option, other in (part["not"]["required"] for part in twice)}
+    written = {own.get(option, option): value for option, value in written.items()}
     defaults = schema.defaults(name)
     values = {**dict.fromkeys(schema.options(name)), **defaults, **written}
     for option, default in defaults.items():

@@ -6,6 +6,7 @@ import math
 import re
 from typing import Any
 
+from graphwright.specs.document import show
 from graphwright.specs.load import resolve_scalar
 
 _TRUE = ("yes", "on", "y", "true", "enabled", "enable")
@@ -116,3 +117,16 @@ def _misread_digits(text: str) -> Any:
         return UNKNOWN
     has_digit = any(c.isdigit() for c in text)
     return value if has_digit and isinstance(value, int | float) else UNKNOWN
+
+
+def got(value: Any) -> str:
+    """A value of a spec, for the end of a sentence."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, str):
+        return f"the text {show(value)}"
+    if isinstance(value, bool):
+        return show(value)
+    if isinstance(value, int | float):
+        return f"the number {show(value)}"
+    return "a list" if isinstance(value, list) else "a mapping"

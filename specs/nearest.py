@@ -17,6 +17,24 @@ _ALSO_CALLED = {
     "requirements": "require", "eval": "evaluate", "steps": "passes", "pipeline": "passes",
     "maxhours": "max_minutes", "maxseconds": "max_minutes", "maxtime": "max_minutes",
     "maxloss": "max_drop", "maxmemory": "max_rss_gb", "maxsize": "max_file_mb",
+    "groupsize": "block", "blocksize": "block", "qgroupsize": "block", "sym": "symmetric",
+    "wbits": "bits", "weightbits": "bits", "nbits": "bits", "numbits": "bits", "bitwidth": "bits",
+    "wbit": "bits", "abits": "activation_bits", "inputbits": "activation_bits",
+    "descact": "act_order", "actorder": "act_order", "percdamp": "damping",
+    "damppercent": "damping", "dampeningfrac": "damping", "dampening": "damping",
+    "doublequant": "double_quantization", "usedoublequant": "double_quantization",
+    "quanttype": "kind", "codetype": "kind", "observer": "activation_range",
+    "smoothingstrength": "alpha", "migrationstrength": "alpha", "vectorlen": "vector_length",
+    "vectorlens": "vector_length", "numcentroids": "centroids", "numrescentroids":
+    "residual_centroids", "groupnum": "groups", "npercent": "outlier_percent", "kiter":
+    "kmeans_iterations", "ktol": "kmeans_tolerance", "perchannel": "scales", "r": "rank",
+    "ranks": "rank", "targetmodules": "targets", "modules": "targets", "layers": "targets",
+    "include": "targets", "pruningratio": "sparsity", "amount": "sparsity", "prunen": "pattern",
+    "nsamples": "samples", "numsamples": "samples", "numcalibrationsamples": "samples",
+    "seqlen": "window", "seqlength": "window", "maxseqlength": "max_length", "maxseqlen":
+    "max_length", "learningrate": "lr", "numepochs": "epochs", "numtrainepochs": "epochs",
+    "maxsteps": "steps", "perdevicetrainbatchsize": "batch_size", "bs": "batch_size",
+    "gradientaccumulationsteps": "accumulate", "maxgradnorm": "clip_norm",
 }  # fmt: skip
 """Other tools' words for the same thing. Used only where the right-hand name is valid."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graphwright.specs.document import CHAINS, Path, show, show_path
-from graphwright.specs.meant import UNKNOWN, meant_value, yaml_text
+from graphwright.specs.meant import UNKNOWN, got, meant_value, yaml_text
 from graphwright.specs.nearest import nearest
 from graphwright.specs.schema import Schema, own_names
 
@@ -93,6 +93,7 @@ class Translator:
             "type": self._type,
             "enum": self._enum,
             "const": self._enum,
+            "not": self._twice,
         }
         yield from handlers.get(keyword, self._bound)(error)
 
@@ -113,6 +114,11 @@ class Translator:
                 at_key=True,
                 rename=meant if free else "",
             )
+
+    def _twice(self, error: Violation) -> Iterator[Finding]:
+        name, other = error.asked["required"]
+        text = f"takes {show(name)} and {show(other)} as one option: give one of the two"
+        yield Finding((*error.path, other), f"{error.path[2]} {text}", at_key=True)
 
     def _hint(self, path: Path, key: str, known: list[str], meant: str) -> str:
         """The place where the key belongs, or the keys that could stand here, when no name is
@@ -176,7 +182,7 @@ class Translator:
             text = text if any(e.schema.get("enum") for e in asked) else repr(meant)
         return Finding(
             error.path,
-            f"expected {expected}, got {_got(error.value)}",
+            f"expected {expected}, got {got(error.value)}",
             text,
             replace=meant,
         )
@@ -269,8 +275,8 @@ class Translator:
             yield Finding(path, f"{show(value)} does not fit the schema ({error.keyword})")
             return
         about = self.schema.resolve(error.schema).get("description", "")
-        got = _got(value) if isinstance(value, list | dict | str) else yaml_text(value)
-        message = f"expected {text.format(yaml_text(limit))}, got {got}"
+        shown = got(value) if isinstance(value, list | dict | str) else yaml_text(value)
+        message = f"expected {text.format(yaml_text(limit))}, got {shown}"
         yield Finding(
             path,
             f"{message} ({about.rstrip('.')})" if about and meant is UNKNOWN else message,
@@ -312,18 +318,6 @@ def is_type(value: Any, name: str) -> bool:
 def _form(error: Violation) -> str:
     name = error.schema.get("x-graphwright", {}).get("is")
     return str(name) if name else f"text of the form {error.asked}"
-
-
-def _got(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    if isinstance(value, str):
-        return f"the text {show(value)}"
-    if isinstance(value, bool):
-        return show(value)
-    if isinstance(value, int | float):
-        return f"the number {show(value)}"
-    return "a list" if isinstance(value, list) else "a mapping"
 
 
 def _chain_role(path: Path) -> str:

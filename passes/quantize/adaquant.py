@@ -21,7 +21,7 @@ from graphwright.ir.layers.bias import can_set_bias, set_bias
 from graphwright.ir.layers.kinds import INPUT_ARGUMENT, PRODUCTS, TRANSPOSED_CONVOLUTIONS
 from graphwright.ir.layers.products import from_matrix, geometry, weight_key
 from graphwright.ir.layers.selectors import Layer, select
-from graphwright.ir.options import Bounded, Targets, only_with
+from graphwright.ir.options import Bounded, Targets, also, only_with
 from graphwright.ir.program import Program
 from graphwright.ir.stored.blocks import Blocks, block_for, pack
 from graphwright.ir.stored.insert import Insertion, Make, rebuild_blocks, replace_weight
@@ -55,10 +55,10 @@ class AdaquantOptions(Bounded, Targets):
     """Bits of a code of the layers' inputs, one range per layer; absent: inputs stay in float.
     Below 8 no runtime has kernels: the artifact then computes the rounding, at float speed."""
 
-    block: Annotated[int, Field(ge=-1)] = -1
+    block: Annotated[int, Field(ge=-1, validation_alias=also("block", "group_size"))] = -1
     """Weights of a row that share a range; 0 or -1 for one range per row, as in the paper."""
 
-    symmetric: bool = False
+    symmetric: Annotated[bool, Field(validation_alias=also("symmetric", "sym"))] = False
     """Weight ranges around zero. With 8 bits, 8-bit inputs and one range per row, layers then run
     on integer kernels."""
 

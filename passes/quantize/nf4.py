@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
+from pydantic import Field
 from torch import Tensor, fx
 
 from graphwright.ir.edit import Editor
@@ -11,7 +12,7 @@ from graphwright.ir.errors import ModelError
 from graphwright.ir.layers.kinds import CODABLE
 from graphwright.ir.layers.products import weight_node, weight_value
 from graphwright.ir.layers.selectors import Layer, select
-from graphwright.ir.options import Bounded, Targets
+from graphwright.ir.options import Bounded, Targets, also
 from graphwright.ir.program import Program
 from graphwright.ir.stored.insert import matrix_of, replace_weight
 from graphwright.ir.stored.refusals import refusals
@@ -25,7 +26,9 @@ class Nf4Options(Bounded, Targets):
     kind: Literal["nf4", "fp4"] = "nf4"
     """The 16 levels: `nf4`, quantiles of a normal distribution, or `fp4`, a 4-bit float."""
 
-    block: Literal[16, 32, 64, 128, 256] = 64
+    block: Annotated[
+        Literal[16, 32, 64, 128, 256], Field(validation_alias=also("block", "group_size"))
+    ] = 64
     """Neighbouring weights that share a scale."""
 
     double_quantization: bool = True

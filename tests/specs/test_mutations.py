@@ -239,7 +239,7 @@ def test_all_errors_come_at_once():
         places = []
         for kind in ("key", "id", "option", "type"):
             line, column, word = rng.choice(sites.found[kind] or sites.found["key"])
-            written, _ = slip(rng, kind, word) if kind == "type" else (f"{word[:-1]}zz", word)
+            written, _ = slip(rng, kind, word) if kind == "type" else (f"{word[:-1]}z", word)
             if not any(place[0] == line for place in places):
                 places.append((line, column, word, written))
         for place in sorted(places, reverse=True):

@@ -13,7 +13,7 @@ from graphwright.ir.calibration.site import Solved
 from graphwright.ir.calibration.workers import Workers
 from graphwright.ir.layers.products import weight_node, weight_value
 from graphwright.ir.layers.selectors import Layer
-from graphwright.ir.options import Bounded, Targets
+from graphwright.ir.options import Bounded, Targets, also
 from graphwright.ir.program import Program
 from graphwright.ir.stored.blocks import Blocks, block_for, round_to_nearest
 from graphwright.ir.stored.insert import matrix_of
@@ -25,12 +25,12 @@ class BlockOptions(Bounded, Targets):
     bits: Annotated[int, Field(ge=2, le=8)] = 4
     """Bits of a code."""
 
-    block: Annotated[int, Field(ge=-1)] = 128
+    block: Annotated[int, Field(ge=-1, validation_alias=also("block", "group_size"))] = 128
     """Weights of a row that share a scale; 0 or -1 for one scale per row. 128 is what papers use;
     32 is more exact, and what ONNX Runtime's CPU kernels are fastest with: they take powers of two
     from 16 on. Rows of less than half a block get a smaller one."""
 
-    symmetric: bool = False
+    symmetric: Annotated[bool, Field(validation_alias=also("symmetric", "sym"))] = False
     """Grids around zero, without stored zero points: a little faster, and less accurate."""
 
     embeddings: bool = True
