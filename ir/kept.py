@@ -55,8 +55,10 @@ def kept(folder: Path, stem: str, what: str, warn: Warn) -> Any:
     for path in _files(folder, stem):
         try:
             if path.name == f"{stem}.{_digest(path)}.pt":
-                # weights_only: a restricted unpickler, which can run no code
-                return torch.load(path, map_location="cpu", weights_only=True)
+                # weights_only: a restricted unpickler, which can run no code. An open file, for
+                # torch cannot open names that are no UTF-8.
+                with path.open("rb") as file:
+                    return torch.load(file, map_location="cpu", weights_only=True)
             reason = "its bytes are not those that were written"
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -27,6 +27,18 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def refuse_name(path: Path) -> None:
+    """Raises ModelError for a name that is no UTF-8: the libraries that map files take no other."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ModelError(
+            "its name is not UTF-8 text, which torch and safetensors cannot open",
+            where=ascii(str(path)).strip("'"),
+            fix="Rename it, or the folder it is in.",
+        ) from None
+
+
 def refuse_special(path: Path) -> None:
     """Refuses what blocks or never ends when it is read.
 

@@ -9,7 +9,7 @@ from enum import Enum
 from pathlib import Path
 
 from graphwright.ir.errors import ModelError
-from graphwright.ir.files.bounds import refuse_special
+from graphwright.ir.files.bounds import refuse_name, refuse_special
 from graphwright.ir.files.pickles import LEGACY_MAGIC
 from graphwright.ir.files.zips import DAMAGE
 
@@ -54,6 +54,7 @@ def detect(path: Path) -> Kind:
         ModelError: nothing there, not readable, empty, cut short, or no model file we take;
             names what it is when that can be told.
     """
+    refuse_name(path)
     if path.is_dir():
         return _detect_folder(path)
     refuse_special(path)

@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 
 from graphwright.ir.causes import innermost
 from graphwright.ir.errors import ModelError
-from graphwright.ir.files.bounds import refuse_repeated
+from graphwright.ir.files.bounds import refuse_name, refuse_repeated
 from graphwright.ir.files.export_scan import scan_model
 from graphwright.ir.files.operators import NAMESPACES
 from graphwright.ir.files.pickles import listed, read_content, refuse_absurd, unsafe
@@ -50,6 +50,7 @@ def read_export(path: Path) -> tuple[ExportedProgram, dict[str, str]]:
     Raises:
         ModelError: damaged, not what torch writes, or able to run code; says what was found.
     """
+    refuse_name(path)
     archive = Archive(path)
     name = _model_name(archive)
     written = _json(archive, f"models/{name}.json")

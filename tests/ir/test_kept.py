@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ def silent(text: str) -> None:
 
 
 def test_the_last_state_comes_back_alone(tmp_path: Path) -> None:
-    folder = tmp_path / "made"
+    folder = tmp_path / os.fsdecode(b"made\xff")
     assert kept(folder, "tune", "training", silent) is None
     for step in (1, 2, 2, 3):
         keep(folder, "tune", {**STATE, "step": step}, "training", silent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,14 @@ def test_a_key_depends_on_all_that_it_is_given() -> None:
     }  # fmt: skip
     assert len(keys) == 6
     assert chain_key("x", a=1, b=2) == chain_key("x", b=2, a=1)
+
+
+def test_a_work_folder_whose_name_is_no_text_costs_the_resume_only(
+    tmp_path: Path, programs: list[gw.Program]
+) -> None:
+    found = Checkpoints(tmp_path / os.fsdecode(b"out\xff"))
+    found.save(0, KEYS[0], programs[0], [], None)
+    told: list[str] = []
+    assert found.load(KEYS, told.append) is None
+    assert "not UTF-8" in told[0]
+    told[0].encode()

@@ -346,3 +346,12 @@ print("{MARK}" in [str(s) for s in seen])
     )  # fmt: skip
     assert ran.stdout.strip() == "False"
     assert not (folder / MARK).exists()
+
+
+def test_a_name_that_is_no_text_is_one_message(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"mod\xe9.pt2")
+    path.write_bytes(b"PK")
+    with pytest.raises(ModelError, match="not UTF-8") as caught:
+        load_model(path)
+    assert caught.value.exit_code == 3
+    str(caught.value).encode()
