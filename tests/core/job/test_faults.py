@@ -13,7 +13,7 @@ DRIVER = Path(__file__).parents[2] / "faults" / "run.py"
 
 @pytest.mark.slow
 def test_kills_and_limits() -> None:
-    few = ["--kills", "2", "--ints", "1", "--steps", "2", "--only", "kills", "ints", "limits"]
+    few = ["--kills", "2", "--ints", "1", "--steps", "1", "--only", "kills", "ints", "limits"]
     ended = subprocess.run(
         [sys.executable, str(DRIVER), *few], capture_output=True, text=True, timeout=900
     )
