@@ -15,6 +15,7 @@ SCRIPTS = (
     ("gptq_cost.py",),
     ("low_bits.py", "encoder"),
     ("low_bits.py", "gpt"),
+    ("experts.py",),
     ("adaquant_digits.py",),
     ("udfc_digits.py",),
     ("sparse_gpt.py",),
