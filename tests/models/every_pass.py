@@ -20,7 +20,7 @@ CHAINS: dict[str, tuple[str, list[tuple[str, dict[str, Any]]]]] = {
         f"adapt.{method}": ("text", [(f"adapt.{method}", {"targets": UNTIED, **options})])
         for method, options in {
             "allora": {"rank": 2}, "bottleneck": {}, "dora": {"rank": 2}, "ia3": {},
-            "krona": {"factor_out": 4}, "sara": {}, "loldu": {"rank": 2},
+            "krona": {"factor_out": 4}, "sara": {}, "s2ft": {}, "wta_crs": {}, "loldu": {"rank": 2},
             "lora": {"rank": 2}, "lora_sb": {"rank": 2, "gradient": LABELLED},
             "lora_xs": {"rank": 2}, "pego": {"rank": 2}, "pissa": {"rank": 2},
         }.items()
