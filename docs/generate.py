@@ -193,7 +193,8 @@ def _number(value: float) -> str:
 
 
 def example_spec(name: str, schema: Schema) -> list[str]:
-    """A spec with this pass alone, and the options that one would set, a line each."""
+    """A spec with this pass, one that it needs in front of it, and the options that one would set,
+    a line each."""
     entry = schema["$defs"][name]
     options = {key: _example(name, key, entry["properties"][key]) for key in _usual(entry)}
     for key in [key for key, value in options.items() if isinstance(value, dict)]:
@@ -205,10 +206,23 @@ def example_spec(name: str, schema: Schema) -> list[str]:
     elif needs != "nothing":
         lines.append("calibration: {data: synthetic}")
     lines.append("passes:")
+    lines += [f"  - {_in_front(name, entry)}"] if entry["x-graphwright"].get("behind") else []
     if not options:
         return [*lines, f"  - {name}"]
     written = [f"      {key}: {_yaml(value)}" for key, value in options.items()]
     return [*lines, f"  - {name}:", *written]
+
+
+TYPICAL = {"quantize.*": "quantize.rtn"}
+"""A pass of a family, for the example of one that needs some in front of it."""
+
+
+def _in_front(name: str, entry: Schema) -> str:
+    """A pass that gives this one something to do."""
+    first: str = entry["x-graphwright"]["behind"][0]
+    if "*" in first and first not in TYPICAL:
+        raise ValueError(f"{name}: no typical pass of {first} is named")
+    return TYPICAL.get(first, first)
 
 
 def _usual(entry: Schema) -> list[str]:

@@ -217,7 +217,7 @@ def _graph_json(exported: ExportedProgram) -> bytes:
         graph_module = graphs.serialize(exported.graph_module)
     except serde.SerializeError as error:
         raise ArgumentError(
-            f"the program cannot be written: {innermost(error)}",
+            f"the program cannot be written: {str(error).splitlines()[0]}: {innermost(error)}",
             fix="Torch's file format has no form of this call; write it another way in the model.",
         ) from error
     program = serde.ExportedProgram(  # type: ignore[attr-defined]

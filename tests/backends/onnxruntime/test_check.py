@@ -194,7 +194,7 @@ def test_an_innocent_node_is_not_named_where_digits_are_lost(
     right = TABLE[aten.sigmoid.default]
     monkeypatch.setitem(
         TABLE, aten.sigmoid.default,
-        lambda e, node, x: e.op("Add", right(e, node, x), e.constant(3e-5, torch.float32)),
+        lambda e, node, x: e.op("Add", right(e, node, x), e.constant(3e-6, torch.float32)),
     )  # fmt: skip
     with pytest.raises(LoweringError) as caught:
         gw.lower(made, "onnxruntime")

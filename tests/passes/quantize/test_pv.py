@@ -351,7 +351,7 @@ def test_the_best_evaluation_is_the_result(
     section = {"data": "x.npz", "batch_size": 32}
     data = load_data(section, original.signature, 0, root=tmp_path)
     monkeypatch.setattr(
-        "graphwright.ir.tune.engine._Loop._held_out_loss", lambda self, _: abs(self.step - 3)
+        "graphwright.ir.tune.engine._Loop._held_out_score", lambda self, _: abs(self.step - 3)
     )
 
     def trained(steps: int, **given: Any) -> Result:

@@ -61,7 +61,7 @@ def test_an_unstructured_mask_is_not_mistaken_for_a_pattern(columns):
         ({"pattern": "4:4"}, "N must be below M"),
         ({"pattern": "2:0"}, "pattern"),
         ({"pattern": "half"}, "pattern"),
-        ({"pattern": "2:4", "sparsity": 0.6}, "sparsity of 0.5"),
+        ({"pattern": "2:4", "sparsity": 0.6}, "a sparsity of its own"),
         ({"sparsity": 1.0}, "sparsity"),
     ],
 )

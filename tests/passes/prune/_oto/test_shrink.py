@@ -326,7 +326,7 @@ def test_refusals() -> None:
         Loop(None)
     with pytest.raises(ArgumentError, match=r"0\.95 cannot be reached: 0\.619 is the most"):
         Loop(20, sparsity=0.95, group_divisible=4)
-    with pytest.raises(ArgumentError, match=r"epsilon is an option of dhspg"):
+    with pytest.raises(ArgumentError, match=r"epsilon has no part in method hesso"):
         Otov2(epsilon=0.5)
     with pytest.raises(ArgumentError, match=r"cannot be cut into 5"):
         Otov2(pruning_steps=4, pruning_periods=5)
