@@ -44,10 +44,13 @@ def chain_findings(root: Node, schema: Schema) -> Iterator[Finding]:
         for index, node in enumerate(chain_nodes(root, "passes"))
         if (facts := schema.facts(entry_id(node))) is not None
     ]
+    lock = root.plain().get("lock") if root.is_mapping else None
+    done = lock.get("behind") if isinstance(lock, dict) else None
+    done = [name for name in done if isinstance(name, str)] if isinstance(done, list) else []
     seen: dict[str, _Link] = {}
     for place, later in enumerate(links):
         found = [f for earlier in seen.values() if (f := _pair(earlier, later)) is not None]
-        found = found or [f for f in (_alone(links[:place], later),) if f is not None]
+        found = found or [f for f in (_alone(links[:place], later, done),) if f is not None]
         yield from found[:1]  # one move puts it before them all
         seen.setdefault(later.facts.id, later)
     backends = [entry_id(node) for node in chain_nodes(root, "lower")]
@@ -72,10 +75,12 @@ def _link(index: int, node: Node, facts: PassFacts, schema: Schema) -> _Link:
     return _Link(index, node.line, facts, options, weights.takes, weights.codes, dtypes)
 
 
-def _alone(earlier: list[_Link], link: _Link) -> Finding | None:
+def _alone(earlier: list[_Link], link: _Link, done: list[str]) -> Finding | None:
     """The problem of a pass that nothing in front of it gives work to, or leaves any."""
     facts, path = link.facts, ("passes", link.index)
-    if facts.behind and not any(_gives_work(facts.behind, other) for other in earlier):
+    has_work = any(_gives_work(facts.behind, other.facts.id, other.options) for other in earlier)
+    has_work = has_work or any(_gives_work(facts.behind, name, None) for name in done)
+    if facts.behind and not has_work:
         wanted = ", ".join(name for name in facts.behind if not name.startswith("!"))
         message = f"{facts.id} has nothing to do without one of these in front of it: {wanted}"
         return Finding(path, message)
@@ -95,14 +100,16 @@ def _alone(earlier: list[_Link], link: _Link) -> Finding | None:
     return None
 
 
-def _gives_work(patterns: tuple[str, ...], other: _Link) -> bool:
-    """Whether a pass is among `behind`: the last pattern that it matches decides."""
+def _gives_work(patterns: tuple[str, ...], other: str, options: dict[str, Any] | None) -> bool:
+    """Whether a pass is among `behind`: the last pattern that it matches decides. Options that are
+    not known may be any."""
     said = False
     for pattern in patterns:
         name, _, option = pattern.removeprefix("!").rstrip("]").partition("[")
-        if fnmatchcase(other.facts.id, name):
+        if fnmatchcase(other, name):
             said = not pattern.startswith("!")
-            said = said and (not option or other.options.get(option) is not None)
+            has = options is None or not option or options.get(option) is not None
+            said = said and has
     return said
 
 

@@ -168,6 +168,10 @@ class LockSection(Options):
     folder: Text = "."
     """Folder of the original spec as seen from this file; relative paths of data start there."""
 
+    behind: tuple[Text, ...] = ()
+    """Passes that the model has been through already: they count as standing in front of the
+    spec's own, for a saved program that an earlier run folded or quantized."""
+
 
 class Document(Options):
     """A Graphwright spec: what to do to a model, in which order, and what must hold after."""

@@ -166,6 +166,7 @@ def _with_reproducer(
             section = given.model_dump(mode="json", exclude_none=True)
             data = Path(run.spec.folder) / section["data"]
             document[name] = {**section, "data": str(data.absolute())} if data.exists() else section
+    document["lock"] = {"behind": [done.id for done in program.provenance]}
     document["passes"] = [{call.id: call.options} if call.options else call.id]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from graphwright.ir.errors import SpecError
 from graphwright.specs.check import check_document
 from graphwright.specs.load import read_text
 from graphwright.specs.schema import Schema, shipped_schema
+from graphwright.specs.spec import parse_spec
 
 
 def schema_with(**facts) -> Schema:
@@ -183,3 +185,12 @@ def test_a_misspelt_pass_is_placed_like_the_one_it_means(problems):
         "spec.yaml:2:25: passes[1]: cleanup.fold_constants must come before quantize.int8 "
         "(passes[0], line 2); move it up to line 2",
     ]
+
+
+def test_a_pass_that_the_model_went_through_before_counts_as_in_front():
+    text = "version: 1\ncalibration: {data: synthetic}\npasses: [quantize.bn_tuning]\n"
+    with pytest.raises(SpecError, match="nothing to do without"):
+        parse_spec(text)
+    parse_spec(f"{text}lock: {{behind: [cleanup.fold_batch_norm]}}\n")
+    with pytest.raises(SpecError, match="nothing to do without"):
+        parse_spec(f"{text}lock: {{behind: [cleanup.canonicalize]}}\n")

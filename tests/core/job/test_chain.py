@@ -120,6 +120,8 @@ def test_a_size_that_a_pass_fixes_is_found_with_and_without_data(
     assert caught.value.exit_code == 4
     assert caught.value.where == "passes[0] (line 2)"
     assert str(tmp_path / "out.reproducer") in caught.value.fix
+    reproducer = yaml.safe_load((tmp_path / "out.reproducer" / "spec.yaml").read_text())
+    assert reproducer["lock"] == {"behind": []}
     assert run.warnings == []
 
 
