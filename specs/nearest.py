@@ -28,8 +28,11 @@ _ALSO_CALLED = {
     "vectorlens": "vector_length", "numcentroids": "centroids", "numrescentroids":
     "residual_centroids", "groupnum": "groups", "npercent": "outlier_percent", "kiter":
     "kmeans_iterations", "ktol": "kmeans_tolerance", "perchannel": "scales", "r": "rank",
-    "ranks": "rank", "targetmodules": "targets", "modules": "targets", "layers": "targets",
-    "include": "targets", "pruningratio": "sparsity", "amount": "sparsity", "prunen": "pattern",
+    "ranks": "rank", "loraalpha": "alpha", "loradropout": "dropout", "rankpattern": "ranks",
+    "alphapattern": "alphas", "modulestosave": "also_train", "feedforwardmodules": "feedforward",
+    "userslora": "scaling", "adaptername": "name", "targetmodules": "targets",
+    "modules": "targets", "layers": "targets", "include": "targets",
+    "pruningratio": "sparsity", "amount": "sparsity", "prunen": "pattern",
     "nsamples": "samples", "numsamples": "samples", "numcalibrationsamples": "samples",
     "seqlen": "window", "seqlength": "window", "maxseqlength": "max_length", "maxseqlen":
     "max_length", "learningrate": "lr", "numepochs": "epochs", "numtrainepochs": "epochs",

@@ -50,6 +50,10 @@ def test_specs_take_both_names(tmp_path: Path) -> None:
         ("quantize.smoothquant: {smoothing_strength: 0.5}", "alpha"),
         ("prune.magnitude: {amount: 0.5}", "sparsity"),
         ("compensate.eora: {r: 8}", "rank"),
+        ("adapt.lora: {r: 8}", "rank"),
+        ("adapt.lora: {lora_alpha: 16}", "alpha"),
+        ("adapt.lora: {target_modules: ['*']}", "targets"),
+        ("adapt.lora: {modules_to_save: ['*']}", "also_train"),
         ("tune.finetune: {tune: {learning_rate: 0.1}}", "lr"),
     ],
 )
