@@ -134,6 +134,8 @@ def observe(
     with torch.no_grad():
         for inputs in bound_batches(program, batches):
             real = None if padding else real_tokens(program, [inputs])[0]
+            if real is not None and not bool(real.any()):
+                real = None  # nothing but padding: better than to know nothing
             runner.run(*inputs)
             done += 1
             if progress is not None:

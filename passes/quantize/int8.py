@@ -89,6 +89,7 @@ class Int8(Pass[Int8Options]):
     convolutions exist in no other form. Biases of matrix products stay in float32. A transposed
     convolution is computed on integers where it can be written as a plain one (two dimensions, one
     group, one stride, no dilation); any other stores an int8 weight and is computed in float32.
+    Padding tokens of calibration data (0 in `attention_mask`) have no part in the ranges.
 
     Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference".
@@ -135,7 +136,7 @@ class Int8(Pass[Int8Options]):
             node.name: range_observer(options.activation_range, options.percentile)
             for node in sites.observed()
         }
-        observe(program, observers, context.batches, context.progress)
+        observe(program, observers, context.batches, context.progress, padding=False)
         found: dict[fx.Node, tuple[float, int]] = {}
         for node in sites.observed():
             try:

@@ -43,3 +43,18 @@ def test_meaning_of_the_sentence_encoder() -> None:
     assert torch.isfinite(reference).all()
     assert cosines["Gptq"] > 0.982
     assert 1 - cosines["Gptq"] < 0.6 * (1 - cosines["Rtn"])
+
+
+@pytest.mark.slow
+def test_static_ranges_of_the_sentence_encoder_on_texts_of_mixed_lengths() -> None:
+    """Most of such a batch is padding, whose values are of other sizes than those of any token."""
+    program, texts = encoder.program(), encoder.sentences()
+    mixed, held_out = (encoder.tokens([*part[i::16], *part[i + 8 :: 16]]) for part, i in (
+        (texts[0], 0), (texts[1][::4], 0)))  # fmt: skip
+    reference = encoder.embeddings(program, held_out)
+    padding = torch.cat([(1 - batch["attention_mask"]).flatten() for batch in mixed])
+    assert float(padding.double().mean()) > 0.4
+    smooth = gw.passes.quantize.Smoothquant()(program, calibration=mixed, check=False)
+    int8 = gw.passes.quantize.Int8(activations="static")(smooth, calibration=mixed, check=False)
+    found = encoder.mean_cosine(reference, encoder.embeddings(int8, held_out))
+    assert found > 0.995

@@ -210,3 +210,32 @@ def test_only_layers_that_can_overflow_give_up_codes() -> None:
     # Neighbours of the sum are the input channels of one place of the window.
     rows = held["1.weight_codes"].movedim(1, -1).reshape(16, -1, 2).int()
     assert int((rows.sum(-1)).abs().max()) <= 128
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 48), nn.Linear(48, 8)
+
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+@pytest.mark.parametrize("estimator", ["min_max", "percentile", "moving_average"])
+def test_padding_tokens_have_no_part_in_the_ranges(estimator: str) -> None:
+    torch.manual_seed(3)
+    mask = (torch.arange(8) < torch.tensor([[3], [8], [5]])).long()
+    x = torch.randn(3, 8, 16)
+    program = gw.trace(Masked().eval(), (x, mask))
+    other = torch.where(mask[..., None] == 1, x, 100 * torch.randn(3, 8, 16))
+    made = gw.passes.quantize.Int8(activations="static", activation_range=estimator)
+    results = [made(program, calibration=[(v, mask)], check=False) for v in (x, other)]
+    scales = [
+        [n.args[1] for n in r.graph.nodes if n.target is ops.fake_quantize.default] for r in results
+    ]
+    assert scales[0]
+    assert [str(s) for s in scales[0]] == [str(s) for s in scales[1]]
+    same = [torch.equal(results[0].state[n], t) for n, t in results[1].state.items()]
+    assert all(same)
+    # data that is padding alone is still better than none
+    made(program, calibration=[(x, torch.zeros_like(mask))], check=False)
