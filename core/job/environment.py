@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 
@@ -22,6 +25,30 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
     }
+
+
+@functools.cache
+def own_code() -> str:
+    """Digest of our own source files.
+
+    Two states of a checkout have one version number, and a checkpoint of the one is none of the
+    other.
+    """
+    import graphwright
+    from graphwright import backends, ir, passes, specs
+
+    packages = (graphwright, backends, ir, passes, specs)
+    return sources_digest(Path(path) for package in packages for path in package.__path__)
+
+
+def sources_digest(folders: Iterable[Path]) -> str:
+    """sha256 (hex) over the Python files below some folders, with their places in them."""
+    total = hashlib.sha256()
+    for folder in folders:
+        for file in sorted(folder.rglob("*.py")):
+            content = hashlib.sha256(file.read_bytes()).hexdigest()
+            total.update(f"{file.relative_to(folder)} {content}\n".encode())
+    return total.hexdigest()
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphwright.job.checkpoint import chain_key, file_sha256
-from graphwright.job.environment import environment
+from graphwright.job.environment import environment, own_code
 
 if TYPE_CHECKING:
     from graphwright.ir.data.batches import Batches
@@ -37,6 +37,7 @@ def chain_keys(
         "seed": run.spec.seed,
         "device": run.settings.device,
         "environment": environment(),
+        "code": own_code(),
         "calibration": _of_data(folder, run.spec.calibration, calibration),
         "training": _of_data(folder, run.spec.training, training),
     }
