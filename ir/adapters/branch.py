@@ -32,10 +32,12 @@ class Branch:
         parts: names of the tensors stored so far, by their part.
         scale: factor of the change, which merging and other formats ask for.
         residual: whether a part of the weight has moved into the adapter.
+        found: what the pass has found for all layers together, before the first.
     """
 
-    def __init__(self, editor: Editor, name: str, layer: Layer) -> None:
+    def __init__(self, editor: Editor, name: str, layer: Layer, found: Any = None) -> None:
         self.editor = editor
+        self.found = found
         self.name = name
         self.layer = layer
         self.call = next(n for n in editor.graph.nodes if n.name == layer.node.name)

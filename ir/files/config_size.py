@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules import module as hooks
 
 from graphwright.ir.errors import ModelError
+from graphwright.ir.files.nesting import entries
 
 MOST_COUNTED = 100_000
 """Layers, heads, experts: libraries make lists as long as these numbers."""
@@ -41,14 +42,8 @@ def refuse_counts(config: Mapping[str, Any], folder: Path) -> None:
     Raises:
         ModelError: names the entry.
     """
-    pending: list[tuple[str, Any]] = [("", config)]
-    while pending:
-        key, value = pending.pop()
-        if isinstance(value, Mapping):
-            pending += [(str(name), part) for name, part in value.items()]
-        elif isinstance(value, list):
-            pending += [(key, part) for part in value]
-        elif isinstance(value, int | float) and abs(value) > MOST_COUNTED and _COUNT.fullmatch(key):
+    for key, value in entries(config):
+        if isinstance(value, int | float) and abs(value) > MOST_COUNTED and _COUNT.fullmatch(key):
             raise ModelError(f"config.json asks for {key} = {value}", where=str(folder))
 
 

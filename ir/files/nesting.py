@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
-from typing import TypeVar
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
+
+
+def entries(value: Any) -> Iterator[tuple[str, Any]]:
+    """(key, value) of every entry of a JSON document that holds no others, at any depth; items of
+    a list have the key of the list."""
+    pending: list[tuple[str, Any]] = [("", value)]
+    while pending:
+        key, inner = pending.pop()
+        if isinstance(inner, Mapping):
+            pending += [(str(name), part) for name, part in inner.items()]
+        elif isinstance(inner, list):
+            pending += [(key, part) for part in inner]
+        else:
+            yield key, inner
 
 
 def measure(inner: Mapping[Key, Iterable[Key]], most: int = 10**9) -> tuple[int, int]:

@@ -9,21 +9,19 @@ from pydantic import Field
 from torch import Tensor, fx
 
 from graphwright.ir.adapters.branch import Branch
-from graphwright.ir.adapters.merging import Adapted, Merged
 from graphwright.ir.adapters.record import Adapter
 from graphwright.ir.graph.nodes import adapter_of
 from graphwright.ir.layers.kinds import MATRICES
 from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.program import Program
 from graphwright.ir.tune.hooks import Hook
-from graphwright.passes.adapt._form.adapter import AdapterPass
 from graphwright.passes.adapt._form.low_rank import (
     RankOptions,
+    RankPass,
     add_low_rank,
     kaiming,
     rank_of,
     shapes,
-    with_change,
 )
 
 aten = torch.ops.aten
@@ -36,7 +34,7 @@ class AlloraOptions(RankOptions):
     """Factor of the gradient where the change is zero, as at the start."""
 
 
-class Allora(AdapterPass[AlloraOptions]):
+class Allora(RankPass[AlloraOptions]):
     """A low-rank change without dropout and without a scale, whose gradient is scaled row by row.
 
     The gradient that reaches row i of the change b a is multiplied by
@@ -57,14 +55,6 @@ class Allora(AdapterPass[AlloraOptions]):
         b = branch.parameter("lora_b", torch.zeros(size_b))
         add_low_rank(branch, layer, a, b, 1.0)
         return f"rank {rank}"
-
-    def refusal(self, layer: Layer) -> str:
-        rank_of(self.options, layer)
-        return ""
-
-    @classmethod
-    def merged(cls, layer: Adapted) -> Merged:
-        return with_change(layer)
 
     @classmethod
     def hooks(cls, program: Program, adapter: Adapter) -> list[Hook]:

@@ -13,8 +13,9 @@ from graphwright.ir.adapters.merging import Adapted, Merged
 from graphwright.ir.graph.constants import constant_value
 from graphwright.ir.layers.kinds import CONVOLUTIONS, TURNED
 from graphwright.ir.layers.selectors import Layer
-from graphwright.passes.adapt._form.adapter import AdapterPass, weight_shape
+from graphwright.passes.adapt._form.adapter import weight_shape
 from graphwright.passes.adapt._form.low_rank import (
+    RankPass,
     ScaledOptions,
     back,
     change,
@@ -35,7 +36,7 @@ class DoraOptions(ScaledOptions):
     """Options of adapt.dora."""
 
 
-class Dora(AdapterPass[DoraOptions]):
+class Dora(RankPass[DoraOptions]):
     """Lets every chosen layer compute with m (W + s b a) / ||W + s b a||, row by row.
 
     a and b turn the rows of the weight, m holds their lengths; both are trained. The length that
@@ -54,7 +55,7 @@ class Dora(AdapterPass[DoraOptions]):
         return f"rank {rank}, {matrix_shape(layer)[0]} lengths"
 
     def refusal(self, layer: Layer) -> str:
-        rank_of(self.options, layer)
+        super().refusal(layer)
         if groups_of(layer) > 1:
             return "a grouped convolution's rows have no low-rank change that groups share"
         return ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,15 +39,16 @@ class Ia3(AdapterPass[Ia3Options]):
     In-Context Learning", section 3.3.
     """
 
-    _inner: frozenset[str] = frozenset()
-
-    def prepare(self, program: Program, chosen: object, context: Context) -> None:
+    def prepare(
+        self, program: Program, chosen: Sequence[Layer], context: Context
+    ) -> frozenset[str]:
+        """Names of the layers whose inputs are scaled."""
         options = self.options
         inner = select(program, options.feedforward, self.kinds) if options.feedforward else []
-        self._inner = frozenset(layer.name for layer in inner)
+        return frozenset(layer.name for layer in inner)
 
     def attach(self, branch: Branch, layer: Layer, generator: torch.Generator) -> str:
-        if layer.name in self._inner:
+        if layer.name in branch.found:
             scale_inputs(branch, layer, torch.ones(inputs_of(layer)))
             return f"{inputs_of(layer)} inputs scaled"
         out = matrix_shape(layer)[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +19,7 @@ from graphwright.ir.layers.kinds import PRODUCTS
 from graphwright.ir.layers.selectors import Layer, layers
 from graphwright.ir.program import Program
 from graphwright.passes.adapt._form.adapter import AdapterOptions, AdapterPass, weight_shape
-from graphwright.passes.adapt._form.low_rank import add_low_rank, shapes
+from graphwright.passes.adapt._form.low_rank import add_low_rank, matrix_shape, shapes
 from graphwright.passes.adapt.dora import add_decomposed
 from graphwright.passes.adapt.ia3 import inputs_of, scale_inputs, scale_outputs
 from graphwright.passes.adapt.krona import add_kronecker
@@ -47,13 +47,12 @@ class Load(AdapterPass[LoadOptions]):
     contract = "lossy"
     weights = "trained"
     kinds = (*PRODUCTS, "embedding")
-    _folder: PeftFolder
 
     def run(self, program: Program, context: Context) -> Result:
         path = Path(self.options.path)
-        self._folder = read_peft(path if path.is_absolute() else context.folder / path)
+        folder = read_peft(path if path.is_absolute() else context.folder / path)
         known = {name for layer in layers(program, self.kinds) for name in layer.names}
-        missing = [name for name in self._folder.layers if name not in known]
+        missing = [name for name in folder.layers if name not in known]
         if missing:
             near = difflib.get_close_matches(missing[0], known, n=3, cutoff=0.3)
             raise ModelError(
@@ -62,42 +61,29 @@ class Load(AdapterPass[LoadOptions]):
                 where=str(path),
                 fix=f"The adapter is of another base model. Near names: {', '.join(near)}.",
             )
-        return super().run(self._with_saved(program), context)
-
-    def _with_saved(self, program: Program) -> Program:
-        """The program with the whole tensors that were trained beside the adapter."""
-        editor = Editor(program, by=self.id)
-        stored = {alias: name for name, aliases in program.aliases.items() for alias in aliases}
-        for name, tensor in self._folder.saved.items():
-            place = name if name in program.state else stored.get(name, "")
-            if not place or program.state[place].shape != tensor.shape:
-                raise ModelError(f"the program has no tensor {name!r} of shape "
-                                 f"{tuple(tensor.shape)}, which the adapter replaces")  # fmt: skip
-            old = program.state[place]
-            new = tensor.to(old.dtype)
-            is_parameter = isinstance(old, nn.Parameter)
-            editor.set_state(place, nn.Parameter(new, old.requires_grad) if is_parameter else new)
-        return editor.finish()
-
-    def select(self, program: Program, context: Context) -> Sequence[Layer]:
-        names = self._folder.layers
-        return [layer for layer in layers(program, self.kinds)
-                if any(name in names for name in layer.names)]  # fmt: skip
-
-    def recorded(self) -> tuple[str, dict[str, Any]]:
-        folder = self._folder
+        program = _with_saved(program, folder, self.id)
+        named = [layer for layer in layers(program, self.kinds)
+                 if any(name in folder.layers for name in layer.names)]  # fmt: skip
+        chosen, left = self.sorted_out(program, named)
+        if left:
+            raise ModelError(
+                f"the adapter cannot be put beside {left[0].layer!r}: {left[0].reason}",
+                where=str(path),
+            )
         lora = "adapt.dora" if folder.config.get("use_dora") else "adapt.lora"
-        options = {**self.resolved_options(), "layout": "kron"}
-        return KINDS.get(folder.kind, lora), options
+        given = {**self.resolved_options(), "layout": "kron"}
+        kind = KINDS.get(folder.kind, lora)
+        return self.insert(program, context, chosen, [], folder, kind, given)
 
     def attach(self, branch: Branch, layer: Layer, generator: torch.Generator) -> str:
-        name = next(n for n in layer.names if n in self._folder.layers)
-        parts = self._folder.layers[name]
-        if self._folder.kind == "IA3":
-            return self._factors(branch, layer, parts["ia3"].flatten())
-        if self._folder.kind == "LOKR":
+        folder: PeftFolder = branch.found
+        name = next(n for n in layer.names if n in folder.layers)
+        parts = folder.layers[name]
+        if folder.kind == "IA3":
+            return _scale(branch, layer, parts["ia3"], folder.config)
+        if folder.kind == "LOKR":
             first, second = kronecker_factors(parts, torch.Size(weight_shape(layer)[2:]))
-            scale = self._folder.scale(name, 1)
+            scale = folder.scale(name, 1)
             _expect(layer, "Kronecker product", _sizes(layer),
                     (len(first) * len(second), first.shape[1] * second.shape[1]))  # fmt: skip
             add_kronecker(branch, layer, first * scale, second, "kron")
@@ -108,8 +94,8 @@ class Load(AdapterPass[LoadOptions]):
         size_a, size_b = shapes(layer, rank)
         _expect(layer, "lora_A", size_a, tuple(a.shape))
         _expect(layer, "lora_B", size_b, tuple(b.shape))
-        scale = self._folder.scale(name, rank)
-        dropout = float(self._folder.config.get("lora_dropout") or 0.0)
+        scale = folder.scale(name, rank)
+        dropout = float(folder.config.get("lora_dropout") or 0.0)
         if "magnitude" in parts:
             add_decomposed(branch, layer, a, b, parts["magnitude"].flatten(), scale, dropout)
         else:
@@ -117,23 +103,38 @@ class Load(AdapterPass[LoadOptions]):
                          branch.parameter("lora_b", b), scale, dropout)  # fmt: skip
         return f"rank {rank}, scale {scale:.3g}"
 
-    def _factors(self, branch: Branch, layer: Layer, factors: Tensor) -> str:
-        """IA3: a feed-forward layer has its inputs scaled."""
-        stored = self._folder.layers[next(n for n in layer.names if n in self._folder.layers)]
-        is_inner = stored["ia3"].dim() == 2 and stored["ia3"].shape[0] == 1
-        listed = self._folder.config.get("feedforward_modules") or []
+
+def _scale(branch: Branch, layer: Layer, stored: Tensor, config: Mapping[str, Any]) -> str:
+    """IA3: a feed-forward layer, whose factors are a row, has its inputs scaled."""
+    factors = stored.flatten()
+    is_inner = stored.dim() == 2 and stored.shape[0] == 1
+    if stored.dim() > 2 or len(factors) == 1:  # the shape does not tell
+        listed = config.get("feedforward_modules") or []
         listed = [listed] if isinstance(listed, str) else listed
-        if stored["ia3"].dim() > 2 or len(factors) == 1:
-            is_inner = any(layer.name == m or layer.name.endswith(f".{m}") for m in listed)
-        size = inputs_of(layer) if is_inner else _sizes(layer)[0]
-        _expect(layer, "ia3_l", (size,), tuple(factors.shape))
-        (scale_inputs if is_inner else scale_outputs)(branch, layer, factors)
-        return f"{size} {'inputs' if is_inner else 'outputs'} scaled"
+        is_inner = any(layer.name == m or layer.name.endswith(f".{m}") for m in listed)
+    size = inputs_of(layer) if is_inner else _sizes(layer)[0]
+    _expect(layer, "ia3_l", (size,), tuple(factors.shape))
+    (scale_inputs if is_inner else scale_outputs)(branch, layer, factors)
+    return f"{size} {'inputs' if is_inner else 'outputs'} scaled"
+
+
+def _with_saved(program: Program, folder: PeftFolder, by: str) -> Program:
+    """The program with the whole tensors that were trained beside the adapter."""
+    editor = Editor(program, by=by)
+    stored = {alias: name for name, aliases in program.aliases.items() for alias in aliases}
+    for name, tensor in folder.saved.items():
+        place = name if name in program.state else stored.get(name, "")
+        if not place or program.state[place].shape != tensor.shape:
+            raise ModelError(f"the program has no tensor {name!r} of shape "
+                             f"{tuple(tensor.shape)}, which the adapter replaces")  # fmt: skip
+        old = program.state[place]
+        new = tensor.to(old.dtype)
+        is_parameter = isinstance(old, nn.Parameter)
+        editor.set_state(place, nn.Parameter(new, old.requires_grad) if is_parameter else new)
+    return editor.finish()
 
 
 def _sizes(layer: Layer) -> tuple[int, int]:
-    from graphwright.passes.adapt._form.low_rank import matrix_shape
-
     return matrix_shape(layer)[0], inputs_of(layer)
 
 

@@ -12,9 +12,9 @@ from graphwright.ir.adapters.branch import Branch
 from graphwright.ir.adapters.merging import Adapted, Merged
 from graphwright.ir.errors import ModelError
 from graphwright.ir.layers.selectors import Layer
-from graphwright.passes.adapt._form.adapter import AdapterPass
 from graphwright.passes.adapt._form.low_rank import (
     RankOptions,
+    RankPass,
     back,
     change,
     rank_of,
@@ -40,7 +40,7 @@ class LolduOptions(RankOptions):
     not.)"""
 
 
-class Loldu(AdapterPass[LolduOptions]):
+class Loldu(RankPass[LolduOptions]):
     """Trains the first pivots of W = P L D U, one number for each rank, between fixed triangles.
 
     The first `rank` columns of L and rows of U stay fixed, their pivots are trained, and the rest
@@ -78,10 +78,6 @@ class Loldu(AdapterPass[LolduOptions]):
         low = branch.add(aten.mul.Tensor, low, z)
         branch.finish(branch.add(aten.add.Tensor, branch.tip, back(branch, layer, low, lower)))
         return f"{rank} pivots"
-
-    def refusal(self, layer: Layer) -> str:
-        rank_of(self.options, layer)
-        return ""
 
     @classmethod
     def merged(cls, layer: Adapted) -> Merged:

@@ -7,18 +7,16 @@ from typing import Literal
 import torch
 
 from graphwright.ir.adapters.branch import Branch
-from graphwright.ir.adapters.merging import Adapted, Merged
 from graphwright.ir.layers.kinds import PRODUCTS
 from graphwright.ir.layers.selectors import Layer
-from graphwright.passes.adapt._form.adapter import AdapterPass
 from graphwright.passes.adapt._form.low_rank import (
+    RankPass,
     ScaledOptions,
     add_low_rank,
     kaiming,
     rank_of,
     scale_of,
     shapes,
-    with_change,
 )
 
 
@@ -30,7 +28,7 @@ class LoraOptions(ScaledOptions):
     zero, so that the function does not change. (In a table the two change places.)"""
 
 
-class Lora(AdapterPass[LoraOptions]):
+class Lora(RankPass[LoraOptions]):
     """Lets every chosen layer compute W x + s b(a(x)), and trains a and b alone.
 
     a brings the input to `rank` values and b back to the outputs; s = alpha / rank. Beside a
@@ -60,11 +58,3 @@ class Lora(AdapterPass[LoraOptions]):
         a, b = branch.parameter("lora_a", start_a), branch.parameter("lora_b", start_b)
         add_low_rank(branch, layer, a, b, scale, options.dropout)
         return f"rank {rank}"
-
-    def refusal(self, layer: Layer) -> str:
-        rank_of(self.options, layer)
-        return ""
-
-    @classmethod
-    def merged(cls, layer: Adapted) -> Merged:
-        return with_change(layer)

@@ -17,9 +17,8 @@ from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.program import Program
 from graphwright.ir.tune import TuneOptions, tune
 from graphwright.ir.tune.hooks import Hook, Moment
-from graphwright.passes.adapt._form.adapter import AdapterPass
-from graphwright.passes.adapt._form.core import add_core, core_change
-from graphwright.passes.adapt._form.low_rank import RankOptions, groups_of, rank_of
+from graphwright.passes.adapt._form.core import add_core, with_core
+from graphwright.passes.adapt._form.low_rank import RankOptions, RankPass, groups_of, rank_of
 from graphwright.passes.adapt._form.residual import weight_matrix
 from graphwright.passes.adapt._math.svd import truncated_svd
 from graphwright.passes.base import Context
@@ -39,7 +38,7 @@ class LoraSbOptions(RankOptions):
     """Batches (`steps`) and loss of the gradient that the step is taken along."""
 
 
-class LoraSb(AdapterPass[LoraSbOptions]):
+class LoraSb(RankPass[LoraSbOptions]):
     """Trains a core R of rank by rank numbers between directions of the first full step.
 
     The gradient of every weight is summed over a few batches; D = -step * sign(gradient) is what
@@ -55,9 +54,11 @@ class LoraSb(AdapterPass[LoraSbOptions]):
     contract = "lossy"
     needs = "training"
     weights = "trained"
-    _gradients: dict[str, Tensor]
 
-    def prepare(self, program: Program, chosen: Sequence[Layer], context: Context) -> None:
+    def prepare(
+        self, program: Program, chosen: Sequence[Layer], context: Context
+    ) -> dict[str, Tensor]:
+        """The sums of the gradients, by name of the weight."""
         names = {layer.weight for layer in chosen}
         state: dict[str, Any] = dict(program.state)
         for name in names:
@@ -66,12 +67,12 @@ class LoraSb(AdapterPass[LoraSbOptions]):
         still = self.options.gradient.model_copy(update={"keep_best": False, "hold_out": 0.0})
         tune(program.replace(state=state), context.training_data, still, context.within("step"),
              hooks=(sums,), names=names, optimizer=_standing)  # fmt: skip
-        self._gradients = sums.total
+        return sums.total
 
     def attach(self, branch: Branch, layer: Layer, generator: torch.Generator) -> str:
         rank = rank_of(self.options, layer)
         weight_matrix(branch, layer)  # refuses what has none
-        gradient = self._gradients[layer.weight].double()
+        gradient = branch.found[layer.weight].double()
         gradient = gradient.t() if layer.kind in TURNED else gradient.flatten(1)
         if not bool(gradient.any()):
             raise ModelError(f"no gradient reaches the weight of {layer.name!r}",
@@ -83,14 +84,14 @@ class LoraSb(AdapterPass[LoraSbOptions]):
         return f"rank {rank}, {share:.0%} of the first step's squares"
 
     def refusal(self, layer: Layer) -> str:
-        rank_of(self.options, layer)
+        super().refusal(layer)
         if not layer.weight:
             return "its weight is rebuilt from codes, which have no gradient"
         return "a grouped convolution's weight is no one matrix" if groups_of(layer) > 1 else ""
 
     @classmethod
     def merged(cls, layer: Adapted) -> Merged:
-        return layer.weight + core_change(layer), layer.bias
+        return with_core(layer)
 
 
 class Sums(Hook):

@@ -10,9 +10,8 @@ from pydantic import Field
 from graphwright.ir.adapters.branch import Branch
 from graphwright.ir.adapters.merging import Adapted, Merged
 from graphwright.ir.layers.selectors import Layer
-from graphwright.passes.adapt._form.adapter import AdapterPass
-from graphwright.passes.adapt._form.core import add_core, core_change
-from graphwright.passes.adapt._form.low_rank import ScaledOptions, rank_of, scale_of
+from graphwright.passes.adapt._form.core import add_core, with_core
+from graphwright.passes.adapt._form.low_rank import RankPass, ScaledOptions, rank_of, scale_of
 from graphwright.passes.adapt._form.residual import weight_matrix
 from graphwright.passes.adapt._math.svd import truncated_svd
 
@@ -27,7 +26,7 @@ class LoraXsOptions(ScaledOptions):
     """Standard deviation of the matrix that training starts from."""
 
 
-class LoraXs(AdapterPass[LoraXsOptions]):
+class LoraXs(RankPass[LoraXsOptions]):
     """Trains a matrix of rank by rank numbers in every layer, whatever the layer's size.
 
     With W ~ U S V^T, the branch is s U_r R S_r V_r^T x: its outer factors are the weight's own and
@@ -48,10 +47,6 @@ class LoraXs(AdapterPass[LoraXsOptions]):
         add_core(branch, layer, s[:, None] * vh, core, u, scale_of(options, layer), options.dropout)
         return f"rank {rank}"
 
-    def refusal(self, layer: Layer) -> str:
-        rank_of(self.options, layer)
-        return ""
-
     @classmethod
     def merged(cls, layer: Adapted) -> Merged:
-        return layer.weight + layer.scale * core_change(layer), layer.bias
+        return with_core(layer)

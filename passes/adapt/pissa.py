@@ -8,15 +8,13 @@ import torch
 from pydantic import Field
 
 from graphwright.ir.adapters.branch import Branch
-from graphwright.ir.adapters.merging import Adapted, Merged
 from graphwright.ir.layers.selectors import Layer
-from graphwright.passes.adapt._form.adapter import AdapterPass
 from graphwright.passes.adapt._form.low_rank import (
     RankOptions,
+    RankPass,
     add_low_rank,
     rank_of,
     shapes,
-    with_change,
 )
 from graphwright.passes.adapt._form.residual import take_out, weight_matrix
 from graphwright.passes.adapt._math.svd import truncated_svd
@@ -30,7 +28,7 @@ class PissaOptions(RankOptions):
     when absent."""
 
 
-class Pissa(AdapterPass[PissaOptions]):
+class Pissa(RankPass[PissaOptions]):
     """Moves the largest singular triplets of every weight into a low-rank branch, and trains those.
 
     With W = U S V^T, a = sqrt(S_r) V_r^T and b = U_r sqrt(S_r) are trained, and the residual
@@ -57,11 +55,3 @@ class Pissa(AdapterPass[PissaOptions]):
         stored_b = branch.parameter("lora_b", b.reshape(size_b))
         add_low_rank(branch, layer, stored_a, stored_b, 1.0)
         return f"rank {rank}, {share:.0%} of the weight's squares"
-
-    def refusal(self, layer: Layer) -> str:
-        rank_of(self.options, layer)
-        return ""
-
-    @classmethod
-    def merged(cls, layer: Adapted) -> Merged:
-        return with_change(layer)

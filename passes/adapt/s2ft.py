@@ -57,9 +57,9 @@ class S2ft(AdapterPass[S2ftOptions]):
 
     papers = ("P49",)
     kinds = MATRICES
-    _places: Places
 
-    def prepare(self, program: Program, chosen: Sequence[Layer], context: Context) -> None:
+    def prepare(self, program: Program, chosen: Sequence[Layer], context: Context) -> Places:
+        """The channels that are trained, by layer and side."""
         sides = {"columns": (1,), "rows": (0,), "both": (0, 1)}[self.options.side]
         owners = {(layer.weight, _axis(layer, side)): (layer.name, side)
                   for layer in chosen for side in sides if layer.weight}  # fmt: skip
@@ -80,7 +80,7 @@ class S2ft(AdapterPass[S2ftOptions]):
                     name, side = owners[key]
                     part = "columns" if side else "rows"
                     found.setdefault(name, {}).setdefault(part, []).append(positions)
-        self._places = {name: {part: np.unique(np.concatenate(all_)) for part, all_ in of.items()}
+        return {name: {part: np.unique(np.concatenate(all_)) for part, all_ in of.items()}
                         for name, of in found.items()}  # fmt: skip
 
     def _order(
@@ -94,7 +94,7 @@ class S2ft(AdapterPass[S2ftOptions]):
         return sorted(range(len(units)), key=lambda i: (sign * norms[i], i))
 
     def attach(self, branch: Branch, layer: Layer, generator: torch.Generator) -> str:
-        places = self._places.get(layer.name, {})
+        places = branch.found.get(layer.name, {})
         out, columns = matrix_shape(layer)
         result = branch.tip
         for part in sorted(places):

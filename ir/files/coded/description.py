@@ -19,6 +19,7 @@ from graphwright.ir.files.coded.gptq import Gptq
 from graphwright.ir.files.coded.hqq import Hqq
 from graphwright.ir.files.coded.layout import FLOAT8, Layout
 from graphwright.ir.files.detect import read_json
+from graphwright.ir.files.nesting import entries
 from graphwright.ir.files.pickles import listed
 
 FILES = ("config.json", "quantize_config.json", "quantization_config.json", "quant_config.json",
@@ -109,14 +110,8 @@ def layout_of(config: Mapping[str, Any], where: str) -> Layout:
 
 def _refuse_width(config: Mapping[str, Any], where: str) -> None:
     """A description at any depth has no code of more bits than a word: tables are made of them."""
-    pending: list[tuple[str, Any]] = [("", config)]
-    while pending:
-        key, value = pending.pop()
-        if isinstance(value, Mapping):
-            pending += [(str(name), part) for name, part in value.items()]
-        elif isinstance(value, list):
-            pending += [(key, part) for part in value]
-        elif key.endswith(("bits", "bit")) and _is_number(value) and not 0 <= value <= WIDEST:
+    for key, value in entries(config):
+        if key.endswith(("bits", "bit")) and _is_number(value) and not 0 <= value <= WIDEST:
             raise ModelError(f"the quantized weights have {value} {key}", where=where)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -76,20 +76,9 @@ class AdapterPass(Pass[OptionsT]):
         """
         return ""
 
-    def select(self, program: Program, context: Context) -> Sequence[Layer]:
-        """The layers that are looked at, by the pass's `targets`."""
-        return select(program, self.options.targets, self.kinds)
-
-    def recorded(self) -> tuple[str, dict[str, Any]]:
-        """Id of the pass that merges and trains the adapter, and its options."""
-        return self.id, self.resolved_options()
-
-    def prepare(self, program: Program, chosen: Sequence[Layer], context: Context) -> None:
-        """Called before the first layer: for what is found on data, or for all layers together."""
-
-    def finished(self, program: Program) -> Program:
-        """The program with what belongs to no single layer."""
-        return program
+    def prepare(self, program: Program, chosen: Sequence[Layer], context: Context) -> Any:
+        """Looks at all layers together, before the first; `attach` has the result in its branch."""
+        return None
 
     @classmethod
     def merged(cls, layer: Adapted) -> Merged:
@@ -111,13 +100,27 @@ class AdapterPass(Pass[OptionsT]):
 
     def run(self, program: Program, context: Context) -> Result:
         """Adapts the chosen layers; see the class."""
-        options = self.options
-        if options.name in adapters(program):
+        targets = select(program, self.options.targets, self.kinds)
+        chosen, actions = self.sorted_out(program, targets)
+        found = self.prepare(program, chosen, context)
+        return self.insert(program, context, chosen, actions, found)
+
+    def sorted_out(
+        self, program: Program, targets: Sequence[Layer]
+    ) -> tuple[list[Layer], list[Action]]:
+        """The layers that can be adapted, and a word on each of the others.
+
+        Raises:
+            ArgumentError: the program has an adapter of this name.
+            ModelError: none of them can be adapted.
+        """
+        if self.options.name in adapters(program):
             raise ArgumentError(
-                f"the program has an adapter {options.name!r} already", fix="Set another `name`."
+                f"the program has an adapter {self.options.name!r} already",
+                fix="Set another `name`.",
             )
         chosen, actions = [], []
-        for layer in self.select(program, context):
+        for layer in targets:
             if reason := _refusal(layer) or self.refusal(layer):
                 actions.append(Action.left(layer.name, reason))
             else:
@@ -125,13 +128,36 @@ class AdapterPass(Pass[OptionsT]):
         if not chosen:
             why = tuple(sorted({f"{a.layer}: {a.reason}" for a in actions}))
             raise ModelError(f"{self.id}: no selected layer can be adapted", details=why[:5])
-        self.prepare(program, chosen, context)
+        return chosen, actions
+
+    def insert(
+        self,
+        program: Program,
+        context: Context,
+        chosen: Sequence[Layer],
+        actions: list[Action],
+        found: Any,
+        kind: str = "",
+        given: Mapping[str, Any] | None = None,
+    ) -> Result:
+        """Puts the adapter beside the layers, freezes the rest, and records what it did.
+
+        Args:
+            program: the program.
+            context: of the pass.
+            chosen: layers to adapt.
+            actions: words on the others; those on these are added.
+            found: what `prepare` gave.
+            kind: id of the pass that merges and trains the adapter; this one when empty.
+            given: options of that pass; those of this one when None.
+        """
+        options = self.options
         editor = Editor(program, by=self.id)
         parts: dict[str, dict[str, str]] = {}
         scales: dict[str, float] = {}
         residual = False
         for layer in chosen:
-            branch = Branch(editor, options.name, layer)
+            branch = Branch(editor, options.name, layer, found)
             done = self.attach(branch, layer, context.generator(layer.name))
             if not branch.parts:
                 actions.append(Action.left(layer.name, done))
@@ -141,9 +167,11 @@ class AdapterPass(Pass[OptionsT]):
                 scales[layer.name] = branch.scale
             residual |= branch.residual
         frozen = _freeze(editor, program, options.also_train)
-        kind, given = self.recorded()
-        record(editor, Adapter(options.name, kind, given, parts, scales, residual, frozen))
-        result = self.finished(editor.finish())
+        given = self.resolved_options() if given is None else given
+        record(
+            editor, Adapter(options.name, kind or self.id, given, parts, scales, residual, frozen)
+        )
+        result = editor.finish()
         return Result(result, tuple(actions), _counts(result))
 
 

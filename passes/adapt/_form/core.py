@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from graphwright.ir.adapters.branch import Branch
-from graphwright.ir.adapters.merging import Adapted
+from graphwright.ir.adapters.merging import Adapted, Merged
 from graphwright.ir.layers.selectors import Layer
 from graphwright.passes.adapt._form.low_rank import back, change, shapes, through
 
@@ -51,7 +51,8 @@ def add_core(
     branch.finish(branch.add(aten.add.Tensor, branch.tip, back(branch, layer, low, right)))
 
 
-def core_change(layer: Adapted) -> Tensor:
-    """b R a as a change of the layer's weight, in its own shape."""
+def with_core(layer: Adapted) -> Merged:
+    """The layer's weight with s b R a added, and its bias."""
     a, core, b = (layer.parts[part] for part in ("lora_a", "core", "lora_b"))
-    return change(layer, a, (b.flatten(1) @ core).reshape(b.shape))
+    delta = change(layer, a, (b.flatten(1) @ core).reshape(b.shape))
+    return layer.weight + layer.scale * delta, layer.bias

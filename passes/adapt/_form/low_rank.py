@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, fx
+from typing_extensions import TypeVar
 
 from graphwright.ir.adapters.branch import Branch
 from graphwright.ir.adapters.merging import Adapted, Merged
 from graphwright.ir.errors import ModelError
 from graphwright.ir.layers.kinds import CONVOLUTIONS, INPUT_ARGUMENT, TURNED
 from graphwright.ir.layers.selectors import Layer
-from graphwright.passes.adapt._form.adapter import AdapterOptions, weight_shape
+from graphwright.passes.adapt._form.adapter import AdapterOptions, AdapterPass, weight_shape
 
 aten = torch.ops.aten
 
@@ -48,6 +49,21 @@ class ScaledOptions(RankOptions):
 
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability of dropout on what the adapter reads, while it is trained."""
+
+
+RankT = TypeVar("RankT", bound=RankOptions, default=RankOptions)
+
+
+class RankPass(AdapterPass[RankT]):
+    """An adapter with a rank; by default its change is s b a."""
+
+    def refusal(self, layer: Layer) -> str:
+        rank_of(self.options, layer)
+        return ""
+
+    @classmethod
+    def merged(cls, layer: Adapted) -> Merged:
+        return with_change(layer)
 
 
 def rank_of(options: RankOptions, layer: Layer) -> int:

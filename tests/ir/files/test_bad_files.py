@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from hostile.zips import rewritten
 from torch import nn
 
 from graphwright.ir.errors import GraphwrightError, ModelError
@@ -45,23 +46,6 @@ def exported() -> bytes:
     file = io.BytesIO()
     torch.export.save(program, file)
     return file.getvalue()
-
-
-def rewritten(
-    archive: bytes,
-    change: Callable[[str, bytes], bytes | None],
-    extra: dict[str, bytes] | None = None,
-) -> bytes:
-    """The zip with every member passed through `change` (None drops it), and further members."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(out, "w") as new:
-        for info in old.infolist():
-            content = change(info.filename, old.read(info))
-            if content is not None:
-                new.writestr(zipfile.ZipInfo(info.filename), content)
-        for name, content in (extra or {}).items():
-            new.writestr(zipfile.ZipInfo(name), content)
-    return out.getvalue()
 
 
 def in_graph(edit: Callable[[dict[str, Any]], None]) -> bytes:

@@ -136,6 +136,27 @@ def test_a_folder_of_another_model_is_refused_with_the_names(tmp_path: Path) -> 
         gw.passes.adapt.Load(path=str(tmp_path))(gw.trace(wrong.eval(), (torch.randn(2, 8),)))
 
 
+def test_a_layer_that_cannot_take_its_part_refuses_the_whole_adapter(tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+            self.mix = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.addmm(self.mix.bias, self.fc(x), self.mix.weight.t(), beta=0.5)
+
+    class Plain(Scaled):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.mix(self.fc(x))
+
+    x = torch.randn(3, 8)
+    made = gw.passes.adapt.Lora(targets=["*"], rank=2)(gw.trace(Plain().eval(), (x,)))
+    save_adapter(made, tmp_path)
+    with pytest.raises(ModelError, match=r"beside 'mix'|no layer 'mix'"):
+        gw.passes.adapt.Load(path=str(tmp_path))(gw.trace(Scaled().eval(), (x,)))
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
