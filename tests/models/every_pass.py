@@ -1,8 +1,13 @@
-"""Every pass on a small network that it changes, with the passes that it needs in front of it."""
+"""Every pass on a small network that it changes, with the passes that it needs in front of it.
+
+The chain of a pass is `CHAIN` in the pass's own test file.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,68 +20,22 @@ TUNE = {"epochs": 1, "lr": 0.001, "loss": "teacher_mse"}
 LABELLED = {**TUNE, "loss": "next_token"}
 UNTIED = ["kind:linear", "!head"]
 
-CHAINS: dict[str, tuple[str, list[tuple[str, dict[str, Any]]]]] = {
-    **{
-        f"adapt.{method}": ("text", [(f"adapt.{method}", {"targets": UNTIED, **options})])
-        for method, options in {
-            "allora": {"rank": 2}, "bottleneck": {}, "dora": {"rank": 2}, "ia3": {},
-            "krona": {"factor_out": 4}, "sara": {}, "s2ft": {}, "wta_crs": {}, "loldu": {"rank": 2},
-            "lora": {"rank": 2}, "lora_sb": {"rank": 2, "gradient": LABELLED},
-            "lora_xs": {"rank": 2}, "pego": {"rank": 2}, "pissa": {"rank": 2},
-        }.items()
-    },
-    "adapt.merge": ("text", [("adapt.lora", {"rank": 2, "targets": UNTIED}), ("adapt.merge", {})]),
-    "adapt.unmerge": (
-        "text", [("adapt.lora", {"rank": 2, "targets": UNTIED}),
-                 ("tune.finetune", {"tune": LABELLED}), ("adapt.merge", {}),
-                 ("adapt.unmerge", {})]),
-    "cast.dtype": ("conv", [("cast.dtype", {"to": "float16"})]),
-    "cleanup.canonicalize": ("text", [("cleanup.canonicalize", {})]),
-    "cleanup.eliminate_common_subexpressions": (
-        "text", [("cleanup.eliminate_common_subexpressions", {})]),
-    "cleanup.fold_batch_norm": ("conv", [("cleanup.fold_batch_norm", {})]),
-    "cleanup.fold_constants": ("text", [("cleanup.fold_constants", {})]),
-    "cleanup.merge_linear": ("text", [("cleanup.merge_linear", {})]),
-    "cleanup.remove_identities": ("conv", [("cleanup.remove_identities", {})]),
-    "compensate.bias_correction": (
-        "conv", [("quantize.rtn", {"block": 16}), ("compensate.bias_correction", {})]),
-    "compensate.eora": (
-        "text", [("quantize.rtn", {"block": 16}), ("compensate.eora", {"rank": 2})]),
-    "compensate.svd": ("text", [("quantize.rtn", {"block": 16}), ("compensate.svd", {"rank": 2})]),
-    "prune.compress": (
-        "text", [("prune.magnitude", {"pattern": "2:4"}), ("prune.compress", {})]),
-    "prune.dsnot": ("text", [("prune.dsnot", {"sparsity": 0.5})]),
-    "prune.gradual": ("text", [("prune.gradual", {"sparsity": 0.5, "rounds": 2, "tune": TUNE})]),
-    "prune.issp": ("text", [("prune.issp", {"sparsity": 0.5, "tune": TUNE})]),
-    "prune.magnitude": ("conv", [("prune.magnitude", {"sparsity": 0.5})]),
-    "prune.mfac": ("text", [("prune.mfac", {"sparsity": 0.5, "steps": 2, "gradients": 4,
-                                            "loss": "energy"})]),
-    "prune.nm": ("text", [("prune.nm", {"tune": TUNE})]),
-    "prune.otov2": ("conv", [("prune.otov2", {"sparsity": 0.25, "tune": TUNE})]),
-    "prune.sparsegpt": ("text", [("prune.sparsegpt", {"sparsity": 0.5})]),
-    "prune.udfc": ("conv", [("prune.udfc", {"ratio": 0.25, "weight_bits": 8})]),
-    "prune.wanda": ("text", [("prune.wanda", {"sparsity": 0.5})]),
-    "prune.zig": ("conv", [("prune.zig", {"sparsity": 0.25})]),
-    "quantize.adaquant": ("text", [("quantize.adaquant", {"iterations": 2})]),
-    "quantize.awq": ("text", [("quantize.awq", {"block": 16})]),
-    "quantize.bit_allocation": (
-        "text", [("quantize.bit_allocation", {"quantizer": "quantize.rtn"})]),
-    "quantize.bn_tuning": (
-        "conv", [("cleanup.fold_batch_norm", {}), ("quantize.rtn", {"block": 16}),
-                 ("quantize.bn_tuning", {})]),
-    "quantize.fp8": ("text", [("quantize.fp8", {})]),
-    "quantize.gptq": ("text", [("quantize.gptq", {"block": 16})]),
-    "quantize.int8": ("conv", [("cleanup.fold_batch_norm", {}),
-                               ("quantize.int8", {"activations": "static"})]),
-    "quantize.nf4": ("text", [("quantize.nf4", {})]),
-    "quantize.pv": (
-        "text", [("quantize.vptq", {"centroids": 16}), ("quantize.pv", {"tune": TUNE})]),
-    "quantize.rtn": ("text", [("quantize.rtn", {"block": 16})]),
-    "quantize.smoothquant": ("text", [("quantize.smoothquant", {})]),
-    "quantize.udfc": ("conv", [("quantize.udfc", {})]),
-    "quantize.vptq": ("text", [("quantize.vptq", {"centroids": 16})]),
-    "tune.finetune": ("conv", [("tune.finetune", {"tune": TUNE})]),
-}  # fmt: skip
+Steps = list[tuple[str, dict[str, Any]]]
+
+
+@cache
+def chain(name: str) -> tuple[str, Steps]:
+    """`CHAIN` in the test file of a pass: "conv" or "text", and steps that end with the pass."""
+    family, method = name.split(".")
+    file = Path(__file__).parents[1] / "passes" / family / f"test_{method}.py"
+    spec = importlib.util.spec_from_file_location(f"chain_of_{family}_{method}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    kind, steps = module.CHAIN
+    assert steps[-1][0] == name, f"CHAIN in {file.name} has to end with {name}"
+    return kind, steps
 
 
 class ConvNet(nn.Module):
@@ -137,17 +96,17 @@ def batches(kind: str) -> list[dict[str, torch.Tensor]]:
 
 def before_last(name: str) -> gw.Program:
     """The program that the pass is given."""
-    kind, chain = CHAINS[name]
+    kind, steps = chain(name)
     program = traced(kind)
-    for index, (step, options) in enumerate(chain[:-1]):
+    for index, (step, options) in enumerate(steps[:-1]):
         program = run(step, options, program, kind, index)
     return program
 
 
 def run_last(name: str, program: gw.Program) -> gw.Program:
     """The pass on a program."""
-    kind, chain = CHAINS[name]
-    return run(*chain[-1], program, kind, len(chain) - 1)
+    kind, steps = chain(name)
+    return run(*steps[-1], program, kind, len(steps) - 1)
 
 
 def run(

@@ -10,13 +10,11 @@ from models import every_pass
 import graphwright as gw
 from graphwright.passes.registry import pass_ids
 
-
-def test_every_pass_is_here() -> None:
-    """But adapt.load, which inserts what adapt.lora, ia3 and krona do, out of a folder of PEFT."""
-    assert sorted([*every_pass.CHAINS, "adapt.load"]) == pass_ids()
+# adapt.load inserts what adapt.lora, ia3 and krona do, out of a folder of PEFT.
+NAMES = [name for name in pass_ids() if name != "adapt.load"]
 
 
-@pytest.mark.parametrize("name", every_pass.CHAINS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_pass_does_the_same_to_a_program_out_of_a_file(name: str, tmp_path: Path) -> None:
     """And what it makes is saved in the bytes in which it is saved once it was loaded."""
     given = every_pass.before_last(name)

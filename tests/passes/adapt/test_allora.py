@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import torch
+from models.every_pass import UNTIED
 from models.tune_net import fresh, images, table, traced
 from torch import nn
 
 import graphwright as gw
 from graphwright.ir.adapters.record import adapters
 from graphwright.passes.adapt.allora import Allora, row_factors, row_scaled
+
+CHAIN = ("text", [("adapt.allora", {"targets": UNTIED, "rank": 2})])
 
 
 def test_the_factor_is_that_of_the_rows_of_a_product_never_formed() -> None:

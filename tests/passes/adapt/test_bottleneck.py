@@ -3,9 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 from models.adapters import gradients, layers_program, moved
+from models.every_pass import UNTIED
 
 import graphwright as gw
 from graphwright.ir.errors import ModelError
+
+CHAIN = ("text", [("adapt.bottleneck", {"targets": UNTIED})])
 
 
 @pytest.mark.parametrize("reads", ["output", "input"])

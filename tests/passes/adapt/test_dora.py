@@ -3,9 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 from models.adapters import gradients, layers_program, moved
+from models.every_pass import UNTIED
 from torch import nn
 
 import graphwright as gw
+
+CHAIN = ("text", [("adapt.dora", {"targets": UNTIED, "rank": 2})])
 
 PARTS = ("lora_a", "lora_b", "magnitude")
 

@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import torch
 from models.adapters import moved
+from models.every_pass import UNTIED
 from torch import nn
 
 import graphwright as gw
+
+CHAIN = ("text", [("adapt.ia3", {"targets": UNTIED})])
 
 
 def program() -> gw.Program:

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models.every_pass import UNTIED
 from torch import nn
 
 import graphwright as gw
 from graphwright.ir.errors import ModelError
 from graphwright.passes.adapt.krona import product
+
+CHAIN = ("text", [("adapt.krona", {"targets": UNTIED, "factor_out": 4})])
 
 
 def test_the_product_is_that_of_kronecker_and_never_formed() -> None:

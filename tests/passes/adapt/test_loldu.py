@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models.every_pass import UNTIED
 from torch import nn
 
 import graphwright as gw
 from graphwright.ir.errors import ModelError
+
+CHAIN = ("text", [("adapt.loldu", {"targets": UNTIED, "rank": 2})])
 
 
 def net(out: int, columns: int) -> gw.Program:

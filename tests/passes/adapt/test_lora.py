@@ -4,11 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from models.every_pass import UNTIED
 from torch import nn
 
 import graphwright as gw
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.layers.selectors import layers
+
+CHAIN = ("text", [("adapt.lora", {"targets": UNTIED, "rank": 2})])
 
 
 class Kinds(nn.Module):

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import torch
+from models.every_pass import LABELLED, UNTIED
 from models.tune_net import fresh, images, table, traced
 from torch import nn
 
 import graphwright as gw
 from graphwright.ir.tune.losses import cross_entropy
+
+CHAIN = ("text", [("adapt.lora_sb", {"targets": UNTIED, "rank": 2, "gradient": LABELLED})])
 
 STEP = 1e-3
 

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import torch
+from models.every_pass import UNTIED
 from torch import nn
 
 import graphwright as gw
+
+CHAIN = ("text", [("adapt.lora_xs", {"targets": UNTIED, "rank": 2})])
 
 
 def test_the_factors_are_the_weights_own_and_the_core_is_all_that_is_trained() -> None:

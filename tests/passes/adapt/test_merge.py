@@ -3,10 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 from models.adapters import layers_program, moved
+from models.every_pass import UNTIED
 from torch import nn
 
 import graphwright as gw
 from graphwright.ir.errors import ArgumentError, ContractError, ModelError
+
+CHAIN = ("text", [("adapt.lora", {"rank": 2, "targets": UNTIED}), ("adapt.merge", {})])
 
 
 def test_a_change_that_rounding_swallows_is_an_error_and_not_a_merge() -> None:

@@ -4,10 +4,13 @@ import itertools
 
 import torch
 from models.adapters import moved
+from models.every_pass import UNTIED
 from models.tune_net import fresh, images, table, traced
 
 import graphwright as gw
 from graphwright.passes.adapt.pego import penalty
+
+CHAIN = ("text", [("adapt.pego", {"targets": UNTIED, "rank": 2})])
 
 
 def test_the_penalty_is_the_sum_over_products_that_are_never_formed() -> None:

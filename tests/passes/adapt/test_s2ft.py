@@ -5,11 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from models.adapters import check_merge, gradients, moved
+from models.every_pass import UNTIED
 from torch import Tensor, nn
 
 import graphwright as gw
 from graphwright.ir.adapters.save import save_adapter
 from graphwright.ir.errors import ModelError
+
+CHAIN = ("text", [("adapt.s2ft", {"targets": UNTIED})])
 
 
 class Block(nn.Module):

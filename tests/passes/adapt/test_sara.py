@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import torch
 from models.adapters import check_merge, gradients, layers_program
+from models.every_pass import UNTIED
 from models.tune_net import fresh, images, table, traced
 from torch import nn
 
 import graphwright as gw
 from graphwright.passes.adapt.sara import nuclear_gradient, smallest
+
+CHAIN = ("text", [("adapt.sara", {"targets": UNTIED})])
 
 
 def test_the_smallest_entries_alone_are_trained_and_start_with_their_signs() -> None:

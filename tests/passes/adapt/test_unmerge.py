@@ -3,9 +3,20 @@ from __future__ import annotations
 import pytest
 import torch
 from models.adapters import layers_program, moved
+from models.every_pass import LABELLED, UNTIED
 
 import graphwright as gw
 from graphwright.ir.errors import ModelError
+
+CHAIN = (
+    "text",
+    [
+        ("adapt.lora", {"rank": 2, "targets": UNTIED}),
+        ("tune.finetune", {"tune": LABELLED}),
+        ("adapt.merge", {}),
+        ("adapt.unmerge", {}),
+    ],
+)
 
 
 def test_bytes_come_back_also_behind_two_merges() -> None:

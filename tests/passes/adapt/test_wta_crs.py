@@ -4,12 +4,15 @@ from typing import Any
 
 import pytest
 import torch
+from models.every_pass import UNTIED
 from models.tune_net import fresh, images, table, traced
 from torch import Tensor
 
 import graphwright as gw
 from graphwright.ir.errors import ModelError
 from graphwright.passes.adapt._math.column_row import choose, sampled_linear, split
+
+CHAIN = ("text", [("adapt.wta_crs", {"targets": UNTIED})])
 
 ROWS, KEPT = 60, 12
 

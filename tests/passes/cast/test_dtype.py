@@ -9,6 +9,8 @@ from graphwright.ir.check.verify import measure
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ContractError
 
+CHAIN = ("conv", [("cast.dtype", {"to": "float16"})])
+
 aten = torch.ops.aten
 
 

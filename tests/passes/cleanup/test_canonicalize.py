@@ -6,6 +6,8 @@ from torch import nn
 import graphwright as gw
 from graphwright.ir.edit import Editor
 
+CHAIN = ("text", [("cleanup.canonicalize", {})])
+
 aten = torch.ops.aten
 
 

@@ -10,6 +10,8 @@ from graphwright.passes.cleanup.eliminate_common_subexpressions import (
     EliminateCommonSubexpressions,
 )
 
+CHAIN = ("text", [("cleanup.eliminate_common_subexpressions", {})])
+
 
 class Repeats(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,8 @@ from graphwright.ir.check.verify import measure
 from graphwright.ir.context import Context
 from graphwright.passes.cleanup.fold_batch_norm import FoldBatchNorm
 
+CHAIN = ("conv", [("cleanup.fold_batch_norm", {})])
+
 aten = torch.ops.aten
 
 

@@ -9,6 +9,8 @@ from graphwright.ir.check.verify import measure
 from graphwright.ir.context import Context
 from graphwright.passes.cleanup.fold_constants import FoldConstants
 
+CHAIN = ("text", [("cleanup.fold_constants", {})])
+
 
 def fold(model: nn.Module, *inputs: torch.Tensor, **options: object) -> gw.Result:
     program = gw.trace(model.eval(), inputs)

@@ -9,6 +9,8 @@ from graphwright.ir.check.verify import measure
 from graphwright.ir.context import Context
 from graphwright.passes.cleanup.merge_linear import MergeLinear
 
+CHAIN = ("text", [("cleanup.merge_linear", {})])
+
 aten = torch.ops.aten
 
 

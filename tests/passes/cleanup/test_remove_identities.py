@@ -10,6 +10,8 @@ import graphwright as gw
 from graphwright.ir.context import Context
 from graphwright.passes.cleanup.remove_identities import RemoveIdentities
 
+CHAIN = ("conv", [("cleanup.remove_identities", {})])
+
 Fn = Callable[[torch.Tensor], torch.Tensor]
 
 

@@ -10,6 +10,8 @@ from graphwright.ir.errors import ArgumentError
 from graphwright.ir.layers.selectors import layers
 from graphwright.ir.program import Program
 
+CHAIN = ("conv", [("quantize.rtn", {"block": 16}), ("compensate.bias_correction", {})])
+
 
 class Net(nn.Module):
     """Convolution and linear layers, one of them without a bias, on inputs that are not centred."""

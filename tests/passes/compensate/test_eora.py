@@ -15,6 +15,8 @@ from graphwright.ir.layers.selectors import layers
 from graphwright.ir.program import Program
 from graphwright.passes.compensate._math.low_rank import eigenspace, split
 
+CHAIN = ("text", [("quantize.rtn", {"block": 16}), ("compensate.eora", {"rank": 2})])
+
 
 def correlated(rows: int, columns: int, seed: int = 0) -> Tensor:
     """Inputs with a few strong directions, as activations have."""

@@ -10,6 +10,8 @@ from graphwright.ir.layers.products import weight_value
 from graphwright.ir.layers.selectors import layers
 from graphwright.ir.program import Program
 
+CHAIN = ("text", [("quantize.rtn", {"block": 16}), ("compensate.svd", {"rank": 2})])
+
 
 def original(tied: bool = False) -> Program:
     torch.manual_seed(0)

@@ -13,6 +13,8 @@ from graphwright.passes.prune.compress import Compress
 from graphwright.passes.prune.magnitude import Magnitude
 from graphwright.passes.quantize.int8 import Int8
 
+CHAIN = ("text", [("prune.magnitude", {"pattern": "2:4"}), ("prune.compress", {})])
+
 
 def halved(**options):
     return Magnitude(pattern="2:4", **options)(mixed())

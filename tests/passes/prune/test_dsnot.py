@@ -11,6 +11,8 @@ from graphwright.passes.prune.magnitude import Magnitude
 from graphwright.passes.prune.sparsegpt import Sparsegpt
 from graphwright.passes.prune.wanda import Wanda
 
+CHAIN = ("text", [("prune.dsnot", {"sparsity": 0.5})])
+
 LAYERS = ("conv", "fc1", "fc2")
 
 

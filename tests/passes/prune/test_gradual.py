@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 from models import digits
+from models.every_pass import TUNE
 from models.masked_nets import images, mixed
 
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError
 from graphwright.passes.prune.gradual import Gradual
 from graphwright.passes.prune.magnitude import Magnitude
+
+CHAIN = ("text", [("prune.gradual", {"sparsity": 0.5, "rounds": 2, "tune": TUNE})])
 
 WEIGHTS = ("conv.weight", "grouped.weight", "fc1.weight", "fc2.weight")
 TUNE = {"steps": 3, "lr": 1e-2, "loss": "mse"}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models.every_pass import TUNE
 from torch import Tensor, nn
 
 import graphwright as gw
@@ -16,6 +17,8 @@ from graphwright.ir.tune import Hook, Moment, TuneOptions, tune
 from graphwright.passes.prune._masks.soft_shrinkage import SoftShrinkage
 from graphwright.passes.prune._math.smallest import below_sampled, count_of, smallest
 from graphwright.passes.prune.issp import Issp
+
+CHAIN = ("text", [("prune.issp", {"sparsity": 0.5, "tune": TUNE})])
 
 # ---- the set
 

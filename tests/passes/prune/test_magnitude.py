@@ -9,6 +9,8 @@ from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.passes.prune.magnitude import Magnitude
 
+CHAIN = ("conv", [("prune.magnitude", {"sparsity": 0.5})])
+
 LAYERS = ("conv", "grouped", "fc1", "fc2")
 
 

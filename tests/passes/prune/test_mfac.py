@@ -18,6 +18,8 @@ from graphwright.passes.prune._math.obs import Structure, Vector, kept_after, su
 from graphwright.passes.prune._units import gradients
 from graphwright.passes.prune._units.gradients import Draws
 
+CHAIN = ("text", [("prune.mfac", {"sparsity": 0.5, "steps": 2, "gradients": 4, "loss": "energy"})])
+
 
 class Net(nn.Module):
     def __init__(self) -> None:

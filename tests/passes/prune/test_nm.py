@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models.every_pass import TUNE
 from torch import Tensor, nn
 
 import graphwright as gw
@@ -27,6 +28,8 @@ from graphwright.passes.prune._masks.nm_mask import nm_mask
 from graphwright.passes.prune._masks.nm_rows import nm_rows
 from graphwright.passes.prune._masks.nm_training import NmTraining, masked
 from graphwright.passes.prune.nm import Nm
+
+CHAIN = ("text", [("prune.nm", {"tune": TUNE})])
 
 # ---- masks
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from models.every_pass import TUNE
 from torch import Tensor, nn
 
 import graphwright as gw
@@ -16,6 +17,8 @@ from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.passes.prune import Otov2
 from graphwright.passes.tune import Finetune
+
+CHAIN = ("conv", [("prune.otov2", {"sparsity": 0.25, "tune": TUNE})])
 
 
 class Net(nn.Module):

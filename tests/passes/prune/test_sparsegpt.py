@@ -13,6 +13,8 @@ from graphwright.passes.prune.magnitude import Magnitude
 from graphwright.passes.prune.sparsegpt import Sparsegpt
 from graphwright.passes.prune.wanda import Wanda
 
+CHAIN = ("text", [("prune.sparsegpt", {"sparsity": 0.5})])
+
 
 def test_a_layer_is_pruned_on_what_pruned_layers_give():
     dense, batches = mixed(), images()

@@ -18,6 +18,8 @@ from graphwright.ir.repair.chains import Chain, find_chain
 from graphwright.ir.repair.closed_form import Channels, candidates, diagonal, nonneg, ridge
 from graphwright.passes.prune import Udfc
 
+CHAIN = ("conv", [("prune.udfc", {"ratio": 0.25, "weight_bits": 8})])
+
 
 def settled(model: nn.Module, seed: int = 0) -> nn.Module:
     """Random norms whose running statistics are those of the noise that the tests feed."""

@@ -10,6 +10,8 @@ from graphwright.ir.errors import ArgumentError
 from graphwright.passes.prune.magnitude import Magnitude
 from graphwright.passes.prune.wanda import Wanda
 
+CHAIN = ("text", [("prune.wanda", {"sparsity": 0.5})])
+
 
 def chain(dims=(16, 12, 8)):
     torch.manual_seed(1)

@@ -18,6 +18,8 @@ from graphwright.ir.layers.selectors import layers
 from graphwright.passes.prune import Zig
 from graphwright.passes.prune._units import group_fisher, scores
 
+CHAIN = ("conv", [("prune.zig", {"sparsity": 0.25})])
+
 
 class Small(nn.Module):
     """Two convolutions, a residual pair, a classifier."""

@@ -13,6 +13,8 @@ from graphwright.ir.layers.selectors import layers
 from graphwright.ir.program import Program
 from graphwright.passes.quantize._math import adaquant
 
+CHAIN = ("text", [("quantize.adaquant", {"iterations": 2})])
+
 
 def settings(**changes: object) -> adaquant.AdaquantSettings:
     values: dict[str, object] = {

@@ -26,6 +26,8 @@ from graphwright.passes.quantize._activations.region import Region, feeds_scores
 from graphwright.passes.quantize._math import awq as awq_math
 from graphwright.passes.quantize.awq import Awq, Choice, apply_factors, spread_batches
 
+CHAIN = ("text", [("quantize.awq", {"block": 16})])
+
 HEADS, WIDTH = 4, 32
 
 

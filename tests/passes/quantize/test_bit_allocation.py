@@ -19,6 +19,8 @@ from graphwright.ir.program import Program
 from graphwright.passes.quantize._low_bit.transplant import transplant
 from graphwright.passes.quantize._math.allocate import allocate
 
+CHAIN = ("text", [("quantize.bit_allocation", {"quantizer": "quantize.rtn"})])
+
 
 def test_the_allocation_is_the_best_of_all() -> None:
     for seed in range(6):

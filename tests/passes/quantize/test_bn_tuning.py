@@ -10,6 +10,11 @@ from graphwright.ir.errors import ModelError
 from graphwright.ir.layers.selectors import layers
 from graphwright.ir.program import Program
 
+CHAIN = (
+    "conv",
+    [("cleanup.fold_batch_norm", {}), ("quantize.rtn", {"block": 16}), ("quantize.bn_tuning", {})],
+)
+
 
 class Net(nn.Module):
     """Two convolutions with a batch norm each, and a classifier without one."""

@@ -17,6 +17,8 @@ from graphwright.ir.layers.selectors import layers
 from graphwright.ir.ops import OPS
 from graphwright.passes.quantize.fp8 import Fp8
 
+CHAIN = ("text", [("quantize.fp8", {})])
+
 GRID = sorted({m * 2.0**-9 for m in range(8)}
               | {(8 + m) * 2.0 ** (e - 10) for e in range(1, 16) for m in range(8)
                  if (e, m) != (15, 7)})  # fmt: skip

@@ -16,6 +16,8 @@ from graphwright.ir.stored import grid
 from graphwright.passes.quantize._math.gptq import GptqSettings, round_matrix
 from graphwright.passes.quantize.gptq import Gptq
 
+CHAIN = ("text", [("quantize.gptq", {"block": 16})])
+
 
 class Net(nn.Module):
     """A table, two linear layers and a grouped convolution."""

@@ -9,6 +9,8 @@ from graphwright.ir.check.verify import measure
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError, GraphwrightError, ModelError
 
+CHAIN = ("conv", [("cleanup.fold_batch_norm", {}), ("quantize.int8", {"activations": "static"})])
+
 ops = torch.ops.graphwright
 aten = torch.ops.aten
 

@@ -17,6 +17,8 @@ from graphwright.ir.errors import ModelError
 from graphwright.ir.ops.table import dequantize_table, levels, pack, unpack
 from graphwright.ir.stored import table as table_math
 
+CHAIN = ("text", [("quantize.nf4", {})])
+
 Nf4 = gw.passes.quantize.Nf4
 
 

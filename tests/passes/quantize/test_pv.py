@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from models.every_pass import TUNE
 from torch import Tensor, nn
 
 import graphwright as gw
@@ -21,6 +22,8 @@ from graphwright.ir.stored.encoders import nearest
 from graphwright.ir.stored.representation import Representation
 from graphwright.passes.base import Result
 from graphwright.passes.quantize._math.pv import Moments, PvHook, PvSettings, Weight
+
+CHAIN = ("text", [("quantize.vptq", {"centroids": 16}), ("quantize.pv", {"tune": TUNE})])
 
 
 class Net(nn.Module):

@@ -16,6 +16,8 @@ from graphwright.ir.layers.products import weight_value
 from graphwright.ir.layers.selectors import layers
 from graphwright.ir.stored.blocks import round_to_nearest
 
+CHAIN = ("text", [("quantize.rtn", {"block": 16})])
+
 Rtn = gw.passes.quantize.Rtn
 ours = torch.ops.graphwright
 

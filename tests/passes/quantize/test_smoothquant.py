@@ -7,6 +7,8 @@ import graphwright as gw
 from graphwright.ir.check.verify import measure
 from graphwright.ir.context import Context
 
+CHAIN = ("text", [("quantize.smoothquant", {})])
+
 Int8, Smoothquant = gw.passes.quantize.Int8, gw.passes.quantize.Smoothquant
 
 

@@ -14,6 +14,8 @@ from graphwright.ir.errors import ModelError
 from graphwright.ir.stored.grid import grid_codes
 from graphwright.passes.quantize import Udfc
 
+CHAIN = ("conv", [("quantize.udfc", {})])
+
 
 class Net(nn.Module):
     """Two convolutions with batch norm, a depthwise one, and linear layers."""

@@ -16,6 +16,8 @@ from graphwright.ir.layers.products import weight_value
 from graphwright.ir.layers.selectors import layers
 from graphwright.ir.ops.codebook import dequantize_codebook
 
+CHAIN = ("text", [("quantize.vptq", {"centroids": 16})])
+
 Vptq = gw.passes.quantize.Vptq
 Batches = list[tuple[Tensor, ...]]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from models.every_pass import TUNE
 from torch import nn
 
 import graphwright as gw
@@ -18,6 +19,8 @@ from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.tune import TuneOptions
 from graphwright.passes.prune.magnitude import Magnitude
 from graphwright.passes.tune.finetune import Finetune
+
+CHAIN = ("conv", [("tune.finetune", {"tune": TUNE})])
 
 
 class DigitsNet(nn.Module):
