@@ -109,7 +109,7 @@ class _Loop:
             options.shuffle,
         )  # fmt: skip
         self.total = total_steps(options, self.feed)
-        chosen = choose(program, names)
+        chosen = choose(program, names, may_be_none=any(hook.own() for hook in hooks))
         about = chosen if masked is None else [name for name in chosen if name in masked]
         self.zeros = zeros_to_keep(program, about, options.keep_zeros)
         recipes = list(hooks)
@@ -149,8 +149,7 @@ class _Loop:
                 "the processes found different states of an earlier run",
                 fix="Let them share one work folder, and start again.",
             )
-        trained = (f"module.{name}" for name in self.working.trained)
-        model = self.processes.wrap(self.working, trained)
+        model = self.processes.wrap(self.working, self.working.trained_names())
         batches = self.feed.batches(self.step * self.options.accumulate)
         while self.step < self.total and not self.stopped:
             self._one_step(model, [next(batches) for _ in range(self.options.accumulate)])

@@ -39,6 +39,13 @@ class Hook:
     What a hook writes, it writes under `torch.no_grad()` and in place.
     """
 
+    def own(self) -> Mapping[str, nn.Parameter]:
+        """Parameters of the recipe's own, trained along with the program's: by names that are not
+        the program's. They are the hook's objects, which it reads when training is over; they are
+        in checkpoints, and have no part in the resulting program.
+        """
+        return {}
+
     def on_graph(self, graph: fx.Graph) -> None:
         """Called once with the graph that is trained, which it may rewrite in place.
 
@@ -48,8 +55,9 @@ class Hook:
     def on_parameters(self, at: Moment, values: Values) -> Values:
         """Values that the forward pass uses instead of the parameters: masked or noisy ones, say.
 
-        Gradients flow through it to the parameters. Evaluations use it too; the result holds the
-        parameters themselves, and the recipe says what becomes of them.
+        Gradients flow through it to the parameters. Other tensors of the program may be given by
+        name too. Evaluations use it too; the result holds the parameters themselves, and the recipe
+        says what becomes of them.
 
         Args:
             at: where the loop stands.
@@ -99,6 +107,9 @@ class Hooks(Hook):
 
     def __init__(self, hooks: Iterable[Hook]) -> None:
         self.hooks = tuple(hooks)
+
+    def own(self) -> Mapping[str, nn.Parameter]:
+        return {name: value for hook in self.hooks for name, value in hook.own().items()}
 
     def on_graph(self, graph: fx.Graph) -> None:
         for hook in self.hooks:

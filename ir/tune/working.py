@@ -45,9 +45,12 @@ class Working(nn.Module):
         graph = _on(training.graph, device)
         hooks.on_graph(graph)
         self.module = fx.GraphModule(state, graph, class_name="Training")
+        self.own = _own(hooks, state, device)
+        for number, parameter in enumerate(self.own.values()):
+            self.register_parameter(f"own_{number}", parameter)
         self.trained = {
             n: p for n, p in state.items() if n in names and isinstance(p, nn.Parameter)
-        }
+        } | self.own
         # in state order: processes put these into one message, and a set's order is their own
         self.moving = {name: tensor for name, tensor in state.items() if name in moving}
         self._eval_graph = _on(self.base.graph, device)
@@ -55,7 +58,7 @@ class Working(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         values = self.values()
-        changed = {n: v for n, v in values.items() if v is not self.trained[n]}
+        changed = {n: v for n, v in values.items() if v is not self.trained.get(n)}
         if changed:
             from torch.func import functional_call
 
@@ -67,10 +70,16 @@ class Working(nn.Module):
         assert self.at is not None  # the loop sets it before it calls
         return dict(self.hooks.on_parameters(self.at, self.trained))
 
+    def trained_names(self) -> Iterator[str]:
+        """Names of what is trained, as this module's own."""
+        numbers = {name: number for number, name in enumerate(self.own)}
+        for name in self.trained:
+            yield f"own_{numbers[name]}" if name in numbers else f"module.{name}"
+
     def in_inference(self) -> Program:
         """A program in inference mode on the live tensors, with the values that hooks make."""
         state = {name: self._state[name] for name in self.base.state}
-        state |= {n: v for n, v in self.values().items() if v is not self.trained[n]}
+        state |= {n: v for n, v in self.values().items() if v is not self.trained.get(n)}
         return self.base.replace(graph=self._eval_graph, state=state)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -87,6 +96,8 @@ class Working(nn.Module):
         """The program with what was trained, on the device it came on."""
         changed: dict[str, Tensor] = {}
         for name, tensor in self.tensors():
+            if name in self.own:
+                continue
             original = self.base.state[name]
             value = tensor.to(original.device, copy=True)
             is_parameter = isinstance(original, nn.Parameter)
@@ -104,8 +115,26 @@ def running_statistics(program: Program) -> set[str]:
     return found
 
 
-def choose(program: Program, names: Collection[str] | None) -> tuple[str, ...]:
+def _own(hooks: Hooks, state: dict[str, Tensor], device: torch.device) -> dict[str, nn.Parameter]:
+    """The recipes' own parameters, on the device."""
+    own = dict(hooks.own())
+    twice = [name for name in own if name in state]
+    if twice:
+        raise ValueError(f"a recipe's parameter has the name of the program's own {twice[0]}")
+    for parameter in own.values():
+        parameter.data = parameter.data.to(device)
+    return own
+
+
+def choose(
+    program: Program, names: Collection[str] | None, *, may_be_none: bool = False
+) -> tuple[str, ...]:
     """The parameters to train, in state order: of `names`, or all; only those that are trainable.
+
+    Args:
+        program: what they are of.
+        names: which; all when None.
+        may_be_none: there may be none, for a recipe that trains parameters of its own.
 
     Raises:
         ModelError: there is none, one of `names` is not trainable, or one is in float16.
@@ -116,7 +145,7 @@ def choose(program: Program, names: Collection[str] | None) -> tuple[str, ...]:
             what = "frozen" if name in program.state else "not in the program"
             raise ModelError(f"parameter {name!r} cannot be trained: it is {what}")
     chosen = tuple(name for name in trainable if names is None or name in names)
-    if not chosen:
+    if not chosen and not may_be_none:
         raise ModelError("the program has no trainable parameter")
     for name in chosen:
         if trainable[name].dtype == torch.float16:

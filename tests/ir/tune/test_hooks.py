@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,3 +165,63 @@ def test_a_recipe_brings_its_own_optimizer(program: gw.Program, data: Data) -> N
     )  # fmt: skip
     moved = (tuned.program.state["fc.weight"] - program.state["fc.weight"]).abs()
     assert moved.max().item() == pytest.approx(0.25, abs=1e-6)
+
+
+class Factored(Hook):
+    """The classifier's weight is a product of two factors, which alone are trained."""
+
+    def __init__(self, rank: int = 2) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.left = torch.nn.Parameter(torch.randn(3, rank, generator=generator))
+        self.right = torch.nn.Parameter(torch.randn(rank, 64, generator=generator) / 8)
+
+    def own(self):
+        return {"recipe.left": self.left, "recipe.right": self.right}
+
+    def on_parameters(self, at, values):
+        return {**values, "fc.weight": values["recipe.left"] @ values["recipe.right"]}
+
+
+def test_a_recipe_trains_parameters_of_its_own(program: gw.Program, data: Data) -> None:
+    """Against a loop; the program's own parameters come back in their bytes."""
+    options = TuneOptions(epochs=2, optimizer="sgd", lr=0.1, shuffle=False, schedule="constant")
+    hook, other = Factored(), Factored()
+    tuned = tune(program, data(8), options, Context(), hooks=[hook], names=())
+    model = lab.fresh().train()
+    optimizer = torch.optim.SGD([other.left, other.right], lr=0.1, momentum=0.9)
+    x, labels = lab.images()
+    for _ in range(2):
+        for rows in torch.arange(48).split(8):
+            optimizer.zero_grad()
+            h = torch.relu(model.norm(model.conv(x[rows]))).flatten(1)
+            F.cross_entropy(
+                F.linear(h, other.left @ other.right, model.fc.bias), labels[rows]
+            ).backward()
+            optimizer.step()
+    torch.testing.assert_close(hook.left, other.left, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(hook.right, other.right, rtol=1e-5, atol=1e-6)
+    assert set(tuned.program.state) == set(program.state)
+    for name in program.trainable():
+        assert torch.equal(tuned.program.state[name], program.state[name])
+
+
+def test_a_recipes_own_parameters_survive_a_kill(
+    program: gw.Program, data: Data, tmp_path: Path
+) -> None:
+    """The state of step 4 is loaded into a new hook, which ends where an unbroken run does."""
+    options = TuneOptions(steps=8, lr=0.05)
+    straight = Factored()
+    tune(program, data(8), options, Context(), hooks=[straight], names=())
+
+    class Killed(Factored):
+        def after_step(self, at) -> None:
+            if at.step == 5:
+                raise KeyboardInterrupt
+
+    Killed.__qualname__ = Factored.__qualname__
+    context = Context(work=tmp_path, checkpoint_seconds=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        tune(program, data(8), options, context, hooks=[Killed()], names=())
+    resumed = Factored()
+    tune(program, data(8), options, context, hooks=[resumed], names=())
+    assert torch.equal(resumed.left, straight.left)
