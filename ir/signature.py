@@ -149,6 +149,24 @@ def rebuild(structure: Any, leaves: Sequence[Any]) -> Any:
     return items if kind == "dict" else Outputs({k: v for k, v in items.items() if v is not None})
 
 
+def leaf_of(structure: Any, outputs: Any, index: int) -> Any:
+    """The leaf with a number of the flat tuple, out of the model's own output."""
+    ((kind, body),) = structure.items()
+    if kind == "leaf":
+        return outputs if body == index else None
+    if kind == "value":
+        return None
+    items = body.items() if isinstance(body, dict) else enumerate(body)
+    for key, part in items:
+        try:
+            inner = outputs[key]
+        except KeyError:  # a record leaves out what is None
+            continue
+        if (found := leaf_of(part, inner, index)) is not None:
+            return found
+    return None
+
+
 def leaf_names(structure: Any, prefix: str = "") -> Iterator[tuple[int, str]]:
     """(leaf index, readable name) for every leaf: `logits`, `hidden_states_0`, `output`."""
     ((kind, body),) = structure.items()

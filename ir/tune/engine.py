@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -205,10 +206,12 @@ class _Loop:
         torch.manual_seed(self._seed("dropout", at.step, at.micro, self.processes.rank))
         self.working.at = at
         try:
+            runs = [batch, *self.hooks.also_run(at, batch)]
             with self._precision():
-                flat = model(*(batch[spec.name] for spec in signature.inputs))
-            loss = self.loss(flat, batch)
-            loss = self.hooks.on_loss(at, loss, rebuild(signature.structure, flat), batch)
+                found = model(*(tuple(run[s.name] for s in signature.inputs) for run in runs))
+            loss = self.loss(found[0], batch)
+            outputs, *also = (rebuild(signature.structure, flat) for flat in found)
+            loss = self.hooks.on_loss(replace(at, also=tuple(also)), loss, outputs, batch)
             self.hooks.before_backward(at, loss)
             self.processes.accelerator.backward(loss / self.options.accumulate)
         except RuntimeError as error:
@@ -231,7 +234,7 @@ class _Loop:
             return
         if self.step % self.evaluate_every and self.step < self.total:
             return
-        self.working.at = self._moment(0)
+        self.working.at = replace(self._moment(0), is_training=False)
         averaged = contextlib.nullcontext() if self.average is None else self.average.in_place()
         with torch.no_grad(), averaged:
             value = self.processes.from_main(float(self.evaluate(self.working.in_inference())))

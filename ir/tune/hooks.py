@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ class Moment:
         micro: batch within the step, counted from 0; the last is `accumulate` - 1.
         parameters: the live parameters in training, by name.
         optimizer: the live optimizer.
+        is_training: whether the values are for a training step; else for an evaluation.
+        also: outputs on the batches that the hook asked for (`also_run`), in the model's own
+            structure; there in `on_loss`.
     """
 
     step: int
@@ -29,12 +32,15 @@ class Moment:
     micro: int
     parameters: Mapping[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
+    is_training: bool = True
+    also: tuple[Any, ...] = ()
 
 
 class Hook:
     """Does nothing; a recipe overrides what it needs. Several are called in the order given.
 
-    In every batch: `on_parameters`, forward pass, `on_loss`, `before_backward`, `after_backward`.
+    In every batch: `also_run`, `on_parameters` and a forward pass (for the batch, and once more for
+    every other one that is asked for), `on_loss`, `before_backward`, `after_backward`.
     After the last batch of a step: clipping, `before_step`, the optimizer's step, `after_step`.
     What a hook writes, it writes under `torch.no_grad()` and in place.
     """
@@ -64,6 +70,22 @@ class Hook:
             values: parameters by name, or what the hook before made of them; not to be changed.
         """
         return values
+
+    def also_run(self, at: Moment, batch: Values) -> Sequence[Values]:
+        """Further batches that the program runs on in this step: the same once more (dropout and
+        `on_parameters` draw anew), or inputs made from it.
+
+        `on_loss` finds the outputs in `at.also`, and gradients flow through all of them. The loss
+        that it is given is that of `batch` alone.
+
+        Args:
+            at: where the loop stands.
+            batch: inputs by name, and `labels` if there are any.
+
+        Returns:
+            Inputs by name, one mapping for every further run.
+        """
+        return ()
 
     def on_loss(self, at: Moment, loss: Tensor, outputs: Any, batch: Values) -> Tensor:
         """The loss to minimize; by default the scalar it is given.
@@ -107,6 +129,7 @@ class Hooks(Hook):
 
     def __init__(self, hooks: Iterable[Hook]) -> None:
         self.hooks = tuple(hooks)
+        self._asked = [0] * len(self.hooks)
 
     def own(self) -> Mapping[str, nn.Parameter]:
         return {name: value for hook in self.hooks for name, value in hook.own().items()}
@@ -120,9 +143,16 @@ class Hooks(Hook):
             values = hook.on_parameters(at, values)
         return values
 
+    def also_run(self, at: Moment, batch: Values) -> list[Values]:
+        asked = [list(hook.also_run(at, batch)) for hook in self.hooks]
+        self._asked = [len(batches) for batches in asked]
+        return [more for batches in asked for more in batches]
+
     def on_loss(self, at: Moment, loss: Tensor, outputs: Any, batch: Values) -> Tensor:
-        for hook in self.hooks:
-            loss = hook.on_loss(at, loss, outputs, batch)
+        start = 0
+        for hook, count in zip(self.hooks, self._asked, strict=True):
+            own = replace(at, also=at.also[start : start + count])
+            loss, start = hook.on_loss(own, loss, outputs, batch), start + count
         return loss
 
     def before_backward(self, at: Moment, loss: Tensor) -> None:

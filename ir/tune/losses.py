@@ -14,7 +14,7 @@ from graphwright.ir.causes import innermost
 from graphwright.ir.data.batches import Batches
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.program import Program
-from graphwright.ir.signature import Signature, leaf_names, rebuild
+from graphwright.ir.signature import Signature, leaf_names, leaf_of, rebuild
 
 IGNORED_LABEL = -100
 """Label of positions that do not count, as in torch's cross entropy."""
@@ -69,6 +69,12 @@ def main_output(signature: Signature) -> int:
         raise ArgumentError("the model has no floating-point output to train on")
     named = [index for index, name in leaf_names(signature.structure) if name == "logits"]
     return next((index for index in named if index in floats), floats[0])
+
+
+def main_of(signature: Signature, outputs: Any) -> Tensor:
+    """The output that losses look at, out of outputs in the model's own structure."""
+    found: Tensor = leaf_of(signature.structure, outputs, main_output(signature))
+    return found
 
 
 def cross_entropy(logits: Tensor, batch: Mapping[str, Tensor], smoothing: float = 0.0) -> Tensor:

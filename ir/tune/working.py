@@ -18,7 +18,9 @@ from graphwright.ir.tune.hooks import Hooks, Moment
 
 
 class Working(nn.Module):
-    """A program in training: call it with one tensor per input for the flat outputs.
+    """A program in training: call it with batches, one tensor per input in each, for the flat
+    outputs on each of them. All runs of a step are one call, because a wrapper that averages
+    gradients over processes takes what a call did not use for unused.
 
     Attributes:
         base: the program it began with, in inference mode.
@@ -56,7 +58,10 @@ class Working(nn.Module):
         self._eval_graph = _on(self.base.graph, device)
         self._state = state
 
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, *batches: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], ...]:
+        return tuple(self._run(inputs) for inputs in batches)
+
+    def _run(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         values = self.values()
         changed = {n: v for n, v in values.items() if v is not self.trained.get(n)}
         if changed:

@@ -32,6 +32,10 @@ class Log(Hook):
         self._note(at, "on_parameters")
         return values
 
+    def also_run(self, at, batch):
+        self._note(at, "also_run")
+        return ()
+
     def on_loss(self, at, loss, outputs, batch):
         self._note(at, "on_loss")
         return loss
@@ -53,7 +57,7 @@ def test_every_point_is_called_in_order(program: gw.Program, data: Data) -> None
     log: list[str] = []
     options = TuneOptions(steps=1, accumulate=2)
     tune(program, data(8), options, Context(), hooks=[Log("a", log), Log("b", log)])
-    batch = ["on_parameters", "on_loss", "before_backward", "after_backward"]
+    batch = ["also_run", "on_parameters", "on_loss", "before_backward", "after_backward"]
     expected = [f"0.{micro} {n} {what}" for micro in (0, 1) for what in batch for n in "ab"]
     expected += [f"0.1 {n} {what}" for what in ("before_step", "after_step") for n in "ab"]
     assert log == expected
@@ -225,3 +229,52 @@ def test_a_recipes_own_parameters_survive_a_kill(
     resumed = Factored()
     tune(program, data(8), options, context, hooks=[resumed], names=())
     assert torch.equal(resumed.left, straight.left)
+
+
+def test_every_hook_gets_the_outputs_of_the_runs_that_it_asked_for(
+    program: gw.Program, data: Data
+) -> None:
+    """Gradients flow through all runs: against the sum of their losses by hand."""
+
+    class Twice(Hook):
+        """Half the loss of the batch, and a quarter of that of every other run."""
+
+        def __init__(self, factors: tuple[float, ...]) -> None:
+            self.factors, self.seen = factors, []
+
+        def also_run(self, at, batch):
+            return [{"x": batch["x"] * factor} for factor in self.factors]
+
+        def on_loss(self, at, loss, outputs, batch):
+            assert not at.also or at.is_training
+            self.seen.append(len(at.also))
+            return loss + sum(F.cross_entropy(o, batch["labels"]) for o in at.also)
+
+    hooks = [Twice((0.5,)), Hook(), Twice((0.25, 2.0))]
+    options = TuneOptions(steps=1, optimizer="sgd", lr=0.1, momentum=0.0, shuffle=False)
+    tuned = tune(program, data(8), options, Context(), hooks=hooks)
+    assert [hook.seen for hook in hooks if isinstance(hook, Twice)] == [[1], [2]]
+    model = lab.fresh().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, labels = lab.images()
+    total = sum(F.cross_entropy(model(x[:8] * f), labels[:8]) for f in (1.0, 0.5, 0.25, 2.0))
+    total.backward()
+    optimizer.step()
+    for name, tensor in tuned.program.state.items():
+        torch.testing.assert_close(tensor, model.state_dict()[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_second_run_of_the_same_batch_draws_anew(data: Data) -> None:
+    program = lab.traced(lab.fresh(dropout=0.5), 4, 1, 4, 4)
+
+    class Again(Hook):
+        def also_run(self, at, batch):
+            return [batch]
+
+        def on_loss(self, at, loss, outputs, batch):
+            self.gap = float((outputs - at.also[0]).detach().abs().max())
+            return loss
+
+    again = Again()
+    tune(program, data(8), TuneOptions(steps=1), Context(), hooks=[again])
+    assert again.gap > 0.01
