@@ -12,6 +12,7 @@ from graphwright.backends.triton.activations import (
     GatedActivation,
     spelled_activations,
 )
+from graphwright.backends.triton.adapted import Adapted
 from graphwright.backends.triton.experts import ExpertBlocks, ExpertsLowRankBeside
 from graphwright.backends.triton.low_bit import (
     LowBitActivation,
@@ -54,6 +55,7 @@ def rewrites() -> list[Rewrite]:
         LowRankBeside(),
         Int8Linear(),
         Linear24(),
+        Adapted(),
         GatedActivation(),
         LowBitSum(),
         LowBitActivation(),

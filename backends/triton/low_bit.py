@@ -20,6 +20,7 @@ from graphwright.backends.triton.values import same_kind
 from graphwright.ir.edit import Editor
 from graphwright.ir.graph.constants import constant_value, depends_on_input
 from graphwright.ir.graph.nodes import full_arguments
+from graphwright.ir.ops.adapted_linear import adapted_linear
 from graphwright.ir.ops.blocks import dequantize_blocks
 from graphwright.ir.ops.blocks_linear import blocks_linear
 from graphwright.ir.ops.codebook_linear import codebook_linear
@@ -32,10 +33,11 @@ from graphwright.ir.stored.read import PRODUCTS, Form, form_of, is_call, plain, 
 
 aten = torch.ops.aten
 
-LINEARS = (blocks_linear, table_linear, codebook_linear)
-ADDED = {blocks_linear: 7, table_linear: 6, codebook_linear: 6}
-"""Position of the argument `added`; the last argument of all three is the activation."""
-BIAS = {blocks_linear: 4, table_linear: 3, codebook_linear: 3}
+LINEARS = (blocks_linear, table_linear, codebook_linear, adapted_linear)
+ADDED = {blocks_linear: 7, table_linear: 6, codebook_linear: 6, adapted_linear: 5}
+"""Position of the argument `added`, behind `low` and `b`; the last argument of all is the
+activation."""
+BIAS = {blocks_linear: 4, table_linear: 3, codebook_linear: 3, adapted_linear: 2}
 
 
 class LowBitLinear(Rewrite):
@@ -227,7 +229,7 @@ class LowRankBeside(Rewrite):
 
 
 def _is_open(node: Any) -> bool:
-    """Whether a call is a low-bit product whose epilogue can take more in."""
+    """Whether a call is a product with an epilogue of ours that can take more in."""
     return is_call(node, *LINEARS) and node.args[-1] == "none" and len(node.users) == 1
 
 
@@ -238,7 +240,7 @@ class LowBitActivation(Rewrite):
 
     def condition(self, match: Match, editor: Editor) -> str | None:
         inner = match.root.args[0]
-        return None if _is_open(inner) else "its input is no product of a compressed weight"
+        return None if _is_open(inner) else "its input is no product with an epilogue of ours"
 
     def replacement(self, match: Match, editor: Editor) -> fx.Node:
         inner = match.root.args[0]

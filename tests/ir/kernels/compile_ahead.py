@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 
 from graphwright.ir.kernels import (
     activation,
+    adapted_linear,
     blocks,
     codebook,
     codebook_linear,
@@ -38,6 +39,7 @@ from graphwright.ir.kernels import (
     low_rank,
     norm,
     quantize,
+    routed_low_rank,
     table,
 )  # sets triton's environment
 from graphwright.ir.ops.table import NF4
@@ -179,6 +181,7 @@ def cases() -> Iterator[Case]:
     yield from lookup_cases()
     yield from dot_cases()
     yield from tile_cases()
+    yield from adapter_cases()
 
 
 def lookup_cases() -> Iterator[Case]:
@@ -293,6 +296,39 @@ def tile_cases() -> Iterator[Case]:
         yield tile_case("blocks", tokens, bits, split, dtype)
     for tokens, split in [(16, 4), (128, 1)]:
         yield tile_case("table", tokens, 4, split, "bf16")
+
+
+def adapter_cases() -> Iterator[Case]:
+    """A float layer with an adapter, and a batch with an adapter for every sample."""
+    for tokens, split, dtype in [(16, 4, "bf16"), (128, 1, "fp16"), (256, 1, "bf16")]:
+        tiles = adapted_linear.tiles_for(tokens)
+        yield Case(
+            f"adapted_gemm-{tokens}-{dtype}",
+            adapted_linear.gemm_kernel,
+            rest(dtype) | floats(dtype, "weight")
+            | sizes("m", "n", "k", "rank", "x_stride", "weight_stride"),
+            REST | {"COMPUTE": tl.float16 if dtype == "fp16" else tl.bfloat16}
+            | {"PRECISION": "tf32", "SPLIT": split, "GROUP": 8}
+            | {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k},
+            warps=tiles.warps,
+            stages=tiles.stages,
+        )  # fmt: skip
+    for tokens, rank in [(1, 16), (128, 64)]:
+        count, ranks = routed_low_rank.tiles_for(tokens, rank)
+        same = {"COMPUTE": tl.bfloat16, "PRECISION": "tf32", "TOKENS": count, "RANKS": ranks}
+        common = {"which": "*i64", "low": "*fp32"} | sizes("tokens", "rank", "adapters")
+        yield Case(
+            f"to_rank-{tokens}-{rank}-bf16",
+            routed_low_rank.to_rank_kernel,
+            floats("bf16", "x", "a") | common | sizes("k"),
+            same | {"BLOCK_K": routed_low_rank.BLOCK_K},
+        )
+        yield Case(
+            f"from_rank-{tokens}-{rank}-bf16",
+            routed_low_rank.from_rank_kernel,
+            floats("bf16", "b", "added", "y") | common | sizes("n"),
+            same | {"BLOCK_N": routed_low_rank.BLOCK_N},
+        )
 
 
 def tile_case(form: str, tokens: int, bits: int, split: int, dtype: str) -> Case:
