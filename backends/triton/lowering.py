@@ -9,6 +9,7 @@ import torch
 from graphwright.backends.base import Backend
 from graphwright.backends.triton.compiled import FILE, FusedModule, load
 from graphwright.backends.triton.fuse import BY, fuse
+from graphwright.backends.triton.settled import settled
 from graphwright.ir.check.promise import Promise
 from graphwright.ir.check.verify import check_contract
 from graphwright.ir.context import Context
@@ -46,7 +47,7 @@ class Lowering(Backend):
             LoweringError: the fused program computes something else; names the first node.
         """
         program = arranged(program)  # one program, one file, whatever it went through
-        fused = fuse(program)
+        fused = fuse(settled(program, BY))
         others = other_size_inputs(program, context.seed)
         try:
             check_contract(program, fused, Promise(BY, "exact"), others=others)

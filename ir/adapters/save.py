@@ -11,6 +11,7 @@ from torch import Tensor
 
 from graphwright.ir.adapters.peft_files import write_peft
 from graphwright.ir.adapters.record import Adapter, adapters, find_adapter
+from graphwright.ir.adapters.slices import SLOTS, spread, spread_factors
 from graphwright.ir.errors import ModelError
 from graphwright.ir.layers.kinds import TURNED
 from graphwright.ir.layers.products import weight_node, weight_value
@@ -130,6 +131,8 @@ def low_rank(
     if not {"lora_a", "lora_b"} <= set(parts):
         raise ModelError(f"there is no low-rank form of {adapter.kind} beside {layer.name!r}")
     a, b = parts["lora_a"], parts["lora_b"]
+    if SLOTS in parts:
+        b = spread(b, parts[SLOTS])
     if "core" in parts:
         a = (parts["core"] @ a.flatten(1)).reshape(a.shape)
     return a, b, scale
@@ -204,6 +207,7 @@ def _factors(layer: Layer, parts: Parts) -> Tensor:
     """IA3's factors in PEFT's shapes: (out, 1) or (1, in), with a convolution (1, channels, 1)."""
     is_inner = "ia3_in" in parts
     factors = parts["ia3_in" if is_inner else "ia3_out"]
+    factors = spread_factors(factors, parts[SLOTS]) if SLOTS in parts else factors
     if layer.kind.startswith("conv"):
         spatial = int(layer.kind[4])
         return factors.reshape(1, -1, *(1,) * spatial)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from graphwright.ir.adapters.branch import Branch
 from graphwright.ir.adapters.merging import Adapted, Merged
 from graphwright.ir.adapters.record import Adapter
+from graphwright.ir.adapters.slices import SLOTS
 from graphwright.ir.errors import ModelError
 from graphwright.ir.graph.constants import constant_value
 from graphwright.ir.layers.kinds import MATRICES, TURNED
@@ -18,13 +20,21 @@ from graphwright.ir.layers.products import weight_node
 from graphwright.ir.layers.selectors import Layer, layers
 from graphwright.ir.program import Program
 from graphwright.ir.tune.hooks import Hook, Moment, Values
-from graphwright.passes.adapt._form.adapter import AdapterOptions, AdapterPass
+from graphwright.passes.adapt._form.adapter import AdapterPass
 from graphwright.passes.adapt._form.low_rank import add_low_rank, kaiming, matrix_shape, with_change
+from graphwright.passes.adapt._form.slices import (
+    SlicedOptions,
+    add_sliced,
+    check_rank,
+    find_slices,
+    slices_of,
+)
+from graphwright.passes.base import Context
 
 Count = Annotated[int, Field(ge=1)]
 
 
-class PegoOptions(AdapterOptions):
+class PegoOptions(SlicedOptions):
     """Options of adapt.pego."""
 
     rank: Count = 4
@@ -43,8 +53,9 @@ class Pego(AdapterPass[PegoOptions]):
 
     The penalty sums |W (b_i a_i)^T| over all entries (what the model knows is preserved) and
     |b_i a_i (b_j a_j)^T| over all pairs (the changes learn different things). The paper adapts
-    the projections of queries and values; they are named by `targets`. The changes run and merge
-    as one of rank count * rank.
+    the projections of queries and values: they are named by `targets`, or as `outputs: [q, v]` of a
+    fused projection, each with its own changes and its own rows of W. The changes run and merge as
+    one.
 
     Source: Hu et al. 2024, "Learn to Preserve and Diversify", equations 4 to 6.
     """
@@ -55,11 +66,32 @@ class Pego(AdapterPass[PegoOptions]):
     def attach(self, branch: Branch, layer: Layer, generator: torch.Generator) -> str:
         rank, count = self.options.rank, self.options.count
         out, columns = matrix_shape(layer)
+        if self.options.outputs:
+            return self._attach_slices(branch, layer, generator)
         a = torch.cat([kaiming((rank, columns), generator) for _ in range(count)])
         stored_a = branch.parameter("lora_a", a)
         stored_b = branch.parameter("lora_b", torch.zeros(out, rank * count))
         add_low_rank(branch, layer, stored_a, stored_b, 1.0)
         return f"{count} changes of rank {rank}"
+
+    def _attach_slices(self, branch: Branch, layer: Layer, generator: torch.Generator) -> str:
+        """A group of changes for every slice of the outputs; all run as one."""
+        rank, count = self.options.rank, self.options.count
+        slices = slices_of(branch, layer)
+        if not slices:
+            return "has none of the outputs"
+        check_rank(layer, slices, rank * count)
+        columns, groups = matrix_shape(layer)[1], len(slices)
+        a = torch.cat([kaiming((rank, columns), generator) for _ in range(groups * count)])
+        rows = torch.zeros(sum(map(len, slices)), rank * count)
+        add_sliced(branch, layer, slices, a, rows, 1.0)
+        return f"{groups} slices with {count} changes of rank {rank}"
+
+    def prepare(
+        self, program: Program, chosen: Sequence[Layer], context: Context
+    ) -> dict[str, list[Tensor]]:
+        """The slices of outputs that are changed, by layer."""
+        return find_slices(program, chosen, self.options.outputs, self.id)
 
     def refusal(self, layer: Layer) -> str:
         if self.options.rank * self.options.count > min(matrix_shape(layer)):
@@ -84,7 +116,7 @@ class Apart(Hook):
     def __init__(self, program: Program, adapter: Adapter) -> None:
         self.factor = float(adapter.options["weight"])
         self.count = int(adapter.options["count"])
-        self.layers: list[tuple[Tensor, str, str]] = []
+        self.layers: list[tuple[Tensor, str, str, Tensor | None]] = []
         seen: set[str] = set()
         for layer in layers(program, MATRICES):
             parts = adapter.layers.get(layer.name)
@@ -93,14 +125,23 @@ class Apart(Hook):
             seen.add(layer.name)
             matrix = constant_value(program, weight_node(layer)).float()
             matrix = matrix.t() if layer.kind in TURNED else matrix
-            self.layers.append((matrix, parts["lora_a"], parts["lora_b"]))
+            slots = program.state[parts[SLOTS]] if SLOTS in parts else None
+            self.layers.append((matrix, parts["lora_a"], parts["lora_b"], slots))
 
     def on_loss(self, at: Moment, loss: Tensor, outputs: Any, batch: Values) -> Tensor:
         total = loss.new_zeros((), dtype=torch.float32)
-        for matrix, a, b in self.layers:
-            if a in at.parameters:
-                left, right = at.parameters[b].float(), at.parameters[a].float()
-                total = total + penalty(matrix.to(left.device), right, left, self.count)
+        for matrix, a, b, slots in self.layers:
+            if a not in at.parameters:
+                continue
+            left, right = at.parameters[b].float(), at.parameters[a].float()
+            weight = matrix.to(left.device)
+            if slots is None:
+                total = total + penalty(weight, right, left, self.count)
+                continue
+            for own, slot in zip(right.chunk(slots.shape[1]), slots.unbind(1), strict=True):
+                channels = (slot < len(left)).nonzero().flatten()
+                rows = left[slot[channels].to(left.device)]
+                total = total + penalty(weight[channels.to(left.device)], own, rows, self.count)
         return loss + self.factor * total
 
 

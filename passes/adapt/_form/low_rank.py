@@ -13,6 +13,7 @@ from typing_extensions import TypeVar
 
 from graphwright.ir.adapters.branch import Branch
 from graphwright.ir.adapters.merging import Adapted, Merged
+from graphwright.ir.adapters.slices import SLOTS, spread
 from graphwright.ir.errors import ModelError
 from graphwright.ir.layers.kinds import CONVOLUTIONS, INPUT_ARGUMENT, TURNED
 from graphwright.ir.layers.selectors import Layer
@@ -183,7 +184,9 @@ def change(layer: Adapted, a: Tensor, b: Tensor) -> Tensor:
 
 def with_change(layer: Adapted) -> Merged:
     """The layer's weight with s b a added, and its bias."""
-    delta = change(layer, layer.parts["lora_a"], layer.parts["lora_b"])
+    b = layer.parts["lora_b"]
+    b = spread(b, layer.parts[SLOTS]) if SLOTS in layer.parts else b
+    delta = change(layer, layer.parts["lora_a"], b)
     return layer.weight + layer.scale * delta, layer.bias
 
 
