@@ -20,7 +20,9 @@ EVERY_DTYPE = ("float64", "float32", "float16", "bfloat16")
 """Floating-point dtypes; what a pass or a backend computes in where it does not say."""
 
 
-_WORDS = {"len": len, "int": int, "abs": abs, "all": all, "any": any}
+_WORDS = {
+    "len": len, "int": int, "abs": abs, "all": all, "any": any, "bool": bool, "zip": zip,
+}  # fmt: skip
 
 
 class Rule(NamedTuple):
@@ -103,9 +105,11 @@ class Options(BaseModel):
     def __get_pydantic_json_schema__(
         cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        """The schema of every option under all its names (`also`)."""
+        """The schema of every option under all its names (`also`), and the rules between them."""
         made = handler(core_schema)
         whole = handler.resolve_ref_schema(made)
+        if rules := [rule._asdict() for rule in cls.all_rules()]:
+            whole["x-graphwright"] = {"rules": rules}
         properties, twice = whole.get("properties", {}), []
         for name, field in cls.model_fields.items():
             choices = getattr(field.validation_alias, "choices", [])

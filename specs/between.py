@@ -21,48 +21,71 @@ def between_findings(root: Node, schema: Schema, sound: Callable[..., bool]) -> 
             if name not in schema.definitions or not sound(section, index):
                 continue
             written = (node.entries[0].node.plain() if node.entries else None) or {}
-            for at, message, suggestion in _faults(name, written, schema):
-                place = (name, at) if at in written else ()
-                yield Finding((section, index, *place), message, suggestion)
+            for at, message, suggestion in _faults(name, written, {}, schema):
+                place = at if at[-1] in _below(written, at[:-1]) else at[:-1]
+                path = (section, index, name, *place) if place else (section, index)
+                yield Finding(path, message, suggestion)
 
 
-def _faults(name: str, written: dict[str, Any], schema: Schema) -> Iterator[tuple[str, str, str]]:
-    """(option, what is wrong, what to write instead) for every rule that is not kept."""
+_Fault = tuple[tuple[str, ...], str, str]
+"""Path of an option below those of its pass, what is wrong, and what to write instead."""
+
+
+def _faults(
+    name: str, written: dict[str, Any], preset: dict[str, Any], schema: Schema
+) -> Iterator[_Fault]:
+    """Every rule that is not kept by options, and by options inside these.
+
+    Args:
+        name: of the definition in the schema that has the rules.
+        written: what the spec says.
+        preset: what takes the place of the definition's own defaults.
+    """
     twice = schema.definitions[name].get("allOf", ())
     own = {other: option for option, other in (part["not"]["required"] for part in twice)}
     written = {own.get(option, option): value for option, value in written.items()}
     defaults = schema.defaults(name)
-    values = {**dict.fromkeys(schema.options(name)), **defaults, **written}
-    for option, default in defaults.items():
-        if isinstance(default, dict) and isinstance(written.get(option), dict):
-            values[option] = {**default, **written[option]}
-    given = {option for option, value in written.items() if value != defaults.get(option)}
+    values = {**dict.fromkeys(schema.options(name)), **defaults, **preset, **written}
+    for option, part in schema.options(name).items():
+        if isinstance(written.get(option), dict) and "$ref" in part:
+            inside = part["$ref"].removeprefix("#/$defs/")
+            start = part.get("default", {})
+            values[option] = {**start, **written[option]}
+            for at, message, instead in _faults(inside, written[option], start, schema):
+                yield (option, *at), message, instead
+    given = {option for option, value in values.items() if value != defaults.get(option)}
     said: set[str] = set()
     for fact in schema.definitions[name].get("x-graphwright", {}).get("rules", ()):
         rule = Rule(**fact)
         if rule.at not in said and not rule.is_kept(values, given):
             said.add(rule.at)  # the first of an option's rules; the others mostly follow from it
-            yield rule.at, rule.said(values), ""
+            yield (rule.at,), rule.said(values), ""
     if values.get("quantizer") is not None:
         yield from _inside(values, schema)
 
 
-def _inside(values: dict[str, Any], schema: Schema) -> Iterator[tuple[str, str, str]]:
+def _below(written: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    for option in path:
+        written = written[option]
+    return written
+
+
+def _inside(values: dict[str, Any], schema: Schema) -> Iterator[_Fault]:
     """A pass that another one runs has to be there, and to take what it is given."""
     inside = values["quantizer"]
     if schema.facts(inside) is None:
         meant = nearest(inside, schema.names("pass"))
-        yield "quantizer", f"no pass named {inside!r}", meant or ""
+        yield ("quantizer",), f"no pass named {inside!r}", meant or ""
         return
     known = schema.options(inside)
     if not {"bits", "targets"} <= set(known):
         message = f"{inside} has no options `bits` and `targets`; use quantize.adaquant, "
-        yield "quantizer", f"{message}quantize.gptq or quantize.rtn", ""
+        yield ("quantizer",), f"{message}quantize.gptq or quantize.rtn", ""
     elif values.get("activations") and "activation_bits" not in known:
         message = f"{inside} quantizes no inputs; leave `activations` out"
-        yield "activations", f"{message}, or use quantize.adaquant", ""
+        yield ("activations",), f"{message}, or use quantize.adaquant", ""
     for option in values.get("options") or {}:
         if option not in known:
             meant = nearest(option, list(known))
             more = f"; did you mean {meant!r}?" if meant else ""
-            yield "options", f"{inside} has no option {option!r}{more}", ""
+            yield ("options",), f"{inside} has no option {option!r}{more}", ""

@@ -89,8 +89,7 @@ def _define(name: str, cls: Any, facts: dict[str, Any], summary: str) -> dict[st
     schema = tidy(cls.Options.model_json_schema(ref_template=f"#/$defs/{name}.{{model}}"))
     nested = {f"{name}.{key}": value for key, value in schema.pop("$defs", {}).items()}
     schema.setdefault("properties", {})
-    if rules := [rule._asdict() for rule in cls.Options.all_rules()]:
-        facts = {**facts, "rules": rules}
+    facts = {**facts, **schema.pop("x-graphwright", {})}
     if set(cls.Options.__pydantic_decorators__.model_validators) - {"_keep_rules"}:
         facts = {**facts, "coded_rules": True}  # further ones, which only the model itself can tell
     schema |= {"title": name, "description": summary, "x-graphwright": facts}

@@ -13,7 +13,7 @@ left without codes of its own only moved some, and the program rounds to the sam
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import permutations
@@ -26,14 +26,19 @@ from torch import Tensor, fx
 from graphwright.backends.onnxruntime.check import Case, Differs
 from graphwright.backends.onnxruntime.optimized import OptimizedGraph
 from graphwright.backends.onnxruntime.runtime import SessionSettings
-from graphwright.ir.check.precision import run_in_double
+from graphwright.ir.check.precision import ROUNDOFF, run_in_double
 from graphwright.ir.program import Program
 
 ONE_CODE = 1.001
 """Largest difference at a quantizer, in codes: one, and the rounding of the scale."""
 
 MOST_MOVED = 0.02
-"""Largest share of codes that may differ by one."""
+"""Largest share of codes that may differ by one, in front of which all is computed in float32."""
+
+HALF = ("float16", "bfloat16")
+
+SMALL_MULTIPLE = 8.0
+"""Roundings of half precision that may add up in front of a quantizer."""
 
 MOST_AXES = 5
 """Tensors with more axes are taken to be in the order of the program."""
@@ -149,6 +154,7 @@ class _Forced(fx.Interpreter):
         super().__init__(program.module)
         self.codes = codes
         self.taken: dict[str, Tensor] = {}
+        self.units = _units(program.graph, codes)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -159,7 +165,7 @@ class _Forced(fx.Interpreter):
             self.taken[n.name] = self._whole(n, value, found)
         else:
             codes = found.value.to(torch.float32) - found.zero_point.to(torch.float32)
-            self.taken[n.name] = _accepted(n, value, codes * found.scale, found.scale)
+            self.taken[n.name] = self._accepted(n, value, codes * found.scale, found.scale)
         return self.taken[n.name]
 
     def _whole(self, n: fx.Node, value: Tensor, found: Found) -> Tensor:
@@ -169,23 +175,41 @@ class _Forced(fx.Interpreter):
         if not found.is_result:
             theirs = n.target(theirs, *args[1:], **kwargs)  # type: ignore[operator]
         spread = (theirs.amax() - theirs.amin()) / 255
-        return _accepted(n, value, theirs, spread if len(args) == 1 else torch.tensor(args[1]))
+        step = spread if len(args) == 1 else torch.tensor(args[1])
+        return self._accepted(n, value, theirs, step)
 
-
-def _accepted(n: fx.Node, value: Tensor, theirs: Tensor, scale: Tensor) -> Tensor:
-    """The runtime's value in the program's order of axes, if it is the program's up to one code."""
-    step = scale.clamp(min=torch.finfo(torch.float32).tiny)
-    theirs, off = min(
-        ((turned, (turned - value).abs() / step) for turned in _orders(theirs, value)),
-        key=lambda pair: float(pair[1].mean()) if pair[1].numel() else 0.0,
-    )
-    moved = float((off > 0.5).double().mean()) if off.numel() else 0.0
-    if not float(off.max() if off.numel() else 0.0) <= ONE_CODE or moved > MOST_MOVED:
-        raise Differs(
-            f"quantizer {n.name}: codes differ by up to {float(off.max()):.2f}, "
-            f"{100 * moved:.2g}% of them"
+    def _accepted(self, n: fx.Node, value: Tensor, theirs: Tensor, scale: Tensor) -> Tensor:
+        """The runtime's value in the program's order of axes, if it is one code away at most."""
+        step = scale.clamp(min=torch.finfo(torch.float32).tiny)
+        theirs, off = min(
+            ((turned, (turned - value).abs() / step) for turned in _orders(theirs, value)),
+            key=lambda pair: float(pair[1].mean()) if pair[1].numel() else 0.0,
         )
-    return theirs
+        if not off.numel():
+            return theirs
+        moved = float((off > 0.5).double().mean())
+        # In half precision a value is off by a share of the size of what it is a sum of.
+        rounding, size = SMALL_MULTIPLE * self.units[n.name] / 2, value.abs() / step
+        most_moved = max(MOST_MOVED, rounding * float(size.square().mean().sqrt()))
+        if not float(off.max()) <= ONE_CODE + rounding * float(size.max()) or moved > most_moved:
+            raise Differs(
+                f"quantizer {n.name}: codes differ by up to {float(off.max()):.2f}, "
+                f"{100 * moved:.2g}% of them"
+            )
+        return theirs
+
+
+def _units(graph: fx.Graph, quantizers: Iterable[str]) -> dict[str, float]:
+    """By node name, the roundoff of half precision that it is computed in, behind other quantizers;
+    0 where there is none.
+    """
+    taken, units = set(quantizers), dict[str, float]()
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        name = str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else ""
+        read = [0.0 if n.name in taken else units[n.name] for n in node.all_input_nodes]
+        units[node.name] = max([ROUNDOFF[name] if name in HALF else 0.0, *read])
+    return units
 
 
 def _orders(theirs: Tensor, value: Tensor) -> list[Tensor]:

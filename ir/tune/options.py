@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field
 
-from graphwright.ir.options import Options
+from graphwright.ir.options import Options, Rule
 
 Function = Annotated[
     str,
@@ -22,6 +22,22 @@ class TuneOptions(Options):
     """Options of training; the data is the spec's `training` section."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"epochs": 3, "lr": 1e-3}]})
+
+    rules = (
+        Rule("milestones", "bool(milestones) == (schedule == 'multistep')",
+             "milestones belong to schedule multistep, and it needs them"),
+        Rule("milestones", "all(a < b for a, b in zip(milestones, milestones[1:]))",
+             "milestones have to rise"),
+        Rule("step_share", "(step_share is not None) == (schedule == 'step')",
+             "step_share belongs to schedule step, and it needs it"),
+        Rule("gamma", "'gamma' not in given or schedule in ('step', 'multistep')",
+             "gamma has no part in schedule {schedule}"),
+        Rule("min_lr", "min_lr <= lr", "min_lr {min_lr:g} is more than lr {lr:g}"),
+        Rule("label_smoothing", "not label_smoothing or loss in ('cross_entropy', 'next_token')",
+             "label_smoothing has no part in loss {loss}"),
+        Rule("select", "select == 'loss' or hold_out",
+             "select chooses among evaluations: set hold_out to a share of the samples"),
+    )  # fmt: skip
 
     steps: Count | None = None
     """Optimizer steps at most; no bound when absent."""
@@ -127,23 +143,3 @@ class TuneOptions(Options):
 
     keep_best: bool = True
     """Whether the result is that of the best evaluation instead of the last step."""
-
-    @model_validator(mode="after")
-    def _belongs_together(self) -> Self:
-        if bool(self.milestones) != (self.schedule == "multistep"):
-            raise ValueError("milestones belong to schedule multistep, and it needs them")
-        if list(self.milestones) != sorted(set(self.milestones)):
-            raise ValueError("milestones have to rise")
-        if (self.step_share is not None) != (self.schedule == "step"):
-            raise ValueError("step_share belongs to schedule step, and it needs it")
-        if self.gamma != 0.1 and self.schedule not in ("step", "multistep"):
-            raise ValueError(f"gamma has no part in schedule {self.schedule}")
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr {self.min_lr:g} is more than lr {self.lr:g}")
-        if self.label_smoothing and self.loss not in ("cross_entropy", "next_token"):
-            raise ValueError(f"label_smoothing has no part in loss {self.loss}")
-        if self.select != "loss" and not self.hold_out:
-            raise ValueError(
-                "select chooses among evaluations: set hold_out to a share of the samples"
-            )
-        return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from torch import fx, nn
 
 from graphwright.ir.edit import Editor
 from graphwright.ir.graph.nodes import op_name
+from graphwright.ir.layers.on_codes import computed_on_codes
 from graphwright.ir.layers.selectors import select
 from graphwright.ir.options import Bounded, Selector
 from graphwright.ir.program import Program
@@ -51,8 +53,9 @@ class Dtype(Pass[DtypeOptions]):
 
     Weights are stored in the new type. Norms, softmax, exponentials, logarithms, powers and sums
     stay in float32 (the usual autocast list), and so do the layers in `keep`; casts are put where
-    a value crosses. Constants beyond the range of the type (the -3.4e38 of masks) are clamped to
-    its largest finite value, so that a masked row gives no NaN. With `to: float32` everything is.
+    a value crosses. So do quantized layers whose inputs are quantized too: integer kernels take and
+    give float32. Constants beyond the range of the type (the -3.4e38 of masks) are clamped to its
+    largest finite value, so that a masked row gives no NaN. With `to: float32` everything is.
     """
 
     contract = "lossy"
@@ -109,18 +112,18 @@ class _Caster:
         self.editor = editor
         self.dtype = dtype
         self.kept = kept
+        self.on_codes = {node.name for node in computed_on_codes(editor.graph)}
         self.float32_ops = float32_ops
         self.casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
 
     def run(self) -> tuple[Action, ...]:
-        stays: dict[str, int] = {}
+        stays: Counter[str] = Counter()
         for node in list(self.editor.graph.nodes):
             if node.op == "call_function":
-                wide = node.name in self.kept or op_name(node) in self.float32_ops
-                self._convert(node, torch.float32 if wide else self.dtype)
-                if wide and _is_float(node.meta.get("val")):
-                    reason = "in keep" if node.name in self.kept else "needs float32"
-                    stays[f"{op_name(node)}: {reason}"] = stays.get(op_name(node), 0) + 1
+                reason = self._reason(node)
+                self._convert(node, torch.float32 if reason else self.dtype)
+                if reason and _is_float(node.meta.get("val")):
+                    stays[f"{op_name(node)}: {reason}"] += 1
             elif node.op == "output":
                 self._restore_outputs(node)
         done = Action("graph", str(self.dtype).removeprefix("torch."))
@@ -180,8 +183,15 @@ class _Caster:
         return self.casts[key]
 
     def _wants(self, node: fx.Node) -> torch.dtype:
-        wide = node.name in self.kept or op_name(node) in self.float32_ops
-        return torch.float32 if wide else self.dtype
+        return torch.float32 if self._reason(node) else self.dtype
+
+    def _reason(self, node: fx.Node) -> str:
+        """Why a call stays in float32; empty where it does not."""
+        if node.name in self.kept:
+            return "in keep"
+        if node.name in self.on_codes:
+            return "computed on codes"
+        return "needs float32" if op_name(node) in self.float32_ops else ""
 
     def _restore_outputs(self, node: fx.Node) -> None:
         outputs = node.args[0]

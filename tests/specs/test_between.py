@@ -62,6 +62,39 @@ REFUSED = [
 ]  # fmt: skip
 
 
+TUNE_REFUSED = [
+    ({"schedule": "multistep"}, "", "milestones belong to schedule multistep"),
+    ({"milestones": [0.5]}, "milestones", "milestones belong to schedule multistep"),
+    ({"schedule": "multistep", "milestones": [0.5, 0.2]}, "milestones", "milestones have to rise"),
+    ({"schedule": "multistep", "milestones": [0.5, 0.5]}, "milestones", "milestones have to rise"),
+    ({"schedule": "step"}, "", "step_share belongs to schedule step"),
+    ({"schedule": "linear", "gamma": 0.5}, "gamma", "gamma has no part in schedule linear"),
+    ({"min_lr": 0.5, "lr": 0.25}, "min_lr", "min_lr 0.5 is more than lr 0.25"),
+    ({"loss": "mse", "label_smoothing": 0.1}, "label_smoothing", "no part in loss mse"),
+    ({"select": "accuracy"}, "select", "set hold_out to a share of the samples"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["tune.finetune", "prune.issp", "prune.gradual"])
+@pytest.mark.parametrize(("tune", "at", "said"), TUNE_REFUSED)
+def test_rules_of_training_are_asked_inside_every_pass(name, tune, at, said, problems):
+    text = f"version: 1\n{DATA}passes:\n  - {name}: {{tune: {json.dumps(tune)}}}\n"
+    found = problems(text)
+    assert len(found) == 1, found
+    assert said in found[0]
+    assert f".tune.{at}: " in found[0] if at else ".tune: " in found[0]
+    with pytest.raises(ArgumentError) as caught:
+        find_pass(name)(tune=tune)
+    assert said in str(caught.value)
+
+
+def test_what_a_pass_sets_for_its_training_counts_in_the_rules(problems):
+    """PV-Tuning's own schedule is constant: with `lr` alone nothing is wrong, with gamma it is."""
+    text = f"version: 1\n{DATA}passes:\n  - quantize.rtn\n  - quantize.pv: {{tune: %s}}\n"
+    assert not problems(text % "{lr: 1.0e-4}")
+    assert "gamma has no part in schedule constant" in problems(text % "{gamma: 0.5}")[0]
+
+
 @pytest.mark.parametrize(("name", "options", "at", "said"), REFUSED)
 def test_what_does_not_go_together_is_refused_by_spec_and_pass(name, options, at, said, problems):
     text = f"version: 1\n{DATA}passes:\n  - {name}: {json.dumps(options)}\nlower: []\n"

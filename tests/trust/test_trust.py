@@ -33,6 +33,7 @@ CHAINS = [
     ("ResidualConvs", "prune.mfac prune.magnitude quantize.int8"),
     ("Language", "prune.sparsegpt quantize.awq"),
     ("Mlp", "prune.udfc prune.dsnot"),
+    ("Attention", "quantize.int8 cast.dtype"),
     ("Mlp", "cleanup.fold_constants cleanup.canonicalize quantize.udfc"),
     ("Mobile", "cleanup.fold_batch_norm quantize.rtn compensate.svd"),
     ("Attention", "prune.zig quantize.gptq compensate.eora"),

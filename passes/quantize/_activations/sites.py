@@ -9,18 +9,9 @@ import torch
 from torch import fx
 
 from graphwright.ir.layers.kinds import CONVOLUTIONS, INPUT_ARGUMENT, TRANSPOSED_CONVOLUTIONS
+from graphwright.ir.layers.on_codes import PASS_THROUGH, RELU
 
 aten = torch.ops.aten
-
-PASS_THROUGH = frozenset(
-    {aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default,
-     aten.reshape.default, aten.view.default, aten.flatten.using_ints, aten.transpose.int,
-     aten.permute.default, aten.squeeze.dim, aten.unsqueeze.default, aten.slice.Tensor,
-     aten.contiguous.default}
-)  # fmt: skip
-"""Ops that only move values or pick the largest: they run on codes, with the same parameters."""
-
-RELU = frozenset({aten.relu.default})
 
 
 @dataclass

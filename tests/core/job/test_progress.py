@@ -1,6 +1,7 @@
 """What a run shows while it works."""
 
 import io
+import time
 
 import pytest
 from rich.console import Console
@@ -84,3 +85,34 @@ def test_update_outside_of_a_stage_is_harmless():
     progress.update("x", 1, 2)
     progress.note("[red]as it is[/red]")
     assert file.getvalue() == "[red]as it is[/red]\n"
+
+
+def test_a_bar_follows_what_is_said_of_the_stage():
+    _, console = write_to(terminal=True)
+    with Progress(console=console) as progress, progress.stage("gptq"):
+        progress.update("layer a", 1, 0)  # of unknown length
+        progress._show(progress._stages[-1])
+        (bar,) = progress._bars.tasks
+        assert (bar.description, bar.completed, bar.total) == ("gptq: layer a", 1, None)
+        progress.update("layer b", 5, 12)
+        (bar,) = progress._bars.tasks
+        assert (bar.description, bar.completed, bar.total) == ("gptq: layer b", 5, 12)
+        progress.update("layer c", 6, 0)
+        assert progress._bars.tasks[0].completed == 6
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_stage_shows_itself_once_it_has_lasted_and_on_a_terminal_only(monkeypatch, terminal):
+    monkeypatch.setattr(module, "PATIENCE_S", 0.01)
+    _, console = write_to(terminal=terminal)
+    with Progress(console=console) as progress, progress.stage("s"):
+        end = time.perf_counter() + (10 if terminal else 0.2)
+        while progress._bars is None and time.perf_counter() < end:
+            time.sleep(0.01)
+        assert (progress._bars is not None) is terminal
+
+
+def test_lines_have_no_colours_of_their_own():
+    file, console = write_to(terminal=True)
+    Progress(console=console).note("12 layers of 'net', 3.5 MB")
+    assert file.getvalue() == "12 layers of 'net', 3.5 MB\n"

@@ -94,6 +94,36 @@ def test_padding_tokens_are_shown_only_where_they_are_asked_for(padding: bool) -
     assert len(watch.rows()) == (8 if padding else 5)
 
 
+def test_padding_is_shown_where_nothing_is_said_and_where_there_is_nothing_else() -> None:
+    dims = {name: {0: "n", 1: "length"} for name in ("x", "attention_mask")}
+    inputs = {"x": torch.randn(2, 4, 3), "attention_mask": torch.tensor([[1, 1, 0, 0]] * 2)}
+    program = gw.trace(Masked(), inputs, dynamic=dims)
+    node = next(n for n in program.graph.nodes if n.target is torch.ops.aten.linear.default)
+    watch = Rows(limit=100, per_batch=100)
+    observe(program, {node.name: watch}, [inputs])
+    assert len(watch.rows()) == 8
+    empty = inputs | {"attention_mask": torch.zeros(2, 4, dtype=torch.int64)}
+    alone = Rows(limit=100, per_batch=100)
+    observe(program, {node.name: alone}, [empty], padding=False)
+    assert len(alone.rows()) == 8  # better than to know nothing
+
+
+class Cut(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = x.split(2, dim=1)
+        return torch.cat([first, second, x[:, 4:]], 1)
+
+
+def test_an_empty_value_is_refused_in_its_own_words_and_a_list_of_tensors_passed_over() -> None:
+    program = gw.trace(Cut(), {"x": torch.randn(4, 4)}, dynamic={"x": {0: "n"}})
+    batches = [(torch.randn(2, 4),)]
+    names = {str(n.target).split(".")[1]: n.name for n in program.graph.nodes
+             if n.op == "call_function" and "aten" in str(n.target)}  # fmt: skip
+    assert observe(program, {names["split"]: Channels()}, batches) == 1
+    with pytest.raises(ModelError, match="batch 0 gives an empty tensor at 'slice"):
+        observe(program, {names["slice"]: Channels()}, batches)
+
+
 def test_the_node_and_the_batch_of_a_bad_value_are_named() -> None:
     program = gw.trace(nn.Linear(3, 2), {"input": torch.randn(4, 3)}, {"input": {0: "n"}})
     node = next(n for n in program.graph.nodes if n.target is torch.ops.aten.linear.default)
