@@ -23,8 +23,9 @@ def between_findings(root: Node, schema: Schema, sound: Callable[..., bool]) -> 
             written = (node.entries[0].node.plain() if node.entries else None) or {}
             for at, message, suggestion in _faults(name, written, {}, schema):
                 place = at if at[-1] in _below(written, at[:-1]) else at[:-1]
-                path = (section, index, name, *place) if place else (section, index)
-                yield Finding(path, message, suggestion)
+                yield Finding(
+                    (section, index, *((name, *place) if place else ())), message, suggestion
+                )
 
 
 _Fault = tuple[tuple[str, ...], str, str]
