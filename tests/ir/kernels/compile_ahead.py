@@ -40,6 +40,7 @@ from graphwright.ir.kernels import (
     norm,
     quantize,
     routed_low_rank,
+    selective_scan,
     table,
 )  # sets triton's environment
 from graphwright.ir.ops.table import NF4
@@ -179,6 +180,7 @@ def cases() -> Iterator[Case]:
         )
     yield from int8_cases()
     yield from lookup_cases()
+    yield from scan_cases()
     yield from dot_cases()
     yield from tile_cases()
     yield from adapter_cases()
@@ -202,6 +204,34 @@ def lookup_cases() -> Iterator[Case]:
             {"BITS": bits, "WIDTH": 8, "PADDED": 8}
             | {"ROWS": codebook.ROWS, "COLUMNS": codebook.COLUMNS},
         )  # fmt: skip
+
+
+def scan_cases() -> Iterator[Case]:
+    """Selective scans with few states a channel, as in Mamba, and with as many as fit."""
+    for states, dtype in [(16, "bf16"), (256, "fp32")]:
+        channels, padded, warps = selective_scan.tiles_for(states)
+        tile = {"CHUNK": selective_scan.CHUNK, "D": channels, "N": padded}
+        walked = sizes("length", "width", "size", "chunks")
+        yield Case(
+            f"chunk_state-{states}-{dtype}",
+            selective_scan.chunk_state_kernel,
+            floats(dtype, "x", "delta", "a", "b") | floats("fp32", "states", "decays") | walked,
+            tile,
+            warps=warps,
+        )
+        yield Case(
+            f"chunk_output-{states}-{dtype}",
+            selective_scan.chunk_output_kernel,
+            floats(dtype, "x", "delta", "a", "b", "c", "y") | floats("fp32", "starts") | walked,
+            {"HAS_START": True, **tile},
+            warps=warps,
+        )
+    yield Case(
+        "carry_state-fp32",
+        selective_scan.carry_state_kernel,
+        floats("fp32", "states", "decays", "starts") | sizes("count", "chunks"),
+        {"BLOCK": 512},
+    )
 
 
 def int8_cases() -> Iterator[Case]:
