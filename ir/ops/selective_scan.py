@@ -144,7 +144,8 @@ def _onnx(x: Any, delta: Any, a: Any, b: Any, c: Any) -> Any:
         {"body": body, "num_scan_inputs": 4, "scan_input_axes": [1] * 4, "scan_output_axes": [1]},
         num_outputs=2, version=18,
     )  # fmt: skip
-    evaluator.default().nodes.append(scan)
+    recorder: Any = evaluator.default()
+    recorder.nodes.append(scan)
     return op.CastLike(scan.outputs[1], x)
 
 

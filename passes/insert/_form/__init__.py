@@ -1,0 +1,1 @@
+"""The form of passes that put a module into a network."""
