@@ -1,0 +1,1 @@
+"""What a pixel of a network's output sees of its input."""
