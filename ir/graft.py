@@ -48,7 +48,8 @@ def graft(
         elif node.op == "call_function":
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: made[n])
             made[node] = editor.call(node.target, *args, before=before, **kwargs)
-    return tuple(made[node] for node in program.graph.output_node().args[0])
+    outputs: Any = program.graph.output_node().args[0]
+    return tuple(made[node] for node in outputs)
 
 
 def _stored(editor: Editor, name: str, tensor: Tensor) -> str:

@@ -7,7 +7,6 @@ from graphwright.ir.program import Program
 from graphwright.ir.tune.hooks import Hook
 from graphwright.passes.registry import find_pass
 
-
 TRAINING_ONLY = "training_only"
 """Key among a program's facts: records of passes that act on training and on nothing else."""
 
@@ -17,7 +16,8 @@ def training_hooks(program: Program) -> list[Hook]:
     acts on training alone."""
     found = [hook for adapter in adapters(program).values() for hook in _hooks(program, adapter)]
     for kind, row in dict(program.facts.get(TRAINING_ONLY, {})).items():
-        found += getattr(find_pass(kind), "training_only")(row)
+        made = getattr(find_pass(kind), "training_only", None)
+        found += [] if made is None else list(made(row))
     return found
 
 

@@ -83,4 +83,5 @@ class HaarInput(nn.Module):
         return image
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.lift(self.low_pass(image))
+        lifted: Tensor = self.lift(self.low_pass(image))
+        return lifted

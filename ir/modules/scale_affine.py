@@ -32,4 +32,5 @@ class ScaleAffine(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         scale, shift = self.affine(F.gelu(self.reads(x))).chunk(2, dim=1)
-        return x * (1 + scale) + shift
+        result: Tensor = x * (1 + scale) + shift
+        return result

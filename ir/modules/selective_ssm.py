@@ -46,7 +46,8 @@ class SelectiveScan(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rank, b, c = self.x_proj(x).split(self.sizes, dim=-1)
         delta = F.softplus(self.dt_proj(rank))
-        return selective_scan(x, delta, -torch.exp(self.a_log), b, c) + self.skip * x
+        y: Tensor = selective_scan(x, delta, -torch.exp(self.a_log), b, c)
+        return y + self.skip * x
 
 
 class Ss2d(nn.Module):
@@ -63,11 +64,12 @@ class Ss2d(nn.Module):
         x, gate = self.in_proj(x).chunk(2, dim=-1)
         x = F.silu(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         rows, columns = x.flatten(1, 2), x.transpose(1, 2).flatten(1, 2)
-        by_row = self.scans[0](rows) + self.scans[1](rows.flip(1)).flip(1)
-        by_column = self.scans[2](columns) + self.scans[3](columns.flip(1)).flip(1)
+        by_row: Tensor = self.scans[0](rows) + self.scans[1](rows.flip(1)).flip(1)
+        by_column: Tensor = self.scans[2](columns) + self.scans[3](columns.flip(1)).flip(1)
         turned = x.transpose(1, 2)
         y = by_row.view_as(x) + by_column.view_as(turned).transpose(1, 2)
-        return self.out_norm(y) * F.silu(gate)
+        normed: Tensor = self.out_norm(y)
+        return normed * F.silu(gate)
 
 
 class Mamba(nn.Module):
@@ -83,7 +85,8 @@ class Mamba(nn.Module):
         x, gate = self.in_proj(tokens).chunk(2, dim=-1)
         past = F.pad(x.transpose(1, 2), (self.conv.kernel_size[0] - 1, 0))
         x = F.silu(self.conv(past)).transpose(1, 2)
-        return self.scan(x) * F.silu(gate)
+        y: Tensor = self.scan(x)
+        return y * F.silu(gate)
 
     def forward(self, x: Tensor) -> Tensor:
         rows, columns = x.flatten(1, 2), x.transpose(1, 2).flatten(1, 2)
@@ -127,4 +130,5 @@ class ProjectorBranch(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         x = self.mlp_proj(feature).permute(0, 2, 3, 1) + self.pos_embed
-        return self.block(x).mean((1, 2))
+        scanned: Tensor = self.block(x)
+        return scanned.mean((1, 2))

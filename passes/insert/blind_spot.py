@@ -37,7 +37,8 @@ class BlindSpotOptions(Bounded):
 
     dilate: bool = True
     """Dilate the convolutions behind a masked one, so that they do not bring the pixel back: by
-    (k + 1) / 2, where k is the masked kernel. Without it, a network that would see it is refused."""
+    (k + 1) / 2, where k is the masked kernel. Without it, a network that would see it is
+    refused."""
 
 
 class BlindSpot(Pass[BlindSpotOptions]):
@@ -122,8 +123,8 @@ def _uncovered(editor: Editor, there: list[fx.Node]) -> Result:
     if not there:
         raise ModelError(
             "insert.blind_spot: the network has no masks to take away",
-            fix="Put `insert.blind_spot` without `blind: false` in front; passes that store weights "
-            "anew (quantize) make the masks a part of them.",
+            fix="Put `insert.blind_spot` without `blind: false` in front; a pass that stores "
+            "weights anew (quantize, cleanup.fold_constants) makes masks a part of them.",
         )
     actions = []
     for product in there:
@@ -134,7 +135,7 @@ def _uncovered(editor: Editor, there: list[fx.Node]) -> Result:
 
 
 def _image(editor: Editor) -> fx.Node:
-    found = [
+    found: list[fx.Node] = [
         node for node in editor.graph.find_nodes(op="placeholder")
         if node.meta["val"].dim() >= 3 and node.meta["val"].is_floating_point()
     ]  # fmt: skip

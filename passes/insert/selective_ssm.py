@@ -94,9 +94,7 @@ class SelectiveSsm(Pass[SelectiveSsmOptions]):
         before = behind(base or pooled)
         if base is not None:
             feature = editor.call(aten.detach.default, feature, before=before)
-        (found,) = graft(
-            editor, branch, feature, name=f"projector.{options.branch}", before=before
-        )
+        (found,) = graft(editor, branch, feature, name=f"projector.{options.branch}", before=before)
         if found.meta["val"].dim() < (base or pooled).meta["val"].dim():
             found = editor.call(aten.unsqueeze.default, found, -1, before=before)
             found = editor.call(aten.unsqueeze.default, found, -1, before=before)
@@ -125,9 +123,8 @@ class _Identity(nn.Module):
         self.is_map = is_map
 
     def forward(self, pooled: Tensor) -> Tensor:
-        if self.is_map:
-            return self.proj(pooled.flatten(1)).unsqueeze(-1).unsqueeze(-1)
-        return self.proj(pooled)
+        found: Tensor = self.proj(pooled.flatten(1))
+        return found.unsqueeze(-1).unsqueeze(-1) if self.is_map else found
 
 
 def _projected(editor: Editor, pooled: fx.Node, channels: int, before: fx.Node) -> fx.Node:
@@ -139,7 +136,7 @@ def _projected(editor: Editor, pooled: fx.Node, channels: int, before: fx.Node) 
 
 def _global_pool(program: Program) -> fx.Node:
     """The one global average of a map."""
-    found = [node for node in program.graph.nodes if _is_global_pool(node)]
+    found: list[fx.Node] = [node for node in program.graph.nodes if _is_global_pool(node)]
     if len(found) != 1:
         where = tuple(str(gw_meta(node).get("source") or node.name) for node in found[:4])
         raise ModelError(

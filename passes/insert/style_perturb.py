@@ -21,7 +21,7 @@ from graphwright.passes.training import TRAINING_ONLY
 class StylePerturbOptions(Options):
     """Options of insert.style_perturb."""
 
-    at: Annotated[tuple[str, ...], Field(min_length=1)]
+    at: Annotated[tuple[str, ...], Field(min_length=1, examples=[["layer1", "layer2"]])]
     """Modules behind which maps are perturbed: globs over their names, as `layer[1-3]`."""
 
     methods: Annotated[tuple[Literal["none", "learned", "batch"], ...], Field(min_length=1)] = (

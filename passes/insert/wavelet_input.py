@@ -114,7 +114,7 @@ class WaveletInput(Pass[WaveletInputOptions]):
 
 
 def _image(program: Program, name: str | None) -> fx.Node:
-    nodes = list(program.graph.find_nodes(op="placeholder"))
+    nodes: list[fx.Node] = list(program.graph.find_nodes(op="placeholder"))
     specs = program.signature.inputs
     maps = [
         node for node, spec in zip(nodes, specs, strict=True)
@@ -129,9 +129,7 @@ def _image(program: Program, name: str | None) -> fx.Node:
     return maps[0]
 
 
-def _halvings(
-    layer: Layer, call: fx.Node, image: fx.Node
-) -> tuple[tuple[int, ...], bool] | str:
+def _halvings(layer: Layer, call: fx.Node, image: fx.Node) -> tuple[tuple[int, ...], bool] | str:
     """How often each axis of the image is halved in what a convolution reads, and whether upwards;
     or why it gets no input."""
     source: Any = call.args[INPUT_ARGUMENT[layer.kind]]

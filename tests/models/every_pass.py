@@ -6,6 +6,7 @@ The chain of a pass is `CHAIN` in the pass's own test file.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ Steps = list[tuple[str, dict[str, Any]]]
 
 @cache
 def chain(name: str) -> tuple[str, Steps]:
-    """`CHAIN` in the test file of a pass: "conv" or "text", and steps that end with the pass."""
+    """`CHAIN` in the test file of a pass: a net by its name below, and steps to the pass."""
     family, method = name.split(".")
     file = Path(__file__).parents[1] / "passes" / family / f"test_{method}.py"
     spec = importlib.util.spec_from_file_location(f"chain_of_{family}_{method}", file)
@@ -53,6 +54,35 @@ class ConvNet(nn.Module):
         return self.last((first + torch.relu(self.second(first))).mean((2, 3)))
 
 
+class StagesNet(nn.Module):
+    """Stages of an encoder, each at half the size of the one before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (2, 4, 6, 8)
+        self.stages = nn.ModuleList(
+            nn.Conv2d(i, o, 3, stride=1 if i == 2 else 2, padding=1)
+            for i, o in itertools.pairwise(widths)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for stage in self.stages:
+            x = torch.relu(stage(x))
+        return x
+
+
+class FilterNet(nn.Module):
+    """Convolutions that keep the size of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 4, 3, padding=1)
+        self.second = nn.Conv2d(4, 2, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
 class TextNet(nn.Module):
     """One block of an encoder, with two layers that read one tensor and a tied table."""
 
@@ -75,12 +105,17 @@ class TextNet(nn.Module):
         return self.head(h + self.down(nn.functional.gelu(self.up(h))))
 
 
+IMAGE_NETS: dict[str, type[nn.Module]] = {
+    "conv": ConvNet, "filter": FilterNet, "stages": StagesNet,
+}  # fmt: skip
+
+
 @cache
 def traced(kind: str) -> gw.Program:
     """The network of a kind, with free dimensions."""
     torch.manual_seed(0)
-    if kind == "conv":
-        net: nn.Module = ConvNet().eval()
+    if kind in IMAGE_NETS:
+        net = IMAGE_NETS[kind]().eval()
         return gw.trace(net, (torch.randn(4, 2, 6, 6),), {"x": {0: "batch"}})
     ids = torch.randint(0, 32, (4, 8))
     return gw.trace(TextNet().eval(), (ids,), {"ids": {0: "batch", 1: "length"}})
@@ -89,7 +124,7 @@ def traced(kind: str) -> gw.Program:
 def batches(kind: str) -> list[dict[str, torch.Tensor]]:
     """Calibration batches."""
     generator = torch.Generator().manual_seed(1)
-    if kind == "conv":
+    if kind in IMAGE_NETS:
         return [{"x": torch.randn(4, 2, 6, 6, generator=generator)} for _ in range(2)]
     return [{"ids": torch.randint(0, 32, (4, 8), generator=generator)} for _ in range(2)]
 

@@ -124,7 +124,7 @@ def _sums(a: Offsets, b: Offsets) -> Offsets:
 def _keeps_places(node: fx.Node, reads: list[fx.Node], image: fx.Node) -> bool:
     """Whether every place of the result depends on that place of what is read alone."""
     target: Any = node.target
-    value = node.meta.get("val")
+    value: Any = node.meta.get("val")
     places = image.meta["val"].shape[2:]
     same = isinstance(value, Tensor) and value.shape[2:] == places
     if not same or any(source.meta["val"].shape[2:] != places for source in reads):

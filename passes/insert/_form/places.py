@@ -28,7 +28,8 @@ def apply_freeze(editor: Editor, freeze: bool) -> None:
 
 def in_editor(editor: Editor, node: fx.Node) -> fx.Node:
     """The copy of a program's node in an editor's graph."""
-    return next(n for n in editor.graph.nodes if n.name == node.name)
+    copied: fx.Node = next(n for n in editor.graph.nodes if n.name == node.name)
+    return copied
 
 
 def seeded(make: type[nn.Module], generator: torch.Generator, *args: object) -> nn.Module:

@@ -75,7 +75,8 @@ class Style:
             return restyled(x, noises[0] * over_batch(mean), noises[1] * over_batch(deviation))
         if not self.is_set:
             self._set(mean, deviation)
-        scales = [Reversed.apply(scale, self.factor) for scale in (self.mean, self.deviation)]
+        turned: Any = Reversed.apply
+        scales = [turned(scale, self.factor) for scale in (self.mean, self.deviation)]
         return restyled(x, *(noise * scale for noise, scale in zip(noises, scales, strict=True)))
 
     @torch.no_grad()
@@ -115,7 +116,8 @@ class StyleHook(Hook):
             with graph.inserting_after(node):
                 new = graph.call_function(style, (node,))
             new.meta = dict(node.meta)
-            node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+            node.replace_all_uses_with(new)
+            new.args = (node,)
 
     def before_step(self, at: Moment) -> None:
         for name, parameter in self.own().items():

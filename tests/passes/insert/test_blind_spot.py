@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import graphwright as gw
 from graphwright.ir.errors import ModelError
 
-CHAIN = ("conv", [("insert.blind_spot", {})])
+CHAIN = ("filter", [("insert.blind_spot", {})])
 
 
 class Denoiser(nn.Module):

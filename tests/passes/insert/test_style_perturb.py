@@ -135,7 +135,7 @@ def test_tuning_trains_with_it_and_nothing_is_left_behind() -> None:
 
 
 def test_what_it_cannot_take_is_said() -> None:
-    with pytest.raises(ModelError, match="matches no module.*'layer1'"):
+    with pytest.raises(ModelError, match=r"matches no module.*'layer1'"):
         gw.passes.insert.StylePerturb(at=["layr1"])(net())
     with pytest.raises(ModelError, match="no feature map"):
         gw.passes.insert.StylePerturb(at=["head"])(net())

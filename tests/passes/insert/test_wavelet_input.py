@@ -12,10 +12,7 @@ import graphwright as gw
 from graphwright.ir.errors import ModelError
 from graphwright.ir.modules.haar import HaarInput
 
-CHAIN = (
-    "conv",
-    [("insert.scale_affine", {"targets": ["first"]}), ("insert.wavelet_input", {})],
-)
+CHAIN = ("stages", [("insert.wavelet_input", {"channels": 2})])
 
 
 class UNet(nn.Module):
