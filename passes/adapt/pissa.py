@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from graphwright.ir.adapters.branch import Branch
 from graphwright.ir.layers.selectors import Layer
+from graphwright.ir.options import Options
 from graphwright.ir.program import Program
+from graphwright.ir.stored.table import quantize
 from graphwright.passes.adapt._form.low_rank import (
     RankOptions,
     RankPass,
@@ -32,6 +34,20 @@ from graphwright.passes.adapt._math.svd import truncated_svd
 from graphwright.passes.base import Context
 
 
+class QuantizedOptions(Options):
+    """Options of a residual that is quantized afterwards."""
+
+    rounds: Annotated[int, Field(ge=2)] = 5
+    """Times that the branch is fitted anew to what rounding the residual leaves (the published
+    script takes 5)."""
+
+    block: Literal[16, 32, 64, 128, 256] = 64
+    """`block` of the quantize.nf4 behind it."""
+
+    double_quantization: bool = True
+    """`double_quantization` of the quantize.nf4 behind it."""
+
+
 class PissaOptions(SlicedOptions, RankOptions):
     """Options of adapt.pissa."""
 
@@ -39,15 +55,30 @@ class PissaOptions(SlicedOptions, RankOptions):
     """Rounds of the fast decomposition by random projections (the paper uses 16); the exact one
     when absent."""
 
+    quantized: QuantizedOptions | None = None
+    """How the residual will be quantized (by quantize.nf4, behind this pass), so that the branch is
+    fitted to what rounding leaves (QPiSSA); when absent, it is fitted to the weight alone."""
+
+    @model_validator(mode="after")
+    def _blocks_are_whole(self) -> Self:
+        if self.quantized and self.outputs:
+            raise ValueError(
+                "quantized and outputs do not go together: blocks of the quantizer cross slices"
+            )
+        return self
+
 
 class Pissa(RankPass[PissaOptions]):
     """Moves the largest singular triplets of every weight into a low-rank branch, and trains those.
 
     With W = U S V^T, a = sqrt(S_r) V_r^T and b = U_r sqrt(S_r) are trained, and the residual
     W - b a stays as it is. Nothing is scaled and nothing dropped. A pass that quantizes behind it
-    rounds the residual alone, which has lost its largest values (QPiSSA with one round).
+    rounds the residual alone, which has lost its largest values (QPiSSA with one round). With
+    `quantized`, the triplets are those of W - D, where D is the rounded residual of the round
+    before: branch and rounding are fitted to each other by turns. The residual itself stays in
+    float until quantize.nf4 rounds it as the last round did.
 
-    Source: Meng et al. 2024, "PiSSA", equations 2 to 4.
+    Source: Meng et al. 2024, "PiSSA", equations 2 to 4 and algorithm 1 (QPiSSA).
     """
 
     papers = ("P42",)
@@ -67,13 +98,11 @@ class Pissa(RankPass[PissaOptions]):
         matrix = weight_matrix(branch, layer)
         if self.options.outputs:
             return self._attach_slices(branch, layer, matrix, generator, rank)
-        u, s, vh = truncated_svd(matrix, rank, self.options.iterations, generator)
-        root = s.sqrt()
         size_a, size_b = shapes(layer, rank)
-        a = (root[:, None] * vh).to(branch.dtype)
-        b = (u * root).to(branch.dtype)
-        take_out(branch, layer, b.double() @ a.double())
-        share = float(s.square().sum() / matrix.square().sum().clamp_min(1e-30))
+        a, b = self._factors(matrix, rank, branch.dtype, generator)
+        part = b.double() @ a.double()
+        take_out(branch, layer, part)
+        share = float(part.square().sum() / matrix.square().sum().clamp_min(1e-30))
         stored_a = branch.parameter("lora_a", a.reshape(size_a))
         stored_b = branch.parameter("lora_b", b.reshape(size_b))
         add_low_rank(branch, layer, stored_a, stored_b, 1.0)
@@ -96,11 +125,28 @@ class Pissa(RankPass[PissaOptions]):
         left, right, kept = [], [], 0.0
         for channels in slices:
             own = matrix[channels]
-            u, s, vh = truncated_svd(own, rank, self.options.iterations, generator)
-            right.append((s.sqrt()[:, None] * vh).to(branch.dtype))
-            left.append((u * s.sqrt()).to(branch.dtype))
-            part[channels] = left[-1].double() @ right[-1].double()
-            kept += float(s.square().sum() / own.square().sum().clamp_min(1e-30))
+            a, b = self._factors(own, rank, branch.dtype, generator)
+            right.append(a)
+            left.append(b)
+            part[channels] = b.double() @ a.double()
+            kept += float(part[channels].square().sum() / own.square().sum().clamp_min(1e-30))
         take_out(branch, layer, part)
         add_sliced(branch, layer, slices, torch.cat(right), torch.cat(left), 1.0)
         return f"{len(slices)} of rank {rank}, {kept / len(slices):.0%} of their squares"
+
+    def _factors(
+        self, matrix: Tensor, rank: int, dtype: torch.dtype, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """a (rank, columns) and b (out, rank) of the largest triplets, in the weight's dtype."""
+        quantized = self.options.quantized
+        target = matrix
+        for _ in range(quantized.rounds if quantized else 1):
+            u, s, vh = truncated_svd(target, rank, self.options.iterations, generator)
+            a, b = (s.sqrt()[:, None] * vh).to(dtype), (u * s.sqrt()).to(dtype)
+            if quantized:
+                rest = (matrix - b.double() @ a.double()).to(dtype)
+                stored = quantize(
+                    rest, "nf4", quantized.block, double=quantized.double_quantization
+                )
+                target = matrix - stored.value().double()
+        return a, b

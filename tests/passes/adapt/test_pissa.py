@@ -6,7 +6,7 @@ from models.every_pass import UNTIED
 from torch import nn
 
 import graphwright as gw
-from graphwright.ir.errors import ModelError
+from graphwright.ir.errors import ArgumentError, ModelError
 
 CHAIN = ("text", [("adapt.pissa", {"targets": UNTIED, "rank": 2})])
 
@@ -42,6 +42,64 @@ def test_a_quantized_residual_loses_less_than_the_quantized_weight() -> None:
     under = nf4(gw.passes.adapt.Pissa(rank=4)(before))(x)
     wanted = before(x)
     assert float((under - wanted).detach().norm()) < 0.5 * float((plain - wanted).detach().norm())
+
+
+def as_matrix(program: gw.Program) -> torch.Tensor:
+    """What the layer and its branch multiply with (out, columns)."""
+    rows = [program(rows) - program(torch.zeros(4, 40)) for rows in torch.eye(40).split(4)]
+    return torch.cat(rows).detach().t()
+
+
+def rounded_error(before: gw.Program, rounds: int) -> float:
+    """||W - (D + b a)|| with the residual rounded by the pass behind."""
+    options = {} if rounds == 1 else {"quantized": {"rounds": rounds, "block": 16}}
+    made = gw.passes.adapt.Pissa(rank=4, **options)(before)
+    whole = as_matrix(gw.passes.quantize.Nf4(block=16)(made))
+    return float((whole - before.state["0.weight"].detach()).norm())
+
+
+def test_rounds_fit_the_branch_and_the_rounding_to_each_other() -> None:
+    """QPiSSA against the loop in plain torch, with bitsandbytes' levels looked up by distance."""
+    from graphwright.ir.stored.table import levels
+
+    before = decaying()
+    made = gw.passes.adapt.Pissa(
+        rank=4, quantized={"rounds": 3, "block": 16, "double_quantization": False}
+    )(before)
+    torch.testing.assert_close(as_matrix(made), as_matrix(before), rtol=0, atol=1e-6)
+    weight = before.state["0.weight"].detach().double()
+    level = levels("nf4").double()
+    rest = weight
+    for _ in range(3):
+        u, s, vh = torch.linalg.svd(rest, full_matrices=False)
+        change = (u[:, :4] * s[:4]) @ vh[:4]
+        blocks = (weight - change).reshape(-1, 16)
+        size = blocks.abs().amax(1, keepdim=True)
+        nearest = (blocks / size)[..., None].sub(level).abs().argmin(-1)
+        stored = (level[nearest] * size).reshape(weight.shape)
+        rest = weight - stored
+    a, b = (made.state[f"0.lora_{x}.default"].detach().double() for x in "ab")
+    torch.testing.assert_close(b @ a, change, rtol=0, atol=1e-5)
+    coded = gw.passes.quantize.Nf4(block=16, double_quantization=False)(made)
+    torch.testing.assert_close(as_matrix(coded).double() - b @ a, stored, rtol=0, atol=1e-5)
+    plain = gw.passes.quantize.Nf4(block=16)(before)
+    alone = float((as_matrix(plain) - weight.float()).norm())
+    assert rounded_error(before, 5) < rounded_error(before, 1) < alone
+
+
+def test_more_rounds_rarely_lose_more() -> None:
+    from graphwright.passes.adapt.pissa import Pissa
+
+    better = 0
+    for seed in range(10):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(40, 24)).eval()
+        before = gw.trace(net, (torch.randn(4, 40),))
+        errors = [rounded_error(before, rounds) for rounds in (1, 2, 5)]
+        better += errors[0] >= errors[1] >= errors[2]
+    assert better >= 9
+    with pytest.raises(ArgumentError, match="do not go together"):
+        Pissa(rank=2, outputs=["q"], quantized={})
 
 
 def test_a_weight_that_others_read_is_left_whole() -> None:
