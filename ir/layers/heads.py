@@ -105,35 +105,43 @@ class _Run(fx.Interpreter):
                 raise ModelError(f"several calls of {layer!r} have other heads in its outputs")
 
 
+def attentions(graph: fx.Graph) -> list[tuple[Any, Any, Any]]:
+    """Queries, keys and values (nodes) of every attention, fused or written out."""
+    found: list[tuple[Any, Any, Any]] = []
+    for node in graph.nodes:
+        if node.target is FUSED:
+            q, k, v = node.args[:3]
+            found.append((q, k, v))
+        elif node.target in SOFTMAX and (operands := _written_out(node)):
+            found.append(operands)
+    return found
+
+
 def _operands(graph: fx.Graph) -> dict[str, list[str]]:
     """Roles of the values that attentions read, by name of the node."""
     found: dict[str, list[str]] = {}
-    for node in graph.nodes:
-        operands: Sequence[Any] = ()
-        if node.target is FUSED:
-            operands = node.args[:3]
-        elif node.target in SOFTMAX:
-            operands = _written_out(node)
-        for role, operand in zip(ROLES, operands, strict=False):
+    for operands in attentions(graph):
+        for role, operand in zip(ROLES, operands, strict=True):
             if isinstance(operand, fx.Node):
                 found.setdefault(operand.name, []).append(role)
     return found
 
 
-def _written_out(softmax: fx.Node) -> tuple[Any, ...]:
+def _written_out(softmax: fx.Node) -> tuple[Any, Any, Any] | None:
     """q, k and v around a softmax that stands between two products."""
     before: Any = softmax.args[0]
     while isinstance(before, fx.Node) and before.target is not aten.matmul.default:
         if _name(before) not in POINTWISE:
-            return ()
+            return None
         inputs = [a for a in before.args if isinstance(a, fx.Node)]
         before = inputs[-2] if _name(before) == "where" else inputs[0]
     after = softmax
     while len(after.users) == 1 and _name(after := next(iter(after.users))) in POINTWISE:
         pass
     if not isinstance(before, fx.Node) or after.target is not aten.matmul.default:
-        return ()
-    return (*before.args[:2], after.args[1])
+        return None
+    q, k = before.args[:2]
+    return q, k, after.args[1]
 
 
 def _name(node: fx.Node) -> str:

@@ -61,9 +61,10 @@ def check_merge(before: Program, adapted: Program, inputs: torch.Tensor) -> Prog
     return merged
 
 
-def gradients(program: Program, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+def gradients(program: Program, *inputs: torch.Tensor, **named: torch.Tensor) -> dict[str, Any]:
     """Gradients of the sum of squares, by parameter."""
     for p in program.parameters().values():
         p.grad = None
-    program.module(inputs)[0].square().sum().backward()
+    given = [*inputs, *(named[s.name] for s in program.signature.inputs if s.name in named)]
+    program.module(*given)[0].square().sum().backward()
     return {n: p.grad for n, p in program.parameters().items() if p.grad is not None}
