@@ -105,12 +105,27 @@ def bare(program: Program) -> Program:
     """The program without its adapters, on the weights as they are."""
     editor = Editor(program, by="bare")
     calls = {node.name: node for node in editor.graph.nodes}
-    for adapter in adapters(program).values():
+    for adapter in reversed(adapters(program).values()):
         for layer in layers(program):
             if adapter.layers.get(layer.name):
                 _take_out(calls[layer.node.name], layer, adapter)
+        if not adapter.layers:
+            _take_out_network(editor.graph, adapter)
         forget(editor, adapter.name)
     return editor.finish()
+
+
+def _take_out_network(graph: fx.Graph, adapter: Adapter) -> None:
+    """Lets what reads the mix of a model and a network beside it read the model again."""
+    own = [node for node in graph.nodes if adapter_of(node) == adapter.name]
+    model = own[-1]
+    while adapter_of(model) == adapter.name:  # the model's value stands first in the mix
+        first = model.args[0]
+        assert isinstance(first, fx.Node)
+        model = first
+    own[-1].replace_all_uses_with(model)
+    for node in reversed(own):
+        graph.erase_node(node)
 
 
 def _unfreeze(editor: Editor, names: tuple[str, ...]) -> None:

@@ -43,6 +43,11 @@ def save_adapter(
         ModelError: PEFT has no form for it, or `base` is missing.
     """
     adapter = find_adapter(program, name)
+    if not any(adapter.layers.values()):
+        raise ModelError(
+            f"PEFT has no form for adapter {name!r} of {adapter.kind}, which is beside no layer",
+            fix="Save the program with it: `program.save(path)`.",
+        )
     place = Path(folder) if name == "default" else Path(folder) / name
     by_name = {layer.name: layer for layer in reversed(layers(program))}
     given = {layer: _parts(program, adapter, layer) for layer in adapter.layers}

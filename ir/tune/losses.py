@@ -47,6 +47,12 @@ def make_loss(
     main = main_output(signature)
     if name in OF_TEACHER:
         return _teacher_loss(name, main, signature, teacher)
+    if name == "next_token" and data.source == "synthetic":
+        raise ArgumentError(
+            "the loss next_token would learn random tokens",
+            where=data.source,
+            fix="Give real text, as --set training.data=train.txt.",
+        )
     inputs = [spec.name for spec in signature.inputs]
     if not data.has_labels and not (name == "next_token" and "input_ids" in inputs):
         raise ArgumentError(

@@ -68,5 +68,9 @@ class Merge(Pass[MergeOptions]):
 def _formula(adapter: Adapter) -> Formula:
     kind = find_pass(adapter.kind)
     if not issubclass(kind, AdapterPass):
-        raise ModelError(f"{adapter.kind} puts in no adapter")
+        raise ModelError(
+            f"adapter {adapter.name!r} is a network of its own ({adapter.kind}), and no change of "
+            "a weight that could be merged",
+            fix="Leave it beside the model; it is exported as it is.",
+        )
     return kind.merged

@@ -58,7 +58,30 @@ class Finetune(Pass[FinetuneOptions]):
             hooks=training_hooks(program),
         )  # fmt: skip
         actions = [_action(layer, owned[layer], chosen, program, tuned) for layer in owned]
+        actions += _loose_actions(program, tuned, loose)
         return Result(tuned.program, tuple(actions), _metrics(tuned.history))
+
+
+def _loose_actions(before: Program, tuned: Tuned, loose: list[str]) -> list[Action]:
+    """What became of parameters of no layer: a network beside the model is one entry."""
+    networks = {name: adapter.name for adapter in adapters(before).values()
+                for name in adapter.shared.values()}  # fmt: skip
+    groups: dict[str, list[str]] = {}
+    for name in loose:
+        if tuned.program.state[name] is not before.state[name]:
+            groups.setdefault(networks.get(name, name), []).append(name)
+    return [Action(group, f"trained, {_moved(names, before, tuned.program)}")
+            for group, names in groups.items()]  # fmt: skip
+
+
+def _moved(names: Sequence[str], before: Program, after: Program) -> str:
+    shift = scale = 0.0
+    for name in names:
+        old, new = (p.state[name].detach().double() for p in (before, after))
+        shift += float((new - old).square().sum())
+        scale += float(old.square().sum())
+    share = (shift / scale) ** 0.5 if scale else float("inf")
+    return f"parameters moved by {share:.2e} of their norm"
 
 
 def _parameters(program: Program, layer: Layer) -> tuple[str, ...]:
@@ -106,13 +129,7 @@ def _action(
     if not moved:
         reason = "not among the targets" if layer not in chosen else "has no trainable parameter"
         return Action.left(layer.name, reason)
-    shift = scale = 0.0
-    for name in moved:
-        old, new = (p.state[name].detach().double() for p in (before, after))
-        shift += float((new - old).square().sum())
-        scale += float(old.square().sum())
-    share = (shift / scale) ** 0.5 if scale else float("inf")
-    what = f"trained, parameters moved by {share:.2e} of their norm"
+    what = f"trained, {_moved(moved, before, after)}"
     if layer.weight in tuned.history.zeros:
         return Action(layer.name, f"{what}, {tuned.history.zeros[layer.weight]:.1%} zeros kept")
     return Action(layer.name, what, _lost_zeros(layer.weight, before, after))

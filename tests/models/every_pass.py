@@ -105,6 +105,24 @@ class TextNet(nn.Module):
         return self.head(h + self.down(nn.functional.gelu(self.up(h))))
 
 
+class ChainNet(nn.Module):
+    """A chain of equal blocks, with an embedding in front and a head behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(32, 16)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.GELU()) for _ in range(2)
+        )
+        self.head = nn.Linear(16, 32)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        h = self.table(ids)
+        for block in self.blocks:
+            h = block(h)
+        return self.head(h)
+
+
 IMAGE_NETS: dict[str, type[nn.Module]] = {
     "conv": ConvNet, "filter": FilterNet, "stages": StagesNet,
 }  # fmt: skip
@@ -118,7 +136,8 @@ def traced(kind: str) -> gw.Program:
         net = IMAGE_NETS[kind]().eval()
         return gw.trace(net, (torch.randn(4, 2, 6, 6),), {"x": {0: "batch"}})
     ids = torch.randint(0, 32, (4, 8))
-    return gw.trace(TextNet().eval(), (ids,), {"ids": {0: "batch", 1: "length"}})
+    net = (ChainNet() if kind == "chain" else TextNet()).eval()
+    return gw.trace(net, (ids,), {"ids": {0: "batch", 1: "length"}})
 
 
 def batches(kind: str) -> list[dict[str, torch.Tensor]]:
@@ -149,7 +168,8 @@ def run(
 ) -> gw.Program:
     """One pass of a chain, as the main job runs it."""
     data = batches(kind)
-    labelled = [{**batch, "labels": batch["ids"]} if kind == "text" else batch for batch in data]
+    has_text = kind not in IMAGE_NETS
+    labelled = [{**batch, "labels": batch["ids"]} if has_text else batch for batch in data]
     teacher = traced(kind)
     context = Context(
         calibration=data,

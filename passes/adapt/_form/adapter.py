@@ -166,7 +166,7 @@ class AdapterPass(Pass[OptionsT]):
                 parts[layer.name] = branch.parts
                 scales[layer.name] = branch.scale
             residual |= branch.residual
-        frozen = _freeze(editor, program, options.also_train)
+        frozen = freeze(editor, program, options.also_train)
         given = self.resolved_options() if given is None else given
         record(
             editor, Adapter(options.name, kind or self.id, given, parts, scales, residual, frozen)
@@ -184,7 +184,7 @@ def _refusal(layer: Layer) -> str:
     return ""
 
 
-def _freeze(editor: Editor, program: Program, also_train: Sequence[str]) -> tuple[str, ...]:
+def freeze(editor: Editor, program: Program, also_train: Sequence[str]) -> tuple[str, ...]:
     """Freezes what was trainable, but for adapters and the layers in `also_train`."""
     kept = {name for adapter in adapters(program).values() for name in adapter.tensors()}
     for layer in select(program, also_train) if also_train else ():

@@ -1,0 +1,1 @@
+"""Parts of adapt.side_network: the stack of blocks it runs along, and their narrow copies."""
