@@ -11,6 +11,7 @@ from graphwright.ir.channels.cutting import (
     zero,
 )
 from graphwright.ir.channels.groups import ChannelGroup, Member
+from graphwright.ir.channels.permuting import permute
 
-__all__ = ["ChannelGroup", "Member", "channel_groups", "cut", "cut_tensors", "kept_positions",
-           "masked_outputs", "zero"]  # fmt: skip
+__all__ = ["ChannelGroup", "Member", "channel_groups", "cut", "cut_tensors",
+           "kept_positions", "masked_outputs", "permute", "zero"]  # fmt: skip

@@ -46,7 +46,7 @@ def channel_groups(
             f"unit is {unit!r} and norm is {norm!r}",
             fix="unit is 'head' or 'channel', norm is 'exact' or 'pin'.",
         )
-    return analyse(_prepared(program), unit, norm).groups
+    return analyse(prepared(program), unit, norm).groups
 
 
 def zero(program: Program, picks: Picks) -> Program:
@@ -62,12 +62,12 @@ def zero(program: Program, picks: Picks) -> Program:
     """
     if not any(len(units) for units in picks.values()):
         return program
-    program = _prepared(program)
+    program = prepared(program)
     analysis, removed = resolve(program, picks)
     state = dict(program.state)
     for name, gone in _zeroed(analysis, removed).items():
         state[name] = _blanked(state[name], gone)
-    return program.replace(state=_retied(program, state, analysis))
+    return program.replace(state=retied(program, state, analysis))
 
 
 def masked_outputs(program: Program, picks: Picks) -> tuple[torch.Tensor, ...]:
@@ -77,7 +77,7 @@ def masked_outputs(program: Program, picks: Picks) -> tuple[torch.Tensor, ...]:
     """
     masked: dict[int, dict[int, Ids]] = {}
     if any(len(units) for units in picks.values()):
-        program = _prepared(program)
+        program = prepared(program)
         analysis, removed = resolve(program, picks)
         zeroed = _zeroed(analysis, removed)
         masked = {
@@ -118,7 +118,7 @@ def cut(program: Program, picks: Picks) -> Program:
     """
     if not any(len(units) for units in picks.values()):
         return program
-    program = _prepared(program)
+    program = prepared(program)
     analysis, removed = resolve(program, picks)
     extents = Extents(analysis, removed)
     editor = Editor(program, by="channels")
@@ -145,7 +145,7 @@ def kept_positions(program: Program, picks: Picks) -> dict[str, dict[int, torch.
     """
     if not any(len(units) for units in picks.values()):
         return {}
-    program = _prepared(program)
+    program = prepared(program)
     analysis, removed = resolve(program, picks)
     return {
         alias: {d: torch.from_numpy(where) for d, where in positions.items()}
@@ -188,7 +188,7 @@ def cut_tensors(
     return found
 
 
-def _prepared(program: Program) -> Program:
+def prepared(program: Program) -> Program:
     """Without dead code, constant subgraphs folded; the same object when there is neither."""
     return fold(program)
 
@@ -251,7 +251,7 @@ def _blanked(tensor: torch.Tensor, gone: dict[int, Ids]) -> torch.Tensor:
     new = tensor.detach().clone()
     for dim, where in gone.items():
         new.index_fill_(dim, torch.from_numpy(where).to(tensor.device), 0)
-    return _like(tensor, new)
+    return like(tensor, new)
 
 
 def _kept(analysis: Analysis, removed: np.ndarray) -> dict[str, dict[int, Ids]]:
@@ -267,16 +267,17 @@ def _sliced(tensor: torch.Tensor, positions: dict[int, Ids]) -> torch.Tensor:
     new = tensor.detach()
     for dim, where in sorted(positions.items()):
         new = new.index_select(dim, torch.from_numpy(where).to(tensor.device))
-    return _like(tensor, new)
+    return like(tensor, new)
 
 
-def _like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+def like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """`new`, a parameter where `old` is one."""
     if isinstance(old, torch.nn.Parameter):
         return torch.nn.Parameter(new, requires_grad=old.requires_grad)
     return new
 
 
-def _retied(
+def retied(
     program: Program, state: dict[str, torch.Tensor], analysis: Analysis
 ) -> dict[str, torch.Tensor]:
     """Names that shared a tensor share the new one."""

@@ -10,18 +10,18 @@ import numpy as np
 from pydantic import Field
 
 from graphwright.ir.channels import ChannelGroup, channel_groups, cut, masked_outputs
+from graphwright.ir.channels.eligible import eligible_groups
+from graphwright.ir.channels.families import Family
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.options import Bounded, Selector
 from graphwright.ir.program import Program
 from graphwright.passes.base import Action, Context, Need, Pass, Result
 from graphwright.passes.prune._units.eligible import (
-    eligible_groups,
     gap,
     gutted,
     largest_shares,
     with_scales,
 )
-from graphwright.passes.prune._units.families import Family
 from graphwright.passes.prune._units.gradients import LossName
 from graphwright.passes.prune._units.importance import ON_DATA, Importance, Normalize, Score
 from graphwright.passes.prune._units.measures import Of, measure

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from graphwright.ir.channels import ChannelGroup, channel_groups, cut
+from graphwright.ir.channels.eligible import eligible_groups
 from graphwright.ir.errors import ModelError
 from graphwright.ir.program import Program
 from graphwright.ir.tune import Hook, Moment
@@ -19,7 +20,7 @@ from graphwright.passes.prune._oto.hesso import Hesso
 from graphwright.passes.prune._oto.options import Otov2Options, settings
 from graphwright.passes.prune._oto.shrink import Shrink, check_reachable
 from graphwright.passes.prune._oto.units import Units, read_only, untrainable
-from graphwright.passes.prune._units.eligible import check_cut, eligible_groups
+from graphwright.passes.prune._units.eligible import check_cut
 
 KINDS: dict[str, type[Shrink]] = {"hesso": Hesso, "hesso_cric": HessoCric, "dhspg": Dhspg}
 

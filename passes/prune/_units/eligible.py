@@ -1,61 +1,19 @@
-"""Chooses the channel groups that a pass may cut, and checks that a cut changes nothing more."""
+"""Limits on what a cut takes of channel groups, and a check that it changes nothing more."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from graphwright.ir.channels import ChannelGroup
-from graphwright.ir.channels.analysis import Analysis
-from graphwright.ir.channels.values import Value
+from graphwright.ir.channels.eligible import output_classes
 from graphwright.ir.errors import ContractError
-from graphwright.ir.layers.kinds import NORMS, TABLE
-from graphwright.ir.layers.selectors import Layer, layers, select
+from graphwright.ir.layers.selectors import select
 from graphwright.ir.program import Program
 from graphwright.passes.base import Action
-from graphwright.passes.prune._units.families import Family, families
 from graphwright.passes.prune._units.scores import batch_norm_scales
-
-
-def eligible_groups(
-    program: Program,
-    groups: list[ChannelGroup],
-    targets: tuple[str, ...],
-    spare: tuple[Family, ...] = (),
-) -> tuple[list[ChannelGroup], list[Action]]:
-    """Prunable groups whose output channels all belong to selected layers; reasons of the rest.
-
-    A norm has no output channels of its own: it follows the layers in front of it.
-
-    Args:
-        program: the one that the groups are of.
-        groups: all of them.
-        targets: selector of layers.
-        spare: kinds of groups that stay whole.
-    """
-    if not groups:
-        return [], []
-    analysis = groups[0].analysis
-    selected = {layer.node.name for layer in select(program, targets)}
-    others = [layer for layer in layers(program) if layer.node.name not in selected]
-    outside = _output_classes(analysis, others)
-    kinds = families(groups) if spare else {}
-    eligible, actions = [], []
-    for group in groups:
-        other = next((outside[c] for c in group.classes.tolist() if c in outside), "")
-        spared = next((kind for kind in kinds.get(group, ()) if kind in spare), "")
-        if not group.prunable:
-            actions.append(Action.left(group.name, group.reason, "kept"))
-        elif other:
-            actions.append(Action.left(group.name, f"layer {other} is not in targets", "kept"))
-        elif spared:
-            actions.append(Action.left(group.name, f"spare: {spared}", "kept"))
-        else:
-            eligible.append(group)
-    return eligible, actions
 
 
 def with_scales(groups: list[ChannelGroup]) -> tuple[list[ChannelGroup], list[Action]]:
@@ -72,28 +30,11 @@ def largest_shares(
     """The share of its units that each group may lose: `share`, or the least of its layers."""
     limits = [share] * len(groups)
     for pattern, own in layer_shares.items():
-        classes = _output_classes(groups[0].analysis, select(program, (pattern,)))
+        classes = output_classes(groups[0].analysis, select(program, (pattern,)))
         for number, group in enumerate(groups):
             if any(c in classes for c in group.classes.tolist()):
                 limits[number] = min(limits[number], own)
     return limits
-
-
-def _output_classes(analysis: Analysis, chosen: Iterable[Layer]) -> dict[int, str]:
-    """Classes of the output channels of layers, to one such layer.
-
-    Read off the layer's result, so it does not matter how its weight is stored or computed.
-    """
-    found: dict[int, str] = {}
-    for layer in chosen:
-        value = analysis.values.get(layer.node.name)
-        if layer.kind not in NORMS and isinstance(value, Value):
-            spatial = TABLE[layer.kind].spatial
-            channels = value.at(len(value.shape) - spatial - 1)
-            if channels is not None:
-                classes = np.unique(analysis.class_of[channels.ids]).tolist()
-                found.update(dict.fromkeys(classes, layer.name))
-    return found
 
 
 def gutted(start: Mapping[str, int], gone: Mapping[str, int], above: float) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from graphwright.ir.channels import ChannelGroup
-from graphwright.passes.prune._units.families import Family, families
+from graphwright.ir.channels.families import Family, families
 from graphwright.passes.prune._units.measures import Measure
 
 

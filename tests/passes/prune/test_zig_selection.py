@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 import graphwright as gw
 from graphwright.ir.channels import channel_groups
+from graphwright.ir.channels.families import families
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.passes.prune import Zig
 from graphwright.passes.prune._units import measures
 from graphwright.passes.prune._units.activations import mean_squares
-from graphwright.passes.prune._units.families import families
 from graphwright.passes.prune._units.median import distances
 
 

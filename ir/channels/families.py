@@ -8,8 +8,8 @@ from typing import Literal, get_args
 import numpy as np
 from torch import fx
 
-from graphwright.ir.channels import ChannelGroup
 from graphwright.ir.channels.analysis import Analysis
+from graphwright.ir.channels.groups import ChannelGroup
 from graphwright.ir.channels.values import Value
 from graphwright.ir.graph.constants import depends_on_input
 from graphwright.ir.graph.nodes import op_name
