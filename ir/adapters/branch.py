@@ -30,6 +30,7 @@ class Branch:
         tip: the value that stands for the layer's output so far: its call, or the result of an
             adapter that is there already.
         parts: names of the tensors stored so far, by their part.
+        shared: names of the tensors stored for all layers together, by their part.
         scale: factor of the change, which merging and other formats ask for.
         residual: whether a part of the weight has moved into the adapter.
         found: what the pass has found for all layers together, before the first.
@@ -43,6 +44,7 @@ class Branch:
         self.call = next(n for n in editor.graph.nodes if n.name == layer.node.name)
         self.tip = [self.call, *results(self.call, layer.name)][-1]
         self.parts: dict[str, str] = {}
+        self.shared: dict[str, str] = {}
         self.scale = 1.0
         self.residual = False
         self._made: list[fx.Node] = []

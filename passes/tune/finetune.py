@@ -88,8 +88,12 @@ def _parameters(program: Program, layer: Layer) -> tuple[str, ...]:
     """Trainable parameters that a layer reads, also through nodes that rebuild its weight, and
     those of its adapters."""
     trainable = program.trainable()
-    beside = (a.layers.get(layer.name, {}).values() for a in adapters(program).values())
-    found = {name: None for names in beside for name in names if name in trainable}
+    beside = [
+        {**a.layers[layer.name], **a.shared}
+        for a in adapters(program).values()
+        if layer.name in a.layers
+    ]
+    found = {n: None for parts in beside for n in parts.values() if n in trainable}
     stack, seen = [n for n in layer.node.all_input_nodes if not depends_on_input(n)], set()
     while stack:
         node = stack.pop()

@@ -126,8 +126,7 @@ class AdapterPass(Pass[OptionsT]):
             else:
                 chosen.append(layer)
         if not chosen:
-            why = tuple(sorted({f"{a.layer}: {a.reason}" for a in actions}))
-            raise ModelError(f"{self.id}: no selected layer can be adapted", details=why[:5])
+            raise _none_left(self.id, actions)
         return chosen, actions
 
     def insert(
@@ -150,11 +149,15 @@ class AdapterPass(Pass[OptionsT]):
             found: what `prepare` gave.
             kind: id of the pass that merges and trains the adapter; this one when empty.
             given: options of that pass; those of this one when None.
+
+        Raises:
+            ModelError: no layer has got anything.
         """
         options = self.options
         editor = Editor(program, by=self.id)
         parts: dict[str, dict[str, str]] = {}
         scales: dict[str, float] = {}
+        shared: dict[str, str] = {}
         residual = False
         for layer in chosen:
             branch = Branch(editor, options.name, layer, found)
@@ -166,13 +169,22 @@ class AdapterPass(Pass[OptionsT]):
                 parts[layer.name] = branch.parts
                 scales[layer.name] = branch.scale
             residual |= branch.residual
+            shared |= branch.shared
+        if not parts:
+            raise _none_left(self.id, actions)
         frozen = freeze(editor, program, options.also_train)
         given = self.resolved_options() if given is None else given
         record(
-            editor, Adapter(options.name, kind or self.id, given, parts, scales, residual, frozen)
+            editor,
+            Adapter(options.name, kind or self.id, given, parts, scales, residual, frozen, shared),
         )
         result = editor.finish()
         return Result(result, tuple(actions), _counts(result))
+
+
+def _none_left(by: str, actions: Sequence[Action]) -> ModelError:
+    why = tuple(sorted({f"{a.layer}: {a.reason}" for a in actions}))
+    return ModelError(f"{by}: no selected layer can be adapted", details=why[:5])
 
 
 def _refusal(layer: Layer) -> str:
