@@ -10,6 +10,7 @@ from torch import Tensor
 from graphwright.ir.calibration.hessian import hessian, seen_or_even
 from graphwright.ir.calibration.site import Site, Solved, Task
 from graphwright.ir.calibration.walk import sweep
+from graphwright.ir.layers.factors import Factors, eigenspace, relative_error, split
 from graphwright.ir.layers.kinds import PRODUCTS
 from graphwright.ir.layers.products import as_matrix, from_matrix
 from graphwright.ir.layers.selectors import select
@@ -61,11 +62,11 @@ class Eora(Pass[EoraOptions]):
         changed = low_rank.changed(chosen, originals)
         method = _Method(self.options.rank, originals)
         solved = sweep(program, changed, context.batches, method, context)
-        found: dict[str, low_rank.Factors] = {}
+        found: dict[str, Factors] = {}
         before, after = [], []
         for layer in changed:
             state, info = solved[layer.node.name].state, solved[layer.node.name].info
-            found[layer.name] = low_rank.Factors(state["b"], state["a"])
+            found[layer.name] = Factors(state["b"], state["a"])
             before.append(info["before"])
             after.append(info["after"])
             actions.append(low_rank.action(layer.name, state["b"].shape[-1], before[-1], after[-1]))
@@ -92,7 +93,7 @@ class _Method:
 
     def gather(self, site: Site) -> _Stats:
         h = seen_or_even(hessian(site.rows()))[0]
-        basis, inverse = low_rank.eigenspace(h)
+        basis, inverse = eigenspace(h)
         return _Stats(h, basis, inverse, {x.name: self._originals[x.name] for x in site.layers})
 
     def solve(self, task: Task) -> Solved:
@@ -100,14 +101,14 @@ class _Method:
         original = stats.originals[task.name].float()
         compressed = as_matrix(task.geometry, task.weight)[0].float()
         delta = original - compressed
-        factors = low_rank.split(delta, stats.basis, stats.inverse, self.rank)
+        factors = split(delta, stats.basis, stats.inverse, self.rank)
         left = delta - factors.b @ factors.a
         value = from_matrix(task.geometry, (compressed + factors.b @ factors.a)[None])
         return Solved(
             value.to(task.weight.dtype),
             state={"b": factors.b, "a": factors.a},
             info={
-                "before": low_rank.relative_error(delta, original, stats.h),
-                "after": low_rank.relative_error(left, original, stats.h),
+                "before": relative_error(delta, original, stats.h),
+                "after": relative_error(left, original, stats.h),
             },
         )

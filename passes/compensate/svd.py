@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 
 from graphwright.ir.calibration.experts import is_stack, part_names
+from graphwright.ir.layers.factors import Factors, relative_error, split
 from graphwright.ir.layers.kinds import PRODUCTS
 from graphwright.ir.layers.products import as_matrix, geometry, weight_value
 from graphwright.ir.layers.selectors import select
@@ -44,7 +45,7 @@ class Svd(Pass[SvdOptions]):
     def run(self, program: Program, context: Context) -> Result:
         chosen = select(program, self.options.targets, PRODUCTS)
         originals, actions = low_rank.differences(program, context.before_compression, chosen)
-        found: dict[str, low_rank.Factors] = {}
+        found: dict[str, Factors] = {}
         before, after = [], []
         changed = low_rank.changed(chosen, originals)
         for layer in low_rank.first_uses(changed):
@@ -52,15 +53,15 @@ class Svd(Pass[SvdOptions]):
             names = part_names(layer, shape.groups)
             original = torch.stack([originals[name] for name in names]).float()
             delta = original - as_matrix(shape, weight_value(program, layer)).float()
-            parts = [low_rank.split(each, None, None, self.options.rank) for each in delta]
-            factors = low_rank.Factors(
+            parts = [split(each, None, None, self.options.rank) for each in delta]
+            factors = Factors(
                 torch.stack([part.b for part in parts]), torch.stack([part.a for part in parts])
             )
             left = delta - factors.b @ factors.a
-            single = low_rank.Factors(factors.b[0], factors.a[0])
+            single = Factors(factors.b[0], factors.a[0])
             found[layer.name] = factors if is_stack(layer) else single
-            before.append(low_rank.relative_error(delta, original, None))
-            after.append(low_rank.relative_error(left, original, None))
+            before.append(relative_error(delta, original, None))
+            after.append(relative_error(left, original, None))
             actions.append(low_rank.action(layer.name, factors.b.shape[2], before[-1], after[-1]))
         result = low_rank.insert(program, self.id, changed, found)
         return Result(result, tuple(actions), low_rank.metrics(before, after))

@@ -1,9 +1,8 @@
-"""Parts shared by the low-rank compensations: originals, factors, and their place in the graph."""
+"""Parts shared by the low-rank compensations: originals, and the place of factors in the graph."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -11,6 +10,7 @@ from torch import Tensor, fx
 from graphwright.ir.calibration.experts import is_stack, part_names
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
+from graphwright.ir.layers.factors import Factors
 from graphwright.ir.layers.kinds import PRODUCTS, TURNED_EXPERTS
 from graphwright.ir.layers.products import as_matrix, geometry, weight_key, weight_value
 from graphwright.ir.layers.selectors import Layer, layers
@@ -28,56 +28,6 @@ COMPRESSING = (
 )  # fmt: skip
 """Passes behind which a weight is another one than the original; `!` those that only give it
 another form."""
-
-
-@dataclass(frozen=True)
-class Factors:
-    """A correction b @ a of a matrix (out, columns).
-
-    Attributes:
-        b: (out, rank) float32; (experts, out, rank) of a stack of experts.
-        a: (rank, columns) float32; (experts, rank, columns).
-    """
-
-    b: Tensor
-    a: Tensor
-
-
-def split(delta: Tensor, basis: Tensor | None, inverse: Tensor | None, rank: int) -> Factors:
-    """The best rank-`rank` factors of a difference of weights, measured in a basis.
-
-    With Q' = Q L^(1/2) for H = Q L Q^T, b a minimizes ||X (delta - b a)^T|| (P02, equations 4-7:
-    the truncated SVD of delta Q', brought back); without a basis it minimizes ||delta - b a||.
-
-    Args:
-        delta: (out, columns), original minus compressed.
-        basis: Q' (columns, n); None for the identity.
-        inverse: its pseudo-inverse (n, columns).
-        rank: at most min(out, columns) is used.
-
-    Returns:
-        Factors whose singular values are shared evenly by both.
-    """
-    wide = delta.double() if basis is None else delta.double() @ basis
-    u, s, v = torch.linalg.svd(wide, full_matrices=False)
-    rank = min(rank, len(s))
-    root = s[:rank].sqrt()
-    a = root[:, None] * v[:rank]
-    if inverse is not None:
-        a = a @ inverse
-    return Factors((u[:, :rank] * root).float(), a.float())
-
-
-def eigenspace(h: Tensor) -> tuple[Tensor, Tensor]:
-    """Q L^(1/2) and L^(-1/2) Q^T of H = Q L Q^T, both float64.
-
-    Eigenvalues below float32's resolution of the largest are raised to it: directions that the
-    data does not reach then count next to nothing, and dividing by their roots stays harmless.
-    """
-    values, vectors = torch.linalg.eigh(h.double())
-    least = float(values[-1].clamp(min=1e-30)) * torch.finfo(torch.float32).eps
-    root = values.clamp(min=least).sqrt()
-    return vectors * root, vectors.t() / root[:, None]
 
 
 def differences(
@@ -183,18 +133,6 @@ def _added_to_stack(factors: Factors) -> Make:
         return place.call(aten.transpose.int, value, 1, 2) if turned else value
 
     return make
-
-
-def relative_error(delta: Tensor, weight: Tensor, h: Tensor | None) -> float:
-    """||X delta^T|| / ||X weight^T|| from H; of the weights themselves without one."""
-    if h is None:
-        return float(delta.double().norm() / weight.double().norm().clamp_min(1e-30))
-
-    def size(w: Tensor) -> float:
-        wide = w.double()
-        return float(((wide @ h.double()) * wide).sum().clamp_min(0))
-
-    return float((size(delta) / max(size(weight), 1e-30)) ** 0.5)
 
 
 def action(name: str, rank: int, before: float, after: float) -> Action:

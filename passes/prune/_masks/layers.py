@@ -12,9 +12,9 @@ from graphwright.ir.errors import ModelError
 from graphwright.ir.layers.kinds import PRODUCTS, is_stored_as_matrices
 from graphwright.ir.layers.products import as_matrix, geometry
 from graphwright.ir.layers.selectors import Layer, select
+from graphwright.ir.layers.vocabulary_heads import DENSE_HEAD, left_heads
 from graphwright.ir.program import Program
 from graphwright.passes.base import Action
-from graphwright.passes.prune._masks.heads import DENSE_HEAD, left_heads
 from graphwright.passes.prune._masks.patterns import Pattern
 
 

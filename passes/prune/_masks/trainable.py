@@ -13,10 +13,10 @@ from graphwright.ir.layers.kinds import (
     is_stored_as_matrices,
 )
 from graphwright.ir.layers.selectors import Layer, select
+from graphwright.ir.layers.vocabulary_heads import DENSE_HEAD, left_heads
 from graphwright.ir.options import Options
 from graphwright.ir.program import Program
 from graphwright.passes.base import Action
-from graphwright.passes.prune._masks.heads import DENSE_HEAD, left_heads
 from graphwright.passes.prune._masks.layers import with_weights
 
 KINDS = (*PRODUCTS, *TRANSPOSED_CONVOLUTIONS)

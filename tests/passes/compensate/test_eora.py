@@ -10,10 +10,10 @@ import graphwright as gw
 from graphwright.ir.calibration.hessian import hessian
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError, ModelError
+from graphwright.ir.layers.factors import eigenspace, split
 from graphwright.ir.layers.products import weight_value
 from graphwright.ir.layers.selectors import layers
 from graphwright.ir.program import Program
-from graphwright.passes.compensate._math.low_rank import eigenspace, split
 
 CHAIN = ("text", [("quantize.rtn", {"block": 16}), ("compensate.eora", {"rank": 2})])
 

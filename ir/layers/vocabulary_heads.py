@@ -11,14 +11,14 @@ from graphwright.ir.layers.kinds import PRODUCTS, TABLE
 from graphwright.ir.layers.selectors import Layer, layers
 from graphwright.ir.program import Program
 
-DENSE_HEAD = "a language model's head stays dense, as in the papers: name it in targets to prune it"
+DENSE_HEAD = "a language model's head stays dense, as in the papers: name it in targets to have it"
 
 
 def left_heads(program: Program, chosen: Sequence[Layer], targets: Sequence[str]) -> set[fx.Node]:
     """The chosen layers that are heads over a vocabulary and that no target names.
 
     A head gives as many outputs as an embedding table has rows, and no other layer reads them.
-    `*` and a kind name no layer. Embeddings themselves are never masked.
+    `*` and a kind name no layer. Embeddings are no products, and none of them is meant.
     """
     every = layers(program)
     tables = {

@@ -1,0 +1,1 @@
+"""What the decompositions share: which layers, which ranks, and factors in the graph."""
