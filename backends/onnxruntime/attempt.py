@@ -38,6 +38,8 @@ class Attempt:
         sparse: how many weights are stored as their non-zeros, and the bytes that saves.
         products: of weights in blocks: accuracy level, largest error of one product against what
             that level computes, and error of the outputs for rounding activations.
+        lstms: of int8 weights: how many run on integers, their largest error against what that
+            arithmetic gives, and error of the outputs for it; or why none does.
         integer: how many layers with int8 weights run as integer kernels, and which do not.
         unoptimized: why the model does not run with all graph optimizations off; empty if it does.
         values: results of nodes of `program` in the model, by node name.
@@ -53,6 +55,7 @@ class Attempt:
     errors: list[dict[str, Any]] = field(default_factory=list)
     sparse: dict[str, int] = field(default_factory=dict)
     products: dict[str, Any] = field(default_factory=dict)
+    lstms: dict[str, Any] = field(default_factory=dict)
     integer: dict[str, Any] = field(default_factory=dict)
     unoptimized: str = ""
     values: dict[str, ir.Value] = field(default_factory=dict)

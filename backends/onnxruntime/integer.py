@@ -5,24 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import onnx_ir as ir
 import torch
 from torch import fx
 
 from graphwright.backends.onnxruntime.optimized import INTEGER_KERNELS, OptimizedGraph
-from graphwright.ir.layers.kinds import WEIGHT_ARGUMENT
+from graphwright.ir.layers.kinds import SEVERAL, TABLES
+from graphwright.ir.layers.products import weight_node
 from graphwright.ir.layers.selectors import Layer, layers
 from graphwright.ir.program import Program
-
-TABLES = ("embedding",)
-"""Layers that multiply nothing."""
 
 
 def quantized_layers(program: Program) -> list[Layer]:
     """Layers whose weight is int8 codes with a scale, tables apart, in graph order."""
     return [
         layer for layer in layers(program)
-        if layer.kind not in TABLES and _holds_codes(layer.node.args[WEIGHT_ARGUMENT[layer.kind]])
+        if layer.kind not in TABLES and _holds_codes(weight_node(layer))
     ]  # fmt: skip
 
 
@@ -33,15 +30,20 @@ def _holds_codes(weight: Any) -> bool:
     return is_rebuilt and weight.args[0].meta["val"].dtype == torch.int8
 
 
+def codes_name(layer: Layer) -> str:
+    """Name of the stored codes of one of `quantized_layers`."""
+    return str(weight_node(layer).all_input_nodes[0].target)
+
+
 def integer_kernels(
-    quantized: list[Layer], values: Mapping[str, ir.Value], graph: OptimizedGraph
+    quantized: list[Layer], values: Mapping[str, Any], graph: OptimizedGraph
 ) -> dict[str, Any]:
     """The number of quantized layers, the number of integer kernels among them, and the others'
     names.
 
     Args:
         quantized: the layers.
-        values: node name of a layer -> its result in the model as it was written.
+        values: node name of a layer -> its result, or results, in the model as it was written.
         graph: what the session runs.
 
     Returns:
@@ -50,7 +52,9 @@ def integer_kernels(
     left = {}
     for layer in quantized:
         value = values.get(layer.node.name)
+        value = value[0] if isinstance(value, list | tuple) else value
         kernel = graph.kernel(None if value is None else value.producer())
         if kernel not in INTEGER_KERNELS:
-            left[layer.name] = kernel or layer.kind
+            is_one = kernel and layer.kind not in (*SEVERAL, "bilinear")  # else several kernels
+            left[layer.name] = str(kernel) if is_one else layer.kind
     return {"quantized": len(quantized), "integer": len(quantized) - len(left), "float": left}

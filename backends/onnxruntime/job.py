@@ -26,12 +26,13 @@ from graphwright.backends.onnxruntime.drawn import drawn_cases
 from graphwright.backends.onnxruntime.emitter import Untranslatable
 from graphwright.backends.onnxruntime.forced import Taps, on_codes
 from graphwright.backends.onnxruntime.integer import integer_kernels, quantized_layers
+from graphwright.backends.onnxruntime.integer_lstm import to_integers
 from graphwright.backends.onnxruntime.optimized import OptimizedGraph
 from graphwright.backends.onnxruntime.options import OnnxRuntimeOptions
-from graphwright.backends.onnxruntime.rounded import check_products, set_level
+from graphwright.backends.onnxruntime.rounded import raise_level
 from graphwright.backends.onnxruntime.runtime import SessionSettings, open_and_count, run_session
 from graphwright.backends.onnxruntime.sparse import store_sparse
-from graphwright.backends.onnxruntime.steps.blocks import EXACT, PRODUCTS_FACT
+from graphwright.backends.onnxruntime.steps.blocks import EXACT
 from graphwright.backends.onnxruntime.steps.catalog import Step
 from graphwright.backends.onnxruntime.steps.int8 import REPLACED
 from graphwright.backends.onnxruntime.steps.leftovers import has_compressed_weights
@@ -97,7 +98,7 @@ class Job:
             model = self._translate(made)
             self._check_size(model)
             self._check(model, made)
-            self._raise_level(model, made)
+            self._round_activations(model, made)
         return made
 
     def _apply(self, step: Step, made: Attempt, editor: Editor) -> Editor:
@@ -231,37 +232,24 @@ class Job:
             case, run_session(session, self.program.signature, case.inputs), taps
         )
 
-    def _raise_level(self, model: ir.Model, made: Attempt) -> None:
-        """Lets the products of weights in blocks round their activations, as the options ask."""
-        if not made.program.facts.get(PRODUCTS_FACT):
+    def _round_activations(self, model: ir.Model, made: Attempt) -> None:
+        """Goes over to kernels that round activations as they come, behind the sharp check."""
+        settings = raise_level(self.program, self.options, self.settings, model, made, self.cases)
+        changed = None if settings is None else model
+        settings = settings or self.settings
+        integer = to_integers(self.program, settings, changed or model, made, self.cases)
+        changed = integer or changed
+        if changed is None:
             return
-        made.products = {"accuracy_level": EXACT}
-        if self.options.accuracy_level == EXACT:
-            return
-        if made.translator != "direct":
-            made.products["why"] = "checked by product only where the model is translated directly"
-            return
-        fast = replace(self.settings, accuracy_level=self.options.accuracy_level)
-        try:
-            errors = [
-                check_products(self.program, made.program, self.options.opset, fast, case.inputs)
-                for case in self.cases if not case.drawn
-            ]  # fmt: skip
-        except Differs as error:
-            made.products["why"] = str(error)
-            return
-        set_level(model, self.options.accuracy_level)
-        made.model = self._write(model, made)
+        made.model = self._write(changed, made)
         case = self.cases[0]
         made.session, outputs, made.kernels = open_and_count(
-            made.model, fast, self.program.signature, case.inputs
+            made.model, settings, self.program.signature, case.inputs
         )
         off = compare_outputs(self.program, case, outputs, float("inf"))
-        made.products = {
-            "accuracy_level": self.options.accuracy_level,
-            "largest_error": max(errors),
-            "outputs": off,
-        }
+        for found in (made.products, made.lstms):
+            if "largest_error" in found:
+                found["outputs"] = off
 
     def _check_size(self, model: ir.Model) -> None:
         """A compressed weight must not have come out as floats."""

@@ -88,6 +88,8 @@ class Lowering(Backend):
         }
         if attempt.sparse:
             notes["sparse"] = attempt.sparse
+        if attempt.lstms:
+            notes["lstms"] = attempt.lstms
         if attempt.integer:
             notes["integer_kernels"] = attempt.integer
         if attempt.unoptimized:
@@ -132,6 +134,8 @@ def _warnings(notes: dict[str, Any]) -> list[str]:
     if "ties" in notes:
         found.append(notes["ties"])
     found += rebuilt_warnings(notes["left"])
+    if "why" in notes.get("lstms", {}):
+        found.append(f"LSTMs with int8 weights are computed in float: {notes['lstms']['why']}")
     integer = notes.get("integer_kernels", {})
     if integer.get("float"):
         names = ", ".join(f"{name} ({kernel})" for name, kernel in integer["float"].items())

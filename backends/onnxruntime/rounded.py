@@ -10,16 +10,19 @@ have to give the result that it really gave.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from graphwright.backends.onnxruntime.check import Differs
+from graphwright.backends.onnxruntime.attempt import Attempt
+from graphwright.backends.onnxruntime.check import Case, Differs
+from graphwright.backends.onnxruntime.options import OnnxRuntimeOptions
 from graphwright.backends.onnxruntime.runtime import SessionSettings, open_session
-from graphwright.backends.onnxruntime.steps.blocks import PRODUCTS_FACT
+from graphwright.backends.onnxruntime.steps.blocks import EXACT, PRODUCTS_FACT
 from graphwright.backends.onnxruntime.translate import translate_with_values
 from graphwright.ir.ops.blocks import dequantize_blocks
 from graphwright.ir.program import Program
@@ -36,6 +39,41 @@ def set_level(model: ir.Model, level: int) -> None:
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         if node.op_type == "MatMulNBits":
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
+
+
+def raise_level(
+    program: Program,
+    options: OnnxRuntimeOptions,
+    settings: SessionSettings,
+    model: ir.Model,
+    made: Attempt,
+    cases: Sequence[Case],
+) -> SessionSettings | None:
+    """Lets the products of weights in blocks round their activations, as the options ask.
+
+    Returns:
+        the settings of a session on the changed model; None where it stays as it is.
+    """
+    if not made.program.facts.get(PRODUCTS_FACT):
+        return None
+    made.products = {"accuracy_level": EXACT}
+    if options.accuracy_level == EXACT:
+        return None
+    if made.translator != "direct":
+        made.products["why"] = "checked by product only where the model is translated directly"
+        return None
+    fast = replace(settings, accuracy_level=options.accuracy_level)
+    try:
+        errors = [
+            check_products(program, made.program, options.opset, fast, case.inputs)
+            for case in cases if not case.drawn
+        ]  # fmt: skip
+    except Differs as error:
+        made.products["why"] = str(error)
+        return None
+    set_level(model, options.accuracy_level)
+    made.products = {"accuracy_level": options.accuracy_level, "largest_error": max(errors)}
+    return fast
 
 
 def emulated(x: Tensor, weight: Tensor, block: int) -> tuple[Tensor, Tensor]:

@@ -52,14 +52,20 @@ def left_as_they_are(program: Program, records: Sequence[dict[str, Any]]) -> lis
         records: rows of the passes, as in the report.
     """
     from graphwright.ir.graph.cost import cost
+    from graphwright.ir.layers.kinds import SEVERAL
     from graphwright.ir.layers.selectors import layers
 
-    named = {name for layer in layers(program) for name in layer.names}
+    found = layers(program)
+    named = {name for layer in found for name in layer.names}
+    parts: dict[str, list[str]] = {}
+    for part in found:
+        if part.kind in SEVERAL:
+            parts.setdefault(part.node.name, []).append(part.name)
     costs = cost(program)
     lines = []
     for family in _FAMILIES:
         rows = [row for row in records if _acts_on_layers(row, family, named)]
-        left = list(_left(costs.layers, rows, family)) if rows else []
+        left = list(_left(costs.layers, parts, rows, family)) if rows else []
         size = sum(layer.weight_bytes for layer, _ in left) / max(1, costs.weight_bytes)
         if size >= LEAST_SHARE:
             values = sum(layer.parameters for layer, _ in left) / max(1, costs.parameters)
@@ -78,23 +84,33 @@ def _acts_on_layers(row: dict[str, Any], family: _Family, named: Collection[str]
 
 
 def _left(
-    costs: Sequence[LayerCost], rows: Sequence[dict[str, Any]], family: _Family
+    costs: Sequence[LayerCost],
+    parts: dict[str, list[str]],
+    rows: Sequence[dict[str, Any]],
+    family: _Family,
 ) -> Iterator[tuple[LayerCost, str]]:
-    """Layers that no pass has changed and some pass could not, with the reason where it told."""
-    from graphwright.ir.layers.kinds import CODABLE, TABLE, TRANSPOSED_CONVOLUTIONS
+    """Layers that no pass has changed and some pass could not, with the reason where it told.
+
+    `parts` names the weights of calls that read several; one that is left speaks for its call.
+    """
+    from graphwright.ir.layers.kinds import CODABLE, STORED, TABLE, TABLES
 
     changed, reasons = set(), {}
     for name, _, reason, is_changed in (action for row in rows for action in row["actions"]):
         changed |= {name} if is_changed else set()
         reasons[name] = reason
     for layer in costs:
-        is_seen = layer.kind in CODABLE and (family.tables or layer.kind != "embedding")
-        refused = family.refusals and is_seen and layer.name in reasons
+        left = [n for n in parts.get(layer.node, [layer.name]) if n not in changed]
+        if not left:
+            continue
+        name = left[0]
+        is_seen = layer.kind in CODABLE and (family.tables or layer.kind not in TABLES)
+        refused = family.refusals and is_seen and name in reasons
         unknown = layer.kind not in TABLE or (
-            not family.tables and layer.kind in TRANSPOSED_CONVOLUTIONS
+            not family.tables and layer.kind in STORED and layer.kind not in TABLES
         )
-        if layer.name not in changed and (refused or unknown):
-            yield layer, reasons.get(layer.name, "")
+        if refused or unknown:
+            yield layer, reasons.get(name, "")
 
 
 def _shown(left: Sequence[tuple[LayerCost, str]]) -> str:

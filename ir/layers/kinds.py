@@ -25,6 +25,7 @@ class Kind:
         name: as selectors call it, `kind:conv2d`.
         operators: overloads that compute it.
         input, weight, bias: positions in the call; None for a kind without a bias.
+        weights: of the kinds in `SEVERAL`, positions that hold a weight or a list of weights.
         out_axis: axis of the weight that the output channels (or the rows of a table) are on.
         in_axis: axis of the weight that is summed over with the input; None where nothing is.
         spatial: dimensions of a convolution's windows.
@@ -38,6 +39,7 @@ class Kind:
     input: int = 0
     weight: int = 1
     bias: int | None = None
+    weights: tuple[int, ...] = ()
     out_axis: int = 0
     in_axis: int | None = None
     spatial: int = 0
@@ -67,6 +69,14 @@ def _routed(name: str, out_axis: int) -> Kind:
                 in_axis=3 - out_axis, experts=2, is_product=True)  # fmt: skip
 
 
+def _recurrent(name: str) -> Kind:
+    return Kind(name, (getattr(aten, name).input,), weight=2, weights=(2,))
+
+
+def _cell(name: str) -> Kind:
+    return Kind(name, (getattr(aten, name).default,), weight=2, weights=(2, 3))
+
+
 TABLE: dict[str, Kind] = {
     kind.name: kind
     for kind in (
@@ -74,6 +84,12 @@ TABLE: dict[str, Kind] = {
         *(_convolution(rank) for rank in (1, 2, 3)),
         *(_transposed(rank) for rank in (1, 2, 3)),
         Kind("embedding", (aten.embedding.default,), input=1, weight=0),
+        Kind("embedding_bag", (aten.embedding_bag.default, aten.embedding_bag.padding_idx), input=1,
+             weight=0),
+        Kind("bilinear", (aten.bilinear.default,), weight=2, bias=3),
+        Kind("einsum", (aten.einsum.default,), input=1, weights=(1,)),
+        *(_recurrent(name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")),
+        *(_cell(f"{name}_cell") for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")),
         Kind("matmul", (aten.matmul.default,), out_axis=1, in_axis=0, is_product=True),
         Kind("addmm", (aten.addmm.default,), input=1, weight=2, bias=0, out_axis=1, in_axis=0,
              is_product=True),
@@ -105,13 +121,22 @@ TRANSPOSED_CONVOLUTIONS = tuple(
 )
 """Layers with a weight that are no product of rows and a matrix."""
 
+SEVERAL = tuple(kind.name for kind in TABLE.values() if kind.weights)
+"""Calls that read several weights: each is a layer, called after its tensor."""
+
+TABLES = ("embedding", "embedding_bag")
+"""Layers that pick rows of their weight, and multiply nothing."""
+
 TURNED = tuple(name for name in MATRICES if TABLE[name].out_axis == 1)
 """Matrices that are stored (in, out)."""
 
 TURNED_EXPERTS = tuple(name for name in EXPERTS if TABLE[name].out_axis == 2)
 """Stacks of matrices that are stored (experts, in, out)."""
 
-CODABLE = (*PRODUCTS, *TRANSPOSED_CONVOLUTIONS, "embedding")
+STORED = (*TRANSPOSED_CONVOLUTIONS, *TABLES, "bilinear", *SEVERAL)
+"""Layers whose weight can be codes, and that no method calibrates: rounded to nearest."""
+
+CODABLE = (*PRODUCTS, *STORED)
 """Layers whose weight a pass replaces by codes, or reports with the reason why not."""
 
 NORMS = tuple(kind.name for kind in TABLE.values() if kind.is_norm)
@@ -125,6 +150,35 @@ BIAS_ARGUMENT = {
 
 OUTPUT_AXIS = {kind.name: kind.out_axis for kind in TABLE.values()}
 INPUT_AXIS = {kind.name: kind.in_axis for kind in TABLE.values() if kind.in_axis is not None}
+
+
+def weight_places(node: fx.Node, kind: str) -> list[tuple[int, ...]]:
+    """Places of a call's weights among its arguments, each an index, or one into a list too.
+
+    Biases of recurrent layers and vectors in an einsum are none.
+    """
+    found: list[tuple[int, ...]] = []
+    for place in TABLE[kind].weights or (TABLE[kind].weight,):
+        given = node.args[place] if len(node.args) > place else None
+        many = isinstance(given, list | tuple)
+        found += [(place, at) for at in range(len(given))] if many else [(place,)]  # type: ignore[arg-type]
+    return found
+
+
+def at_place(node: fx.Node, place: tuple[int, ...]) -> object:
+    """The argument at one of a call's `weight_places`."""
+    value: object = node.args[place[0]] if len(node.args) > place[0] else None
+    return value[place[1]] if len(place) > 1 else value  # type: ignore[index]
+
+
+def put_at(args: list[Any], place: tuple[int, ...], value: object) -> None:
+    """Puts a weight in its place among a call's arguments."""
+    if len(place) == 1:
+        args[place[0]] = value
+        return
+    many = list(args[place[0]])
+    many[place[1]] = value
+    args[place[0]] = many
 
 
 def matrix_product(node: fx.Node) -> Kind | None:

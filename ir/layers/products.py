@@ -23,6 +23,7 @@ from graphwright.ir.layers.kinds import (
     TURNED,
     TURNED_EXPERTS,
     WEIGHT_ARGUMENT,
+    at_place,
 )
 from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.program import Program
@@ -172,7 +173,7 @@ def input_node(layer: Layer) -> fx.Node:
 
 def weight_node(layer: Layer) -> fx.Node:
     """The node of a layer's weight: stored, or rebuilt in the graph."""
-    node = layer.node.args[WEIGHT_ARGUMENT[layer.kind]]
+    node = at_place(layer.node, layer.place)
     assert isinstance(node, fx.Node)
     return node
 

@@ -1,7 +1,8 @@
 """One language for "which layers", used by every pass.
 
 A selector is a list of patterns. A pattern is a glob over the layer's qualified name
-(`encoder.layer.0.*`), or a kind (`kind:linear`); a leading `!` excludes. A layer is selected when
+(`encoder.layer.0.*`; `lstm.weight_ih_l0` where a call reads several weights), or a kind
+(`kind:linear`); a leading `!` excludes. A layer is selected when
 any including pattern matches it and no excluding one does; a list needs at least one pattern that
 includes (`*` for all).
 """
@@ -19,7 +20,7 @@ from torch import fx
 from graphwright.ir.errors import ModelError
 from graphwright.ir.graph.constants import weight_source
 from graphwright.ir.graph.nodes import adapter_of
-from graphwright.ir.layers.kinds import EXPERTS, KINDS, WEIGHT_ARGUMENT
+from graphwright.ir.layers.kinds import EXPERTS, KINDS, SEVERAL, at_place, weight_places
 from graphwright.ir.layers.stacks import stack_names
 from graphwright.ir.program import Program
 
@@ -32,12 +33,13 @@ class Layer:
 
     Attributes:
         name: qualified name of the module that owns the weight, as `encoder.layer.0.output.dense`;
-            of the weight itself where it is a stack of experts.
+            of the weight itself where it is a stack of experts, or its call reads several.
         kind: one of the values of `KINDS`.
         node: the call.
         weight: name of the weight in the program's state; empty when it is computed in the graph
             (a quantized or adapted weight).
         names: every name this use answers to (several for a tied weight used outside its modules).
+        place: of the weight among the call's arguments, as `at_place` takes it.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Layer:
     node: fx.Node
     weight: str
     names: tuple[str, ...]
+    place: tuple[int, ...]
 
 
 def layers(program: Program, kinds: Collection[str] | None = None) -> list[Layer]:
@@ -57,19 +60,26 @@ def layers(program: Program, kinds: Collection[str] | None = None) -> list[Layer
         kind = KINDS.get(node.target) if node.op == "call_function" else None
         if kind is None or (kinds is not None and kind not in kinds) or adapter_of(node):
             continue
-        position = WEIGHT_ARGUMENT[kind]
-        weight = node.args[position] if len(node.args) > position else None
-        source = weight_source(weight)
-        if source is None:
-            continue
-        state = str(source.target)
-        aliases = program.aliases.get(state, (state,))
-        names = _owners(node, state, aliases)
-        if kind in EXPERTS:
-            names = stack_names(program, source)
-        direct = state if source is weight else ""
-        found.append(Layer(names[0], kind, node, direct, names))
+        for place in weight_places(node, kind):
+            layer = _layer(program, node, kind, place)
+            found += [layer] if layer else []
     return found
+
+
+def _layer(program: Program, node: fx.Node, kind: str, place: tuple[int, ...]) -> Layer | None:
+    weight = at_place(node, place)
+    source = weight_source(weight)
+    if source is None:
+        return None
+    state = str(source.target)
+    direct = state if source is weight else ""
+    if kind in EXPERTS or kind in SEVERAL:
+        names = stack_names(program, source)
+        if kind in SEVERAL and weight.meta["val"].dim() < 2:  # type: ignore[attr-defined]
+            return None
+    else:
+        names = _owners(node, state, program.aliases.get(state, (state,)))
+    return Layer(names[0], kind, node, direct, names, place)
 
 
 def _owners(node: fx.Node, state: str, aliases: tuple[str, ...]) -> tuple[str, ...]:
@@ -116,9 +126,12 @@ def select(
     ]
     if not chosen:
         wanted = f" of kind {', '.join(sorted(kinds))}" if kinds else ""
+        others = [x for x in everything if any(_matches(x, p) for p in including)]
         raise ModelError(
             f"targets {list(targets)} select no layer{wanted}",
-            fix=_near(including[0], candidates or everything, program),
+            fix=_near(including[0], candidates, program)
+            if candidates or not others
+            else _others(others),
         )
     return chosen
 
@@ -132,7 +145,7 @@ def _matches(layer: Layer, pattern: str) -> bool:
 def _near(pattern: str, candidates: list[Layer], program: Program) -> str:
     names = sorted({layer.name for layer in candidates})
     if not names:
-        return _others(program)
+        return _weights(program)
     plain = pattern.strip("*.!")
     by_part = {part for name in names for part in name.split(".")}
     near = difflib.get_close_matches(plain, [*names, *by_part], n=3, cutoff=0.5)
@@ -140,7 +153,14 @@ def _near(pattern: str, candidates: list[Layer], program: Program) -> str:
     return f"Did you mean one of {', '.join(repr(n) for n in shown)}? ({len(names)} layers in all)"
 
 
-def _others(program: Program) -> str:
+def _others(found: list[Layer]) -> str:
+    """What targets select, where the pass takes nothing of it."""
+    names = list(dict.fromkeys(f"{layer.name} ({layer.kind})" for layer in found))
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"They select {', '.join(names[:4])}{more}, which this pass does not take."
+
+
+def _weights(program: Program) -> str:
     """Where the weights are of a program that has no layer of a known kind."""
     from graphwright.ir.graph.cost import cost
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from graphwright.ir.edit import Editor
-from graphwright.ir.layers.kinds import EXPERTS, TURNED, TURNED_EXPERTS, WEIGHT_ARGUMENT
+from graphwright.ir.layers.kinds import EXPERTS, SEVERAL, TURNED, TURNED_EXPERTS, at_place
 from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.stored.blocks import Blocks
 
@@ -111,7 +111,7 @@ def replace_weight(
         readers: calls in the editor's graph that change; all readers of the weight when absent.
     """
     node = next(n for n in editor.graph.nodes if n.name == layer.node.name)
-    old = node.args[WEIGHT_ARGUMENT[layer.kind]]
+    old = at_place(node, layer.place)
     assert isinstance(old, fx.Node)
     shape = [int(size) for size in old.meta["val"].shape]
     place = Insertion(editor, _behind(editor, old), node, old, layer.kind, owner_of(layer, old))
@@ -144,7 +144,7 @@ def owner_of(layer: Layer, weight: fx.Node) -> str:
     """Name that the tensors of a layer's weight are named after."""
     if weight.op == "get_attr":
         return str(weight.target)
-    return layer.name if layer.kind in EXPERTS else f"{layer.name}.weight"
+    return layer.name if layer.kind in (*EXPERTS, *SEVERAL) else f"{layer.name}.weight"
 
 
 def rebuild_blocks(blocks: Blocks) -> Make:

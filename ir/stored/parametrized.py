@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from graphwright.ir.edit import Editor
 from graphwright.ir.graph.constants import constant_nodes, constant_value, is_static
 from graphwright.ir.graph.nodes import op_name
-from graphwright.ir.layers.kinds import WEIGHT_ARGUMENT
+from graphwright.ir.layers.products import weight_node
 from graphwright.ir.layers.selectors import layers
 from graphwright.ir.program import Program
 
@@ -43,8 +43,7 @@ def store_weights(program: Program, by: str) -> tuple[Program, list[str]]:
     constant = constant_nodes(editor.graph, _is_plain)
     stored: list[str] = []
     for layer in [layer for layer in copied if not layer.weight]:
-        node = layer.node.args[WEIGHT_ARGUMENT[layer.kind]]
-        assert isinstance(node, fx.Node)
+        node = weight_node(layer)
         if node.op == "get_attr":
             stored.append(layer.name)  # tied to a layer before it
         elif node in constant and _is_computed(node):

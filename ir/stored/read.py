@@ -142,6 +142,18 @@ def stacked_rows(weight: Any) -> fx.Node | None:
     return rows if rows.meta["val"].dim() == 2 else None
 
 
+def int8_rows(weight: fx.Node) -> tuple[str, str] | None:
+    """Names of the stored int8 codes of a matrix and of their scales, one per row; or None."""
+    if not is_call(weight, torch.ops.graphwright.dequantize.default):
+        return None
+    codes, scale, zero_point, axis = weight.args
+    if zero_point is not None or any(part.op != "get_attr" for part in (codes, scale)):  # type: ignore[union-attr]
+        return None
+    value = codes.meta["val"]  # type: ignore[union-attr]
+    fits = value.dtype == torch.int8 and value.dim() == 2 and scale.meta["val"].dim() == 1  # type: ignore[union-attr]
+    return (str(codes.target), str(scale.target)) if fits and axis % 2 == 0 else None  # type: ignore[operator, union-attr]
+
+
 CODED = "graphwright::dequantize"
 """The start of the names of our ops that rebuild a weight from codes."""
 

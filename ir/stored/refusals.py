@@ -7,35 +7,33 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from graphwright.ir.layers.kinds import TRANSPOSED_CONVOLUTIONS, is_stored_as_matrices
+from graphwright.ir.layers.kinds import TABLES, is_stored_as_matrices
 from graphwright.ir.layers.products import weight_node, weight_value
 from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.program import Program
 from graphwright.ir.stored.read import is_coded
 
 
-def refusals(program: Program, chosen: Sequence[Layer], *, embeddings: bool) -> dict[fx.Node, str]:
-    """The reason by call, for every chosen layer whose weight cannot become codes."""
+def refusals(program: Program, chosen: Sequence[Layer], *, embeddings: bool) -> dict[Layer, str]:
+    """The reason, for every chosen layer whose weight cannot become codes."""
     nodes = {layer.node for layer in chosen}
-    found: dict[fx.Node, str] = {}
+    found: dict[Layer, str] = {}
     for layer in chosen:
         if reason := _refusal(program, layer, nodes, embeddings=embeddings):
-            found[layer.node] = reason
+            found[layer] = reason
     # Layers that share a weight stay or go together.
-    kept = {weight_node(layer): layer.name for layer in chosen if layer.node in found}
+    kept = {weight_node(layer): layer.name for layer in chosen if layer in found}
     for layer in chosen:
         other = kept.get(weight_node(layer))
-        if layer.node not in found and other is not None:
-            found[layer.node] = f"shares the weight of {other}, which is left alone"
+        if layer not in found and other is not None:
+            found[layer] = f"shares the weight of {other}, which is left alone"
     return found
 
 
 def _refusal(program: Program, layer: Layer, nodes: set[fx.Node], *, embeddings: bool) -> str:
     weight = weight_node(layer)
     value = weight.meta["val"]
-    if layer.kind in TRANSPOSED_CONVOLUTIONS:
-        return f"{layer.kind} is no product of rows and a matrix"
-    if layer.kind == "embedding" and not embeddings:
+    if layer.kind in TABLES and not embeddings:
         return "embeddings: false"
     if not is_stored_as_matrices(layer.kind, value):
         return f"its weight has {value.dim()} dimensions"

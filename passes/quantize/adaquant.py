@@ -129,15 +129,17 @@ class Adaquant(Pass[AdaquantOptions]):
         options = self.options
         chosen = select(program, options.targets, {*PRODUCTS, *TRANSPOSED_CONVOLUTIONS})
         refused = refusals(program, chosen, embeddings=False)
+        refused |= {x: f"{x.kind} is no product of rows and a matrix" for x in chosen
+                    if x.kind in TRANSPOSED_CONVOLUTIONS}  # fmt: skip
         if options.activation_bits is not None:
-            refused |= {x.node: "experts have no input range in common" for x in chosen
+            refused |= {x: "experts have no input range in common" for x in chosen
                         if is_stack(x)}  # fmt: skip
-        kept = [layer for layer in chosen if layer.node not in refused]
+        kept = [layer for layer in chosen if layer not in refused]
         if not kept:
-            reasons = sorted({f"{layer.name}: {refused[layer.node]}" for layer in chosen})
+            reasons = sorted({f"{layer.name}: {refused[layer]}" for layer in chosen})
             raise ModelError(f"{self.id} can quantize none of its targets", details=tuple(reasons))
-        actions = [Action.left(x.name, refused[x.node]) for x in chosen
-                   if x.node in refused]  # fmt: skip
+        actions = [Action.left(x.name, refused[x]) for x in chosen
+                   if x in refused]  # fmt: skip
         names = {layer: part_names(layer, geometry(program, layer).groups) for layer in kept}
         method = _Method(
             options,

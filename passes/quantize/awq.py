@@ -16,7 +16,7 @@ from graphwright.ir.calibration.site import Site, Solved, Task
 from graphwright.ir.calibration.walk import sweep
 from graphwright.ir.edit import Editor
 from graphwright.ir.graph.constants import constant_nodes, constant_value
-from graphwright.ir.layers.kinds import INPUT_AXIS, MATRICES, PRODUCTS
+from graphwright.ir.layers.kinds import INPUT_AXIS, MATRICES, PRODUCTS, STORED
 from graphwright.ir.layers.products import as_matrix, weight_node
 from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.layers.selectors import layers as find_layers
@@ -26,7 +26,7 @@ from graphwright.ir.stored.insert import Make, rebuild_blocks
 from graphwright.passes.base import WEIGHTS, Action, Context, Pass, Result
 from graphwright.passes.quantize._activations.folding import Group, divide, find_groups
 from graphwright.passes.quantize._activations.region import Region, feeds_scores, region_of
-from graphwright.passes.quantize._low_bit.coding import choose, insert
+from graphwright.passes.quantize._low_bit.coding import choose, insert, uncalibrated
 from graphwright.passes.quantize._low_bit.rounding import (
     BlockOptions,
     blocks_of,
@@ -108,8 +108,9 @@ class Awq(Pass[AwqOptions]):
             for group, choice, kind in zip(groups, choices, how, strict=True)
             for layer in group.layers
         }
-        names = {layer.node.name for layer in layers}
-        layers = [x for x in find_layers(scaled, {*PRODUCTS, "embedding"}) if x.node.name in names]
+        names = {(layer.node.name, layer.place) for layer in layers}
+        layers = [x for x in find_layers(scaled, {*PRODUCTS, *STORED})
+                  if (x.node.name, x.place) in names]  # fmt: skip
         clipped = self._clipped(scaled, [x for x in layers if x.node.name in scaling], context)
         plain = [x for x in layers if x.node.name not in clipped]
         rounded = round_layers(scaled, plain, options, context.jobs)
@@ -315,8 +316,8 @@ def _described(layer: Layer, scaling: tuple[Choice, str] | None) -> tuple[str, s
 
 
 def _why_plain(layer: Layer) -> str:
-    if layer.kind == "embedding":
-        return "an embedding table"
+    if layer.kind in STORED:
+        return uncalibrated(layer)
     if layer.kind not in MATRICES:
         return f"no factors for {layer.kind}"
     return "its weight is shared, or computed in the graph"

@@ -13,7 +13,7 @@ from graphwright.ir.calibration.observe import observe
 from graphwright.ir.calibration.ranges import MinMax
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ArgumentError, ModelError
-from graphwright.ir.layers.kinds import CODABLE
+from graphwright.ir.layers.kinds import CODABLE, STORED
 from graphwright.ir.layers.products import input_node, weight_node, weight_value
 from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.ops.float8 import LARGEST, bytes_of
@@ -71,9 +71,9 @@ class Fp8(Pass[Fp8Options]):
             )
         chosen = select(program, options.targets, CODABLE)
         refused = refusals(program, chosen, embeddings=options.embeddings)
-        layers = [layer for layer in chosen if layer.node not in refused]
+        layers = [layer for layer in chosen if layer not in refused]
         if not layers:
-            reasons = sorted({f"{layer.name}: {refused[layer.node]}" for layer in chosen})
+            reasons = sorted({f"{layer.name}: {refused[layer]}" for layer in chosen})
             raise ModelError(f"{self.id} can quantize none of its targets", details=tuple(reasons))
         scales = self._activation_scales(program, layers, context)
         editor = Editor(program, by=self.id)
@@ -87,10 +87,10 @@ class Fp8(Pass[Fp8Options]):
         _round_inputs(editor, twin, layers, scales)
         actions = []
         for layer in chosen:
-            if layer.node in refused:
-                actions.append(Action.left(layer.name, refused[layer.node]))
+            if layer in refused:
+                actions.append(Action.left(layer.name, refused[layer]))
                 continue
-            how = "weight" if layer.kind == "embedding" else f"activations {options.activations}"
+            how = "weight" if layer.kind in STORED else f"activations {options.activations}"
             error = errors[weight_node(layer)]
             actions.append(Action(layer.name, f"float8, {how}, weight error {error:.2e}"))
         values = list(errors.values())
@@ -105,7 +105,7 @@ class Fp8(Pass[Fp8Options]):
         self, program: Program, layers: Sequence[Layer], context: Context
     ) -> dict[fx.Node, float]:
         """Scale of every activation that is rounded, 0 for one per row."""
-        inputs = {input_node(layer): 0.0 for layer in layers if layer.kind != "embedding"}
+        inputs = {input_node(layer): 0.0 for layer in layers if layer.kind not in STORED}
         if self.options.activations == "none":
             return {}
         if self.options.activations == "dynamic" or not inputs:
@@ -156,7 +156,7 @@ def _round_inputs(
     """One rounding per activation, read by the layers alone."""
     for x, scale in scales.items():
         readers = [twin[layer.node] for layer in layers
-                   if layer.kind != "embedding" and input_node(layer) is x]  # fmt: skip
+                   if layer.kind not in STORED and input_node(layer) is x]  # fmt: skip
         node = twin[x]
         before = node.next
         while before.op in ("placeholder", "get_attr"):

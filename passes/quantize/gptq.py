@@ -24,7 +24,13 @@ from graphwright.ir.program import Program
 from graphwright.ir.stored.blocks import Blocks, block_for, pack, round_to_nearest
 from graphwright.ir.stored.insert import Make, rebuild_blocks
 from graphwright.passes.base import WEIGHTS, Action, Context, Pass, Result
-from graphwright.passes.quantize._low_bit.coding import choose, insert, layer_errors, output_error
+from graphwright.passes.quantize._low_bit.coding import (
+    choose,
+    insert,
+    layer_errors,
+    output_error,
+    uncalibrated,
+)
 from graphwright.passes.quantize._low_bit.rounding import (
     BlockOptions,
     blocks_of,
@@ -90,7 +96,8 @@ class Gptq(Pass[GptqOptions]):
     optimal brain surgery under H = mean of x x^T over the calibration data. Weights become codes
     with a scale and a zero point for every block of inputs (`graphwright::dequantize_blocks`);
     activations stay as they are. Convolutions are rounded as products with their windows, grouped
-    ones group by group. Embedding tables have no products, and are rounded to nearest.
+    ones group by group. Embedding tables, recurrent layers, bilinear ones and einsums have no such
+    product, and are rounded to nearest.
 
     An input that is zero on all calibration data has its weights rounded to nearest; the paper's
     code sets them to zero. Where a block is shorter than 128 the paper's code finds its scale
@@ -111,9 +118,9 @@ class Gptq(Pass[GptqOptions]):
         options = self.options
         layers, actions = choose(program, self.id, options.targets, embeddings=options.embeddings)
         # Tables first: the layers are then calibrated on what the rounded tables give.
-        products = [layer for layer in layers if layer.kind != "embedding"]
+        products = [layer for layer in layers if layer.kind in PRODUCTS]
         read = {weight_node(layer) for layer in products}
-        tables = [layer for layer in layers if layer.kind == "embedding"]
+        tables = [layer for layer in layers if layer.kind not in PRODUCTS]
         alone = [table for table in tables if weight_node(table) not in read]
         editor = Editor(program, by=self.id)
         actions += self._tables(editor, program, alone, context.jobs)
@@ -142,14 +149,14 @@ class Gptq(Pass[GptqOptions]):
     def _tables(
         self, editor: Editor, program: Program, tables: Sequence[Layer], jobs: int | str
     ) -> list[Action]:
-        """Rounds embedding tables to nearest."""
+        """Rounds what no product is calibrated for to nearest."""
         options = self.options
         rounded = round_layers(program, tables, options, jobs, search=options.search)
 
         def find(layer: Layer) -> tuple[Make, Action]:
             blocks, error = rounded[weight_node(layer)]
             what = f"int{blocks.bits}, block {blocks.block}, relative error {error:.2e}"
-            reason = "an embedding table: rounded to nearest"
+            reason = f"{uncalibrated(layer)}: rounded to nearest"
             return rebuild_blocks(blocks), Action(layer.name, what, reason)
 
         return insert(editor, tables, find, f"int{options.bits}")

@@ -16,16 +16,18 @@ from graphwright.ir.calibration.ranges import RangeObserver, range_observer
 from graphwright.ir.context import Batch
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.layers.kinds import (
+    CODABLE,
     CONVOLUTIONS,
     EXPERTS,
     INPUT_ARGUMENT,
-    MATRICES,
     OUTPUT_AXIS,
+    STORED,
+    TABLES,
     TRANSPOSED_CONVOLUTIONS,
     TURNED,
-    WEIGHT_ARGUMENT,
+    put_at,
 )
-from graphwright.ir.layers.products import geometry, input_node
+from graphwright.ir.layers.products import geometry, input_node, weight_node
 from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.layers.transposed import sub_pixel
 from graphwright.ir.options import Bounded, Targets
@@ -37,9 +39,6 @@ from graphwright.passes.quantize._activations.sites import Sites, find_sites
 from graphwright.passes.quantize._math import int8 as int8_math
 
 ops = torch.ops.graphwright
-
-KERNELS = (*MATRICES, *EXPERTS, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, "embedding")
-"""Layers that can be quantized: integer kernels, tables, and weights that are stored as int8."""
 
 WINDOWED = (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
 
@@ -89,6 +88,8 @@ class Int8(Pass[Int8Options]):
     convolutions exist in no other form. Biases of matrix products stay in float32. A transposed
     convolution is computed on integers where it can be written as a plain one (two dimensions, one
     group, one stride, no dilation); any other stores an int8 weight and is computed in float32.
+    Recurrent, bilinear and einsum weights are stored in int8 as well; in ONNX Runtime an LSTM
+    multiplies on integers (DynamicQuantizeLSTM), the others in float32.
     Padding tokens of calibration data (0 in `attention_mask`) have no part in the ranges.
 
     Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
@@ -113,11 +114,11 @@ class Int8(Pass[Int8Options]):
                 f"{self.id} with static activations needs calibration data",
                 fix="Give the spec a `calibration` section, or use activations: dynamic.",
             )
-        chosen = select(program, options.targets, KERNELS)
-        refused = {layer.node: why for layer in chosen if (why := refusal(layer, program, options))}
-        layers = [layer for layer in chosen if layer.node not in refused]
+        chosen = select(program, options.targets, CODABLE)
+        refused = {layer: why for layer in chosen if (why := refusal(layer, program, options))}
+        layers = [layer for layer in chosen if layer not in refused]
         if not layers:
-            reasons = sorted({f"{layer.name}: {refused[layer.node]}" for layer in chosen})
+            reasons = sorted({f"{layer.name}: {refused[layer]}" for layer in chosen})
             raise ModelError(f"{self.id} can quantize none of its targets", details=tuple(reasons))
         computed = {n.node: n.kind for n in layers if not is_storage(n, options)}
         sites = find_sites(program.graph, computed, outputs=is_static)
@@ -147,16 +148,18 @@ class Int8(Pass[Int8Options]):
         return found
 
     def _actions(
-        self, chosen: list[Layer], refused: dict[fx.Node, str], errors: dict[fx.Node, float]
+        self, chosen: list[Layer], refused: dict[Layer, str], errors: dict[fx.Node, float]
     ) -> tuple[Action, ...]:
         actions = []
         for layer in chosen:
-            if layer.node in refused:
-                actions.append(Action.left(layer.name, refused[layer.node], "float32"))
+            if layer in refused:
+                actions.append(Action.left(layer.name, refused[layer], "float32"))
                 continue
             how = f"int8 {self.options.activations}"
-            if layer.kind == "embedding":
+            if layer.kind in TABLES:
                 how = "int8 weight"
+            elif layer.kind == "lstm":
+                how = "int8 weight, inputs and states rounded as they come in ONNX Runtime's kernel"
             elif is_storage(layer, self.options):
                 how = f"int8 weight, stored only: {layer.kind} like this is computed in float32"
             error = errors[layer.node]
@@ -171,7 +174,7 @@ def refusal(layer: Layer, program: Program, options: Int8Options) -> str:
     weight = program.state[layer.weight]
     if weight.dtype != torch.float32:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}, not float32"
-    if layer.kind == "embedding":
+    if layer.kind in TABLES:
         return "" if options.embeddings else "embeddings: false"
     if layer.kind in TURNED and weight.dim() != 2:
         return f"its weight has {weight.dim()} dimensions, not 2"
@@ -189,12 +192,11 @@ def is_storage(layer: Layer, options: Int8Options) -> bool:
 
     A transposed convolution that can be written as a plain one has a kernel; with an odd number of
     input channels its sums pair places of the window, which depends on how it is written. The
-    rows of a stack's experts are found as it runs.
+    rows of a stack's experts are found as it runs. An LSTM rounds its inputs itself.
     """
     if layer.kind not in TRANSPOSED_CONVOLUTIONS:
-        return layer.kind in EXPERTS
-    weight = layer.node.args[WEIGHT_ARGUMENT[layer.kind]]
-    assert isinstance(weight, fx.Node)
+        return layer.kind in (*EXPERTS, *STORED)
+    weight = weight_node(layer)
     is_odd = options.any_cpu and weight.meta["val"].shape[0] % 2 == 1
     return is_odd or sub_pixel(layer.node) is None
 
@@ -241,9 +243,9 @@ def can_overflow(layer: Layer) -> bool:
     A table is multiplied with nothing, and a depthwise convolution is summed in 32 bits.
     """
     if layer.kind not in CONVOLUTIONS:
-        return layer.kind not in ("embedding", *EXPERTS)
-    weight = layer.node.args[WEIGHT_ARGUMENT[layer.kind]]
-    assert isinstance(weight, fx.Node)
+        stored_only = {*EXPERTS, *STORED} - {"lstm", *TRANSPOSED_CONVOLUTIONS}
+        return layer.kind not in stored_only
+    weight = weight_node(layer)
     groups = layer.node.args[GROUPS] if len(layer.node.args) > GROUPS else 1
     return not (weight.meta["val"].shape[1] == 1 and weight.meta["val"].shape[0] == groups)
 
@@ -257,7 +259,9 @@ def layer_errors(
     calibration: Iterable[Batch] | None,
 ) -> dict[fx.Node, float]:
     """||y_int8 - y|| / ||y|| of every layer by itself, on the float program's own inputs."""
-    by_name = {layer.node.name: layer for layer in layers}
+    by_name: dict[str, list[Layer]] = {}
+    for layer in layers:
+        by_name.setdefault(layer.node.name, []).append(layer)
     totals = dict.fromkeys(by_name, (0.0, 0.0))
 
     class Measure(fx.Interpreter):
@@ -265,19 +269,20 @@ def layer_errors(
 
         def run_node(self, n: fx.Node) -> Any:
             result = super().run_node(n)
-            layer = by_name.get(n.name)
-            if layer is not None:
+            if n.name in by_name:
                 args, kwargs = self.fetch_args_kwargs_from_env(n)
                 changed = list(args)
-                quantized = weights[layer.weight, OUTPUT_AXIS[layer.kind]]
-                changed[WEIGHT_ARGUMENT[layer.kind]] = quantized.value()
-                if layer.kind != "embedding" and layer.node in sites.layers:
-                    place = INPUT_ARGUMENT[layer.kind]
-                    changed[place] = fake_quantized(args[place], ranges.get(input_node(layer)))
+                for layer in by_name[n.name]:
+                    value = weights[layer.weight, OUTPUT_AXIS[layer.kind]].value()
+                    put_at(changed, layer.place, value)
+                    if layer.node in sites.layers:
+                        place = INPUT_ARGUMENT[layer.kind]
+                        changed[place] = fake_quantized(args[place], ranges.get(input_node(layer)))
                 other = n.target(*changed, **kwargs)  # type: ignore[operator]
+                new, old = (y[0] if isinstance(y, list | tuple) else y for y in (other, result))
                 error, size = totals[n.name]
-                error += float((other - result).double().square().sum())
-                totals[n.name] = (error, size + float(result.double().square().sum()))
+                error += float((new - old).double().square().sum())
+                totals[n.name] = (error, size + float(old.double().square().sum()))
             return result
 
     batches: Iterable[tuple[Tensor, ...]] = [program.examples]

@@ -74,7 +74,7 @@ class Nf4(Pass[Nf4Options]):
         chosen = select(program, options.targets, CODABLE)
         refused = refusals(program, chosen, embeddings=options.embeddings)
         if len(refused) == len(chosen):
-            reasons = sorted({f"{layer.name}: {refused[layer.node]}" for layer in chosen})
+            reasons = sorted({f"{layer.name}: {refused[layer]}" for layer in chosen})
             raise ModelError(f"{self.id} can quantize none of its targets", details=tuple(reasons))
         editor = Editor(program, by=self.id)
         actions: list[Action] = []
@@ -82,8 +82,8 @@ class Nf4(Pass[Nf4Options]):
         done: dict[fx.Node, str] = {}
         for index, layer in enumerate(chosen):
             weight = weight_node(layer)
-            if layer.node in refused:
-                actions.append(Action.left(layer.name, refused[layer.node]))
+            if layer in refused:
+                actions.append(Action.left(layer.name, refused[layer]))
             elif weight in done:
                 reason = f"shares the weight of {done[weight]}"
                 actions.append(Action(layer.name, options.kind, reason))

@@ -15,7 +15,7 @@ from graphwright.ir.calibration.hessian import Hessian, hessian, inverse_factor,
 from graphwright.ir.calibration.site import Site, Solved, Task
 from graphwright.ir.calibration.walk import sweep
 from graphwright.ir.edit import Editor
-from graphwright.ir.layers.kinds import CODABLE
+from graphwright.ir.layers.kinds import CODABLE, STORED
 from graphwright.ir.layers.products import as_matrix, from_matrix, geometry, weight_node
 from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.options import Bounded, Rule, Targets
@@ -29,6 +29,7 @@ from graphwright.passes.quantize._low_bit.coding import (
     kept,
     layer_errors,
     output_error,
+    uncalibrated,
 )
 from graphwright.passes.quantize._math.vptq import Size, VptqSettings, quantize
 
@@ -148,14 +149,17 @@ class Vptq(Pass[VptqOptions]):
     def run(self, program: Program, context: Context) -> Result:
         options = self.options
         chosen = select(program, options.targets, CODABLE)
-        products = [layer for layer in chosen if layer.kind != "embedding"]
-        refused = {layer.node: "an embedding table has no product to calibrate on"
-                   for layer in chosen if layer.kind == "embedding"}  # fmt: skip
+        products = [layer for layer in chosen if layer.kind not in STORED]
+        refused = {
+            layer: f"{uncalibrated(layer)} has no product to calibrate on"
+            for layer in chosen
+            if layer.kind in STORED
+        }
         refused |= refusals(program, products, embeddings=False)
         for layer in products:
-            shape = geometry(program, layer) if layer.node not in refused else None
+            shape = geometry(program, layer) if layer not in refused else None
             if shape is not None and shape.is_convolution and shape.groups > 1:
-                refused[layer.node] = "a grouped convolution"
+                refused[layer] = "a grouped convolution"
         layers, actions = kept(self.id, chosen, refused)
         solved = sweep(
             program, layers, context.batches, Lookups(options), context,

@@ -8,6 +8,8 @@ from fnmatch import fnmatchcase
 from graphwright.ir.adapters.record import adapters
 from graphwright.ir.errors import ModelError
 from graphwright.ir.graph.constants import depends_on_input
+from graphwright.ir.layers.kinds import SEVERAL
+from graphwright.ir.layers.products import weight_node
 from graphwright.ir.layers.selectors import Layer, layers, select
 from graphwright.ir.options import Bounded, Selector
 from graphwright.ir.program import Program
@@ -86,7 +88,7 @@ def _moved(names: Sequence[str], before: Program, after: Program) -> str:
 
 def _parameters(program: Program, layer: Layer) -> tuple[str, ...]:
     """Trainable parameters that a layer reads, also through nodes that rebuild its weight, and
-    those of its adapters."""
+    those of its adapters. Of a call that reads several weights, each layer has its own alone."""
     trainable = program.trainable()
     beside = [
         {**a.layers[layer.name], **a.shared}
@@ -94,7 +96,8 @@ def _parameters(program: Program, layer: Layer) -> tuple[str, ...]:
         if layer.name in a.layers
     ]
     found = {n: None for parts in beside for n in parts.values() if n in trainable}
-    stack, seen = [n for n in layer.node.all_input_nodes if not depends_on_input(n)], set()
+    read = [weight_node(layer)] if layer.kind in SEVERAL else layer.node.all_input_nodes
+    stack, seen = [n for n in read if not depends_on_input(n)], set()
     while stack:
         node = stack.pop()
         if node in seen:

@@ -13,22 +13,55 @@ from graphwright.backends.onnxruntime.aten.registry import translates
 from graphwright.backends.onnxruntime.aten.scans import Body
 from graphwright.backends.onnxruntime.emitter import Emitter, Untranslatable
 from graphwright.ir.graph.constants import constant_value, depends_on_input
+from graphwright.ir.stored.read import int8_rows, is_coded
 
 aten = torch.ops.aten
+
+CODES_KEY = "graphwright.codes"
+"""Metadata of the int8 codes of a recurrent weight: their name in the program's state."""
+
 GATES = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
 """Torch's gate at each place of ONNX's order: LSTM input, output, forget, cell; GRU update,
 reset, new."""
 
 
+def _in_order(kind: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The gates of a stored tensor, along its first axis, in ONNX's order."""
+    gates = tensor.chunk(len(GATES[kind]))
+    return torch.cat([gates[i] for i in GATES[kind]])
+
+
 def _reordered(e: Emitter, nodes: list[fx.Node], kind: str) -> torch.Tensor:
     """One tensor per direction, gates in ONNX's order, stacked over directions."""
-    found = []
     for node in nodes:
         if depends_on_input(node):
             raise Untranslatable(node, "a recurrent weight that is computed from an input")
-        gates = constant_value(e, node).chunk(len(GATES[kind]))
-        found.append(torch.cat([gates[i] for i in GATES[kind]]))
-    return torch.stack(found)
+    return torch.stack([_in_order(kind, constant_value(e, node)) for node in nodes])
+
+
+def _weights(e: Emitter, nodes: list[fx.Node], kind: str, name: str) -> ir.Value:
+    """A matrix per direction, gates in ONNX's order: (directions, gates * hidden, width).
+
+    One that is stored as codes stays so in the file, and is rebuilt by the graph.
+    """
+    if not any(is_coded(node) for node in nodes):
+        return e.derived(name, _reordered(e, nodes, kind))
+    rows = [e.op("Unsqueeze", _rebuilt(e, node, kind), e.ints(0)) for node in nodes]
+    return rows[0] if len(rows) == 1 else e.op("Concat", *rows, axis=0)  # type: ignore[no-any-return]
+
+
+def _rebuilt(e: Emitter, node: fx.Node, kind: str) -> ir.Value:
+    """A matrix with its gates in ONNX's order: int8 codes are moved, any other form rebuilt."""
+    stored = int8_rows(node)
+    if stored is not None:
+        codes, scale = (_in_order(kind, e.state[name].detach()) for name in stored)
+        parts = e.derived(f"{stored[0]}.gates", codes), e.derived(f"{stored[1]}.gates", scale)
+        parts[0].metadata_props[CODES_KEY] = stored[0]
+        return e.op("DequantizeLinear", *parts, axis=0)  # type: ignore[no-any-return]
+    gates = e.multi("Split", len(GATES[kind]), e.values[node], axis=0, num_outputs=len(GATES[kind]))
+    gates = gates if isinstance(gates, list | tuple) else [gates]
+    ordered = [gates[i] for i in GATES[kind]]
+    return ordered[0] if len(ordered) == 1 else e.op("Concat", *ordered, axis=0)
 
 
 def _layer(
@@ -36,16 +69,18 @@ def _layer(
     activation: str,
 ) -> list[ir.Value]:  # fmt: skip
     """One layer, all directions. x: (length, batch, width). Returns its outputs, joined first."""
-    w, r = (_reordered(e, [d[i] for d in weights], kind) for i in (0, 1))
     stem = "+".join(str(d[0].target) if d[0].op == "get_attr" else d[0].name for d in weights)
+    w, r = (
+        _weights(e, [d[i] for d in weights], kind, f"{stem}.{name}")
+        for i, name in enumerate(("input", "hidden"))
+    )
     bias = None
     if len(weights[0]) == 4:
         b = torch.cat([_reordered(e, [d[i] for d in weights], kind) for i in (2, 3)], dim=1)
         bias = e.derived(f"{stem}.bias", b)
-    hidden = int(r.shape[-1])
+    hidden = int(weights[0][1].meta["val"].shape[-1])
     outputs = e.multi(
-        kind, 1 + len(states), x, e.derived(f"{stem}.input", w), e.derived(f"{stem}.hidden", r),
-        bias, None, *states, hidden_size=hidden,
+        kind, 1 + len(states), x, w, r, bias, None, *states, hidden_size=hidden,
         direction="bidirectional" if len(weights) == 2 else "forward",
         linear_before_reset=1 if kind == "GRU" else None,
         activations=[activation] * len(weights) if activation else None,

@@ -51,7 +51,7 @@ def find_sites(graph: fx.Graph, layers: dict[fx.Node, str], *, outputs: bool) ->
     quantized: set[fx.Node] = set()
     for node in graph.nodes:
         kind = layers.get(node)
-        if kind is not None and kind != "embedding":
+        if kind is not None:
             x = node.args[INPUT_ARGUMENT[kind]]
             _read(sites, x, node.name, quantized)
         is_bridge = outputs and _is_bridge(node, quantized)

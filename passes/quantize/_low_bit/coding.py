@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
-from graphwright.ir.layers.kinds import CODABLE
+from graphwright.ir.layers.kinds import CODABLE, TABLES
 from graphwright.ir.layers.products import weight_node
 from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.program import Program
@@ -34,19 +34,26 @@ def choose(
 
 
 def kept(
-    by: str, chosen: Sequence[Layer], refused: Mapping[fx.Node, str]
+    by: str, chosen: Sequence[Layer], refused: Mapping[Layer, str]
 ) -> tuple[list[Layer], list[Action]]:
     """The layers that are not refused, and what is said of those that are.
 
     Raises:
         ModelError: none is left.
     """
-    layers = [layer for layer in chosen if layer.node not in refused]
+    layers = [layer for layer in chosen if layer not in refused]
     if not layers:
-        reasons = sorted({f"{layer.name}: {refused[layer.node]}" for layer in chosen})
+        reasons = sorted({f"{layer.name}: {refused[layer]}" for layer in chosen})
         raise ModelError(f"{by} can quantize none of its targets", details=tuple(reasons))
-    left = [x for x in chosen if x.node in refused]
-    return layers, [Action.left(layer.name, refused[layer.node]) for layer in left]
+    left = [x for x in chosen if x in refused]
+    return layers, [Action.left(layer.name, refused[layer]) for layer in left]
+
+
+def uncalibrated(layer: Layer) -> str:
+    """What a layer of `STORED` is, for messages."""
+    if layer.kind in TABLES:
+        return "an embedding table"
+    return f"a weight of {layer.kind}"
 
 
 def insert(editor: Editor, layers: Sequence[Layer], find: Find, shared: str = "") -> list[Action]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import graphwright as gw
 from graphwright.ir.errors import ModelError
+from graphwright.job.left import left_as_they_are
 
 
 class Mixed(nn.Module):
@@ -58,15 +59,26 @@ def warnings(module: nn.Module, passes: str, folder: Path, done: str = "quantize
 
 
 def test_the_line_names_layers_and_their_share(tmp_path: Path) -> None:
-    (line,) = warnings(Mixed(), "quantize.rtn: {bits: 4, block: 16}", tmp_path)
-    total = 4 * sum(p.numel() for p in Mixed().parameters())
-    lstm = 4 * sum(p.numel() for p in Mixed().r.parameters())
-    assert line.startswith("quantize.rtn: 9")
-    assert "r (lstm)" in line
-    assert "w (einsum)" in line
+    (line,) = warnings(Mixed(), "quantize.int8", tmp_path)
     assert "up (conv_transpose1d: " in line
+    assert "r (lstm)" not in line
+    assert "w (einsum)" not in line
     assert "gate" not in line
-    assert lstm / total < float(line.split()[1].rstrip("%")) / 100 < 1
+    up = sum(p.numel() for p in Mixed().up.parameters())
+    rest = sum(p.numel() for p in Mixed().parameters()) - up
+    # what is left is floats, of the rest about a byte each is left
+    share = 4 * up / (4 * up + rest)
+    assert float(line.split()[1].rstrip("%")) / 100 == pytest.approx(share, abs=0.05)
+
+
+def test_a_call_of_which_one_weight_is_left_is_named() -> None:
+    program = gw.trace(Mixed().eval(), {"x": torch.randn(2, 5, 16)})
+    done = ["gate", "o", "w", "up", "r.weight_ih_l0"]
+    actions = [(name, "int4", "", True) for name in done]
+    actions.append(("r.weight_hh_l0", "left", "its weight holds NaN or infinity", False))
+    row = {"id": "quantize.rtn", "contract": "lossy", "actions": actions}
+    (line,) = left_as_they_are(program, [row])
+    assert line.endswith(": r (lstm: its weight holds NaN or infinity)")
 
 
 def test_what_the_spec_leaves_out_is_not_named(tmp_path: Path) -> None:
@@ -106,5 +118,5 @@ def test_a_model_without_layers_of_a_known_kind_is_refused_by_the_names_it_has(
     tmp_path: Path,
 ) -> None:
     with pytest.raises(ModelError) as caught:
-        warnings(Recurrent(), "quantize.rtn", tmp_path)
-    assert "r (gru)" in str(caught.value)
+        warnings(Recurrent(), "prune.magnitude", tmp_path)
+    assert "r.weight_ih_l0 (gru)" in str(caught.value)
