@@ -32,8 +32,9 @@ class Rtn(Pass[RtnOptions]):
     `graphwright::dequantize_blocks`, which feeds the layer as before. Activations stay in float,
     and no data is needed; `quantize.gptq` and `quantize.awq` use data, and are more accurate.
 
-    What cannot be quantized (transposed convolutions, weights that are not finite, or that a layer
-    outside `targets` reads too) is left as it is, with the reason in the report. Memory: six times
+    Every weight of a recurrent call (`lstm.weight_ih_l0`) is one of its own; so are the operands of
+    an einsum. What cannot be quantized (weights that are not finite, or that a layer outside
+    `targets` reads too) is left as it is, with the reason in the report. Memory: six times
     the largest weight.
     """
 
