@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, fx
+from torch import Tensor
 
 import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize_blocks
 from graphwright.ir.calibration.site import Site, Solved, Task
 from graphwright.ir.calibration.walk import sweep
 from graphwright.ir.edit import Editor
-from graphwright.ir.graph.constants import constant_nodes, constant_value
-from graphwright.ir.layers.kinds import INPUT_AXIS, MATRICES, PRODUCTS, STORED
+from graphwright.ir.graph.constants import constant_nodes
+from graphwright.ir.layers.kinds import (
+    EXPERTS,
+    MATRICES,
+    PRODUCTS,
+    STORED,
+)
 from graphwright.ir.layers.products import as_matrix, weight_node
 from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.layers.selectors import layers as find_layers
@@ -25,7 +29,8 @@ from graphwright.ir.stored.blocks import block_for, round_to_nearest
 from graphwright.ir.stored.insert import Make, rebuild_blocks
 from graphwright.passes.base import WEIGHTS, Action, Context, Pass, Result
 from graphwright.passes.quantize._activations.folding import Group, divide, find_groups
-from graphwright.passes.quantize._activations.region import Region, feeds_scores, region_of
+from graphwright.passes.quantize._activations.region import feeds_scores, region_of
+from graphwright.passes.quantize._activations.scaling import Scaling
 from graphwright.passes.quantize._low_bit.coding import choose, insert, uncalibrated
 from graphwright.passes.quantize._low_bit.rounding import (
     BlockOptions,
@@ -59,7 +64,7 @@ class Choice:
 
     Attributes:
         alpha: exponent; 0 for none.
-        factors: (in,), or None.
+        factors: (in,), of stacks (experts, in); or None.
         gain: loss with them as a share of the loss without.
         rows: of calibration data that reached the group.
     """
@@ -77,7 +82,8 @@ class Awq(Pass[AwqOptions]):
     columns are multiplied by s_j = mean|x_j|^alpha and the activation is divided by it, which
     changes nothing in float and makes large columns round finer. alpha is searched from 0 to 0.95
     by the error behind the layers: of the attention for q, k and v, of the MLP for its gate and
-    value, of the layer itself elsewhere; 0 is rounding to nearest, so that the loss is never more.
+    value, of the layer itself elsewhere, of its own product for each expert of a stack, which has
+    factors of its own; 0 is rounding to nearest, so that the loss is never more.
     The factors go into the norm or layer in front where these can take them. Then weights are
     clamped where this lowers the error of their block's part of the output. Weights become codes
     with a scale and a zero point for every block of inputs (`graphwright::dequantize_blocks`).
@@ -133,20 +139,29 @@ class Awq(Pass[AwqOptions]):
         """Factors of every group, in its order."""
         order = {node: index for index, node in enumerate(program.graph.nodes)}
         constant = constant_nodes(program.graph)
+        stacks = {group.layers[0].node: group for group in groups if group.routing}
         regions = {
             group.layers[0].node: (
                 group, region_of([each.node for each in group.layers], order, constant)
             )
-            for group in groups
+            for group in groups if not group.routing
         }  # fmt: skip
         # The first layer of a group stands for it.
         found = sweep(
             program, [group.layers[0] for group in groups], context.batches,
-            Scaling(program, regions, self.options, context.device), context, follow="program",
+            Scaling(
+                program, regions, stacks, self.options, self.options.tokens, context.device
+            ), context,
+            follow="program",
         )  # fmt: skip
         chosen = [found[group.layers[0].node.name] for group in groups]
         return [
-            Choice(x.info["alpha"], x.state.get("factors"), x.info["gain"], int(x.info["rows"]))
+            Choice(
+                x.info["alpha"],
+                x.state["factors"] if x.info["alpha"] else None,
+                x.info["gain"],
+                int(x.info["rows"] * max(len(x.parts), 1)),
+            )
             for x in chosen
         ]
 
@@ -159,104 +174,6 @@ class Awq(Pass[AwqOptions]):
         bounded = [layer for layer in layers if not feeds_scores(layer.node)]
         method = Clipping(self.options)
         return sweep(scaled, bounded, context.batches, method, context, follow="program")
-
-
-@dataclass(frozen=True)
-class Trial:
-    """The data for the search of a group's factors; plain, so that it travels to a worker.
-
-    Attributes:
-        ends: computes what is compared from what the region reads and the weights.
-        weights: of all layers, as stored.
-        inner: axis of the input channels of each.
-        mean: of |x|, (in,), over all rows.
-        rows: of calibration data.
-        reads: what the region reads in the batches that factors are compared on.
-        real: true where a token is real and no padding, (batch, length) booleans of every batch.
-    """
-
-    ends: fx.GraphModule
-    weights: tuple[Tensor, ...]
-    inner: tuple[int, ...]
-    mean: Tensor
-    rows: int
-    reads: list[list[Any]]
-    real: list[Tensor | None]
-
-    def run(self, weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """Ends of every batch, without padding."""
-        for reads, real in zip(self.reads, self.real, strict=True):
-            yield [awq_math.real_rows(end, real) for end in self.ends(*reads, *weights)]
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """The search for factors, one group after the other, see `ir.calibration.walk`."""
-
-    program: Program
-    regions: Mapping[fx.Node, tuple[Group, Region]]
-    options: AwqOptions
-    device: torch.device
-
-    def gather(self, site: Site) -> Trial:
-        """The part of the program behind the activation, and values to try it on."""
-        group, region = self.regions[site.layers[0].node]
-        mean, rows = awq_math.mean_size(site.rows())
-        kept = spread_batches(rows, self.options.tokens)
-        values = [list(site.values(node)) for node in region.reads]
-        nodes = [weight_node(layer) for layer in group.layers]
-        return Trial(
-            region.module(self.program, nodes, self.device),
-            tuple(constant_value(self.program, node).to(self.device) for node in nodes),
-            tuple(INPUT_AXIS[layer.kind] for layer in group.layers),
-            mean,
-            sum(rows),
-            [[batches[index] for batches in values] for index in kept],
-            [site.real[index] for index in kept],
-        )
-
-    @property
-    def solve(self) -> Callable[[Task], Solved]:
-        """`best_factors` with the options; holds no program, so that it travels to a worker."""
-        return partial(best_factors, self.options)
-
-
-@torch.no_grad()
-def best_factors(options: AwqOptions, task: Task) -> Solved:
-    """The factors of least loss for the group of a `Trial`, among those of all exponents."""
-    trial: Trial = task.stats
-    info = {"alpha": 0.0, "gain": 1.0, "rows": float(trial.rows)}
-    if not trial.rows:
-        return Solved(info=info)
-    block = block_for(len(trial.mean), options.block)
-    exact = list(trial.run(trial.weights))
-    losses = []
-    for step in range(awq_math.STEPS):
-        s = awq_math.factors(trial.mean, step / awq_math.STEPS)
-        weights = []
-        for stored, axis in zip(trial.weights, trial.inner, strict=True):
-            w = stored if axis == 1 else stored.T
-            value = awq_math.nearest(
-                w.float() * s, options.bits, block, symmetric=options.symmetric
-            )
-            value = (value / s).to(stored.dtype)
-            weights.append(value if axis == 1 else value.T)
-        losses.append(_loss(exact, trial.run(weights)))
-    best = min(range(awq_math.STEPS), key=losses.__getitem__)
-    if best == 0:
-        return Solved(info=info)
-    alpha = best / awq_math.STEPS
-    info |= {"alpha": alpha, "gain": losses[best] / losses[0]}
-    return Solved(state={"factors": awq_math.factors(trial.mean, alpha).cpu()}, info=info)
-
-
-def _loss(exact: Iterable[list[Tensor]], found: Iterable[list[Tensor]]) -> float:
-    """Squared error of all ends in all batches."""
-    total = 0.0
-    for old, new in zip(exact, found, strict=True):
-        for a, b in zip(old, new, strict=True):
-            total += float(torch.linalg.vector_norm(b - a, dtype=torch.float64)) ** 2
-    return total
 
 
 @dataclass(frozen=True)
@@ -294,15 +211,6 @@ def apply_factors(
     return editor.finish(), how
 
 
-def spread_batches(sizes: Sequence[int], limit: int) -> list[int]:
-    """Indices of batches, spread evenly, with not more than `limit` rows in all; at least one."""
-    for count in range(len(sizes), 1, -1):
-        kept = [(2 * i + 1) * len(sizes) // (2 * count) for i in range(count)]
-        if sum(sizes[k] for k in kept) <= limit:
-            return kept
-    return [len(sizes) // 2]
-
-
 def _described(layer: Layer, scaling: tuple[Choice, str] | None) -> tuple[str, str]:
     """The report on a layer's scaling, and the reason where it is not as asked for."""
     if scaling is None:
@@ -318,7 +226,7 @@ def _described(layer: Layer, scaling: tuple[Choice, str] | None) -> tuple[str, s
 def _why_plain(layer: Layer) -> str:
     if layer.kind in STORED:
         return uncalibrated(layer)
-    if layer.kind not in MATRICES:
+    if layer.kind not in (*MATRICES, *EXPERTS):
         return f"no factors for {layer.kind}"
     return "its weight is shared, or computed in the graph"
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from graphwright.ir.calibration.observe import Channels, Rows, Several, observe
 from graphwright.ir.edit import Editor
-from graphwright.ir.layers.kinds import MATRICES
+from graphwright.ir.layers.kinds import EXPERTS, MATRICES
 from graphwright.ir.layers.selectors import select
 from graphwright.ir.program import Program
 from graphwright.passes.base import Action, Context, Options, Pass, Result
@@ -44,6 +44,11 @@ class SmoothquantOptions(Options):
     """Multiply the activation in the graph where no norm or layer before it can take the factors
     (as in post-norm transformers); else such groups are left alone."""
 
+    experts: bool = False
+    """Smooth the input of stacks of experts too, by factors that all experts share. No backend
+    multiplies their rows on integers: `quantize.int8` rounds their weights alone, and factors move
+    the difficulty into just these. It is for what rounds the rows as well."""
+
 
 class Smoothquant(Pass[SmoothquantOptions]):
     """Divides input channels by factors and multiplies the weight columns that read them.
@@ -63,7 +68,8 @@ class Smoothquant(Pass[SmoothquantOptions]):
     needs = "calibration"
 
     def run(self, program: Program, context: Context) -> Result:
-        layers = select(program, self.options.targets, MATRICES)
+        chosen = select(program, self.options.targets, (*MATRICES, *EXPERTS))
+        layers = [x for x in chosen if self.options.experts or x.kind in MATRICES]
         groups = find_groups(program, layers)
         channels = {group.x.name: Channels() for group in groups}
         rows = {group.x.name: Rows(ROWS, ROWS_PER_BATCH) for group in groups}
@@ -85,6 +91,10 @@ class Smoothquant(Pass[SmoothquantOptions]):
         actions += [
             Action.left(layer.name, "its weight is shared or not float32")
             for layer in layers if layer.name not in done
+        ]  # fmt: skip
+        actions += [
+            Action.left(layer.name, "experts: false; their rows stay in float")
+            for layer in chosen if layer not in layers
         ]  # fmt: skip
         return Result(editor.finish(), tuple(actions))
 
@@ -136,6 +146,9 @@ def _apply(
 ) -> Action:
     if factors is None:
         return Action.left(group.name, "no factors lower the int8 error")
+    if group.routing is not None:
+        count = group.layers[0].node.args[1].meta["val"].shape[0]  # type: ignore[union-attr]
+        factors = factors.expand(int(count), -1)
     how = divide(editor, twin, group, factors, insert=insert, name="smoothing")
     if not how:
         return Action.left(group.name, "nothing before it can take the factors")

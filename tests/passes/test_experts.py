@@ -8,8 +8,9 @@ from typing import Any
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 from models.experts import BEST, COUNT, HIDDEN, WIDTH, Mixture, batches, mixture
-from torch import Tensor
+from torch import Tensor, nn
 
 import graphwright as gw
 from graphwright.ir.calibration.site import Site, Solved, Task
@@ -19,6 +20,8 @@ from graphwright.ir.graph.constants import constant_value
 from graphwright.ir.layers.kinds import EXPERTS
 from graphwright.ir.layers.selectors import layers
 from graphwright.ir.stored.read import is_coded
+from graphwright.passes.quantize._activations.folding import find_groups
+from graphwright.passes.quantize.awq import Choice, apply_factors
 
 STACKS = ["experts.up", "experts.down"]
 
@@ -254,3 +257,76 @@ def test_experts_train() -> None:
     for name, parameter in module.named_parameters():
         torch.testing.assert_close(parameter.grad, net.get_parameter(name).grad)
     assert isinstance(net, Mixture)
+
+
+class Gated(Mixture):
+    """Experts with a gate: what the second stack reads is a product with a part of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = nn.Parameter(torch.randn(COUNT, 2 * HIDDEN, WIDTH) / WIDTH**0.5)
+        # two channels are far larger than the others, as in trained transformers
+        self.stem.weight.data[:2] *= 20
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.stem(x) * attention_mask.unsqueeze(-1)
+        flat = x.reshape(-1, WIDTH)
+        share, which = self.router(flat).softmax(-1).topk(BEST, -1)
+        rows, ids = flat.repeat_interleave(BEST, 0), which.reshape(-1)
+        y = torch.bmm(self.both[ids], rows.unsqueeze(-1)).squeeze(-1)
+        gate, value = y.chunk(2, -1)
+        y = (F.silu(gate) * value).unsqueeze(1)
+        y = torch.bmm(y, self.experts.down[ids]).squeeze(1) + self.experts.down_bias[ids]
+        return x + (y * share.reshape(-1, 1)).reshape(-1, BEST, WIDTH).sum(1).reshape(x.shape)
+
+
+def gated() -> gw.Program:
+    torch.manual_seed(0)
+    example = {"x": torch.randn(2, 5, WIDTH), "attention_mask": torch.ones(2, 5)}
+    dims = {0: "batch", 1: "length"}
+    return gw.trace(Gated().eval(), example, dict.fromkeys(example, dims))
+
+
+def test_awq_gives_each_expert_factors_of_its_own() -> None:
+    program = gated()
+    only = ("both", "experts.*")
+    found = find_groups(program, layers(program, EXPERTS))
+    torch.manual_seed(1)
+    factors = [torch.rand(COUNT, size) + 0.5 for size in (WIDTH, HIDDEN)]
+    choices = [Choice(0.5, f, 0.5) for f in factors]
+    scaled, how = apply_factors(program, "test", found, choices, insert=True)
+    assert how == ["scaled", "folded"]
+    for x, mask in batches(2, padded=2):
+        torch.testing.assert_close(scaled(x, mask), program(x, mask), atol=2e-5, rtol=1e-4)
+    both = program.state["both"] * factors[0][:, None]
+    both[:, HIDDEN:] /= factors[1][..., None]
+    torch.testing.assert_close(scaled.state["both"].detach(), both.detach())
+    plain = gw.passes.quantize.Rtn(bits=3, block=16, targets=only)(program)
+    result = gw.passes.quantize.Awq(bits=3, block=16, targets=only).execute(
+        program, Context(calibration=batches(6))
+    )
+    assert all(", scaled, alpha" in a.what or ", folded, alpha" in a.what for a in result.actions)
+    assert error(result.program, program) < 0.9 * error(plain, program)
+    compiled = gw.lower(result.program, "onnxruntime", accuracy_level=1)
+    x, mask = batches(1)[0]
+    torch.testing.assert_close(compiled(x, mask), result.program(x, mask), atol=1e-4, rtol=1e-4)
+
+
+def test_smoothquant_leaves_experts_unless_it_is_asked() -> None:
+    program = gated()
+    data = batches(3)
+    smooth = gw.passes.quantize.Smoothquant
+    left = smooth(alpha=0.5).execute(program, Context(calibration=data))
+    said = {a.layer: a for a in left.actions}
+    assert "experts: false" in said["both"].reason
+    result = smooth(alpha=0.5, experts=True).execute(program, Context(calibration=data))
+    assert {a.layer for a in result.actions if a.changed} >= {"both", "experts.down"}
+    for x, mask in batches(2, seed=4):
+        torch.testing.assert_close(result.program(x, mask), program(x, mask), atol=5e-5, rtol=1e-4)
+    # equation 4, with the largest weights over all experts
+    rows = torch.cat([(program.state["stem.weight"] @ x.flatten(0, 1).T).T for x, _ in data])
+    rows = rows + program.state["stem.bias"]
+    reach = program.state["both"].abs().amax((0, 1))
+    expected = (rows.abs().amax(0).sqrt() / reach.sqrt()).detach()
+    moved = (result.program.state["both"] / program.state["both"])[0, 0].detach()
+    torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-5)

@@ -23,8 +23,9 @@ from graphwright.ir.stored import grid
 from graphwright.passes.quantize import awq
 from graphwright.passes.quantize._activations.folding import Group, find_groups
 from graphwright.passes.quantize._activations.region import Region, feeds_scores, region_of
+from graphwright.passes.quantize._activations.scaling import spread_batches
 from graphwright.passes.quantize._math import awq as awq_math
-from graphwright.passes.quantize.awq import Awq, Choice, apply_factors, spread_batches
+from graphwright.passes.quantize.awq import Awq, Choice, apply_factors
 
 CHAIN = ("text", [("quantize.awq", {"block": 16})])
 
