@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize_codebook
@@ -16,14 +16,17 @@ from graphwright.ir.calibration.site import Site, Solved, Task
 from graphwright.ir.calibration.walk import sweep
 from graphwright.ir.edit import Editor
 from graphwright.ir.layers.kinds import CODABLE, STORED
-from graphwright.ir.layers.products import as_matrix, from_matrix, geometry, weight_node
+from graphwright.ir.layers.products import Geometry, as_matrix, from_matrix, geometry, weight_node
 from graphwright.ir.layers.selectors import Layer, select
+from graphwright.ir.layers.selectors import layers as find_layers
 from graphwright.ir.options import Bounded, Rule, Targets
 from graphwright.ir.program import Program
 from graphwright.ir.stored.codebook import Vectors, rebuild_vectors
 from graphwright.ir.stored.insert import Make
 from graphwright.ir.stored.refusals import refusals
-from graphwright.passes.base import Action, Context, Pass, Result
+from graphwright.ir.tune import TuneOptions
+from graphwright.passes.base import Action, Context, Need, Pass, Result
+from graphwright.passes.quantize._low_bit.centroids import tune_centroids
 from graphwright.passes.quantize._low_bit.coding import (
     insert,
     kept,
@@ -32,6 +35,12 @@ from graphwright.passes.quantize._low_bit.coding import (
     uncalibrated,
 )
 from graphwright.passes.quantize._math.vptq import Size, VptqSettings, quantize
+from graphwright.passes.quantize._math.vptq_sizes import sizes_for
+
+RECIPE: dict[str, Any] = {
+    "loss": "kl", "lr": 3e-4, "betas": (0.90, 0.95), "optimizer": "adam", "schedule": "constant",
+}  # fmt: skip
+"""Training of codebooks: that of PV-tuning's released code; the paper's own was not released."""
 
 LEAST_ROWS = 16
 """Rows of calibration data below which H says too little: errors are then not spread."""
@@ -46,7 +55,15 @@ class VptqOptions(Bounded, Targets):
     rules = (
         Rule("residual_centroids", "residual_centroids != 1",
              "residual_centroids is 0 for none, or at least 2"),
+        Rule("bits", "bits is None or (vector_length == 4 and centroids == 256 and "
+                     "residual_centroids == 0 and outlier_percent == 0)",
+             "bits chooses vector_length, centroids and residual_centroids for every layer, "
+             "without outliers: leave these out"),
     )  # fmt: skip
+
+    bits: Annotated[float, Field(ge=0.5, le=8)] | None = None
+    """Bits per weight, all that is stored counted, in the place of the three options below: every
+    layer then gets the vector length and codebooks of least expected error that take no more."""
 
     vector_length: Width = 4
     """Neighbouring outputs that one index stands for. 4 with 256 centroids suits layers of a few
@@ -96,10 +113,30 @@ class VptqOptions(Bounded, Targets):
     """Calibrate every layer on what the quantized layers before it give; else all layers on the
     activations of the program as it was, and as many at a time as there are jobs."""
 
-    def settings(self) -> VptqSettings:
+    end_to_end: bool = False
+    """Train codebooks and scales of all layers together at the end, indices as they are, to follow
+    the model as it was: the paper's last step. Needs the spec's `training` section; how long it
+    will take is measured and said before it begins."""
+
+    tune: TuneOptions = TuneOptions(**RECIPE)
+    """Options of this training. What is left out is as in `quantize.pv`."""
+
+    @field_validator("tune", mode="before")
+    @classmethod
+    def _on_recipe(cls, given: object) -> object:
+        return {**RECIPE, **given} if isinstance(given, Mapping) else given
+
+    def size(self, rows: int, columns: int) -> Size | None:
+        """Of the codebooks of a matrix; None where `bits` are too few for any."""
+        if self.bits is None:
+            return Size(self.vector_length, self.centroids, self.residual_centroids)
+        spent = 32 * (self.norm + self.permute) / rows
+        return sizes_for(self.bits - spent, rows, columns, self.groups)
+
+    def settings(self, size: Size) -> VptqSettings:
         """Sizes and options of a matrix."""
         return VptqSettings(
-            Size(self.vector_length, self.centroids, self.residual_centroids),
+            size,
             Size(self.outlier_vector_length, self.outlier_centroids),
             self.outlier_percent,
             self.groups,
@@ -109,11 +146,6 @@ class VptqOptions(Bounded, Targets):
             self.kmeans_tolerance,
             self.fit_steps,
         )
-
-    @property
-    def pattern(self) -> str:
-        """Short name of the codebooks, as v8-k65536-256."""
-        return f"v{self.vector_length}-k{self.centroids}-{self.residual_centroids}"
 
 
 class Vptq(Pass[VptqOptions]):
@@ -143,6 +175,8 @@ class Vptq(Pass[VptqOptions]):
     codes = ("linear", "conv")
     stores_weights = True
     needs = "calibration"
+    needs_with: ClassVar[Mapping[tuple[str, Any], Need]] = {("end_to_end", True): "training"}
+    weights = "compressed"
     papers = ("P63",)
     after = ("cleanup.*", "prune.*", "quantize.smoothquant")
 
@@ -160,6 +194,8 @@ class Vptq(Pass[VptqOptions]):
             shape = geometry(program, layer) if layer not in refused else None
             if shape is not None and shape.is_convolution and shape.groups > 1:
                 refused[layer] = "a grouped convolution"
+            elif shape is not None and options.size(*_matrix_shape(shape)) is None:
+                refused[layer] = f"no codebook of its size fits {options.bits:g} bits per weight"
         layers, actions = kept(self.id, chosen, refused)
         solved = sweep(
             program, layers, context.batches, Lookups(options), context,
@@ -173,14 +209,24 @@ class Vptq(Pass[VptqOptions]):
             make = rebuild_vectors(parts, weight_node(layer).meta["val"].dtype)
             return make, self._action(layer, found.info)
 
-        actions += insert(editor, layers, find, options.pattern)
-        return Result(editor.finish(), tuple(actions), _metrics(list(solved.values())))
+        actions += insert(editor, layers, find)
+        result, metrics = editor.finish(), _metrics(list(solved.values()))
+        if options.end_to_end:
+            coded = [x for x in find_layers(result) if x.node.name in solved]
+            result, history = tune_centroids(result, coded, options.tune, context)
+            metrics |= {
+                "steps": float(history.steps),
+                "first_loss": history.losses[0],
+                "last_loss": history.losses[-1],
+            }
+        return Result(result, tuple(actions), metrics)
 
     def _action(self, layer: Layer, info: dict[str, float]) -> Action:
         options = self.options
-        what = f"{options.pattern}, {info['bits']:.3f} bits per weight"
+        size = Size(*(int(info[name]) for name in ("width", "asked", "residual")))
+        what = f"v{size.width}-k{size.count}-{size.residual}, {info['bits']:.3f} bits per weight"
         reasons = []
-        if info["centroids"] < options.centroids:
+        if info["centroids"] < size.count:
             reasons.append(f"only {int(info['centroids'])} distinct vectors")
         if info["nearest"]:
             rows = int(info["rows"])
@@ -191,6 +237,11 @@ class Vptq(Pass[VptqOptions]):
             reasons.append(f"{int(info['dead'])} inputs are zero on all calibration data")
         what += f", relative error {info['error']:.2e}"
         return Action(layer.name, what, "; ".join(reasons))
+
+
+def _matrix_shape(shape: Geometry) -> tuple[int, int]:
+    """Rows and columns of what is quantized: of one expert, where it is a stack."""
+    return shape.out // shape.groups, shape.depth
 
 
 @dataclass(frozen=True)
@@ -218,7 +269,9 @@ class Lookups:
             return upper
 
         generator = torch.Generator().manual_seed(task.seed)
-        vectors = quantize(w, h, factor, self.options.settings(), generator)
+        size = self.options.size(*w.shape)
+        assert size is not None
+        vectors = quantize(w, h, factor, self.options.settings(size), generator)
         value = vectors.value().to(w.device)
         widths = {part: lookups[0].columns for part, lookups in vectors.parts.items()}
         main = vectors.parts.get("main") or vectors.parts["outlier"]
@@ -226,6 +279,9 @@ class Lookups:
             "matrix_rows": float(w.shape[0]),
             "outlier": float(widths.get("outlier", 0)),
             "main": float(widths.get("main", 0)),
+            "width": float(size.width),
+            "asked": float(size.count),
+            "residual": float(size.residual),
             "centroids": float(main[0].codebooks.shape[1]),
             "stored": float(vectors.nbytes * 8),
             "count": float(w.numel()),

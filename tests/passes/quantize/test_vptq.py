@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.layers.products import weight_value
 from graphwright.ir.layers.selectors import layers
 from graphwright.ir.ops.codebook import dequantize_codebook
+from graphwright.passes.quantize._math import vptq_sizes
+from graphwright.passes.quantize._math.vptq import Size
 
 CHAIN = ("text", [("quantize.vptq", {"centroids": 16})])
 
@@ -226,3 +229,84 @@ def test_the_file_stays_small(tmp_path: Path) -> None:
     assert result.metrics["bits_per_weight"] < 2.2
     # the biases stay in float, and the graph takes a few kilobytes
     assert size < 0.1 * dense
+
+
+# ---- bits
+
+
+def test_the_expected_error_is_that_of_the_theory() -> None:
+    # one number: Panter and Dite; endless vectors: the rate distortion bound
+    assert vptq_sizes.share_left(1, 4) == pytest.approx(math.sqrt(3) * math.pi / 2 * 2**-8)
+    assert vptq_sizes.share_left(160, 2) == pytest.approx(2**-4, rel=0.04)
+
+
+@pytest.mark.parametrize("bits", [1.0, 1.5, 2.0, 3.0, 4.0])
+def test_sizes_are_the_best_of_those_that_fit(bits: float) -> None:
+    size = vptq_sizes.sizes_for(bits, 768, 768)
+    assert size is not None
+    counted = vptq_sizes.bits_of(size, 768, 768)
+    assert 0.75 * bits < counted <= bits
+    # with a larger codebook of the same vectors the bits no longer do
+    assert vptq_sizes.bits_of(Size(size.width, 4 * size.count, size.residual), 768, 768) > bits
+
+
+def test_codebooks_that_take_more_than_the_weights_are_not_chosen() -> None:
+    assert vptq_sizes.sizes_for(0.5, 4, 4) is None
+    wide, narrow = (vptq_sizes.sizes_for(2, n, n) for n in (4096, 64))
+    assert wide is not None
+    assert narrow is not None
+    assert wide.width > narrow.width
+
+
+def test_bits_are_kept_by_every_layer(program: gw.Program, batches: Batches) -> None:
+    errors = []
+    for bits in (2.5, 4.0):
+        options = Vptq(bits=bits, targets=["left", "right", "mix", "conv"])
+        result = options.execute(program, Context(calibration=batches))
+        for action in result.actions:
+            assert float(action.what.split()[1]) <= bits
+        errors.append(result.metrics["layer_error_mean"])
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_bits_that_no_codebook_fits_are_named(program: gw.Program, batches: Batches) -> None:
+    with pytest.raises(ModelError) as caught:
+        Vptq(bits=0.5, targets=["tiny"]).execute(program, Context(calibration=batches))
+    assert "no codebook of its size fits 0.5 bits" in str(caught.value.details)
+    with pytest.raises(ArgumentError, match="bits chooses vector_length"):
+        Vptq(bits=2, centroids=16)
+
+
+# ---- end to end
+
+
+def test_codebooks_are_trained_together_and_indices_stay(batches: Batches) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 48)).eval()
+    x = torch.randn(64, 32)
+    program = gw.trace(net, (x[:4],), {"input": {0: "n"}})
+    said: list[str] = []
+    context = Context(
+        calibration=[(x,)], training=[{"input": x}], teacher=program,
+        progress=lambda text, done, total: said.append(text),
+    )  # fmt: skip
+    options: dict[str, Any] = {"centroids": 16}
+    plain = Vptq(**options).execute(program, context)
+    tuned = Vptq(**options, end_to_end=True, tune={"steps": 40, "lr": 1e-2}).execute(
+        program, context
+    )
+    assert tuned.metrics["steps"] == 40
+    assert tuned.metrics["last_loss"] < 0.95 * tuned.metrics["first_loss"]
+    assert any(t.startswith("end-to-end tuning, about") and "40 steps" in t for t in said)
+    assert set(tuned.program.state) == set(plain.program.state)
+    for name, old in plain.program.state.items():
+        new = tuned.program.state[name]
+        assert new.dtype == old.dtype
+        is_book = "codebook" in name
+        assert torch.equal(new, old) == (not is_book), name
+
+    def distance(made: gw.Program) -> float:
+        with torch.no_grad():
+            return float((made(x) - program(x)).square().mean())
+
+    assert distance(tuned.program) < distance(plain.program)
