@@ -82,8 +82,19 @@ class Program:
         return rebuild(self.signature.structure, flat)
 
     def run_flat(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """Runs the graph on one tensor per input; returns the flat output tuple, unchecked."""
-        return tuple(self.module(*inputs))
+        """Runs the graph on one tensor per input; returns the flat output tuple, unchecked.
+
+        Inputs at the end may be left out where the program has a default for them.
+        """
+        return tuple(self.module(*self.filled(inputs)))
+
+    def filled(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """The inputs, with the program's defaults for those at the end that are left out."""
+        left_out = self.signature.inputs[len(inputs) :]
+        if not left_out:
+            return inputs
+        defaults = self.initial_state()
+        return (*inputs, *(defaults[spec.name] for spec in left_out if spec.name in defaults))
 
     def bind(self, *inputs: Any, **named: Any) -> tuple[torch.Tensor, ...]:
         """Inputs in call order, checked against the signature."""

@@ -49,8 +49,8 @@ class Signature:
         structure: tree that rebuilds the model's own output from the flat tuple; see `rebuild`.
         dims: range of every dynamic dimension by name.
         constants: non-tensor arguments that tracing baked in, by name.
-        state: names of inputs that are the model's state; a call that leaves them out starts from
-            the model's own.
+        state: names of inputs that are the model's state, or another tensor that it has a default
+            for; a call that leaves them out starts from the model's own.
     """
 
     inputs: tuple[TensorSpec, ...]

@@ -15,7 +15,8 @@ def check_interface(before: Program, after: Program, by: str, *, declared: bool 
         before, after: the programs around a pass.
         by: id of the pass.
         declared: the pass says that it changes the interface; then only what a comparison needs
-            has to stay, the names of the inputs and the number of the outputs.
+            has to stay, the names of the inputs and the number of the outputs; inputs may come to
+            the end that have a default (`Signature.state`).
 
     Raises:
         ContractError: they are not, or the graph has others than the signature says.
@@ -30,7 +31,9 @@ def check_interface(before: Program, after: Program, by: str, *, declared: bool 
                     details=(f"before: {getattr(old, part)}", f"after: {getattr(new, part)}"),
                 )
         _check_examples(before, after, by)
-    if [s.name for s in old.inputs] != [s.name for s in new.inputs]:
+    names, more = ([s.name for s in signature.inputs] for signature in (old, new))
+    added = more[len(names) :]
+    if names != more[: len(names)] or not set(added) <= set(new.state):
         raise ContractError(f"{by} changed the program's inputs")
     if len(old.outputs) != len(new.outputs):
         raise ContractError(f"{by} changed the number of outputs")

@@ -109,7 +109,8 @@ class Checker:
         if run_flat is None:
             return self._distance(self.original, self.current)
         with same_draws():
-            outputs = [run_flat(inputs) for inputs in self.inputs[: self.measured]]
+            filled = [self.program.filled(inputs) for inputs in self.inputs[: self.measured]]
+            outputs = [run_flat(inputs) for inputs in filled]
         return self._distance(self.original, outputs)
 
     def _distance(self, left: list[Outputs], right: list[Outputs]) -> Fidelity:

@@ -29,7 +29,7 @@ from graphwright.ir.layers.kinds import (
 )
 from graphwright.ir.layers.products import geometry, input_node, weight_node
 from graphwright.ir.layers.selectors import Layer, select
-from graphwright.ir.layers.transposed import sub_pixel
+from graphwright.ir.layers.transposed import even_sub_pixel
 from graphwright.ir.options import Bounded, Targets
 from graphwright.ir.program import Program
 from graphwright.ir.stored.insert import matrix_of
@@ -198,7 +198,7 @@ def is_storage(layer: Layer, options: Int8Options) -> bool:
         return layer.kind in (*EXPERTS, *STORED)
     weight = weight_node(layer)
     is_odd = options.any_cpu and weight.meta["val"].shape[0] % 2 == 1
-    return is_odd or sub_pixel(layer.node) is None
+    return is_odd or even_sub_pixel(layer.node) is None
 
 
 def quantize_weights(

@@ -83,6 +83,21 @@ class FilterNet(nn.Module):
         return self.second(torch.relu(self.first(x)))
 
 
+class UpNet(nn.Module):
+    """A net with two levels, a transposed convolution on the way up, and a long skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.down = nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(8, 8, 3, 2, 1)
+        self.up = nn.ConvTranspose2d(8, 8, 2, 2)
+        self.merge, self.last = nn.Conv2d(16, 8, 3, padding=1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = torch.relu(self.first(x))
+        up = self.up(torch.relu(self.down(first)))
+        return self.last(torch.relu(self.merge(torch.cat([up, first], 1))))
+
+
 class TextNet(nn.Module):
     """One block of an encoder, with two layers that read one tensor and a tied table."""
 
@@ -123,7 +138,7 @@ class ChainNet(nn.Module):
         return self.head(h)
 
 
-IMAGE_NETS: dict[str, type[nn.Module]] = {
+IMAGE_NETS: dict[str, type[nn.Module]] = {"unet": UpNet, 
     "conv": ConvNet, "filter": FilterNet, "stages": StagesNet,
 }  # fmt: skip
 

@@ -15,7 +15,7 @@ from torch import fx
 
 from graphwright.backends.onnxruntime.steps.graph import is_call
 from graphwright.ir.edit import Editor
-from graphwright.ir.layers.transposed import OPERATOR, SubPixel, sub_pixel
+from graphwright.ir.layers.transposed import OPERATOR, SubPixel, even_sub_pixel
 
 aten = torch.ops.aten
 ours = torch.ops.graphwright
@@ -30,7 +30,7 @@ def split_transposed(editor: Editor) -> dict[str, str]:
     """
     found = {}
     for node in list(editor.graph.find_nodes(op="call_function", target=OPERATOR)):
-        form = sub_pixel(node)
+        form = even_sub_pixel(node)
         last = _quantizer(node)
         if form is not None and last is not None and _is_quantized(node):
             name = node.name
@@ -86,8 +86,8 @@ def _rewrite(editor: Editor, node: fx.Node, last: fx.Node, form: SubPixel) -> fx
     if not is_call(last.args[0], OPERATOR):
         value = call(aten.relu.default, value)
     value = call(ours.fake_quantize.default, value, *last.args[1:])
-    if form.stride > 1:
-        value = call(aten.pixel_shuffle.default, value, form.stride)
+    if form.stride[0] > 1:
+        value = call(aten.pixel_shuffle.default, value, form.stride[0])
     for axis, (begin, end) in enumerate(zip(form.begin, form.end, strict=True), start=2):
         if begin or end:
             value = call(aten.slice.Tensor, value, axis, begin, -end if end else END)

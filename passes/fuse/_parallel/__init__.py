@@ -1,0 +1,1 @@
+"""Linear layers side by side as one."""

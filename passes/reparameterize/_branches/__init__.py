@@ -1,0 +1,1 @@
+"""What the passes share that fold training-time branches."""

@@ -1,0 +1,1 @@
+"""Shuffles of phases from channels to places, found and made."""
