@@ -119,8 +119,10 @@ class SubPixel:
         given = weight.reshape(self.groups, rows, *weight.shape[1:]).transpose(1, 2)
         made = weight.new_zeros(self.groups, columns, *self.stride, rows, *self.taps)
         for phases, places, taps in self._places():
+            every = slice(None)
             source: Any = (..., *taps)
-            made[(slice(None), slice(None), *phases, slice(None), *places)] = given[source]
+            into: Any = (every, every, *phases, every, *places)
+            made[into] = given[source]
         return made.reshape(-1, rows, *self.taps).contiguous()
 
     def _places(self) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:

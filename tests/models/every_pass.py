@@ -138,8 +138,8 @@ class ChainNet(nn.Module):
         return self.head(h)
 
 
-IMAGE_NETS: dict[str, type[nn.Module]] = {"unet": UpNet, 
-    "conv": ConvNet, "filter": FilterNet, "stages": StagesNet,
+IMAGE_NETS: dict[str, type[nn.Module]] = {
+    "conv": ConvNet, "filter": FilterNet, "stages": StagesNet, "unet": UpNet,
 }  # fmt: skip
 
 
