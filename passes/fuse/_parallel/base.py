@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from graphwright.ir.edit import Editor
-from graphwright.ir.layers.selectors import Layer, layers, select
+from graphwright.ir.layers.selectors import layers, select
 from graphwright.ir.options import Targets
 from graphwright.ir.program import Program
 from graphwright.passes.base import Action, Context, Pass, Result
