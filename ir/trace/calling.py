@@ -59,6 +59,7 @@ class FlatModel(nn.Module):
         state: what the model carries from call to call, where that is an input and an output.
         keeps_sizes: whether an export keeps the numbers that the model's code makes of sizes.
         larger_by: by how much the free dimensions of an export are larger than the example's.
+        places: of the last export, the model's "path:line" by the symbol of a size that it fixed.
         record: structure of the last output, and parts of it that hold no tensors we can name.
     """
 
@@ -78,6 +79,7 @@ class FlatModel(nn.Module):
         self.state = State()
         self.keeps_sizes = False
         self.larger_by = 0
+        self.places: dict[str, str] = {}
 
     def take_state(self, state: State) -> None:
         """Makes state inputs, behind the model's own, and outputs, behind its own."""

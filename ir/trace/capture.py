@@ -44,6 +44,7 @@ from graphwright.ir.trace.errors import explain
 from graphwright.ir.trace.guards import Guard, guards_of
 from graphwright.ir.trace.prepare import quiet, traceable
 from graphwright.ir.trace.state import carried_over, frozen_note, state_of
+from graphwright.ir.trace.size_places import noted_places
 from graphwright.ir.trace.symbolic_numbers import symbolic_numbers
 from graphwright.ir.trace.untouched import same_attributes
 
@@ -231,7 +232,7 @@ def _capture(
 ) -> tuple[Program, Dynamic, list[Guard]]:
     """A canonical program, the dimensions that stayed free, and the guards on them."""
     exported, dynamic = _export_as_free_as_possible(flat, dynamic, notes)
-    fixed = specialized(exported, flat.inputs, dynamic)
+    fixed = specialized(exported, flat.inputs, dynamic, flat.places)
     if fixed:
         sizes = {d: n for d, n in example_sizes(flat.inputs, dynamic).items() if d in fixed}
         if flat.larger_by or any(size < 2 for size in sizes.values()):
@@ -310,7 +311,10 @@ def _export(flat: FlatModel, dynamic: Dynamic) -> torch.export.ExportedProgram:
     examples = traceable_examples(flat.inputs, dynamic, flat.larger_by)
     numbers = symbolic_numbers(flat.model) if flat.keeps_sizes else contextlib.nullcontext()
     # Stand-ins and counts that the traced call leaves in the model would be read by the next one.
-    with quiet(), numbers, same_attributes(flat.model):
-        return torch.export.export(
+    places: dict[str, str] = {}
+    with quiet(), numbers, same_attributes(flat.model), noted_places(places):
+        exported = torch.export.export(
             flat, tuple(examples.values()), dynamic_shapes=shapes_for_export(examples, dynamic)
         )
+    flat.places = places  # an export puts back what is written into attributes meanwhile
+    return exported

@@ -126,10 +126,13 @@ def is_free(size: int | torch.SymInt) -> bool:
     return isinstance(size, torch.SymInt) and not size.node.expr.is_number
 
 
-def specialized(exported: Any, inputs: Mapping[str, Tensor], dynamic: Dynamic) -> dict[str, str]:
+def specialized(
+    exported: Any, inputs: Mapping[str, Tensor], dynamic: Dynamic, places: Mapping[str, str]
+) -> dict[str, str]:
     """Dimensions asked to be free that the trace found fixed -> "path:line" of who fixed it.
 
-    The place is empty where it lies inside torch, as for a broadcast against a fixed size.
+    The place is empty where nobody knows it. `places` has those that were noted during the export,
+    by the symbol of the size.
     """
     placeholders = user_placeholders(exported)
     fixed: dict[str, str] = {}
@@ -137,19 +140,20 @@ def specialized(exported: Any, inputs: Mapping[str, Tensor], dynamic: Dynamic) -
         for axis, dim in dynamic.get(name, {}).items():
             size = node.meta["val"].shape[axis]
             if not is_free(size):
-                fixed[dim] = fixed.get(dim) or _place_of(size)
+                fixed[dim] = fixed.get(dim) or _place_of(size, places)
     return fixed
 
 
-def _place_of(size: Any) -> str:
+def _place_of(size: Any, noted: Mapping[str, str]) -> str:
     """The place where a size became a number, as far as torch remembers (private there, so with
-    care)."""
+    care), or as it was noted."""
     node = getattr(size, "node", None)
     places = getattr(getattr(node, "shape_env", None), "replacements_slocs", {})
-    place = places.get(getattr(node, "_expr", None))
+    symbol = getattr(node, "_expr", None)
+    place = places.get(symbol)
     frame = getattr(place, "maybe_user_loc", None) or getattr(place, "framework_loc", None)
     file, line = getattr(frame, "filename", ""), getattr(frame, "lineno", 0)
-    return f"{file}:{line}" if file and is_users(file) else ""
+    return f"{file}:{line}" if file and is_users(file) else noted.get(str(symbol), "")
 
 
 def user_placeholders(exported: Any) -> list[fx.Node]:

@@ -67,6 +67,12 @@ def is_users(file: str) -> bool:
     )
 
 
+def is_own(file: str) -> bool:
+    """Whether a file is of this package's tracing, and is not called by the model's code."""
+    path = os.path.abspath(file)
+    return path.startswith(_OWN) and path not in _WITHIN
+
+
 def user_line(error: BaseException) -> tuple[str, str]:
     """("path:line", source text) of the innermost frame that is the user's; empty when none is.
 
@@ -74,8 +80,7 @@ def user_line(error: BaseException) -> tuple[str, str]:
     is the model's own code, or that of the library the model comes from.
     """
     frames = list(traceback.extract_tb(error.__traceback__))
-    files = [os.path.abspath(f.filename) for f in frames]
-    ours = [i for i, file in enumerate(files) if file.startswith(_OWN) and file not in _WITHIN]
+    ours = [i for i, frame in enumerate(frames) if is_own(frame.filename)]
     # What called `trace` lies outside our own innermost frame; the model's code lies inside.
     inner = frames[ours[-1] + 1 :] if ours else frames
     model = [frame for frame in inner if is_users(frame.filename)]
