@@ -43,8 +43,8 @@ from graphwright.ir.trace.dims import (
 from graphwright.ir.trace.errors import explain
 from graphwright.ir.trace.guards import Guard, guards_of
 from graphwright.ir.trace.prepare import quiet, traceable
-from graphwright.ir.trace.state import carried_over, frozen_note, state_of
 from graphwright.ir.trace.size_places import noted_places
+from graphwright.ir.trace.state import carried_over, frozen_note, state_of
 from graphwright.ir.trace.symbolic_numbers import symbolic_numbers
 from graphwright.ir.trace.untouched import same_attributes
 

@@ -224,6 +224,42 @@ def test_own_metric_with_its_direction(tmp_path):
         evaluate(before, after, data, "no_such_metrics:x", root=tmp_path)
 
 
+UNLABELLED = """
+    def size(outputs, batch):
+        assert set(batch) == {"x"}
+        return float(outputs["logits"].abs().mean())
+"""
+
+
+def test_own_metric_without_labels_or_direction(tmp_path):
+    """It is given the inputs alone, and larger values are taken for better ones."""
+    (tmp_path / "own_size.py").write_text(textwrap.dedent(UNLABELLED))
+    data, x, _ = plain_data(labels=False)
+    found = evaluate(before, after, data, "own_size:size", root=tmp_path)
+    sizes = [float(m(x)["logits"].abs().mean()) for m in (before, after)]
+    assert found.higher_is_better
+    assert found.drop == pytest.approx(sizes[0] - sizes[1], abs=1e-6)
+
+
+def test_the_output_named_logits_is_the_one_that_counts():
+    data, x, y = plain_data()
+
+    def several(x):
+        return {"hidden": -before(x)["logits"], "ids": x.long(), "logits": before(x)["logits"]}
+
+    found = evaluate(several, several, data, "accuracy")
+    assert found.after == pytest.approx(float((before(x)["logits"].argmax(1) == y).double().mean()))
+    assert "logits" in found.what
+
+
+def test_a_perplexity_beyond_all_numbers_is_still_one():
+    ids = torch.tensor([[3, 1, 4]])
+    data = Batches("m", TOKENS, lambda: [{"input_ids": ids, "attention_mask": ids * 0 + 1}])
+    wrong = torch.zeros(1, 3, 7).scatter_(2, ids.roll(-1, 1)[..., None], -5000.0)
+    found = evaluate(lambda **_: wrong * 0, lambda **_: wrong, data, "perplexity")
+    assert 1e300 < found.after < math.inf
+
+
 def test_metrics_say_what_they_lack():
     data, *_ = plain_data(labels=False)
     with pytest.raises(ArgumentError, match="accuracy needs labels"):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import graphwright as gw
 from graphwright.ir.check.exact import _SideBySide
-from graphwright.ir.check.precision import Walk, run_in_double
+from graphwright.ir.check.precision import Walk, own_precision, roundoff, run_in_double
 from graphwright.ir.check.promise import EXACT, Promise
 from graphwright.ir.check.verify import FIRST_LOOK, check_contract, measure
 from graphwright.ir.edit import Editor
@@ -83,3 +83,52 @@ def test_values_are_freed_after_their_last_reader() -> None:
     both = _SideBySide(program, folded("plain_relu", 2)[1], program.examples, EXACT)
     assert both.run() == []
     assert [len(walk.values) for walk in (both.old, both.own, both.new)] == [1, 1, 1]  # the output
+
+
+def test_the_unit_of_rounding_is_that_of_the_coarsest_type() -> None:
+    """The distance of the next number from 1, by the definition of each type."""
+    program, _ = folded("mlp", 2)
+    assert roundoff(program) == torch.finfo(torch.float32).eps
+    for dtype in (torch.float16, torch.bfloat16):
+        half = gw.passes.cast.Dtype(to=str(dtype).removeprefix("torch."))(program)
+        assert roundoff(half) == torch.finfo(dtype).eps
+
+
+class Whole(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+def test_without_any_float_the_unit_is_that_of_float32() -> None:
+    program = gw.trace(Whole(), (torch.arange(3),))
+    assert roundoff(program) == torch.finfo(torch.float32).eps
+
+
+def test_values_are_put_into_the_types_of_others_nest_by_nest() -> None:
+    wide, narrow = torch.ones(2, dtype=torch.float64), torch.ones(2)
+    assert own_precision(wide, narrow).dtype == torch.float32
+    first, (second, third) = own_precision((wide, [wide, 3]), (narrow, [narrow.half(), 4]))
+    assert (first.dtype, second.dtype, third) == (torch.float32, torch.float16, 3)
+    assert own_precision(wide, None) is wide
+    assert own_precision(3, narrow) == 3
+
+
+def test_a_step_gives_the_value_that_it_keeps() -> None:
+    program, _ = folded("mlp", 2)
+    walk = Walk(program, program.examples, wide=True)
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            assert walk.step(node) is walk.values[node]
+
+
+class Drawing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([torch.randn_like(x), torch.randn_like(x)])
+
+
+def test_every_call_that_draws_has_draws_of_its_own_in_every_walk() -> None:
+    with pytest.warns(UserWarning, match="other results on every call"):
+        program = gw.trace(Drawing(), (torch.randn(4),))
+    (one,), (two,) = (run_in_double(program, program.examples) for _ in range(2))
+    assert torch.equal(one, two)
+    assert not torch.equal(one[0], one[1])

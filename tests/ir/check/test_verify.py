@@ -60,6 +60,28 @@ def test_a_new_node_is_named_with_the_pass_that_made_it(program: gw.Program) -> 
     assert (found.op, found.by) == ("aten.sin.default", "test.wrong")
 
 
+def test_a_new_node_in_front_of_a_kept_one_is_blamed_and_not_the_kept_one() -> None:
+    class Wave(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(torch.exp(x)) + 1
+
+    program = gw.trace(Wave(), (torch.randn(4, 8),))
+    editor = Editor(program, by="test.wrong")
+    exp = next(n for n in editor.graph.nodes if n.target is aten.exp.default)
+    editor.replace(exp, editor.call(aten.sin.default, exp.args[0], before=exp))
+    found = first_difference(program, editor.finish(), 1e-5)
+    assert found is not None
+    assert (found.op, found.by) == ("aten.sin.default", "test.wrong")
+    # an output that is new itself is the one, whatever it reads
+    editor = Editor(program, by="test.wrong")
+    last = next(n for n in editor.graph.nodes if n.target is aten.add.Tensor)
+    inner = editor.call(aten.sub.Tensor, last.args[0], 0, before=last)
+    editor.replace(last, editor.call(aten.mul.Tensor, inner, 2, before=last))
+    found = first_difference(program, editor.finish(), 1e-5)
+    assert found is not None
+    assert found.op == "aten.mul.Tensor"
+
+
 def test_an_exact_pass_that_is_not_exact_is_refused(program: gw.Program) -> None:
     with pytest.raises(ContractError) as caught:
         check_contract(program, scaled(program, "layers.2.bias", 2.0), Promise("a.b", "exact"))

@@ -40,7 +40,8 @@ class Unbound(Net):
 
 class Listed(Net):
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(list(x)[0])  # here
+        rows = list(x)  # here
+        return self.fc(rows[1])
 
 
 class Split(Net):
