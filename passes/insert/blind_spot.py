@@ -17,7 +17,7 @@ from graphwright.ir.options import Bounded, Selector
 from graphwright.ir.program import Program
 from graphwright.passes.base import Action, Context, Contract, Effect, Pass, Result
 from graphwright.passes.insert._blind.offsets import Window, is_window, offsets, read_of
-from graphwright.passes.insert._form.places import in_editor
+from graphwright.passes.insert._form.places import image_input, in_editor
 
 aten = torch.ops.aten
 MARK = "blind_spot"
@@ -75,7 +75,7 @@ class BlindSpot(Pass[BlindSpotOptions]):
             return _uncovered(editor, there)
         if there:
             raise ModelError("insert.blind_spot: the network is blind already")
-        image = _image(editor)
+        image = in_editor(editor, image_input(program, None, self.id))
         actions: dict[fx.Node, Action] = {}
         masked = self._chosen(editor, program, actions)
         if self.options.dilate:
@@ -132,16 +132,6 @@ def _uncovered(editor: Editor, there: list[fx.Node]) -> Result:
         actions.append(Action(str(weight.target).rpartition(".")[0], "sees its middle again"))
         editor.replace(product, weight)
     return Result(editor.finish(), tuple(actions))
-
-
-def _image(editor: Editor) -> fx.Node:
-    found: list[fx.Node] = [
-        node for node in editor.graph.find_nodes(op="placeholder")
-        if node.meta["val"].dim() >= 3 and node.meta["val"].is_floating_point()
-    ]  # fmt: skip
-    if len(found) != 1:
-        raise ModelError(f"insert.blind_spot: {len(found)} inputs can be the image; it takes one")
-    return found[0]
 
 
 def _name(program: Program, node: fx.Node) -> str:

@@ -20,7 +20,13 @@ from graphwright.ir.modules.haar import HaarInput
 from graphwright.ir.options import Selector
 from graphwright.ir.program import Program
 from graphwright.passes.base import Action, Context, Contract, Effect, Pass, Result
-from graphwright.passes.insert._form.places import InsertOptions, apply_freeze, in_editor, seeded
+from graphwright.passes.insert._form.places import (
+    InsertOptions,
+    apply_freeze,
+    image_input,
+    in_editor,
+    seeded,
+)
 
 aten = torch.ops.aten
 MOST_LEVELS = 8
@@ -67,7 +73,7 @@ class WaveletInput(Pass[WaveletInputOptions]):
             ModelError: the image is not clear, or no chosen convolution can have an input.
         """
         editor = Editor(program, by=self.id)
-        image = in_editor(editor, _image(program, self.options.image))
+        image = in_editor(editor, image_input(program, self.options.image, self.id))
         actions = []
         for layer in select(program, self.options.targets, CONVOLUTIONS):
             call = in_editor(editor, layer.node)
@@ -111,22 +117,6 @@ class WaveletInput(Pass[WaveletInputOptions]):
         editor.changed = True
         levels = " x ".join(str(2**times) for times in halvings)
         return Action(layer.name, f"reads {added} channels of the image / ({levels})")
-
-
-def _image(program: Program, name: str | None) -> fx.Node:
-    nodes: list[fx.Node] = list(program.graph.find_nodes(op="placeholder"))
-    specs = program.signature.inputs
-    maps = [
-        node for node, spec in zip(nodes, specs, strict=True)
-        if (name is None or spec.name == name) and 3 <= len(spec.shape) <= 5
-        and node.meta["val"].is_floating_point()
-    ]  # fmt: skip
-    if len(maps) != 1:
-        raise ModelError(
-            f"insert.wavelet_input: {len(maps)} inputs can be the image",
-            fix=f"Name one with `image`; the inputs are {', '.join(s.name for s in specs)}.",
-        )
-    return maps[0]
 
 
 def _halvings(layer: Layer, call: fx.Node, image: fx.Node) -> tuple[tuple[int, ...], bool] | str:

@@ -6,9 +6,11 @@ import torch
 from torch import fx, nn
 
 from graphwright.ir.edit import Editor
+from graphwright.ir.errors import ModelError
 from graphwright.ir.graft import graft
 from graphwright.ir.graph.nodes import gw_meta, set_gw_meta
 from graphwright.ir.options import Options
+from graphwright.ir.program import Program
 
 
 class InsertOptions(Options):
@@ -30,6 +32,28 @@ def in_editor(editor: Editor, node: fx.Node) -> fx.Node:
     """The copy of a program's node in an editor's graph."""
     copied: fx.Node = next(n for n in editor.graph.nodes if n.name == node.name)
     return copied
+
+
+def image_input(
+    program: Program, name: str | None, by: str, axes: tuple[int, ...] = (3, 4, 5)
+) -> fx.Node:
+    """The input that is a map (batch, channels, ...).
+
+    Raises:
+        ModelError: none is, or several are and none is named.
+    """
+    nodes = program.graph.find_nodes(op="placeholder")
+    specs = program.signature.inputs
+    found: list[fx.Node] = [
+        node for node, spec in zip(nodes, specs, strict=True)
+        if name in (None, spec.name) and len(spec.shape) in axes
+        and node.meta["val"].is_floating_point()
+    ]  # fmt: skip
+    if len(found) != 1:
+        names = ", ".join(spec.name for spec in specs)
+        fix = f"Name one with `image`; the inputs are {names}." if found else f"It has {names}."
+        raise ModelError(f"{by}: {len(found)} inputs can be the image", fix=fix)
+    return found[0]
 
 
 def seeded(make: type[nn.Module], generator: torch.Generator, *args: object) -> nn.Module:
