@@ -45,6 +45,11 @@ class Harmonic(nn.Module):
         sample_rate: in Hz.
     """
 
+    linear: Tensor
+    raised: Tensor
+    steps: Tensor
+    multiples: Tensor
+
     def __init__(self, harmonics: int = 60, hop: int = 64, sample_rate: int = 16000) -> None:
         super().__init__()
         self.sample_rate, self.hop = sample_rate, hop
@@ -96,6 +101,8 @@ class FilteredNoise(nn.Module):
         bias: added to the controls, so that noise starts low.
     """
 
+    to_response: Tensor
+
     def __init__(self, bands: int = 65, hop: int = 64, bias: float = -5.0) -> None:
         super().__init__()
         self.hop, self.bias = hop, bias
@@ -118,9 +125,9 @@ class FilteredNoise(nn.Module):
         heard = F.pad(heard, (0, pieces * self.hop - heard.shape[-1]))
         heard = heard.unflatten(-1, (pieces, self.hop))
         # piece p of a frame sounds p frames later
-        total = sum(F.pad(heard[:, :, p], (0, 0, p, pieces - 1 - p)) for p in range(pieces))
+        parts = [F.pad(heard[:, :, p], (0, 0, p, pieces - 1 - p)) for p in range(pieces)]
+        samples = torch.stack(parts).sum(0).flatten(1)
         start = (self.length - 1) // 2 - 1
-        samples: Tensor = total.flatten(1)
         return samples[:, start : start + noise.shape[1]]
 
 
@@ -129,8 +136,8 @@ def _convolved(x: Tensor, response: Tensor) -> Tensor:
     n, k = x.shape[-1], response.shape[-1]
     products = F.pad(x.unsqueeze(-1) * response.unsqueeze(-2), (0, n))
     # a row of n + k values read at a stride of n + k - 1 is shifted by one place a row
-    sheared = products.flatten(-2)[..., : n * (n + k - 1)]
-    return sheared.unflatten(-1, (n, n + k - 1)).sum(-2)
+    sheared: Tensor = products.flatten(-2)[..., : n * (n + k - 1)]
+    return sheared.view(*x.shape, n + k - 1).sum(-2)
 
 
 class FirReverb(nn.Module):
@@ -164,4 +171,5 @@ def _by_blocks(audio: Tensor, response: Tensor) -> Tensor:
     spectrum = torch.fft.rfft(frames, 2 * block) * torch.fft.rfft(response, 2 * block)
     heard = torch.fft.irfft(spectrum, 2 * block)
     ends = F.pad(heard[:, :-1, block:], (0, 0, 1, 0))
-    return (heard[:, :, :block] + ends).flatten(1)[:, :length]
+    samples: Tensor = (heard[:, :, :block] + ends).flatten(1)
+    return samples[:, :length]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 Sizes = Mapping[str, int]
 FAMILY_MODULES = (
     "torch_only",
+    "papers",
     "vision",
     "vision_more",
     "encoders",
