@@ -137,8 +137,16 @@ class Branch:
 
     def scale_input(self, factor: fx.Node) -> None:
         """Lets the layer read its input times a factor, and nothing else change."""
-        node = self.before(aten.mul.Tensor, self.input, factor)
-        set_gw_meta(node, adapter_of=self.layer.name)
+        self.read_input(self.before(aten.mul.Tensor, self.input, factor), steps=1)
+
+    def read_input(self, node: fx.Node, *, steps: int) -> None:
+        """Lets the layer's call read its input from a node that is computed from it.
+
+        Args:
+            node: the last of the calls put in front.
+            steps: how many they are; each has the one before, or the input, for first argument.
+        """
+        set_gw_meta(node, adapter_of=self.layer.name, steps=steps)
         self.call.update_arg(INPUT_ARGUMENT[self.layer.kind], node)
 
     def finish(self, result: fx.Node) -> None:

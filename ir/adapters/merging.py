@@ -269,7 +269,10 @@ def _take_out(call: fx.Node, layer: Layer, adapter: Adapter) -> None:
         call.update_arg(place, stored_weight(call, place))
     scaled = _scaled_input(call, adapter)
     if scaled is not None:
-        call.update_arg(INPUT_ARGUMENT[layer.kind], scaled.args[0])
+        source: Any = scaled
+        for _ in range(int(gw_meta(scaled).get("steps", 1))):
+            source = source.args[0]
+        call.update_arg(INPUT_ARGUMENT[layer.kind], source)
     tip = call
     for result in results(call, layer.name):
         if adapter_of(result) == adapter.name:
