@@ -143,6 +143,23 @@ IMAGE_NETS: dict[str, type[nn.Module]] = {
 }  # fmt: skip
 
 
+class TrunkNet(nn.Module):
+    """Four residual blocks, of which each can go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)) for _ in range(4)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
 @cache
 def traced(kind: str) -> gw.Program:
     """The network of a kind, with free dimensions."""
@@ -150,6 +167,8 @@ def traced(kind: str) -> gw.Program:
     if kind in IMAGE_NETS:
         net = IMAGE_NETS[kind]().eval()
         return gw.trace(net, (torch.randn(4, 2, 6, 6),), {"x": {0: "batch"}})
+    if kind == "trunk":
+        return gw.trace(TrunkNet().eval(), (torch.randn(4, 6),), {"x": {0: "batch"}})
     ids = torch.randint(0, 32, (4, 8))
     net = (ChainNet() if kind == "chain" else TextNet()).eval()
     return gw.trace(net, (ids,), {"ids": {0: "batch", 1: "length"}})
@@ -160,6 +179,8 @@ def batches(kind: str) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
     if kind in IMAGE_NETS:
         return [{"x": torch.randn(4, 2, 6, 6, generator=generator)} for _ in range(2)]
+    if kind == "trunk":
+        return [{"x": torch.randn(4, 6, generator=generator)} for _ in range(2)]
     return [{"ids": torch.randint(0, 32, (4, 8), generator=generator)} for _ in range(2)]
 
 
@@ -183,7 +204,7 @@ def run(
 ) -> gw.Program:
     """One pass of a chain, as the main job runs it."""
     data = batches(kind)
-    has_text = kind not in IMAGE_NETS
+    has_text = "ids" in data[0]
     labelled = [{**batch, "labels": batch["ids"]} if has_text else batch for batch in data]
     teacher = traced(kind)
     context = Context(

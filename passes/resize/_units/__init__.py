@@ -1,0 +1,1 @@
+"""Residual units of a network, and networks with fewer of them."""
