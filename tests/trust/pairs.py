@@ -161,7 +161,7 @@ def _page(found: dict[Key, tuple[str, str]], rows: list[str], columns: list[str]
         "",
         "Every pass that changes the structure of a network, in front of and behind others, from",
         "one spec: each on the small net of its own tests, contracts checked at every step,",
-        "lowered to ONNX Runtime and to Triton's backend, and the artifacts held to the program. By",
+        "lowered to ONNX Runtime and Triton's backend, and the artifacts held to the program. By",
         "`python tests/trust/pairs.py --write`; a sample of the pairs is a test.",
         "",
         *(f"- {marks[word]}: {text} ({counts[word]})" for word, text in WORDS.items()),
