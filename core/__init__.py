@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from graphwright import backends, ir, passes, specs
     from graphwright.api import load, lower, optimize
     from graphwright.backends.onnxruntime.adapters import save_onnx_adapter
+    from graphwright.ir.adapters.patch import extract_patch, save_patch
     from graphwright.ir.adapters.save import save_adapter
     from graphwright.ir.channels import channel_groups, cut, zero
     from graphwright.ir.check.fidelity import compare
@@ -40,6 +41,8 @@ _HOMES = {
     "channel_groups": "graphwright.ir.channels",
     "cut": "graphwright.ir.channels",
     "zero": "graphwright.ir.channels",
+    "extract_patch": "graphwright.ir.adapters.patch",
+    "save_patch": "graphwright.ir.adapters.patch",
     "save_adapter": "graphwright.ir.adapters.save",
     "save_onnx_adapter": "graphwright.backends.onnxruntime.adapters",
     "export_checkpoint": "graphwright.ir.files.export_checkpoint",
@@ -73,6 +76,7 @@ __all__ = [
     "compare",
     "cut",
     "export_checkpoint",
+    "extract_patch",
     "ir",
     "load",
     "load_spec",
@@ -83,6 +87,7 @@ __all__ = [
     "register",
     "save_adapter",
     "save_onnx_adapter",
+    "save_patch",
     "specs",
     "trace",
     "zero",

@@ -175,9 +175,9 @@ def _store(
     )  # fmt: skip
     new, new_bias = formula(given)
     stored = new.to(old.dtype)
-    _replace(editor, str(weight.target), stored)
+    replace_stored(editor, str(weight.target), stored)
     if old_bias is not None and new_bias is not None and isinstance(bias, fx.Node):
-        _replace(editor, str(bias.target), new_bias.to(old_bias.dtype))
+        replace_stored(editor, str(bias.target), new_bias.to(old_bias.dtype))
     change = (new.double() - given.weight.double()).norm()
     lost = (stored.double() - new.double()).norm()
     return Applied(
@@ -187,7 +187,7 @@ def _store(
     )
 
 
-def _replace(editor: Editor, name: str, new: Tensor) -> None:
+def replace_stored(editor: Editor, name: str, new: Tensor) -> None:
     """Stores a merged tensor, and remembers the digests of the one before it and of itself."""
     old = editor.state[name]
     if torch.equal(old, new):

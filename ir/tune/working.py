@@ -15,6 +15,7 @@ from graphwright.ir.graph.nodes import copy_graph
 from graphwright.ir.mode import NORMS
 from graphwright.ir.program import Program
 from graphwright.ir.tune.hooks import Hooks, Moment
+from graphwright.ir.tune.rebuilt import rebuild_in_backward
 
 
 class Working(nn.Module):
@@ -46,6 +47,7 @@ class Working(nn.Module):
                 state[name] = _copy(tensor, device) if name in moving else tensor.to(device)
         graph = _on(training.graph, device)
         hooks.on_graph(graph)
+        rebuild_in_backward(graph, state)
         self.module = fx.GraphModule(state, graph, class_name="Training")
         self.own = _own(hooks, state, device)
         for number, parameter in enumerate(self.own.values()):

@@ -18,9 +18,9 @@ def llama(**changes: Any) -> Any:
 
     sizes = {
         "hidden_size": WIDTH, "num_attention_heads": HEADS, "num_key_value_heads": 1,
-        "intermediate_size": INNER, "num_hidden_layers": LAYERS,
+        "intermediate_size": INNER, "num_hidden_layers": LAYERS, "vocab_size": WORDS,
     } | changes  # fmt: skip
-    config = LlamaConfig(vocab_size=WORDS, tie_word_embeddings=True, use_cache=False, **sizes)
+    config = LlamaConfig(tie_word_embeddings=True, use_cache=False, **sizes)
     return LlamaForCausalLM(config).eval()
 
 
