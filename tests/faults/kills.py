@@ -91,6 +91,7 @@ def flips(folder: Path, moments: int, per_file: int, seed: int) -> Tally:
         kill_after(folder, seconds * (moment + 1) / (moments + 1), signal.SIGKILL)
         if not work(folder).exists():
             continue
+        tally.add("moments")
         kept = folder / "kept"
         shutil.rmtree(kept, ignore_errors=True)
         work(folder).rename(kept)
