@@ -213,6 +213,9 @@ def example_spec(name: str, schema: Schema) -> list[str]:
     return [*lines, f"  - {name}:", *written]
 
 
+EMPTY: tuple[Any, ...] = (None, [], {})
+"""Defaults that show nothing; an example that such an option declares is shown in their place."""
+
 TYPICAL = {"quantize.*": "quantize.rtn"}
 """A pass of a family, for the example of one that needs some in front of it."""
 
@@ -229,7 +232,8 @@ def _usual(entry: Schema) -> list[str]:
     """Required options, the first ones that a pass declares, its targets, and how it trains."""
     required, shared = entry.get("required", []), ("targets", "tune")
     optional = [key for key, option in entry["properties"].items()
-                if key not in required and option.get("default") not in (None, [], {})]  # fmt: skip
+                if key not in required
+                and (option.get("default") not in EMPTY or "examples" in option)]  # fmt: skip
     own = [key for key in optional if key not in shared]
     return [*required, *own[:USUAL], *(key for key in shared if key in optional)]
 
@@ -245,7 +249,7 @@ def _yaml(value: Any) -> str:
 
 def _example(name: str, key: str, option: Schema) -> Any:
     """A value for an option: its default, or an example it declares, or its first choice."""
-    if "default" in option:
+    if option.get("default") not in EMPTY:
         return option["default"]
     choices = [*option.get("examples", []), *option.get("enum", [])]
     if not choices:

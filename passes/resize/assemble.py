@@ -22,7 +22,7 @@ Factor = Annotated[float, Field(ge=0)]
 class AssembleOptions(Bounded):
     """Options of resize.assemble."""
 
-    drop: tuple[str, ...] = ()
+    drop: Annotated[tuple[str, ...], Field(examples=[["blocks.1"]])] = ()
     """Residual units that go: patterns over their names, the blocks that they are of, or layers in
     them. When empty, `macs` chooses."""
 
