@@ -197,8 +197,12 @@ def _refusal(layer: Layer) -> str:
 
 
 def freeze(editor: Editor, program: Program, also_train: Sequence[str]) -> tuple[str, ...]:
-    """Freezes what was trainable, but for adapters and the layers in `also_train`."""
-    kept = {name for adapter in adapters(program).values() for name in adapter.tensors()}
+    """Freezes what was trainable, but for adapters and the layers in `also_train`: those of this
+    adapter and those that an earlier one has left trainable."""
+    earlier = adapters(program).values()
+    kept = {name for adapter in earlier for name in adapter.tensors()}
+    if any(adapter.frozen for adapter in earlier):
+        kept |= set(program.trainable())
     for layer in select(program, also_train) if also_train else ():
         kept |= _own(layer)
     frozen = [name for name in program.trainable() if name not in kept]

@@ -64,7 +64,6 @@ class Conditioning:
     rank: int
     values: fx.Node | None = None
     shared: dict[str, str] = field(default_factory=dict)
-    _every: fx.Node | None = None
     _made: dict[int, fx.Node] = field(default_factory=dict)
 
     def build(
@@ -111,9 +110,9 @@ class Conditioning:
                         identity)  # fmt: skip
         of_place = call(aten.linear.default, place, stored("matrix_place", last[:, HIDDEN:]))
         every = call(aten.add.Tensor, call(aten.unsqueeze.default, of_known, 1), of_place)
-        self._every = call(aten.unflatten.int, every, -1, [self.rank, self.rank])
+        every = call(aten.unflatten.int, every, -1, [self.rank, self.rank])
         for number in sorted(self.blocks.values()):
-            self._made[number] = call(aten.select.int, self._every, 1, number)
+            self._made[number] = call(aten.select.int, every, 1, number)
 
     def matrix(self, layer: str) -> fx.Node:
         """C (batch, rank, rank) of the block that a layer is in."""

@@ -107,6 +107,17 @@ def test_gradients_reach_the_adapter_alone_and_are_those_of_the_formula() -> Non
     torch.testing.assert_close(b.grad, 1.5 * w.grad @ a.detach().T, rtol=1e-4, atol=1e-4)
 
 
+def test_a_second_adapter_leaves_trainable_what_the_first_one_did() -> None:
+    first = gw.passes.adapt.Lora(targets=["fc"], rank=2, also_train=["turned"])(program())
+    both = gw.passes.adapt.Lora(targets=["plain"], rank=2, name="two")(first)
+    assert set(both.trainable()) - set(first.trainable()) == {
+        "plain.lora_a.two", "plain.lora_b.two"}  # fmt: skip
+    assert "turned" in both.trainable()
+    behind = gw.passes.adapt.WtaCrs(targets=["fc"])(program())
+    made = gw.passes.adapt.Lora(targets=["fc"], rank=2)(behind)
+    assert set(made.trainable()) == {"fc.lora_a.default", "fc.lora_b.default"}
+
+
 def test_dropout_is_on_the_adapter_alone_and_only_in_training() -> None:
     adapted = moved(gw.passes.adapt.Lora(targets=["fc"], rank=2, dropout=0.5)(program()))
     ids = torch.randint(0, 11, (3, 9))
