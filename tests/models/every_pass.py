@@ -98,6 +98,20 @@ class UpNet(nn.Module):
         return self.last(torch.relu(self.merge(torch.cat([up, first], 1))))
 
 
+class GatedNet(nn.Module):
+    """A norm that two projections of a gated unit alone read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm = nn.Embedding(32, 16), nn.LayerNorm(16)
+        self.gate, self.up, self.down = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 32)
+        nn.init.normal_(self.norm.weight)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        h = self.norm(self.table(ids))
+        return self.down(nn.functional.silu(self.gate(h)) * self.up(h))
+
+
 class TextNet(nn.Module):
     """One block of an encoder, with two layers that read one tensor and a tied table."""
 
@@ -160,6 +174,11 @@ class TrunkNet(nn.Module):
         return self.head(x)
 
 
+TEXT_NETS: dict[str, type[nn.Module]] = {
+    "chain": ChainNet, "gated": GatedNet, "text": TextNet,
+}  # fmt: skip
+
+
 @cache
 def traced(kind: str) -> gw.Program:
     """The network of a kind, with free dimensions."""
@@ -170,7 +189,7 @@ def traced(kind: str) -> gw.Program:
     if kind == "trunk":
         return gw.trace(TrunkNet().eval(), (torch.randn(4, 6),), {"x": {0: "batch"}})
     ids = torch.randint(0, 32, (4, 8))
-    net = (ChainNet() if kind == "chain" else TextNet()).eval()
+    net = TEXT_NETS[kind]().eval()
     return gw.trace(net, (ids,), {"ids": {0: "batch", 1: "length"}})
 
 

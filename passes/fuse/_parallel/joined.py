@@ -56,8 +56,11 @@ def join(editor: Editor, name: str, nodes: Sequence[fx.Node]) -> None:
     whole = editor.call(aten.linear.default, x, weight, bias, before=first, like=first)
     sizes = [int(w.shape[0]) for w in weights]
     parts = editor.call(aten.split_with_sizes.default, whole, sizes, -1, before=first, like=first)
-    for number, node in enumerate(nodes):
-        part = editor.call(operator.getitem, parts, number, before=first, like=node)
+    made = [
+        editor.call(operator.getitem, parts, number, before=first, like=node)
+        for number, node in enumerate(nodes)
+    ]
+    for node, part in zip(nodes, made, strict=True):
         editor.replace(node, part)
 
 
