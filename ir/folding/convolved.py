@@ -71,16 +71,19 @@ class Convolved:
         wide = scale.view(-1, *[1] * (self.kernel.dim() - 1))
         return replace(self, kernel=self.kernel * wide, bias=self.bias * scale + shift)
 
-    def padded(self, axis: int, ends: tuple[int, int], value: Tensor) -> Convolved:
+    def padded(
+        self, axis: int, ends: tuple[int, int], value: Tensor, tolerance: float = 1e-12
+    ) -> Convolved:
         """With `ends` places of `value` (out,) more on an axis.
 
-        Where that is not what the formula gives there, the places are foreign.
+        Where that is not what the formula gives there, up to a tolerance for rounding, the places
+        are foreign.
         """
         before = self.foreign[axis]
         if any(there and more for there, more in zip(before, ends, strict=True)):
             raise NotFoldable("pads an end that was padded with another value")
         moved = self._moved(axis, ends)
-        if self.keeps[axis] and torch.allclose(value, self.bias, rtol=1e-9, atol=1e-12):
+        if self.keeps[axis] and torch.allclose(value, self.bias, rtol=0, atol=tolerance):
             return moved
         both = (before[0] + ends[0], before[1] + ends[1])
         return replace(moved, foreign=_with(self.foreign, axis, both))

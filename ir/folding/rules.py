@@ -5,6 +5,7 @@ Channels are on axis 1 of (batch, channels, *axes), and last where there are no 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,12 @@ Maps = Mapping[fx.Node, Convolved]
 
 CONVOLUTION_NAMES = tuple(f"conv{rank}d" for rank in (1, 2, 3))
 MAX = 2**63 - 1
+
+EXPANDING = ("expand", "reshape", "repeat")
+"""Calls that make a border of a value per channel."""
+
+ROUNDINGS = 16
+"""Roundings that a border computed from the statistics of a norm may have gone through."""
 
 
 def made_by(program: Stored, node: fx.Node, maps: Maps) -> Convolved:
@@ -186,15 +193,15 @@ def _concatenation(program: Stored, node: fx.Node, maps: Maps) -> Convolved:
     place = list(parts).index(inside[0])
     y = maps[inside[0]]
     for part in reversed(parts[:place]):
-        y = y.padded(axis - 2, (_width(part, axis), 0), _frame(program, part, y))
+        y = y.padded(axis - 2, (_width(part, axis), 0), *_frame(program, part, y))
     for part in parts[place + 1 :]:
-        y = y.padded(axis - 2, (0, _width(part, axis)), _frame(program, part, y))
+        y = y.padded(axis - 2, (0, _width(part, axis)), *_frame(program, part, y))
     return y
 
 
 def _is_frame(node: fx.Node) -> bool:
     """Whether a node is a constant, expanded to sizes of the input."""
-    while op_name(node) in ("expand", "reshape", "repeat") and isinstance(node.args[0], fx.Node):
+    while op_name(node) in EXPANDING and isinstance(node.args[0], fx.Node):
         node = node.args[0]
         if not depends_on_input(node):
             return True
@@ -208,17 +215,25 @@ def _width(part: fx.Node, axis: int) -> int:
     return size
 
 
-def _frame(program: Stored, part: fx.Node, y: Convolved) -> Tensor:
+def _frame(program: Stored, part: fx.Node, y: Convolved) -> tuple[Tensor, float]:
+    """A border's value per channel, and how far its own rounding may have moved it."""
     node = part
-    while depends_on_input(node):
+    while op_name(node) in EXPANDING and _values(node) != len(y.bias):
         node = node.args[0]  # type: ignore[assignment]
-    value = constant_value(program, node).double()
-    channels = [n for n in range(value.dim()) if value.shape[n] == len(y.bias)]
+    stored = constant_value(program, node)
+    value = stored.double()
+    rounding = ROUNDINGS * torch.finfo(stored.dtype).eps * float(value.abs().max())
     if value.numel() == 1:
-        return value.reshape(()).expand(len(y.bias))
-    if value.numel() != len(y.bias) or len(channels) != 1:
+        return value.reshape(()).expand(len(y.bias)), rounding
+    if value.numel() != len(y.bias) or len(y.bias) not in value.shape:
         raise NotFoldable("has a border that is not one value per channel")
-    return value.reshape(-1)
+    return value.reshape(-1), rounding
+
+
+def _values(node: fx.Node) -> int:
+    """Number of values; -1 where sizes of the input decide."""
+    shape = node.meta["val"].shape
+    return math.prod(shape) if all(isinstance(size, int) for size in shape) else -1
 
 
 def _per_channel(program: Stored, operand: Any, node: fx.Node, y: Convolved) -> Tensor:

@@ -28,6 +28,7 @@ SCRIPTS = (
     ("mask_recovery.py",),
     ("prune_large.py", "--ours"),
     ("resnet50_pruned.py",),
+    ("surgery.py",),
     ("selective_scan.py",),
 )
 """Scripts with their arguments. What needs a peer's package of its own says so, and is not here."""

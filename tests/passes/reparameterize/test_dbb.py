@@ -36,6 +36,16 @@ def test_the_papers_own_block() -> None:
     assert action.what == "one layer of 4 branches: kernel, pointwise, sequence, sequence"
 
 
+def test_a_border_in_float32_with_its_norm_folded() -> None:
+    """The border's constant and the folded bias were rounded apart from each other."""
+    x = torch.randn(2, 4, 7, 8)
+    model = branch_nets.with_statistics(nn.Sequential(branch_nets.dbb(4, 6))).float()
+    program = gw.passes.cleanup.FoldBatchNorm()(gw.trace(model, (x,)))
+    folded = Dbb()(program)
+    assert calls(folded) == ["conv2d", "relu"]
+    assert gw.compare(program(x), folded(x)).relative < 1e-6  # float32: rounding alone
+
+
 def test_joined_channels() -> None:
     class Joined(nn.Module):
         def __init__(self) -> None:
