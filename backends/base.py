@@ -38,6 +38,8 @@ class Compiled:
         notes: what the backend did: fusions and kernel counts, and what stayed and why; JSON.
             `warnings` in it are lines for the summary: kernels that a pass was for and that were
             lost.
+        defaults: tensors of inputs that a call may leave out, by name: those of the program it was
+            made of. An artifact that was opened from a file has none.
     """
 
     backend: ClassVar[str] = ""
@@ -45,6 +47,7 @@ class Compiled:
 
     def __init__(self, notes: Mapping[str, Any]) -> None:
         self.notes: dict[str, Any] = dict(notes)
+        self.defaults: Mapping[str, torch.Tensor] = {}
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Runs it: torch tensors in, the model's own output structure out."""

@@ -67,7 +67,9 @@ class OnnxCompiled(Compiled):
         Raises:
             ArgumentError: inputs that do not fit the signature.
         """
-        flat = bind_inputs(self.signature, inputs, named)
+        given = {spec.name for spec in self.signature.inputs[: len(inputs)]}
+        left_out = {n: t for n, t in self.defaults.items() if n not in given}
+        flat = bind_inputs(self.signature, inputs, {**left_out, **named})
         return rebuild(self.signature.structure, self.run_flat(flat))
 
     def run_flat(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -101,7 +101,9 @@ class Lowering(Backend):
         keep = job.folder if isinstance(attempt.model, Path) else None
         if keep is None:
             job.folder.cleanup()
-        return OnnxCompiled(attempt.model, program.signature, attempt.session, notes, keep)
+        compiled = OnnxCompiled(attempt.model, program.signature, attempt.session, notes, keep)
+        compiled.defaults = program.initial_state()
+        return compiled
 
     def _switchable(self, program: Program, context: Context) -> OnnxCompiled:
         """The model whose adapter's factors are inputs, with the adapter as it is for default."""

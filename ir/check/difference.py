@@ -107,6 +107,7 @@ class _Recorder(fx.Interpreter):
 
     def __init__(self, program: Program) -> None:
         super().__init__(program.module, garbage_collect_values=False)
+        self.program = program
         self.kept: dict[str, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -117,5 +118,5 @@ class _Recorder(fx.Interpreter):
 
     def values(self, inputs: tuple[torch.Tensor, ...]) -> dict[str, Any]:
         with torch.no_grad():
-            self.run(*inputs)
+            self.run(*self.program.filled(inputs))
         return self.kept

@@ -61,7 +61,7 @@ def layer_errors(
     with torch.no_grad():
         reference.run(*inputs)
         taps = _Comparison(result, reference.kept)
-        taps.run(*inputs)
+        taps.run(*result.filled(tuple(inputs)))
     return [
         LayerError(layer.name, layer.kind, layer.node, taps.errors[layer.node])
         for layer in layers

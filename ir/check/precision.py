@@ -76,7 +76,8 @@ class Walk:
         self.narrow: set[fx.Node] = set()
         self.drawn = 0
         self.readers = {node: len(node.users) for node in program.graph.nodes}
-        for node, tensor in zip(program.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        placeholders = program.graph.find_nodes(op="placeholder")
+        for node, tensor in zip(placeholders, program.filled(inputs), strict=True):
             self.values[node] = widened(tensor) if wide else tensor
 
     def step(self, node: fx.Node) -> Any:

@@ -33,8 +33,9 @@ class SkipScaleOptions(Bounded):
     """Factor of the shallowest skip; those between get factors in even steps."""
 
     as_input: bool = False
-    """Makes the factors an input `rho` (one for every skip, the deepest first), with these as its
-    default: one artifact then serves any factors, another one at every noise level."""
+    """Makes the factors an input `rho` (one for every skip, the deepest first), with these as the
+    program's default: one artifact then serves any factors, another one at every noise level. An
+    artifact that is opened from its folder has no default, and has to be given them."""
 
     additive: bool = False
     """Scale skips that are added, too; else a U-Net with such skips is refused."""

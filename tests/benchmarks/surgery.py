@@ -3,8 +3,9 @@
     python tests/benchmarks/surgery.py            all rows
     python tests/benchmarks/surgery.py repvgg     rows whose name begins with it
 
-Random weights; both sessions in turn, call by call, one thread; medians of the calls, and their
-ratio. Every row's program is checked against the one before it (its relative error is printed).
+Random weights; both sessions in turn, call by call, one thread; medians of the processor time of
+the calls (the machine may be busy with other things), and their ratio. Every row's
+program is compared with the one before it, and the relative error printed.
 """
 
 from __future__ import annotations
@@ -112,13 +113,13 @@ ROWS: dict[str, Row] = {
 
 
 def milliseconds(models: list[Callable[[], object]]) -> list[float]:
-    """Median time of each, called in turn."""
+    """Median processor time of each, called in turn."""
     found: list[list[float]] = [[] for _ in models]
     for _ in range(CALLS):
         for model, times in zip(models, found, strict=True):
-            start = time.perf_counter()
+            start = time.process_time()
             model()
-            times.append(1e3 * (time.perf_counter() - start))
+            times.append(1e3 * (time.process_time() - start))
     return [median(times) for times in found]
 
 
