@@ -18,6 +18,7 @@ from graphwright.ir.channels.rules import (  # noqa: F401  rules register themse
     layers,
     quantized,
     reduce,
+    scan,
     shape,
 )
 from graphwright.ir.channels.values import Factor, Result, Value
