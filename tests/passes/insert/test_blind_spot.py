@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import onnx
@@ -55,10 +56,16 @@ def seen(program: gw.Program, place: tuple[int, int], size: tuple[int, int] = (1
     return gradient.abs().sum((0, 1))
 
 
+@cache
+def both() -> tuple[gw.Program, gw.Program]:
+    """A denoiser, and what is made of it."""
+    plain = denoiser()
+    return plain, gw.passes.insert.BlindSpot()(plain)
+
+
 @pytest.mark.parametrize("place", [(7, 6), (0, 0), (14, 5)])
 def test_a_place_does_not_see_itself_and_sees_its_neighbours(place: tuple[int, int]) -> None:
-    plain = denoiser()
-    blind = gw.passes.insert.BlindSpot()(plain)
+    plain, blind = both()
     gradient = seen(blind, place)
     assert gradient[place] == 0
     assert seen(plain, place)[place] > 0
@@ -69,7 +76,7 @@ def test_a_place_does_not_see_itself_and_sees_its_neighbours(place: tuple[int, i
 
 
 def test_dilations_are_those_of_the_paper() -> None:
-    blind = gw.passes.insert.BlindSpot()(denoiser())
+    _, blind = both()
     found = {
         str(node.args[1].target): list(node.args[5])
         for node in blind.graph.nodes
@@ -80,8 +87,7 @@ def test_dilations_are_those_of_the_paper() -> None:
 
 
 def test_taken_away_the_weights_have_their_middle_again() -> None:
-    plain = denoiser()
-    blind = gw.passes.insert.BlindSpot()(plain)
+    plain, blind = both()
     again = gw.passes.insert.BlindSpot(blind=False)(blind)
     assert seen(again, (7, 6))[7, 6] > 0
     assert set(again.state) == set(plain.state)
@@ -92,8 +98,7 @@ def test_taken_away_the_weights_have_their_middle_again() -> None:
 
 
 def test_the_mask_is_a_kernel_without_its_middle() -> None:
-    plain = denoiser()
-    blind = gw.passes.insert.BlindSpot()(plain)
+    plain, blind = both()
     weight = plain.state["first.1.weight"].detach().clone()
     weight[:, :, 2, 2] = 0
     masked = dict(blind.state)
@@ -103,7 +108,7 @@ def test_the_mask_is_a_kernel_without_its_middle() -> None:
 
 
 def test_training_keeps_it_blind_and_the_middle_as_it_was() -> None:
-    blind = gw.passes.insert.BlindSpot()(denoiser())
+    _, blind = both()
     x = torch.randn(8, 2, 10, 10)
     data = [{"image": x, "labels": x}]
     tune = {"epochs": 2, "lr": 0.01, "loss": "mse"}
@@ -116,7 +121,7 @@ def test_training_keeps_it_blind_and_the_middle_as_it_was() -> None:
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "triton"])
 def test_artifacts_have_plain_convolutions_and_stay_blind(backend: str, tmp_path: Path) -> None:
-    blind = gw.passes.insert.BlindSpot()(denoiser())
+    _, blind = both()
     x = torch.randn(2, 2, 11, 12)
     small = gw.passes.quantize.Int8(activations="static")(blind, calibration=[{"image": x}])
     for program, bound in ((blind, 1e-5), (small, 2e-2)):
@@ -144,7 +149,7 @@ def test_what_would_see_its_pixel_is_refused() -> None:
     with pytest.raises(ModelError, match="would see its own pixel"):
         gw.passes.insert.BlindSpot(targets=["first.0"])(denoiser())
     with pytest.raises(ModelError, match="blind already"):
-        gw.passes.insert.BlindSpot()(gw.passes.insert.BlindSpot()(denoiser()))
+        gw.passes.insert.BlindSpot()(both()[1])
 
 
 class Pooled(nn.Module):

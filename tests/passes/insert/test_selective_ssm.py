@@ -48,8 +48,7 @@ def moved(program: gw.Program) -> gw.Program:
     return program.replace(state=state)
 
 
-@pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("block", ["ss2d", "mamba"])
+@pytest.mark.parametrize(("keep", "block"), [(False, "ss2d"), (True, "mamba")])
 def test_both_branches_start_as_the_network(keep: bool, block: str) -> None:
     before = classifier(keep)
     base = gw.passes.insert.SelectiveSsm(states=6, rank=3, block=block)(before)
