@@ -21,6 +21,7 @@ from graphwright.ir.layers.products import weight_node
 from graphwright.ir.layers.selectors import layers
 from graphwright.ir.stored import grid
 from graphwright.passes.quantize import awq
+from graphwright.passes.quantize._activations import scaling
 from graphwright.passes.quantize._activations.folding import Group, find_groups
 from graphwright.passes.quantize._activations.region import Region, feeds_scores, region_of
 from graphwright.passes.quantize._activations.scaling import spread_batches
@@ -479,7 +480,7 @@ def test_a_killed_run_goes_on_behind_the_last_finished_group(
     program, batches = traced(Block("rms", "gated"))
     plain = states(program, Context(calibration=batches))
     context = Context(calibration=batches, work=tmp_path, key="one")
-    search, clip = awq.best_factors, awq.Clipping.solve
+    search, clip = scaling.best_factors, awq.Clipping.solve
     searched: list[str] = []
     clipped: list[str] = []
     dies = {"up"}
@@ -496,7 +497,7 @@ def test_a_killed_run_goes_on_behind_the_last_finished_group(
         clipped.append(task.name)
         return clip(self, task)
 
-    monkeypatch.setattr(awq, "best_factors", counted)
+    monkeypatch.setattr(scaling, "best_factors", counted)
     monkeypatch.setattr(awq.Clipping, "solve", counted_clip)
     with pytest.raises(KeyboardInterrupt):
         states(program, context)
