@@ -1,6 +1,6 @@
 """Structural pruning of the whole zoo at 50%, side by side with torch-pruning.
 
-    pip install --no-deps torch-pruning==1.6.1
+    pip install --no-deps -r tests/benchmarks/requirements.txt
     python tests/benchmarks/channel_groups.py               everything
     python tests/benchmarks/channel_groups.py bert resnet   some of it
 

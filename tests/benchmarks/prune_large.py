@@ -1,6 +1,6 @@
 """Seconds and peak memory of pruning ResNet-50 and BERT-base at full size, beside torch-pruning.
 
-    pip install --no-deps torch-pruning==1.6.1
+    pip install --no-deps -r tests/benchmarks/requirements.txt
     python tests/benchmarks/prune_large.py
     python tests/benchmarks/prune_large.py --ours --models resnet50
 

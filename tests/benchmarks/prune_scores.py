@@ -9,7 +9,7 @@ calibration data has no labels. `prune.zig` removes units until the share of mul
 gone, by each score with its default normalization; `auto` is what it does when nothing is said.
 torch-pruning prunes with its default, group magnitude and the same ratio everywhere, the ratio that
 gives the same multiply-accumulates. It is a row where the package can be imported
-(`pip install torch-pruning`); a net that it cannot prune has a dash.
+(tests/benchmarks/requirements.txt); a net that it cannot prune has a dash.
 """
 
 from __future__ import annotations
