@@ -24,7 +24,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--ints", type=int, default=20)
-    parser.add_argument("--moments", type=int, default=3, help="of kills before the bit flips")
+    parser.add_argument("--moments", type=int, default=5, help="of kills before the bit flips")
     parser.add_argument("--steps", type=int, default=8, help="values of every limit")
     parser.add_argument("--write", action="store_true", help="write docs/faults.md")
     parser.add_argument(
