@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from graphwright.api import load, lower, optimize
     from graphwright.backends.onnxruntime.adapters import save_onnx_adapter
     from graphwright.ir.adapters.patch import extract_patch, save_patch
+    from graphwright.ir.adapters.routed import route_adapters
     from graphwright.ir.adapters.save import save_adapter
     from graphwright.ir.channels import channel_groups, cut, zero
     from graphwright.ir.check.fidelity import compare
@@ -43,6 +44,7 @@ _HOMES = {
     "zero": "graphwright.ir.channels",
     "extract_patch": "graphwright.ir.adapters.patch",
     "save_patch": "graphwright.ir.adapters.patch",
+    "route_adapters": "graphwright.ir.adapters.routed",
     "save_adapter": "graphwright.ir.adapters.save",
     "save_onnx_adapter": "graphwright.backends.onnxruntime.adapters",
     "export_checkpoint": "graphwright.ir.files.export_checkpoint",
@@ -85,6 +87,7 @@ __all__ = [
     "oto",
     "passes",
     "register",
+    "route_adapters",
     "save_adapter",
     "save_onnx_adapter",
     "save_patch",
