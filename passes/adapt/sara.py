@@ -6,16 +6,18 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, fx
 
 from graphwright.ir.adapters.branch import Branch
 from graphwright.ir.adapters.merging import Adapted, Merged
 from graphwright.ir.adapters.record import Adapter
+from graphwright.ir.graph.nodes import adapter_of, full_arguments
 from graphwright.ir.layers.kinds import PRODUCTS
 from graphwright.ir.layers.selectors import Layer, layers
 from graphwright.ir.program import Program
 from graphwright.ir.tune.hooks import Hook, Moment
 from graphwright.passes.adapt._form.adapter import AdapterOptions, AdapterPass, weight_shape
+from graphwright.passes.adapt._math.entries import entries_linear
 
 aten = torch.ops.aten
 
@@ -93,7 +95,8 @@ def smallest(weight: Tensor, threshold: float, share: float | None) -> Tensor:
 
 
 class Progressive(Hook):
-    """The penalty of `adapt.sara`, and the entries that stay as they are from the middle on."""
+    """The penalty of `adapt.sara`, the entries that stay as they are from the middle on, and the
+    products that keep no second weight for their gradient."""
 
     def __init__(self, program: Program, adapter: Adapter) -> None:
         options = SaraOptions.model_validate(dict(adapter.options), strict=False)
@@ -108,6 +111,24 @@ class Progressive(Hook):
             limit = options.threshold if options.share is None else float(start.max())
             self.values[parts["values"]] = (places, weight_shape(layer), limit)
         self.kept: dict[str, Tensor] = {}
+
+    def on_graph(self, graph: fx.Graph) -> None:
+        for node in graph.find_nodes(op="call_function", target=aten.linear.default):
+            x, whole, bias = full_arguments(node)[0]
+            if whole.target is not aten.reshape.default or not adapter_of(whole):
+                continue
+            put = whole.args[0]
+            if (
+                put.target is not aten.index_put.default
+                or str(put.args[2].target) not in self.values
+            ):
+                continue
+            flat, (places,), values = put.args
+            with graph.inserting_before(node):
+                new = graph.call_function(entries_linear, (x, flat.args[0], places, values, bias))
+            new.meta = dict(node.meta)
+            node.replace_all_uses_with(new)
+        graph.eliminate_dead_code()
 
     def before_step(self, at: Moment) -> None:
         if self.reselect is not None and at.step == int(at.total * self.reselect):

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from models.adapters import check_merge, gradients, layers_program
 from models.every_pass import UNTIED
@@ -7,6 +10,9 @@ from models.tune_net import fresh, images, table, traced
 from torch import nn
 
 import graphwright as gw
+from graphwright.ir.adapters.record import adapters
+from graphwright.ir.graph.nodes import copy_graph
+from graphwright.passes.adapt._math.entries import entries_linear, with_entries
 from graphwright.passes.adapt.sara import nuclear_gradient, smallest
 
 CHAIN = ("text", [("adapt.sara", {"targets": UNTIED})])
@@ -70,3 +76,44 @@ def test_entries_that_have_grown_stay_from_the_middle_on() -> None:
     assert float(moved[~grown].max()) > 1e-3
     assert float((free.state[name] - middle.state[name]).detach().abs()[grown].max()) > 1e-3
     assert isinstance(after.state[name], nn.Parameter)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_layers_keep_no_second_weight_and_have_the_same_gradients(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 48, dtype=torch.float64, requires_grad=True)
+    weight, bias = torch.randn(40, 48, dtype=torch.float64), torch.randn(40, dtype=torch.float64)
+    places = torch.randperm(weight.numel())[:70].sort().values
+    values = torch.randn(70, dtype=torch.float64, requires_grad=True)
+    kept: list[torch.Size] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
+            kept.append(tensor.shape)
+        return tensor
+
+    def gradients_of(function: Any) -> tuple[torch.Tensor, ...]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = function()
+        return torch.autograd.grad(y.double().square().sum(), (x, values))
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        entries_linear(x, weight, places, values, bias)
+    assert weight.shape not in kept
+    ours = gradients_of(lambda: entries_linear(x, weight, places, values, bias))
+    wanted = gradients_of(
+        lambda: nn.functional.linear(x, with_entries(weight, places, values), bias)
+    )
+    for one, other in zip(ours, wanted, strict=True):
+        assert one.dtype == torch.float64
+        assert (one - other).norm() <= (1e-12 if dtype == torch.float64 else 0.02) * other.norm()
+
+
+def test_training_uses_them() -> None:
+    made = gw.passes.adapt.Sara(targets=["fc"], threshold=0.05)(traced(fresh(), 4, 1, 4, 4))
+    (hook,) = gw.passes.adapt.Sara.hooks(made, adapters(made)["default"])
+    graph = copy_graph(made.graph)
+    hook.on_graph(graph)
+    targets = [node.target for node in graph.nodes]
+    assert targets.count(entries_linear) == 1
+    assert torch.ops.aten.index_put.default not in targets
