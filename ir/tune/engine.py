@@ -212,6 +212,7 @@ class _Loop:
             loss = self.loss(found[0], batch)
             outputs, *also = (rebuild(signature.structure, flat) for flat in found)
             loss = self.hooks.on_loss(replace(at, also=tuple(also)), loss, outputs, batch)
+            del found, outputs, also  # backward keeps what it needs of them
             self.hooks.before_backward(at, loss)
             self.processes.accelerator.backward(loss / self.options.accumulate)
         except RuntimeError as error:

@@ -137,6 +137,8 @@ def _layer(rebuild: Rebuild) -> Callable[..., Tensor]:
     """x W^T + b, where W is a function of stored tensors that nothing trains."""
 
     def rebuilt_linear(x: Tensor, bias: Tensor | None, *stored: Tensor) -> Tensor:
+        if any(tensor.requires_grad for tensor in stored):  # a recipe has put a value there
+            return functional.linear(x, rebuild(*stored), bias)
         result: Tensor = _Rebuilt.apply(x, bias, rebuild, *stored)  # type: ignore[no-untyped-call]
         return result
 

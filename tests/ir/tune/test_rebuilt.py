@@ -58,3 +58,16 @@ def test_codes_that_are_trained_keep_their_gradient() -> None:
     graph = fx.Graph()
     graph.output(graph.graph_copy(program.graph, {}))
     assert rebuild_in_backward(graph, stored) < 2
+
+
+def test_a_value_that_a_recipe_puts_in_has_its_gradient() -> None:
+    program = adapted()
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(program.graph, {}))
+    assert rebuild_in_backward(graph, program.state) == 2
+    module = fx.GraphModule(dict(program.state), graph)
+    name = next(n for n, t in program.state.items() if ".weight_" in n and t.is_floating_point())
+    value = program.state[name].detach().clone().requires_grad_()
+    (y,) = torch.func.functional_call(module, {name: value}, (torch.randn(3, 64),))
+    (gradient,) = torch.autograd.grad(y.sum(), value)
+    assert gradient.abs().max() > 0
