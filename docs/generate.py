@@ -216,7 +216,7 @@ def example_spec(name: str, schema: Schema) -> list[str]:
 EMPTY: tuple[Any, ...] = (None, [], {})
 """Defaults that show nothing; an example that such an option declares is shown in their place."""
 
-TYPICAL = {"quantize.*": "quantize.rtn"}
+TYPICAL = {"adapt.*": "adapt.lora", "quantize.*": "quantize.rtn"}
 """A pass of a family, for the example of one that needs some in front of it."""
 
 

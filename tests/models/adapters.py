@@ -68,3 +68,10 @@ def gradients(program: Program, *inputs: torch.Tensor, **named: torch.Tensor) ->
     given = [*inputs, *(named[s.name] for s in program.signature.inputs if s.name in named)]
     program.module(*given)[0].square().sum().backward()
     return {n: p.grad for n, p in program.parameters().items() if p.grad is not None}
+
+
+def made_ids(
+    seeds: dict[str, torch.Tensor], count: int, random: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """Token ids below 32 in the shape of the seeds, as a generator of adapt.transfer."""
+    return {"ids": torch.randint(0, 32, (count, seeds["ids"].shape[1]), generator=random)}
