@@ -72,6 +72,9 @@ def to_integers(
     """
     if not any(CODES_KEY in v.metadata_props for v in model.graph.initializers.values()):
         return None
+    if settings.providers()[0] != "CPUExecutionProvider":
+        made.lstms = {"integer": 0, "why": "only the CPU provider has an integer kernel"}
+        return None
     copied = ir.from_proto(ir.to_proto(model))
     rounded = on_integers(copied)
     if not rounded:
