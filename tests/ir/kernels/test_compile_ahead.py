@@ -68,11 +68,16 @@ def test_loads_are_wide(records: list[dict[str, Any]]) -> None:
 def test_matrix_products_use_tensor_cores_and_pipelined_copies(
     records: list[dict[str, Any]],
 ) -> None:
-    products = [r for r in records if r["kernel"] in ("gemm_kernel", "to_rank_kernel")]
-    assert len(products) >= 28
+    products = [r for r in records if r["kernel"] == "gemm_kernel"]
+    assert len(products) >= 24
     for record in products:
         large = record["capability"] == 90 and "gemm-16-" not in record["name"]
         assert record["wgmma" if large else "mma"] > 0, record
+        assert record["async_copies"] > 0, record
+    routed = [r for r in records if r["kernel"] in ("to_rank_kernel", "from_rank_kernel")]
+    assert len(routed) == 8
+    for record in routed:
+        assert record["wgmma"] + record["mma"] > 0, record
         assert record["async_copies"] > 0, record
 
 
