@@ -46,6 +46,7 @@ class Projection:
         calls: nodes from the layer to them, both among them.
         heads_axis: of what is rotated.
         turned: the last two dimensions are exchanged.
+        lengthwise: the layer has the length in front of the batch.
     """
 
     layer: Layer
@@ -57,6 +58,7 @@ class Projection:
     calls: frozenset[fx.Node]
     heads_axis: int = 1
     turned: bool = False
+    lengthwise: bool = False
 
     @property
     def own(self) -> Tensor:
@@ -81,6 +83,7 @@ class Attention:
         out: the layer that reads all heads.
         columns: (heads, d): input of that layer that each channel of each head is.
         after: nodes between call and layer.
+        lengthwise: that layer has the length in front of the batch.
     """
 
     scores: fx.Node
@@ -91,6 +94,7 @@ class Attention:
     out: Layer
     columns: Tensor
     after: frozenset[fx.Node]
+    lengthwise: bool = False
 
     @property
     def is_fused(self) -> bool:
@@ -200,29 +204,31 @@ def _attention(
     out = by_node.get(reader)
     if out is None:
         raise Unlike(f"its result goes through {op_name(reader) or reader.op}")
-    columns = None
+    columns, lengthwise = None, False
     for sizes in every:
         given = places(shape_at(call, sizes))
         moved = run(after[-1] if after else call, {call: given}, sizes)
-        columns = _columns(moved, given)
+        columns, lengthwise = _columns(moved, given)
     assert columns is not None
-    return Attention(scores, call, query, key, value, out, columns, frozenset(after))
+    return Attention(scores, call, query, key, value, out, columns, frozenset(after), lengthwise)
 
 
-def _columns(moved: Tensor, given: Tensor) -> Tensor:
-    """(heads, d): where in the last dimension each channel went."""
+def _columns(moved: Tensor, given: Tensor) -> tuple[Tensor, bool]:
+    """(heads, d): where in the last dimension each channel went; and whether the length went in
+    front of the batch."""
     batch, heads, length, d = given.shape
     flat = moved.reshape(-1, moved.shape[-1])
     if flat.shape != (batch * length, heads * d):
         raise Unlike("its result is not read head by head")
     order = flat[0].long() - 1  # places of the first token
     head, channel = order // (length * d), order % d
-    tokens = given.transpose(1, 2).reshape(batch * length, heads, d)
-    if not torch.equal(flat, tokens[:, head, channel]):
-        raise Unlike("its result is not read head by head")
     columns = torch.empty(heads, d, dtype=torch.int64)
     columns[head, channel] = torch.arange(heads * d)
-    return columns
+    for lengthwise, order in ((False, (0, 2, 1, 3)), (True, (2, 0, 1, 3))):
+        tokens = given.permute(order).reshape(batch * length, heads, d)
+        if torch.equal(flat, tokens[:, head, channel]):
+            return columns, lengthwise
+    raise Unlike("its result is not read head by head")
 
 
 def _projection(
@@ -243,7 +249,7 @@ def _projection(
     layer = by_node.get(first.source)
     if layer is None:
         raise Unlike(f"its {what} go through {op_name(first.source) or first.source.op}")
-    rows, axis = None, 1
+    rows, axis, lengthwise = None, 1, False
     for sizes in every:
         moved = places(shape_at(layer.node, sizes))
         width = moved.shape[-1]
@@ -253,17 +259,18 @@ def _projection(
             moved = run(node, {last.source: moved}, sizes)
         else:
             moved = run(node, {layer.node: moved}, sizes)
-        rows = head_rows(moved.transpose(2, 3) if turned else moved, width)
+        rows, lengthwise = head_rows(moved.transpose(2, 3) if turned else moved, width)
     assert rows is not None
     if len(rows) != heads:  # enable_gqa
-        if heads % len(rows) or not arguments(next(iter(node.users))).get("enable_gqa"):
+        shares = any(arguments(user).get("enable_gqa") for user in node.users)
+        if heads % len(rows) or not shares:
             raise Unlike(f"it has {heads} heads and {what} of {len(rows)}")
         rows = rows.repeat_interleave(heads // len(rows), 0)
     calls = {layer.node, *first.calls, *last.calls, *(turn.calls if turn else ())}
     if turn and any(_size(table, axis) != 1 for table in (turn.cos, turn.sin)):
         raise Unlike("its heads are rotated by tables of their own")
     return Projection(layer, node, rows, _groups(rows, what), factor, turn, frozenset(calls),
-                      axis, turned)  # fmt: skip
+                      axis, turned, lengthwise)  # fmt: skip
 
 
 def _heads_axis(moved: Tensor, width: int) -> int:

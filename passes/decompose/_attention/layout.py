@@ -54,8 +54,17 @@ def assignments(program: Program) -> Iterator[Sizes]:
 
 
 def number(size: Any, sizes: Sizes) -> int:
-    """A size as a number."""
-    return int(size) if isinstance(size, int) else int(expression_of(size).subs(dict(sizes)))
+    """A size as a number.
+
+    Raises:
+        Unlike: it depends on what is not in `sizes`.
+    """
+    if isinstance(size, int):
+        return size
+    found = expression_of(size).subs(dict(sizes))
+    if not found.is_Integer:
+        raise Unlike(f"its size {found} is not known")
+    return int(found)
 
 
 def shape_at(node: fx.Node, sizes: Sizes) -> list[int]:
@@ -146,7 +155,10 @@ def run(target: fx.Node, bound: Mapping[fx.Node, Tensor], sizes: Sizes) -> Any:
                 known[node] = value(operand)  # scaling moves nothing
             elif op_name(node) in MOVES or op_name(node) == "neg":
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-                known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                try:
+                    known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                except RuntimeError as error:  # sizes that do not go together
+                    raise Unlike(f"{op_name(node)} cannot be followed: {error}") from None
             else:
                 raise Unlike(f"{op_name(node) or node.op} is in the way")
         return known[node]
@@ -162,11 +174,12 @@ def places(shape: list[int]) -> Tensor:
     return torch.arange(1, total + 1, dtype=torch.float64).reshape(shape)
 
 
-def head_rows(moved: Tensor, width: int) -> Tensor:
-    """(heads, d) int64: the output of a projection that each channel of each head is.
+def head_rows(moved: Tensor, width: int) -> tuple[Tensor, bool]:
+    """(heads, d) int64: the output of a projection that each channel of each head is; and whether
+    the projection has the length in front of the batch.
 
     Args:
-        moved: (batch, heads, length, d): the places of the projection's (batch * length, width).
+        moved: (batch, heads, length, d): the places of the projection's (tokens, width).
         width: of the projection.
 
     Raises:
@@ -174,9 +187,11 @@ def head_rows(moved: Tensor, width: int) -> Tensor:
     """
     batch, heads, length, d = moved.shape
     index = moved.long() - 1
-    tokens = torch.arange(batch * length).reshape(batch, 1, length, 1)
     rows = (index % width)[0, :, 0]
-    if bool((index < 0).any()) or not torch.equal(index, tokens * width + rows[None, :, None]):
-        raise Unlike("its heads are no plain parts of a projection")
     assert rows.shape == (heads, d)
-    return rows
+    tokens = torch.arange(batch * length)
+    orders = tokens.reshape(batch, length), tokens.reshape(length, batch).t()
+    for place, order in enumerate(orders):
+        if torch.equal(index, order[:, None, :, None] * width + rows[None, :, None]):
+            return rows, bool(place)
+    raise Unlike("its heads are no plain parts of a projection")

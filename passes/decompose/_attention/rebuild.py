@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from graphwright.ir.edit import Editor
-from graphwright.ir.graph.nodes import arguments
+from graphwright.ir.graph.nodes import arguments, gw_meta, set_gw_meta
 from graphwright.ir.graph.sizes import expression_of
 from graphwright.ir.layers.products import input_node
 from graphwright.ir.layers.selectors import Layer
@@ -117,6 +117,7 @@ class Rebuild:
                 scale = attention.query.width**-0.5
             kwargs: dict[str, Any] = {**at.kwargs, "scale": scale * factor}
             made = editor.call(at.target, query, key, *at.args[2:], before=at, **kwargs)
+            _keep_dropout(at, made)
             editor.replace(at, made)
             return made
         key = self._repeated(attention.key, key, at)
@@ -147,8 +148,12 @@ class Rebuild:
         batch, length = old.node.meta["val"].shape[0], old.node.meta["val"].shape[2]
         if old.turned:
             length = old.node.meta["val"].shape[3]
-        shape = [self._size(batch), self._size(length), int(heads), int(width)]
+        tokens = [self._size(batch), self._size(length)]
+        tokens = tokens[::-1] if old.lengthwise else tokens
+        shape = [*tokens, int(heads), int(width)]
         y = self.editor.call(aten.reshape.default, y, shape, before=before)
+        if old.lengthwise:
+            return self.editor.call(aten.permute.default, y, [1, 2, 0, 3], before=before)
         return self.editor.call(aten.transpose.int, y, 1, 2, before=before)
 
     def _linear(
@@ -246,6 +251,7 @@ class Rebuild:
                 kwargs["scale"] = attention.query.width**-0.5
             rest = call.args[3:]
             made = editor.call(call.target, *call.args[:2], value, *rest, before=call, **kwargs)
+            _keep_dropout(call, made)
         else:
             value = self._repeated(attention.value, value, call)
             made = editor.call(call.target, call.args[0], value, before=call)
@@ -253,8 +259,10 @@ class Rebuild:
         out = self.by_name[attention.out.node.name]
         rank, width = input_node(attention.out).meta["val"].dim(), new.out.shape[1]
         batch, length = (self._size(made.meta["val"].shape[d]) for d in (0, 2))
-        flat = [batch, length, int(width)] if rank == 3 else [-1, int(width)]
-        y = editor.call(aten.transpose.int, made, 1, 2, before=out)
+        tokens = [length, batch] if attention.lengthwise else [batch, length]
+        flat = [*tokens, int(width)] if rank == 3 else [-1, int(width)]
+        order = [2, 0, 1, 3] if attention.lengthwise else [0, 2, 1, 3]
+        y = editor.call(aten.permute.default, made, order, before=out)
         y = editor.call(aten.reshape.default, y, flat, before=out)
         name = attention.out.weight.removesuffix(".weight")
         editor.replace(out, self._linear(attention.out, name, y, new.out, new.bias, out))
@@ -282,3 +290,8 @@ class Rebuild:
                         after = after.next
                     return self.editor.call(aten.sym_size.int, node, dim, before=after)
         raise AssertionError(f"no tensor has the size {wanted}")
+
+
+def _keep_dropout(old: fx.Node, new: fx.Node) -> None:
+    """Lets a call drop out what the old one did while the program trains."""
+    set_gw_meta(new, attention_dropout=gw_meta(old).get("attention_dropout"))

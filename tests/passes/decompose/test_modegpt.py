@@ -11,6 +11,7 @@ import graphwright as gw
 from graphwright.ir.context import Context
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
+from graphwright.ir.graph.nodes import arguments
 from graphwright.ir.layers.factors import eigenspace
 from graphwright.passes.decompose._attention.rebuild import Rebuild
 from graphwright.passes.decompose._attention.solve import (
@@ -180,6 +181,36 @@ def test_channels_that_do_nothing_go_without_a_trace(way: dict[str, Any]) -> Non
     if not way.get("rotary"):
         factored = rebuilt(program, 4, 8, factored_scores)
         assert gw.compare(exact, factored(IDS).detach()).relative < 1e-4
+
+
+def test_attention_of_torch_itself_is_parted_and_keeps_its_dropout() -> None:
+    """Its one projection has the length in front of the batch."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.norm = nn.Embedding(VOCABULARY, WIDTH), nn.LayerNorm(WIDTH)
+            self.attention = nn.MultiheadAttention(WIDTH, HEADS, dropout=0.1, batch_first=True)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.table(ids)
+            h = self.norm(x)
+            return x + self.attention(h, h, h, need_weights=False)[0]
+
+    torch.manual_seed(0)
+    net = Encoder().eval()
+    net.attention.in_proj_bias.data.normal_()
+    program = traced(net)
+    made = rebuilt(program, 8, 8)
+    assert gw.compare(program(IDS).detach(), made(IDS).detach()).relative < 1e-5
+    assert len(made.parameters()) == len(program.parameters()) + 3  # no bias of values
+    result = Modegpt(ratio=0.5, allocation="uniform").run(program, Context(calibration=data()))
+    shapes = {tuple(p.shape) for p in result.program.parameters().values()}
+    assert (HEADS * 4, WIDTH) in shapes
+    assert (WIDTH, HEADS * 4) in shapes
+    drops = [[arguments(node)["dropout_p"] for node in p.train().graph.nodes
+              if "scaled_dot" in str(node.target)] for p in (program, result.program)]  # fmt: skip
+    assert drops[0] == drops[1] == [0.1]
 
 
 def test_the_hidden_units_are_solved_as_least_squares_does_it() -> None:
