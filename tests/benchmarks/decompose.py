@@ -9,7 +9,7 @@ byte (it needs `transformers`); `smollm2` the pretrained 135 M decoder of PyPI's
 same kind that is not evaluated. A ratio is the share of the blocks' parameters that goes; every row
 gives the share that really went. WeLore's share of ranks is the one that comes nearest, with
 matrices factored where that makes them smaller; the plain SVD is its uniform counterpart. Nothing
-is trained. Latency is ONNX Runtime's on one thread, sessions alternating.
+is trained. Latency is processor time of ONNX Runtime on one thread, sessions alternating.
 """
 
 from __future__ import annotations
@@ -196,16 +196,16 @@ def rows(subject: Subject, ratio: float) -> Iterator[tuple[str, gw.Program, floa
 
 
 def latency(programs: dict[str, gw.Program], ids: torch.Tensor) -> dict[str, float]:
-    """Median milliseconds of each in ONNX Runtime, alternating."""
+    """Median milliseconds of the processor of each in ONNX Runtime, alternating."""
     options = {"threads": 1}
     compiled = {n: gw.lower(p, "onnxruntime", **options) for n, p in programs.items()}
     found: dict[str, list[float]] = {name: [] for name in compiled}
     for turn in range(ROUNDS + 2):
         for name, run in compiled.items():
-            began = time.perf_counter()
+            began = time.process_time()
             run(ids)
             if turn > 1:
-                found[name].append(1000 * (time.perf_counter() - began))
+                found[name].append(1000 * (time.process_time() - began))
     return {name: statistics.median(times) for name, times in found.items()}
 
 
@@ -235,7 +235,7 @@ def main() -> None:
     if arguments.latency:
         ids = subject.calibration[0]["input_ids"][:1]
         times = latency(kept, ids)
-        print(f"\n| 1 x {ids.shape[1]} tokens, one thread | ms | of dense |")
+        print(f"\n| 1 x {ids.shape[1]} tokens, one thread | processor ms | of dense |")
         print("| --- | ---: | ---: |")
         for name, value in times.items():
             print(f"| {name} | {value:.1f} | {value / times['dense']:.2f} |")

@@ -224,8 +224,8 @@ def _columns(moved: Tensor, given: Tensor) -> tuple[Tensor, bool]:
     head, channel = order // (length * d), order % d
     columns = torch.empty(heads, d, dtype=torch.int64)
     columns[head, channel] = torch.arange(heads * d)
-    for lengthwise, order in ((False, (0, 2, 1, 3)), (True, (2, 0, 1, 3))):
-        tokens = given.permute(order).reshape(batch * length, heads, d)
+    for lengthwise, axes in ((False, (0, 2, 1, 3)), (True, (2, 0, 1, 3))):
+        tokens = given.permute(axes).reshape(batch * length, heads, d)
         if torch.equal(flat, tokens[:, head, channel]):
             return columns, lengthwise
     raise Unlike("its result is not read head by head")
