@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 
 import pytest
+from trust import pairs
 from trust.chains import BACKENDS, beyond_the_declared, draw_chains, legal, prepare, run_chain
 from trust.faults import KINDS, draw_faults
 from trust.judge import STAGES, draw_right, false_alarm, is_caught
@@ -59,3 +60,26 @@ def test_drawn_chains_are_legal_or_not_by_the_check_alone(tmp_path: Path) -> Non
     found = [legal(chain, tmp_path) for _, chain in drawn]
     assert True in found
     assert False in found
+
+
+PAIRS = [
+    ("decompose.svd", "quantize.int8"),
+    ("quantize.rtn", "decompose.svd"),
+    ("prune.zig", "decompose.welore"),
+    ("fuse.skip", "quantize.int8"),
+    ("prune.zig", "fuse.skip"),
+    ("reparameterize.repvgg", "prune.zig"),
+    ("reparameterize.subpixel", "quantize.int8"),
+    ("resize.assemble", "quantize.int8"),
+    ("prune.zig", "resize.assemble"),
+    ("insert.scale_affine", "prune.zig"),
+    ("adapt.lora", "insert.scale_affine"),
+    ("insert.selective_ssm", "quantize.rtn"),
+]
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_structural_passes_go_with_others(first: str, second: str, tmp_path: Path) -> None:
+    """A sample of docs/pairs.md: it compiles or is refused with a message, and is never wrong."""
+    word, said = pairs.judge(first, second, tmp_path)
+    assert word in ("ok", "rule"), said
