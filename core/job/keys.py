@@ -99,13 +99,14 @@ def _texts(options: Any) -> Iterator[str]:
 
 
 def _of_named(folder: Path, text: str) -> str:
-    """Digest of the file that an option names, or of the module of a function; else empty."""
+    """Digest of the file or the folder that an option names, or of the module of a function; else
+    empty."""
     named = _FUNCTION.fullmatch(text)
     if named is not None:
         return _of_module(folder, named.group(1))
     path = folder / text
     try:
-        return file_sha256(path) if text and path.is_file() else ""
+        return _of_path(path) if text and path.exists() else ""
     except (OSError, ValueError):  # a text that is no path
         return ""
 

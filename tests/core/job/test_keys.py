@@ -29,9 +29,11 @@ def program() -> gw.Program:
     return gw.trace(nn.Linear(4, 4), (torch.randn(4, 4),), {"input": {0: "n"}})
 
 
-def keys(folder: Path, program: gw.Program, data: str, seed: int = 0) -> list[str]:
+def keys(
+    folder: Path, program: gw.Program, data: str, seed: int = 0, passes: str = PASSES
+) -> list[str]:
     """Keys of a chain that calibrates on `data`."""
-    text = f"version: 1\nseed: {seed}\ncalibration: {{data: '{data}', batch_size: 2}}\n{PASSES}\n"
+    text = f"version: 1\nseed: {seed}\ncalibration: {{data: '{data}', batch_size: 2}}\n{passes}\n"
     text += f"training: {{data: '{data}'}}\nlower: []\n"
     (folder / "spec.yaml").write_text(text)
     spec = load_spec(folder / "spec.yaml")
@@ -98,3 +100,14 @@ def test_files_and_functions_that_options_name_count(tmp_path: Path, program: gw
 def test_the_seed_counts(tmp_path: Path, program: gw.Program) -> None:
     one, two = (keys(tmp_path, program, "synthetic", seed) for seed in (0, 1))
     assert not set(one) & set(two)
+
+
+def test_folders_that_options_name_count(tmp_path: Path, program: gw.Program) -> None:
+    """An adapter's folder, whose weights are another file than the one that describes them."""
+    passes = "passes: [{adapt.load: {path: adapter}}]"
+    (tmp_path / "adapter").mkdir()
+    found = []
+    for content in (b"one", b"two", b"one"):
+        (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(content)
+        found.append(keys(tmp_path, program, "synthetic", passes=passes))
+    assert found[0] == found[2] != found[1]
