@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from graphwright.ir.edit import Editor
 from graphwright.ir.graph.nodes import full_arguments, op_name
 from graphwright.ir.graph.sizes import shape_of
+from graphwright.ir.layers.kinds import CONVOLUTIONS
 from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.program import Program
 from graphwright.ir.tune.features import reading
@@ -26,7 +27,6 @@ ACTIVATIONS = frozenset({
 """Calls that a gate takes the place of."""
 
 SIGMOIDS = frozenset({"sigmoid", "hardsigmoid"})
-WIDENED = ("linear", "conv1d", "conv2d", "conv3d")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def find_gated(program: Program, chosen: Iterable[Layer]) -> tuple[list[Gated], 
     for layer in chosen:
         users = list(layer.node.users)
         behind = users[0] if len(users) == 1 else None
-        if layer.kind not in WIDENED:
+        if layer.kind != "linear" and layer.kind not in CONVOLUTIONS:
             left[layer.name] = f"{layer.kind} has no gate of its own"
         elif behind is not None and op_name(behind) == "batch_norm":
             left[layer.name] = "a batch norm is behind it: put cleanup.fold_batch_norm in front"
