@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Sequence
-from typing import Annotated, Self
+from typing import Annotated, ClassVar
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import fx, nn
 
 from graphwright.ir.adapters.branch import Branch
@@ -20,6 +20,7 @@ from graphwright.ir.graph.nodes import set_gw_meta
 from graphwright.ir.layers.kinds import CONVOLUTIONS, MATRICES
 from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.mode import NORMS
+from graphwright.ir.options import Rule
 from graphwright.ir.program import Program
 from graphwright.ir.tune.options import Function
 from graphwright.passes.adapt._form.adapter import AdapterOptions, AdapterPass
@@ -47,11 +48,10 @@ class DegradationLoraOptions(AdapterOptions):
     degradation: str = ""
     """In the place of `estimator`: input of the program with these numbers."""
 
-    @model_validator(mode="after")
-    def _one_of_them(self) -> Self:
-        if (self.estimator is None) == (not self.degradation):
-            raise ValueError("give estimator, or degradation, an input of the program")
-        return self
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule("estimator", "('estimator' in given) != ('degradation' in given)",
+             "give estimator, or degradation, an input of the program"),
+    )  # fmt: skip
 
 
 class DegradationLora(AdapterPass[DegradationLoraOptions]):

@@ -14,7 +14,13 @@ from graphwright.specs.schema import shipped_schema
 DATA = "calibration: {data: synthetic}\ntraining: {data: synthetic}\n"
 
 SCHEMA = shipped_schema()
-BARE = [name for name in pass_ids() if not SCHEMA.definitions[name].get("required")]
+ONE_OF = ("adapt.degradation_lora", "resize.assemble")
+"""Passes that need one of several options."""
+BARE = [
+    name
+    for name in pass_ids()
+    if not SCHEMA.definitions[name].get("required") and name not in ONE_OF
+]
 
 REFUSED = [
     ("quantize.gptq", {"act_order": True}, "act_order", "act_order takes static_groups: true"),
@@ -144,3 +150,12 @@ def test_defaults_keep_every_rule(name, problems):
     found = problems(f"version: 1\n{DATA}passes:\n  - {name}\nlower: []\n")
     assert [line for line in found if "has nothing to do without" not in line] == []
     assert find_pass(name)().id == name
+
+
+@pytest.mark.parametrize("name", ONE_OF)
+def test_one_of_several_options_is_asked_for(name, problems):
+    """By the check, and by the pass."""
+    (found,) = problems(f"version: 1\n{DATA}passes:\n  - {name}\nlower: []\n")
+    assert "passes[0]: give " in found
+    with pytest.raises(ArgumentError, match="give "):
+        find_pass(name)()
