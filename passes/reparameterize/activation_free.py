@@ -68,7 +68,7 @@ class ActivationFree(Pass[ActivationFreeOptions]):
     needs = "training"
     weights = "trained"
     papers = ("P77",)
-    after = ("quantize.*", "adapt.*", "prune.*")
+    before = ("quantize.*", "adapt.*")
     computes_in = ("float64", "float32")
 
     def run(self, program: Program, context: Context) -> Result:

@@ -72,7 +72,7 @@ class Assemble(Pass[AssembleOptions]):
     needs = "training"
     weights = "trained"
     papers = ("P21",)
-    after = ("quantize.*", "adapt.*")
+    before = ("quantize.*", "adapt.*")
     computes_in = ("float64", "float32", "bfloat16")
 
     def run(self, program: Program, context: Context) -> Result:

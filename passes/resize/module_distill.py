@@ -7,7 +7,8 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from graphwright.ir.errors import ArgumentError
+from graphwright.ir.errors import ArgumentError, ModelError
+from graphwright.ir.layers.selectors import layers
 from graphwright.ir.options import Bounded
 from graphwright.ir.program import Program
 from graphwright.ir.tune import TuneOptions, tune
@@ -62,11 +63,15 @@ class ModuleDistill(Pass[ModuleDistillOptions]):
     needs = "training"
     weights = "trained"
     papers = ("P44",)
-    after = ("quantize.*", "adapt.*")
+    before = ("quantize.*", "adapt.*")
     computes_in = ("float64", "float32", "bfloat16")
 
     def run(self, program: Program, context: Context) -> Result:
         o = self.options
+        coded = next((layer.name for layer in layers(program) if not layer.weight), "")
+        if coded:
+            raise ModelError(f"the weight of {coded} is stored in codes, which no module trains",
+                             fix="Distil in front of quantization.")  # fmt: skip
         trunk = split_trunk(program, o.modules)
         longest = max(len(module) for module in trunk.modules)
         if o.depth >= longest:

@@ -115,7 +115,7 @@ class Neumeta(Pass[NeumetaOptions]):
     needs = "training"
     weights = "trained"
     papers = ("P48",)
-    after = ("quantize.*", "adapt.*")
+    before = ("quantize.*", "adapt.*")
     computes_in = ("float64", "float32")
 
     def run(self, program: Program, context: Context) -> Result:

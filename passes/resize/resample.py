@@ -40,7 +40,7 @@ class Resample(Pass[ResampleOptions]):
     contract = "lossy"
     weights = "trained"
     papers = ("P48",)
-    after = ("quantize.*", "adapt.*")
+    before = ("quantize.*", "adapt.*")
     computes_in = ("float64", "float32")
 
     def run(self, program: Program, context: Context) -> Result:

@@ -179,6 +179,9 @@ def test_digits_net_distilled_by_modules() -> None:
 
 
 def test_refusals(program: gw.Program, data: Batches) -> None:
+    coded = gw.passes.quantize.Rtn(bits=8, block=16, targets=["head"])(program)
+    with pytest.raises(ModelError, match="head is stored in codes"):
+        ModuleDistill(modules=3)(coded, training=data)
     with pytest.raises(ModelError, match="7 modules need as many blocks"):
         ModuleDistill(modules=7)(program, training=data)
     with pytest.raises(ArgumentError, match="leaves all 2 blocks"):
