@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from graphwright.ir.edit import Editor
-from graphwright.ir.graph.nodes import arguments
+from graphwright.ir.graph.nodes import adapter_of, arguments
 from graphwright.ir.layers.selectors import Layer, layers
 from graphwright.ir.program import Program
 from graphwright.passes.base import Action, Context, Pass, Result
@@ -75,6 +75,8 @@ def _why_not(editor: Editor, norm: fx.Node, given: dict[str, Any]) -> str:
     if len(given["normalized_shape"]) != 1:
         return "it normalizes more than the last axis"
     for user in norm.users:
+        if adapter_of(user):
+            return f"an adapter, {adapter_of(user)}, reads it: merge that first (adapt.merge)"
         if user.target is not aten.linear.default or user.args[0] is not norm:
             return f"{user.name}, no linear layer, reads it"
         if user.args[1] is norm:

@@ -173,7 +173,9 @@ def pairs(rows: Sequence[str], columns: Sequence[str]) -> Iterator[Key]:
                     yield key
 
 
-def _page(found: dict[Key, tuple[str, str]], rows: list[str], columns: list[str]) -> str:
+def _page(
+    found: dict[Key, tuple[str, str]], rows: list[str], columns: list[str], earlier: int
+) -> str:
     marks = {"ok": "+", "rule": "r", "said": "m", "none": ".", "wrong": "**x**"}
     counts = {word: sum(w == word for w, _ in found.values()) for word in WORDS}
     lines = [
@@ -183,6 +185,7 @@ def _page(found: dict[Key, tuple[str, str]], rows: list[str], columns: list[str]
         "one spec: each on the small net of its own tests, contracts checked at every step,",
         "lowered to ONNX Runtime and Triton's backend, and the artifacts held to the program. By",
         "`python tests/trust/pairs.py --write`; a sample of the pairs is a test.",
+        f"{len(found)} pairs; {earlier} of them were run on earlier sources, and not again.",
         "",
         *(f"- {marks[word]}: {text} ({counts[word]})" for word, text in WORDS.items()),
         "",
@@ -216,7 +219,8 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=list(STRUCTURAL))
     parser.add_argument("--columns", nargs="*", default=list(OTHERS))
     parser.add_argument("--part", default="0/1", help="which of how many parts, as 0/2")
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--write", action="store_true", help="write the page")
+    parser.add_argument("--earlier", action="store_true", help="run only what never was")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows, columns = passes(arguments.rows), passes(arguments.columns)
@@ -225,11 +229,12 @@ def main() -> None:
     kept = [json.loads(line) for line in CACHE.read_text().splitlines()] if CACHE.exists() else []
     found = {(r["first"], r["second"]): (r["word"], r["said"]) for r in kept
              if r["version"] == version}  # fmt: skip
+    done = {(r["first"], r["second"]) for r in kept} if arguments.earlier else set(found)
     number, parts = (int(n) for n in arguments.part.split("/"))
     wanted = [k for i, k in enumerate(pairs(rows, columns)) if i % parts == number]
     with tempfile.TemporaryDirectory() as folder, CACHE.open("a") as out:
         for first, second in wanted:
-            if (first, second) in found:
+            if (first, second) in done:
                 continue
             word, said = judge(first, second, Path(folder))
             found[first, second] = (word, said)
@@ -240,7 +245,9 @@ def main() -> None:
             if word == "wrong":
                 print(f"{first} -> {second}: {said}", flush=True)
     if arguments.write:
-        PAGE.write_text(_page(found, rows, columns))
+        earlier = {(r["first"], r["second"]): (r["word"], r["said"]) for r in kept} | found
+        asked = {key: earlier[key] for key in pairs(rows, columns) if key in earlier}
+        PAGE.write_text(_page(asked, rows, columns, sum(key not in found for key in asked)))
     print({word: sum(w == word for w, _ in found.values()) for word in WORDS})
 
 

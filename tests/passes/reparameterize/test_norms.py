@@ -67,3 +67,15 @@ def test_both_backends_run_norms_without_factors() -> None:
     for backend in ("onnxruntime", "triton"):
         compiled = gw.lower(plain, backend)
         assert torch.allclose(compiled(x), given(x), atol=1e-4)  # float32 through three norms
+
+
+def test_a_norm_that_an_adapter_reads_stays() -> None:
+    """Its shift would be a bias in the middle of the adapter."""
+    x = torch.randn(2, 5, 8)
+    given = gw.trace(Block().eval(), (x,), {"x": {0: "b", 1: "n"}})
+    adapted = gw.passes.adapt.Lora(rank=2, targets=["a"])(given)
+    result = Norms().execute(adapted, Context())
+    said = {action.layer: action for action in result.actions}
+    assert "adapt.merge" in said["one"].reason
+    assert said["two"].changed
+    assert measure(adapted, result.program).relative < 1e-6
