@@ -235,6 +235,7 @@ def _usual(entry: Schema) -> list[str]:
                 if key not in required
                 and (option.get("default") not in EMPTY or "examples" in option)]  # fmt: skip
     own = [key for key in optional if key not in shared]
+    own.sort(key=lambda key: entry["properties"][key].get("default") not in EMPTY)
     return [*required, *own[:USUAL], *(key for key in shared if key in optional)]
 
 

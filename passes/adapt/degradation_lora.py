@@ -40,7 +40,7 @@ class DegradationLoraOptions(AdapterOptions):
     alpha: Annotated[float, Field(gt=0)] = 8.0
     """The change is multiplied by alpha / rank."""
 
-    estimator: Function | None = None
+    estimator: Annotated[Function | None, Field(examples=["my_nets:estimator"])] = None
     """Function that gives the module which estimates the degradation: its arguments are inputs of
     the program, by name, and its result (batch, numbers) from 0 to 1. It becomes a part of the
     program, frozen."""
