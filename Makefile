@@ -33,10 +33,11 @@ help:
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt tests/independent.txt
 	@$(PYTHON) -c '$(SUPPORTED)' || { echo 'graphwright needs Python 3.11 to 3.14: run `make PYTHON=python3.13 $(MAKECMDGOALS)`'; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[hub,dev]'
+	$(BIN)/python -m pip install --progress-bar off --no-deps -r tests/independent.txt
 	touch $(STAMP)
 
 demo: export OMP_NUM_THREADS := 2
