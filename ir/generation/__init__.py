@@ -1,0 +1,1 @@
+"""Generation of text: the record of a cached decoder, its runners, and the driver over them."""
