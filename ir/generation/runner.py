@@ -18,6 +18,8 @@ class Runner(Protocol):
     Attributes:
         lengths: tokens in the cache of every row, int64 [batch], on the CPU.
         capacity: tokens that a row has room for.
+        has_all_logits: whether `run_all` can be called; False where the artifact computes the
+            logits of last tokens alone.
     """
 
     @property
@@ -25,6 +27,9 @@ class Runner(Protocol):
 
     @property
     def capacity(self) -> int: ...
+
+    @property
+    def has_all_logits(self) -> bool: ...
 
     def start(self, batch: int, capacity: int) -> None:
         """Empties the cache: `batch` rows, room for `capacity` tokens each."""
@@ -43,6 +48,12 @@ class Runner(Protocol):
 
         Returns:
             float32 [batch, vocabulary] on the CPU; the caller may write to it.
+        """
+
+    def run_all(self, ids: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """As `run`, with the logits behind every token: float32 [batch, tokens, vocabulary].
+
+        They are undefined on padding. Called only where `has_all_logits` is true.
         """
 
     def reorder(self, rows: torch.Tensor) -> None:
