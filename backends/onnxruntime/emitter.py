@@ -12,6 +12,8 @@ from onnx_ir import tensor_adapters
 from torch import fx
 
 from graphwright.backends.onnxruntime.numbers import NoFormError, number, truth, whole
+from graphwright.ir.graph.sizes import expression as expression
+from graphwright.ir.graph.sizes import sizes_of as sizes_of
 
 MICROSOFT = "com.microsoft"
 STATE_KEY = "graphwright.state"
@@ -30,19 +32,6 @@ class Untranslatable(Exception):
 def onnx_dtype(dtype: torch.dtype) -> ir.DataType:
     """ONNX element type of a torch dtype."""
     return tensor_adapters.from_torch_dtype(dtype)
-
-
-def expression(size: Any) -> Any:
-    """A size as something that can be compared: an int, or a sympy expression."""
-    if isinstance(size, torch.SymInt):
-        found = size.node.expr
-        return int(found) if found.is_number else found
-    return int(size)
-
-
-def sizes_of(node: fx.Node) -> list[Any]:
-    """Sizes of a tensor node, as ints and sympy expressions."""
-    return [expression(size) for size in node.meta["val"].shape]
 
 
 class Emitter:

@@ -91,3 +91,10 @@ def arguments(node: fx.Node) -> dict[str, Any]:
             default = argument.default_value if argument.has_default_value() else None
             out[argument.name] = node.kwargs.get(argument.name, default)
     return out
+
+
+def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
+    """An argument given by position or by name."""
+    if len(node.args) > index:
+        return node.args[index]
+    return node.kwargs.get(name, default)

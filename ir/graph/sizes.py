@@ -7,7 +7,7 @@ from typing import Any
 
 import sympy
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from graphwright.ir.program import Program
 
@@ -25,6 +25,19 @@ def shape_of(value: Any) -> tuple[Size, ...]:
 def expression_of(size: Any) -> Size:
     """A size as a sympy expression over torch's own symbols."""
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.sympify(size)
+
+
+def expression(size: Any) -> Size:
+    """A size as something that can be compared: an int, or an expression over torch's symbols."""
+    if isinstance(size, torch.SymInt):
+        found = size.node.expr
+        return int(found) if found.is_number else found
+    return int(size)
+
+
+def sizes_of(node: fx.Node) -> list[Size]:
+    """Sizes of a tensor node, as ints and sympy expressions."""
+    return [expression(size) for size in node.meta["val"].shape]
 
 
 def dimension_names(program: Program) -> dict[sympy.Symbol, sympy.Symbol]:

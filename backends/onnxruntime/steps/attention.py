@@ -23,8 +23,9 @@ from graphwright.backends.onnxruntime.steps.graph import (
     size,
 )
 from graphwright.backends.onnxruntime.steps.layout import RESHAPES, TRANSPOSES, order_of
-from graphwright.backends.onnxruntime.steps.masks import K, Q, conjunction, mask_form
 from graphwright.ir.edit import Editor
+from graphwright.ir.graph.mask_form import mask_form
+from graphwright.ir.graph.masks import K, Q, conjunction
 
 aten = torch.ops.aten
 CLOSED = torch.finfo(torch.float32).min
@@ -182,7 +183,7 @@ def _read_mask(
     if mask.meta["val"].dtype != torch.bool or mask.meta["val"].dim() > 4:
         return None
     form = mask_form(mask, editor.state)
-    if form is not None and (is_square or not form.causal):
+    if form is not None and form.window is None and (is_square or not form.causal):
         if form.keys is None:
             return Visibility(causal=form.causal)
         if sizes_of(form.keys) == [sizes_of(q)[0], sizes_of(k)[2]]:

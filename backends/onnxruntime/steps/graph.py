@@ -12,6 +12,7 @@ from torch.onnx.ops._symbolic_impl import EncodedAttrs
 
 from graphwright.backends.onnxruntime.emitter import MICROSOFT, expression, onnx_dtype, sizes_of
 from graphwright.ir.edit import Editor
+from graphwright.ir.graph.nodes import argument as argument
 
 aten = torch.ops.aten
 
@@ -19,13 +20,6 @@ aten = torch.ops.aten
 def is_call(node: Any, *targets: Any) -> bool:
     """Whether `node` is a call of one of these operator overloads."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
-
-
-def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
-    """An argument given by position or by name."""
-    if len(node.args) > index:
-        return node.args[index]
-    return node.kwargs.get(name, default)
 
 
 def is_float32(node: Any) -> bool:

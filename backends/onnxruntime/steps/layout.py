@@ -10,37 +10,21 @@ from torch import fx
 from graphwright.backends.onnxruntime.emitter import sizes_of
 from graphwright.backends.onnxruntime.steps.graph import is_call
 from graphwright.ir.edit import Editor
+from graphwright.ir.graph.moves import CASTS as CASTS
+from graphwright.ir.graph.moves import COPIES as COPIES
+from graphwright.ir.graph.moves import EXPANDS as EXPANDS
+from graphwright.ir.graph.moves import RESHAPES as RESHAPES
+from graphwright.ir.graph.moves import TRANSPOSES as TRANSPOSES
+from graphwright.ir.graph.moves import order_of as order_of
 
 aten = torch.ops.aten
 
-RESHAPES = (
-    aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints,
-    aten.unflatten.int, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims,
-    aten.unsqueeze.default,
-)  # fmt: skip
-TRANSPOSES = (aten.transpose.int, aten.permute.default, aten.t.default)
-CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten._to_copy.default,
-         aten.type_as.default)  # fmt: skip
-COPIES = (aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default)
-EXPANDS = (aten.expand.default, aten.expand_as.default)
 BROADCASTING = {
     aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.where.self,
     aten.ge.Tensor, aten.gt.Tensor, aten.le.Tensor, aten.lt.Tensor, aten.eq.Tensor,
     aten.bitwise_and.Tensor, aten.__and__.Tensor, aten.bitwise_or.Tensor, aten.__or__.Tensor,
     aten.logical_and.default, aten.logical_or.default,
 }  # fmt: skip
-
-
-def order_of(node: fx.Node) -> list[int]:
-    """The axis order that a transpose-like call applies."""
-    rank = node.meta["val"].dim()
-    order = list(range(rank))
-    if node.target is aten.permute.default:
-        return [int(d) % rank for d in node.args[1]]  # type: ignore[union-attr, arg-type]
-    a, b = (0, 1) if node.target is aten.t.default else node.args[1:3]
-    if rank > 1:
-        order[a], order[b] = order[b], order[a]  # type: ignore[index]
-    return order
 
 
 def simplify_layout(editor: Editor) -> int:

@@ -16,15 +16,15 @@ import sympy
 import torch
 from torch import fx
 
-from graphwright.backends.onnxruntime.emitter import expression, sizes_of
-from graphwright.backends.onnxruntime.steps.graph import argument
-from graphwright.backends.onnxruntime.steps.layout import (
+from graphwright.ir.graph.moves import (
     CASTS,
     COPIES,
     RESHAPES,
     TRANSPOSES,
     order_of,
 )
+from graphwright.ir.graph.nodes import argument
+from graphwright.ir.graph.sizes import expression, sizes_of
 
 aten = torch.ops.aten
 B, H, Q, K = (sympy.Symbol(n, integer=True, nonnegative=True) for n in ("b", "h", "q", "k"))
@@ -292,35 +292,3 @@ def _rules() -> dict[Any, Any]:
 
 
 _RULES = _rules()
-
-
-@dataclass(frozen=True)
-class MaskForm:
-    """A mask in the terms that attention kernels know.
-
-    Attributes:
-        causal: a query sees no key after it.
-        keys: (batch, keys) node whose nonzero entries may be seen; None when all may.
-    """
-
-    causal: bool
-    keys: fx.Node | None
-
-
-def mask_form(mask: fx.Node, state: Mapping[str, torch.Tensor]) -> MaskForm | None:
-    """The mask as causal and/or key padding; None when it says something else."""
-    atoms = conjunction(mask, state)
-    if atoms is None:
-        return None
-    causal, keys = False, None
-    for atom in atoms:
-        if isinstance(atom, Truth):
-            load = atom.load
-            if load.index != (B, K) or keys is not None:
-                return None
-            keys = load.node
-        elif atom in (sympy.Le(K, Q), sympy.Ge(Q, K)):
-            causal = True
-        else:
-            return None
-    return MaskForm(causal, keys)
