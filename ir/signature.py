@@ -6,9 +6,10 @@ of the user's to rebuild the model's own output.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 Dim = int | str
 """A size: a number, or the name of a dynamic dimension."""
@@ -16,10 +17,27 @@ Dim = int | str
 
 @dataclass(frozen=True)
 class DimRange:
-    """Sizes that a dynamic dimension may take, both ends included; `max` None has no bound."""
+    """Sizes that a dynamic dimension may take, both ends included; `max` None has no bound.
+
+    The least is 1 unless an empty tensor makes sense, as a cache of keys before the first token.
+    """
 
     min: int = 1
     max: int | None = None
+
+
+Default = Literal["zeros", "ones", "positions"]
+"""Value of an input that a call leaves out: see `ir/data/defaults.py`."""
+
+
+def derived_size(sum_of: str, sizes: Mapping[str, int]) -> int:
+    """The size that a sum of names and whole numbers gives: `past + seq`, `seq + 1`.
+
+    Raises:
+        KeyError: a name is not among the sizes.
+    """
+    terms = [term.strip() for term in sum_of.split("+")]
+    return sum(int(term) if term.isdecimal() else sizes[term] for term in terms)
 
 
 @dataclass(frozen=True)
@@ -51,6 +69,9 @@ class Signature:
         constants: non-tensor arguments that tracing baked in, by name.
         state: names of inputs that are the model's state, or another tensor that it has a default
             for; a call that leaves them out starts from the model's own.
+        derived: dynamic dimensions that follow from others, by name: `{"total": "past + seq"}`.
+            Whoever chooses sizes chooses the others and goes through `completed`.
+        defaults: inputs that a call may leave out because their values follow from the rest.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -59,6 +80,19 @@ class Signature:
     dims: dict[str, DimRange] = field(default_factory=dict)
     constants: dict[str, Any] = field(default_factory=dict)
     state: tuple[str, ...] = ()
+    derived: dict[str, str] = field(default_factory=dict)
+    defaults: dict[str, Default] = field(default_factory=dict)
+
+    def completed(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """The sizes with those of derived dimensions made to follow, where their terms are known.
+
+        A size of a derived dimension that was given is replaced.
+        """
+        full = dict(sizes)
+        for dim, sum_of in self.derived.items():
+            with contextlib.suppress(KeyError):
+                full[dim] = derived_size(sum_of, full)
+        return full
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict for JSON."""
@@ -81,6 +115,8 @@ class Signature:
             dims={name: DimRange(**bounds) for name, bounds in data["dims"].items()},
             constants=dict(data["constants"]),
             state=tuple(data.get("state", ())),
+            derived=dict(data.get("derived", {})),
+            defaults=dict(data.get("defaults", {})),
         )
 
 
