@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphwright.ir.data.defaults import with_defaults
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.signature import Signature, TensorSpec, rebuild
 
@@ -72,7 +73,8 @@ class Program:
 
         Args:
             inputs: tensors in the order of `signature.inputs`.
-            named: tensors by input name.
+            named: tensors by input name. Those with a rule in `signature.defaults` may be left
+                out.
 
         Raises:
             ArgumentError: a missing or unknown input, a wrong dtype or shape, or another value
@@ -178,6 +180,7 @@ def bind_inputs(
                 )
             continue
         given[name] = value
+    given = with_defaults(signature, given)
     known = [s.name for s in specs]
     missing = [name for name in known if name not in given]
     unknown = [name for name in given if name not in known]
@@ -188,7 +191,23 @@ def bind_inputs(
     sizes: dict[str, int] = {}
     for spec in specs:
         _check_input(spec, given[spec.name], signature, sizes)
+    _check_derived(signature, sizes)
     return tuple(given[name] for name in known)
+
+
+def _check_derived(signature: Signature, sizes: Mapping[str, int]) -> None:
+    for dim, size in signature.completed(sizes).items():
+        if sizes.get(dim, size) != size:
+            terms = ", ".join(f"{n} {sizes[n]}" for n in sizes if n in signature.derived[dim].split())
+            raise ArgumentError(
+                f"dimension {dim!r} is {sizes[dim]}, and has to be {size}: it is "
+                f"{signature.derived[dim]} ({terms})",
+                fix=f"Give {_bearers(signature, dim)} one column per token, the past ones included.",
+            )
+
+
+def _bearers(signature: Signature, dim: str) -> str:
+    return " and ".join(spec.name for spec in signature.inputs if dim in spec.shape)
 
 
 def _check_input(spec: TensorSpec, value: Any, signature: Signature, sizes: dict[str, int]) -> None:
@@ -209,7 +228,9 @@ def _check_input(spec: TensorSpec, value: Any, signature: Signature, sizes: dict
                 )
             continue
         if sizes.setdefault(dim, size) != size:
-            raise ArgumentError(f"dimension {dim!r} is {sizes[dim]} and {size} in one call")
+            raise ArgumentError(
+                f"dimension {dim!r} is {sizes[dim]} and, in input {spec.name!r}, {size} in one call"
+            )
         bounds = signature.dims.get(dim)
         if bounds and (size < bounds.min or (bounds.max is not None and size > bounds.max)):
             raise ArgumentError(

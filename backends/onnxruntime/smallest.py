@@ -28,9 +28,10 @@ def too_small(program: Program, judge: Judge) -> dict[str, str]:
     found = {}
     sizes = example_sizes(program.signature, program.examples)
     for dim, size in sizes.items():
-        if program.signature.dims.get(dim, DimRange()).min > 1 or size == 1:
+        least = program.signature.dims.get(dim, DimRange()).min
+        if dim in program.signature.derived or least > 1 or size == 1:
             continue
-        smaller = {**sizes, dim: 1}
+        smaller = program.signature.completed({**sizes, dim: least})
         inputs = tuple(
             resized(tensor, spec, smaller)
             for tensor, spec in zip(program.examples, program.signature.inputs, strict=True)

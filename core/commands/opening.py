@@ -54,7 +54,8 @@ def probable_sizes(runnable: Any) -> dict[str, int]:
         bounds = signature.dims.get(dim, DimRange())
         size = max(bounds.min, 2 if dim in leading else 16)
         sizes[dim] = size if bounds.max is None else min(size, bounds.max)
-    return sizes
+    completed: dict[str, int] = signature.completed(sizes)
+    return completed
 
 
 def _model_section(spec: str | None) -> ModelSection:

@@ -23,7 +23,7 @@ def check_interface(before: Program, after: Program, by: str, *, declared: bool 
     """
     old, new = before.signature, after.signature
     if not declared:
-        for part in ("inputs", "outputs", "structure", "dims"):
+        for part in ("inputs", "outputs", "structure", "dims", "derived", "defaults"):
             if getattr(old, part) != getattr(new, part):
                 raise ContractError(
                     f"{by} changed the {part} of the program, and does not declare it",

@@ -291,11 +291,12 @@ def _synthetic(
     def read() -> Iterator[RawBatch]:
         generator = torch.Generator().manual_seed(seed)
         for start in range(0, samples, size):
-            drawn = {n: draw_size(n, signature, sizes, generator) for n in signature.dims}
+            free = [n for n in signature.dims if n not in signature.derived]
+            drawn = {n: draw_size(n, signature, sizes, generator) for n in free}
             if first and isinstance(first[0], str):
                 low = signature.dims.get(first[0], DimRange()).min
                 drawn[first[0]] = max(low, min(size, samples - start))
-            yield synthetic_inputs(signature, drawn, generator)
+            yield synthetic_inputs(signature, signature.completed(drawn), generator)
 
     return Batches("synthetic", signature, read)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphwright.ir.signature import DimRange, Signature, TensorSpec
+from graphwright.ir.signature import Signature, TensorSpec
 
 MASK = "attention_mask"
 
@@ -112,8 +112,3 @@ def _device(given: Mapping[str, Any]) -> torch.device:
 def _dtype(spec: TensorSpec) -> torch.dtype:
     found: torch.dtype = getattr(torch, spec.dtype)
     return found
-
-
-def least(signature: Signature, dim: str) -> int:
-    """The least size of a dimension."""
-    return signature.dims.get(dim, DimRange()).min

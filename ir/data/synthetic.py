@@ -129,7 +129,8 @@ def other_sizes(
 ) -> Iterator[dict[str, int]]:
     """Sizes of the dynamic dimensions within their bounds, stepped by `changes` from `sizes`.
 
-    The least size of a step is `least`, or what the bounds allow.
+    The least size of a step is `least`, or what the bounds allow. Sizes that follow from others do
+    so; one that may be 0 is 0 at the least step.
     """
     leading = {spec.shape[0] for spec in signature.inputs if spec.shape}
     made: list[dict[str, int]] = [dict(sizes)]
@@ -138,17 +139,18 @@ def other_sizes(
         for dim, size in sizes.items():
             step = first if dim in leading else rest
             other[dim] = _moved(size, signature.dims.get(dim, DimRange()), step, least)
+        other = signature.completed(other)
         if other not in made:
             made.append(other)
             yield other
 
 
 def _moved(size: int, bounds: DimRange, change: Change, smallest: int) -> int:
-    least = max(bounds.min, 1)
+    least = bounds.min
     if change is None:
         return size
     if change == 0:
-        return min(max(least, smallest), bounds.max or smallest)
+        return min(max(least, smallest), bounds.max or smallest) if least else 0
     wanted = size + change if isinstance(change, int) else int(size * change)
     if bounds.max is not None:
         wanted = min(wanted, bounds.max)
@@ -162,7 +164,7 @@ def resized(tensor: Tensor, spec: TensorSpec, sizes: Mapping[str, int]) -> Tenso
     """The tensor with its dynamic dimensions cut, or repeated from the start."""
     for axis, dim in enumerate(spec.shape):
         if isinstance(dim, str):
-            places = torch.arange(sizes[dim], device=tensor.device) % tensor.shape[axis]
+            places = torch.arange(sizes[dim], device=tensor.device) % max(1, tensor.shape[axis])
             tensor = tensor.index_select(axis, places)
     return tensor
 
@@ -217,7 +219,7 @@ def draw_size(
 ) -> int:
     """A size of a dynamic dimension: within its bounds, at most what `sizes` says (else 32)."""
     bounds = signature.dims[dim]
-    low = max(2, bounds.min)
+    low = max(2, bounds.min) if bounds.min else 0
     high = max(low, sizes.get(dim, 32))
     if bounds.max is not None:
         low, high = min(low, bounds.max), min(high, bounds.max)

@@ -34,23 +34,26 @@ class Unlike(Exception):
 
 def assignments(program: Program) -> Iterator[Sizes]:
     """The sizes of the examples, and other ones that the signature allows."""
-    found: dict[Any, int] = {}
-    other: dict[Any, int] = {}
+    names: dict[Any, str] = {}
+    here: dict[str, int] = {}
+    other: dict[str, int] = {}
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     for spec, node, example in zip(
         program.signature.inputs, placeholders, program.examples, strict=True
     ):
         for dim, size, value in zip(spec.shape, node.meta["val"].shape, example.shape, strict=True):
             symbol = expression_of(size)
-            if isinstance(dim, str) and isinstance(symbol, sympy.Symbol) and symbol not in found:
+            if isinstance(dim, str) and isinstance(symbol, sympy.Symbol):
+                names[symbol] = dim
                 bounds = program.signature.dims.get(dim)
                 most = None if bounds is None else bounds.max
-                found[symbol] = int(value)
-                grown = int(value) + 1 + len(found)
-                other[symbol] = grown if most is None else min(grown, most)
-    yield found
-    if other != found:
-        yield other
+                here[dim] = int(value)
+                grown = int(value) + 1 + len(here)
+                other.setdefault(dim, grown if most is None else min(grown, most))
+    other = program.signature.completed(other)
+    yield {symbol: here[dim] for symbol, dim in names.items()}
+    if other != here:
+        yield {symbol: other[dim] for symbol, dim in names.items()}
 
 
 def number(size: Any, sizes: Sizes) -> int:
