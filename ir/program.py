@@ -198,11 +198,12 @@ def bind_inputs(
 def _check_derived(signature: Signature, sizes: Mapping[str, int]) -> None:
     for dim, size in signature.completed(sizes).items():
         if sizes.get(dim, size) != size:
-            terms = ", ".join(f"{n} {sizes[n]}" for n in sizes if n in signature.derived[dim].split())
+            sum_of = signature.derived[dim]
+            terms = ", ".join(f"{name} {sizes[name]}" for name in sizes if name in sum_of.split())
+            bearers = _bearers(signature, dim)
             raise ArgumentError(
-                f"dimension {dim!r} is {sizes[dim]}, and has to be {size}: it is "
-                f"{signature.derived[dim]} ({terms})",
-                fix=f"Give {_bearers(signature, dim)} one column per token, the past ones included.",
+                f"dimension {dim!r} is {sizes[dim]}, and has to be {size}: it is {sum_of} ({terms})",
+                fix=f"Give {bearers} one column per token, the past ones included.",
             )
 
 

@@ -34,7 +34,9 @@ def test_json_and_back():
 
 
 def test_other_sizes_stay_consistent_and_reach_an_empty_past():
-    found = list(other_sizes(CACHED, {"batch": 2, "seq": 3, "past": 5, "total": 8}, [(1, 0), (1, 3)]))
+    found = list(
+        other_sizes(CACHED, {"batch": 2, "seq": 3, "past": 5, "total": 8}, [(1, 0), (1, 3)])
+    )
     assert found[0] == {"batch": 3, "seq": 1, "past": 0, "total": 1}
     assert found[1] == {"batch": 3, "seq": 6, "past": 8, "total": 14}
 
