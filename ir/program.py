@@ -202,7 +202,7 @@ def _check_derived(signature: Signature, sizes: Mapping[str, int]) -> None:
             terms = ", ".join(f"{name} {sizes[name]}" for name in sizes if name in sum_of.split())
             bearers = _bearers(signature, dim)
             raise ArgumentError(
-                f"dimension {dim!r} is {sizes[dim]}, and has to be {size}: it is {sum_of} ({terms})",
+                f"dimension {dim!r} is {sizes[dim]} and has to be {size}, {sum_of} ({terms})",
                 fix=f"Give {bearers} one column per token, the past ones included.",
             )
 

@@ -7,7 +7,7 @@ put it beside the artifact (`generation.json`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class Generation:
         sliding_window: tokens that a windowed layer sees, itself included; None where none is.
         padding: on which side a batch may be padded; `right` where rows are compact in the cache.
         tokenizer: folder of the tokenizer's files, as it was given; None where there are none.
+        sampling: what the model's makers recommend, as `temperature`, by generation_config.json.
     """
 
     kind: Literal["decoder", "encoder", "cross_decoder"]
@@ -74,6 +75,7 @@ class Generation:
     sliding_window: int | None = None
     padding: Literal["any", "left", "right"] = "left"
     tokenizer: str | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, program: Program) -> Generation | None:

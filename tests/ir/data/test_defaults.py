@@ -58,7 +58,7 @@ def test_positions_go_on_behind_the_past():
 def test_a_mask_that_does_not_cover_the_past_is_refused():
     past = torch.zeros(2, 2, 2, 4)
     named = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "past_key_0": past}
-    with pytest.raises(gw.ir.errors.ArgumentError, match="'total' is 3, and has to be 5"):
+    with pytest.raises(gw.ir.errors.ArgumentError, match="'total' is 3 and has to be 5"):
         bind_inputs(CACHED, (), named)
 
 

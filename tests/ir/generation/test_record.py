@@ -9,6 +9,7 @@ from graphwright.ir.generation.record import Generation, cached_layers
 RECORD = Generation(
     "decoder", positions="position_ids", layers=cached_layers(2), states=(("a", "b"),),
     context_length=64, vocab_size=100, bos=1, eos=(2, 3), pad=0, sliding_window=8,
+    sampling={"temperature": 0.6},
 )  # fmt: skip
 
 
