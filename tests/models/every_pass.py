@@ -83,6 +83,19 @@ class FilterNet(nn.Module):
         return self.second(torch.relu(self.first(x)))
 
 
+class ResidualNet(nn.Module):
+    """A residual block between a stem and a layer, with ReLUs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
+        self.first, self.second = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        return self.last(torch.relu(x + self.second(torch.relu(self.first(x)))))
+
+
 class UpNet(nn.Module):
     """A net with two levels, a transposed convolution on the way up, and a long skip."""
 
@@ -153,7 +166,8 @@ class ChainNet(nn.Module):
 
 
 IMAGE_NETS: dict[str, type[nn.Module]] = {
-    "conv": ConvNet, "filter": FilterNet, "stages": StagesNet, "unet": UpNet,
+    "conv": ConvNet, "filter": FilterNet, "residual": ResidualNet, "stages": StagesNet,
+    "unet": UpNet,
 }  # fmt: skip
 
 
