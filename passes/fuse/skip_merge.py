@@ -11,12 +11,12 @@ from torch import Tensor, fx, nn
 from graphwright.ir.edit import Editor
 from graphwright.ir.graph.nodes import op_name
 from graphwright.ir.graph.skips import Skip, find_skips, operands
+from graphwright.ir.layers.kinds import CONVOLUTIONS, KINDS
 from graphwright.ir.layers.selectors import Layer, layers, select
 from graphwright.ir.options import Options, Selector
 from graphwright.ir.program import Program
 from graphwright.passes.base import Action, Context, Pass, Result
 
-CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 KEEPS_SIGN = ("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
               "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "cat", "add",
               "mul", "reshape", "view", "flatten", "permute", "slice", "dropout")  # fmt: skip
@@ -119,12 +119,12 @@ def _chain(end: fx.Node, fork: fx.Node) -> tuple[fx.Node, ...]:
     while node is not fork:
         if len(node.users) != 1:
             raise NotMergeableError(f"{node.name} has other readers")
-        name = op_name(node)
-        if name not in (*CONVOLUTIONS, "relu"):
-            raise NotMergeableError(f"{name} is in its way")
-        if name == "relu" and not found:
+        is_convolution = KINDS.get(node.target) in CONVOLUTIONS
+        if not is_convolution and op_name(node) != "relu":
+            raise NotMergeableError(f"{op_name(node)} is in its way")
+        if not is_convolution and not found:
             raise NotMergeableError("the body ends with an activation")
-        if name != "relu":
+        if is_convolution:
             found.append(node)
         node = node.args[0]  # type: ignore[assignment]
     return tuple(reversed(found))
@@ -143,7 +143,7 @@ def _projection(
     if node is not skip.source or node is None or node.args[0] is not skip.fork:
         raise NotMergeableError("something besides a 1x1 convolution is on it")
     kernel = node.args[1].meta["val"].shape[2:]  # type: ignore[union-attr]
-    if op_name(node) not in CONVOLUTIONS or set(kernel) != {1} or _groups(node) != 1:
+    if KINDS[node.target] not in CONVOLUTIONS or set(kernel) != {1} or _groups(node) != 1:
         raise NotMergeableError("its projection is no whole 1x1 convolution")
     total = tuple(math.prod(s) for s in zip(*(_sizes(n, 3, 1) for n in chain), strict=True))
     if any(_sizes(node, 4, 0)) or _sizes(node, 3, 1) != total:
