@@ -165,7 +165,7 @@ def _sizes(node: fx.Node, place: int, default: int) -> tuple[int, ...]:
     if isinstance(given, str):
         raise NotMergeableError(f"{node.name} has padding {given!r}")
     sizes = tuple(given) if isinstance(given, (list, tuple)) else (given,)
-    return tuple(int(s) for s in (sizes * axes if len(sizes) == 1 else sizes))  # type: ignore[arg-type]
+    return tuple(int(s) for s in (sizes * axes if len(sizes) == 1 else sizes))
 
 
 def _centre(node: fx.Node) -> tuple[int, ...] | None:
@@ -218,10 +218,10 @@ def _widen(editor: Editor, block: _Block, by_node: dict[fx.Node, Layer]) -> int:
         else:
             wide = _on_diagonal(weight.detach(), kernel)
         editor.set_state(name, nn.Parameter(wide, weight.requires_grad))
-        if node is not last and (bias := _bias(node)) is not None:
-            own = editor.state[str(bias.target)]
-            wide = torch.cat([own.detach(), own.new_zeros(extra)])
-            editor.set_state(str(bias.target), nn.Parameter(wide, own.requires_grad))
+        if node is not last and (own_bias := _bias(node)) is not None:
+            own = editor.state[str(own_bias.target)]
+            longer = torch.cat([own.detach(), own.new_zeros(extra)])
+            editor.set_state(str(own_bias.target), nn.Parameter(longer, own.requires_grad))
     if block.projection is not None:
         _add_bias(editor, last, block.projection, by_node[last].name)
     (end,) = (n for n in operands(block.skip.join) if n is not block.skip.source)
@@ -245,7 +245,7 @@ def _at_centre(matrix: Tensor, node: fx.Node, weight: Tensor) -> Tensor:
     kernel = weight.new_zeros(*matrix.shape, *weight.shape[2:])
     centre = _centre(node)
     assert centre is not None  # `_block` looked at it
-    kernel[(slice(None), slice(None), *centre)] = matrix
+    kernel[:, :, *centre] = matrix
     return kernel
 
 
