@@ -7,6 +7,7 @@ import json
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +16,11 @@ from pydantic import ValidationError
 
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError
+from graphwright.ir.generation.conversation import Conversation
+from graphwright.ir.generation.decode import Completion
+from graphwright.ir.generation.language_model import LanguageModel
+from graphwright.ir.generation.record import Generation
+from graphwright.ir.generation.runner import Runner
 from graphwright.ir.options import EVERY_DTYPE, Options
 from graphwright.ir.program import Program
 from graphwright.ir.signature import Signature
@@ -40,6 +46,7 @@ class Compiled:
             lost.
         defaults: tensors of inputs that a call may leave out, by name: those of the program it was
             made of. An artifact that was opened from a file has none.
+        generation: what generation knows of a decoder with a cache; None for another model.
     """
 
     backend: ClassVar[str] = ""
@@ -48,6 +55,7 @@ class Compiled:
     def __init__(self, notes: Mapping[str, Any]) -> None:
         self.notes: dict[str, Any] = dict(notes)
         self.defaults: Mapping[str, torch.Tensor] = {}
+        self.generation: Generation | None = None
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Runs it: torch tensors in, the model's own output structure out."""
@@ -60,6 +68,33 @@ class Compiled:
     def save(self, folder: str | Path) -> Artifact:
         """Writes the artifact into `folder` and says what was written."""
         raise TypeError(f"{type(self).__name__} cannot be saved")
+
+    def runner(self) -> Runner:
+        """The model over a cache of its own, for one generation or conversation."""
+        raise ArgumentError(f"the backend {self.backend!r} runs no decoder over a cache")
+
+    @cached_property
+    def language_model(self) -> LanguageModel:
+        """The model with its tokenizer and its own defaults of generation.
+
+        Raises:
+            ArgumentError: it is no decoder with a cache.
+        """
+        if self.generation is None:
+            raise ArgumentError(
+                "this artifact has no cache to generate with",
+                fix="Compile the model with `model: {task: generation}`.",
+            )
+        folder = self.generation.tokenizer
+        return LanguageModel(self.generation, self.runner, Path(folder) if folder else None)
+
+    def generate(self, prompts: Any, **options: Any) -> Completion | list[Completion]:
+        """Generates behind texts, token ids or messages; see `LanguageModel.generate`."""
+        return self.language_model.generate(prompts, **options)
+
+    def conversation(self, system: str | None = None) -> Conversation:
+        """A conversation that keeps its cache; see `LanguageModel.conversation`."""
+        return self.language_model.conversation(system)
 
 
 class Backend:

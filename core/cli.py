@@ -257,6 +257,36 @@ def _do_bench(arguments: argparse.Namespace) -> int:
         return bench(arguments)
 
 
+def _build_chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", help="artifact of a language model")
+    parser.add_argument("--system", metavar="TEXT", help="the system's message of the chat")
+    parser.add_argument(
+        "--plain", action="store_true", help="continue texts, without a chat template"
+    )
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="per answer (512)")
+    parser.add_argument("--greedy", action="store_true", help="take the most probable tokens")
+    parser.add_argument("--temperature", type=float, metavar="T")
+    parser.add_argument("--top-k", type=int, metavar="K")
+    parser.add_argument("--top-p", type=float, metavar="P")
+    parser.add_argument("--min-p", type=float, metavar="P")
+    parser.add_argument("--repetition-penalty", type=float, metavar="F")
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="of the samples; another one each time when absent"
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="ends an answer; repeatable"
+    )
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--quiet", action="store_true", help="print answers only")
+    _common(parser, _do_chat)
+
+
+def _do_chat(arguments: argparse.Namespace) -> int:
+    from graphwright.commands.chat import chat
+
+    return chat(arguments)
+
+
 def _build_schema(parser: argparse.ArgumentParser) -> None:
     _common(parser, _do_schema)
 
@@ -279,5 +309,6 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "check": (_build_check, "check a spec without opening a model"),
     "compare": (_build_compare, "how far two models or artifacts are apart"),
     "bench": (_build_bench, "time artifacts in alternation"),
+    "chat": (_build_chat, "talk to a language model"),
     "schema": (_build_schema, "print the JSON schema of specs, for editors"),
 }
