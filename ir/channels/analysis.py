@@ -30,7 +30,8 @@ from graphwright.ir.layers.kinds import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from graphwright.ir.program import Program
 
 PRODUCTS = {"matmul": 0, "mm": 0, "bmm": 0, "mv": 0, "addmm": 1, "baddbmm": 1, "linear": 0}
-
+ATTENTIONS = ("scaled_dot_product_attention", "attention")
+"""Names of the calls that are an attention as a whole, ATen's and ours."""
 
 SPLIT = "positions of a split dimension that must go together"
 
@@ -103,7 +104,7 @@ class Analysis:
         if out is None:  # several results: recurrent layers, of which nothing is removed
             yield Term(macs, ())
             return
-        if name == "scaled_dot_product_attention":
+        if name in ATTENTIONS:
             query, value = operands[0], operands[2]
             assert query is not None
             assert value is not None

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import numpy as np
 from torch import fx
 
-from graphwright.ir.channels.analysis import Analysis
+from graphwright.ir.channels.analysis import ATTENTIONS, Analysis
 from graphwright.ir.channels.groups import ChannelGroup
 from graphwright.ir.channels.values import Value
 from graphwright.ir.graph.constants import depends_on_input
@@ -19,7 +19,6 @@ Family = Literal["residual", "heads", "embeddings", "hidden"]
 queries, keys and values; `embeddings`: the width of an embedding table; `hidden`: none of these."""
 
 SUMS = ("add", "add_")
-ATTENTION = "scaled_dot_product_attention"
 PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
 
 
@@ -47,7 +46,7 @@ def _classes(analysis: Analysis) -> dict[str, np.ndarray]:
         if name in SUMS and len(moving) == 2:
             one, other = (_of(analysis, node) for node in moving)
             flags["residual"][np.intersect1d(one, other)] = True
-        elif name == ATTENTION or (name in PRODUCTS and len(moving) > 1):
+        elif name in ATTENTIONS or (name in PRODUCTS and len(moving) > 1):
             for operand in moving[:3]:
                 flags["heads"][_of(analysis, operand)] = True
         elif name == "embedding":

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from graphwright.ir.errors import ModelError
 from graphwright.ir.layers.kinds import KINDS, PRODUCTS
 from graphwright.ir.layers.selectors import Layer
+from graphwright.ir.ops.attention import attention as capped_attention
 from graphwright.ir.program import Program
 
 aten = torch.ops.aten
@@ -26,7 +27,9 @@ ROLES = ("q", "k", "v")
 Heads = dict[str, list[Tensor]]
 """Channels (int64, rising) of every head, in the order of the heads, by role."""
 
-FUSED = aten.scaled_dot_product_attention.default
+FUSED = (aten.scaled_dot_product_attention.default, capped_attention)
+"""Calls that are an attention as a whole: queries, keys and values are their first arguments."""
+
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
 POINTWISE = ("add", "sub", "mul", "div", "masked_fill", "where", "to", "clone", "maximum",
              "contiguous")  # fmt: skip
@@ -78,7 +81,7 @@ class _Run(fx.Interpreter):
         for role in self.roles.get(n.name, ()):
             if value.requires_grad:
                 self._look(value, role)
-        return value.detach() if n.target is FUSED else value
+        return value.detach() if n.target in FUSED else value
 
     def _look(self, operand: Tensor, role: str) -> None:
         axis = operand.dim() - 3 if operand.dim() > 3 else None
@@ -109,7 +112,7 @@ def attentions(graph: fx.Graph) -> list[tuple[Any, Any, Any]]:
     """Queries, keys and values (nodes) of every attention, fused or written out."""
     found: list[tuple[Any, Any, Any]] = []
     for node in graph.nodes:
-        if node.target is FUSED:
+        if node.target in FUSED:
             q, k, v = node.args[:3]
             found.append((q, k, v))
         elif node.target in SOFTMAX and (operands := _written_out(node)):

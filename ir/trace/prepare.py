@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from graphwright.ir.graph.recurrent import whole_recurrent_layers
+from graphwright.ir.trace.own_attention import own_attention
 from graphwright.ir.trace.untouched import same_attributes
 
 
@@ -31,6 +32,7 @@ def traceable(model: nn.Module) -> Iterator[list[str]]:
         stack.enter_context(_no_needless_moves())
         stack.enter_context(_no_cache(model))
         stack.enter_context(_batched_experts(model))
+        stack.enter_context(own_attention(model, said))
         stack.enter_context(_given_masks())
         stack.enter_context(_calls_that_raise())
         stack.enter_context(_no_nested_tensors(model, said))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import fx
 
+from graphwright.ir.layers.heads import FUSED
 from graphwright.passes.fuse._parallel.base import ParallelPass, linear_behind
 
 PASSING = frozenset({
@@ -32,8 +32,9 @@ class Qkv(ParallelPass):
     own = "qkv"
 
     def sets(self, graph: fx.Graph) -> Iterator[list[fx.Node]]:
-        attention = torch.ops.aten.scaled_dot_product_attention.default
-        for node in graph.find_nodes(op="call_function", target=attention):
+        for node in graph.nodes:
+            if node.target not in FUSED:
+                continue
             found = [linear_behind(operand, PASSING) for operand in node.args[:3]]
             layers = [layer for layer in dict.fromkeys(found) if layer is not None]
             for x in dict.fromkeys(layer.args[0] for layer in layers):

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graphwright.ir.ops.attention import attention
+
 
 @dataclass(frozen=True)
 class Net:
@@ -301,11 +303,13 @@ class Attention(nn.Module):
     def __init__(self, c: int, heads: int, kv: int, width: int, layout: str) -> None:
         super().__init__()
         self.heads, self.kv, self.width, self.layout = heads, kv, width, layout
-        if layout == "separate":
+        if layout in ("separate", "capped"):
             self.q, self.k, self.v = (nn.Linear(c, n * width) for n in (heads, kv, kv))
         else:
             self.qkv = nn.Linear(c, 3 * heads * width)
         self.o = nn.Linear(heads * width, c)
+        if layout == "capped":
+            self.sinks = nn.Parameter(torch.randn(heads))
         table = torch.arange(16)[:, None] * 0.7 ** torch.arange(width // 2)
         table = torch.cat([table, table], -1)
         self.register_buffer("cos", table.cos())
@@ -332,6 +336,12 @@ class Attention(nn.Module):
         return x * self.cos[:t] + torch.cat([-right, left], -1) * self.sin[:t]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.layout == "capped":
+            q, k, v = (p(x).unflatten(-1, (-1, self.width)).transpose(1, 2)
+                       for p in (self.q, self.k, self.v))  # fmt: skip
+            seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+            y = attention(self.rotated(q), self.rotated(k), v, seen, 0.4, 1.5, self.sinks)
+            return self.o(y.transpose(1, 2).flatten(2))
         q, k, v = self.split(x)
         y = F.scaled_dot_product_attention(self.rotated(q), self.rotated(k), v, is_causal=True)
         return self.o(y.transpose(1, 2).flatten(2))
@@ -358,6 +368,7 @@ SIZES = {"heads": 4, "width": 6}
 for _name, _kv, _layout, _norm, _heads in [
     ("MultiHead", 4, "separate", nn.LayerNorm, 4),
     ("GroupedQuery", 2, "separate", nn.RMSNorm, 2),
+    ("Capped", 2, "capped", nn.RMSNorm, 2),
     ("MultiQuery", 1, "separate", nn.RMSNorm, 4),
     ("FusedOuter", 4, "3hd", nn.LayerNorm, 4),
     ("FusedInner", 4, "h3d", nn.LayerNorm, 4),

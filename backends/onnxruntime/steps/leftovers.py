@@ -7,6 +7,7 @@ import torch
 from graphwright.backends.onnxruntime.steps.block_codes import kernel_block, stored_blocks
 from graphwright.backends.onnxruntime.steps.graph import is_float32
 from graphwright.ir.files.pickles import counted, listed
+from graphwright.ir.ops.attention import attention
 from graphwright.ir.ops.blocks import dequantize_blocks
 from graphwright.ir.ops.table import dequantize_table
 from graphwright.ir.program import Program
@@ -29,6 +30,9 @@ def leftovers(program: Program) -> list[dict[str, str]]:
             why = "the attention kernel wants (batch, heads, length, width)"
         else:
             why = "its mask or sizes have no exact form in the attention kernel"
+        left.append({"node": node.name, "op": "attention", "why": why})
+    for node in program.graph.find_nodes(op="call_function", target=attention):
+        why = "the attention kernel knows no capped scores and no sinks"
         left.append({"node": node.name, "op": "attention", "why": why})
     return left + _rebuilt_weights(program)
 

@@ -294,9 +294,23 @@ def _letters(term: str, rank: int) -> list[Any]:
 @rule("scaled_dot_product_attention")
 def _attention(walk: Walk, call: Call) -> Result:
     query, key, value, mask = call["query"], call["key"], call["value"], call.get("attn_mask")
-    rank = len(query.shape)
     if call.raw.get("enable_gqa"):
         key, value = (_repeated(walk, v, query.shape[-3]) for v in (key, value))
+    return _mixed(walk, call, (query, key, value), mask, None)
+
+
+@rule("attention")
+def _capped_attention(walk: Walk, call: Call) -> Result:
+    query, mask, sinks = call["q"], call.get("mask"), call.get("sinks")
+    key, value = (_repeated(walk, call[name], query.shape[-3]) for name in ("k", "v"))
+    return _mixed(walk, call, (query, key, value), mask, sinks)
+
+
+def _mixed(
+    walk: Walk, call: Call, operands: tuple[Value, Value, Value], mask: Any, sinks: Any
+) -> Result:
+    query, key, value = operands
+    rank = len(query.shape)
     text = "a token dimension of attention"
     query, key, value = (walk.fix(v, len(v.shape) - 2, text) for v in (query, key, value))
 
@@ -312,6 +326,9 @@ def _attention(walk: Walk, call: Call) -> Result:
         values.append(mask)
         lead = len(mask.shape) - 2
         labels.append([*batch(mask), None, None] if lead >= 0 else [None] * len(mask.shape))
+    if isinstance(sinks, Value):
+        values.append(sinks)
+        labels.append([("batch", rank - 3)])
     every = {label for names in labels for label in names if label is not None}
     linked = walk.link(values, labels, every, "a fixed dimension of attention")
     contract(walk, linked, "qk", "summed over by attention, and no slot of it is zero")

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, fx
 
 from graphwright.ir.graph.nodes import arguments, op_name
+from graphwright.ir.layers.heads import FUSED
 from graphwright.ir.layers.selectors import Layer
+from graphwright.ir.ops.attention import attention as capped_attention
 from graphwright.ir.program import Program
 from graphwright.passes.decompose._attention.layout import (
     Sizes,
@@ -132,7 +134,7 @@ def _calls(
     node: fx.Node, by_node: dict[fx.Node, Layer]
 ) -> tuple[fx.Node, fx.Node, tuple[fx.Node, fx.Node, fx.Node]] | None:
     """Scores, call, and the three operands of an attention that a node is, or is the softmax of."""
-    if op_name(node) == "scaled_dot_product_attention":
+    if node.target in FUSED:
         q, k, v = node.args[:3]
         assert isinstance(q, fx.Node)
         assert isinstance(k, fx.Node)
@@ -262,7 +264,7 @@ def _projection(
         rows, lengthwise = head_rows(moved.transpose(2, 3) if turned else moved, width)
     assert rows is not None
     if len(rows) != heads:  # enable_gqa
-        shares = any(arguments(user).get("enable_gqa") for user in node.users)
+        shares = any(shares_heads(user) for user in node.users)
         if heads % len(rows) or not shares:
             raise Unlike(f"it has {heads} heads and {what} of {len(rows)}")
         rows = rows.repeat_interleave(heads // len(rows), 0)
@@ -271,6 +273,11 @@ def _projection(
         raise Unlike("its heads are rotated by tables of their own")
     return Projection(layer, node, rows, _groups(rows, what), factor, turn, frozenset(calls),
                       axis, turned, lengthwise)  # fmt: skip
+
+
+def shares_heads(call: fx.Node) -> bool:
+    """Whether a call takes fewer keys and values than queries as they are."""
+    return call.target is capped_attention or bool(arguments(call).get("enable_gqa"))
 
 
 def _heads_axis(moved: Tensor, width: int) -> int:

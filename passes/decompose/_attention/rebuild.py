@@ -13,7 +13,8 @@ from graphwright.ir.graph.nodes import arguments, gw_meta, set_gw_meta
 from graphwright.ir.graph.sizes import expression_of
 from graphwright.ir.layers.products import input_node
 from graphwright.ir.layers.selectors import Layer
-from graphwright.passes.decompose._attention.find import Attention, Projection
+from graphwright.ir.ops.attention import attention as capped_attention
+from graphwright.passes.decompose._attention.find import Attention, Projection, shares_heads
 from graphwright.passes.decompose._attention.layout import Unlike
 from graphwright.passes.decompose._form.stages import like
 
@@ -110,13 +111,9 @@ class Rebuild:
         factor = attention.query.factor * attention.key.factor
         editor = self.editor
         if attention.is_one_call:
-            given = arguments(at)
-            key = key if given["enable_gqa"] else self._repeated(attention.key, key, at)
-            scale = given["scale"]
-            if scale is None:  # the default would be that of the new width
-                scale = attention.query.width**-0.5
-            kwargs: dict[str, Any] = {**at.kwargs, "scale": scale * factor}
-            made = editor.call(at.target, query, key, *at.args[2:], before=at, **kwargs)
+            key = key if shares_heads(at) else self._repeated(attention.key, key, at)
+            rest, kwargs = _scaled(at, attention.query.width, factor)
+            made = editor.call(at.target, query, key, at.args[2], *rest, before=at, **kwargs)
             _keep_dropout(at, made)
             editor.replace(at, made)
             return made
@@ -244,12 +241,9 @@ class Rebuild:
         editor = self.editor
         value = self._projected(attention, attention.value, "value", new.value, None, call)
         if attention.is_one_call:
-            given = arguments(call)
-            value = value if given["enable_gqa"] else self._repeated(attention.value, value, call)
-            kwargs: dict[str, Any] = dict(call.kwargs)
-            if given["scale"] is None:
-                kwargs["scale"] = attention.query.width**-0.5
-            rest = call.args[3:]
+            shared = shares_heads(call)
+            value = value if shared else self._repeated(attention.value, value, call)
+            rest, kwargs = _scaled(call, attention.query.width, 1.0)
             made = editor.call(call.target, *call.args[:2], value, *rest, before=call, **kwargs)
             _keep_dropout(call, made)
         else:
@@ -295,3 +289,18 @@ class Rebuild:
 def _keep_dropout(old: fx.Node, new: fx.Node) -> None:
     """Lets a call drop out what the old one did while the program trains."""
     set_gw_meta(new, attention_dropout=gw_meta(old).get("attention_dropout"))
+
+
+def _scaled(call: fx.Node, width: int, factor: float) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments behind the values, and named ones, with scores `factor` times as large.
+
+    The scale is always said: its default would be that of the new width.
+    """
+    scale = arguments(call)["scale"]
+    scale = (width**-0.5 if scale is None else scale) * factor
+    rest, kwargs = list(call.args[3:]), dict(call.kwargs)
+    if call.target is capped_attention:
+        rest[1] = scale
+    else:
+        kwargs["scale"] = scale
+    return rest, kwargs

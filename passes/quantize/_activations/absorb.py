@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from graphwright.ir.edit import Editor
 from graphwright.ir.graph.nodes import full_arguments
+from graphwright.ir.layers.heads import FUSED
 from graphwright.ir.layers.kinds import EXPERTS, TABLE, operators
 
 aten = torch.ops.aten
@@ -29,7 +30,6 @@ HOMOGENEOUS = frozenset({aten.relu.default, aten.leaky_relu.default, aten.contig
 """f(x / s) = f(x) / s for every s > 0."""
 
 SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default})
-ATTENTION = aten.scaled_dot_product_attention.default
 RESHAPES = frozenset({aten.reshape.default, aten.view.default, aten.flatten.using_ints,
                       aten.unflatten.int, aten._unsafe_view.default})  # fmt: skip
 
@@ -192,11 +192,11 @@ def _value_of_attention(editor: Editor, x: fx.Node, factors: Tensor) -> list[Cha
     turned, weighted, and put together the same way.
     """
     mixed = _swapped(_alone_input(x))
-    if mixed is None or mixed.target is not ATTENTION or len(mixed.users) != 1:
+    if mixed is None or mixed.target not in FUSED or len(mixed.users) != 1:
         return None
     arguments, named = full_arguments(mixed)
     value = arguments[2]
-    if named["enable_gqa"] or not isinstance(value, fx.Node) or len(value.users) != 1:
+    if named.get("enable_gqa") or not isinstance(value, fx.Node) or len(value.users) != 1:
         return None
     heads, size = mixed.meta["val"].shape[-3], mixed.meta["val"].shape[-1]
     if value.meta["val"].shape[-3] != heads or not (isinstance(heads, int) and heads > 1):

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 import graphwright.ir.ops  # noqa: F401  a region that was unpickled may call our ops
 from graphwright.ir.graph.constants import constant_operand
+from graphwright.ir.layers.heads import FUSED
 from graphwright.ir.layers.kinds import INPUT_ARGUMENT, KINDS, PRODUCTS
 from graphwright.ir.program import Program
 
@@ -152,7 +153,7 @@ def feeds_scores(layer: fx.Node) -> bool:
         if (source, node) in seen or node.op == "output":
             continue
         seen.add((source, node))
-        if node.target is aten.scaled_dot_product_attention.default:
+        if node.target in FUSED:
             if source in node.args[:2]:
                 return True
         elif node.target in PAIRS:

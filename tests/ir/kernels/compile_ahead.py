@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 from graphwright.ir.kernels import (
     activation,
     adapted_linear,
+    attention,
     blocks,
     codebook,
     codebook_linear,
@@ -178,6 +179,18 @@ def cases() -> Iterator[Case]:
             warps=tiles.warps,
             stages=tiles.stages,
         )
+    rows, keys, warps = attention.tiles_for(256, 512)
+    yield Case(
+        "attention-bf16",
+        attention.attention_kernel,
+        floats("bf16", "q", "k", "v", "sinks", "y") | {"mask": "*u8"}
+        | sizes("heads", "groups", "length", "keys", "width", "wide")
+        | {"scale": "fp32", "softcap": "fp32"}
+        | sizes("mask_batch", "mask_head", "mask_row"),
+        {"mask_key": 1, "HAS_MASK": True, "IS_TRUTH": True, "HAS_CAP": True, "HAS_SINKS": True}
+        | {"COMPUTE": tl.bfloat16, "M": rows, "N": keys, "D": 256, "W": 256},
+        warps=warps,
+    )  # fmt: skip
     yield from int8_cases()
     yield from lookup_cases()
     yield from scan_cases()

@@ -13,6 +13,7 @@ from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
 from graphwright.ir.graph.nodes import arguments, set_gw_meta
 from graphwright.ir.layers.factors import eigenspace
+from graphwright.ir.ops.attention import attention as capped_attention
 from graphwright.passes.decompose._attention.rebuild import Rebuild
 from graphwright.passes.decompose._attention.solve import (
     chosen_columns,
@@ -44,6 +45,8 @@ class Block(nn.Module):
             self.q = nn.Linear(WIDTH, WIDTH, bias=bias)
             self.k, self.v = (nn.Linear(WIDTH, own * d, bias=bias) for _ in range(2))
         self.o = nn.Linear(WIDTH, WIDTH, bias=bias)
+        if form == "capped":
+            self.sinks = nn.Parameter(torch.zeros(HEADS))
         self.gate, self.up = (nn.Linear(WIDTH, HIDDEN, bias=bias) for _ in range(2))
         self.down = nn.Linear(HIDDEN, WIDTH, bias=bias)
 
@@ -69,6 +72,8 @@ class Block(nn.Module):
         if self.form == "scaled":
             q = q * 0.3
             return nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=1.1)
+        if self.form == "capped":
+            return capped_attention(q, k, v, mask, 0.3, 2.0, self.sinks)
         scores = q @ k.transpose(2, 3) / math.sqrt(self.d)
         return scores.masked_fill(~mask, -1e9).softmax(-1) @ v
 
@@ -84,7 +89,7 @@ class Block(nn.Module):
         if self.rotary:
             tables = self.tables(length)
             q, k = self.turn(q, *tables), self.turn(k, *tables)
-        if self.own < HEADS:
+        if self.own < HEADS and self.form != "capped":
             k, v = (t.repeat_interleave(HEADS // self.own, 1) for t in (k, v))
         y = self.attend(q, k, v).transpose(1, 2).reshape(batch, length, WIDTH)
         x = x + self.o(y)
@@ -138,6 +143,7 @@ WAYS: list[dict[str, Any]] = [
     {"rotary": "interleaved", "own": 1},
     {"rotary": "half", "form": "written"},
     {"own": 2, "form": "written", "bias": True},
+    {"own": 2, "form": "capped", "rotary": "half"},
     {"fused": True, "bias": True, "own": 2, "rotary": "half"},
 ]
 
