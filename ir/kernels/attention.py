@@ -112,7 +112,7 @@ def _launch(
     groups, keys, wide = k.shape[1], k.shape[2], v.shape[3]
     y = torch.empty((batch, heads, length, wide), dtype=q.dtype, device=q.device)
     is_truth = mask is not None and mask.dtype == torch.bool
-    strides = (0, 0, 0, 0)
+    strides: tuple[int, ...] = (0, 0, 0, 0)
     if mask is not None:
         mask = mask.view(torch.uint8) if is_truth else mask
         mask = mask.expand(batch, heads, length, keys)

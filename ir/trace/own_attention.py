@@ -25,7 +25,7 @@ def own_attention(model: nn.Module, said: list[str]) -> Iterator[None]:
     A part that is asked for its attention weights keeps the written-out form, which gives them.
     What is lost on the way is added to `said`: the op has no dropout for `train()` to put back.
     """
-    configs = [
+    configs: list[Any] = [
         part.config
         for part in model.modules()
         if _is_written_out(part) and not getattr(part.config, "output_attentions", False)
