@@ -132,6 +132,9 @@ Selector = Annotated[
 ]
 """An option that is a list of layer patterns; see `ir/layers/selectors.py`."""
 
+OutputFile = Annotated[str, Field(json_schema_extra={"x-graphwright": {"is": "output file"}})]
+"""An option that names a file which the pass writes; nothing that it computes depends on it."""
+
 
 class Targets(Options):
     """The option `targets`, for a pass that changes layers."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from graphwright.job.checkpoint import chain_key, file_sha256
 from graphwright.job.environment import environment, own_code
+from graphwright.specs.schema import shipped_schema
 
 if TYPE_CHECKING:
     from graphwright.ir.data.batches import Batches
@@ -43,7 +44,8 @@ def chain_keys(
     }
     keys, key = [], base
     for index, call in enumerate(run.spec.passes):
-        named = {name: _of_named(folder, name) for name in sorted(set(_texts(call.options)))}
+        read = {k: v for k, v in call.options.items() if not _is_written(call.id, k)}
+        named = {name: _of_named(folder, name) for name in sorted(set(_texts(read)))}
         key = chain_key(
             key, id=call.id, options=call.options, index=index,
             named={name: found for name, found in named.items() if found}, **surroundings,
@@ -87,6 +89,14 @@ def _of_batches(batches: Batches) -> str:
         total.update(("" if labels is None else tensor_digest(labels)).encode())
         total.update(b"\n")
     return total.hexdigest()
+
+
+def _is_written(name: str, option: str) -> bool:
+    """Whether the option of a pass names a file that the pass itself writes."""
+    schema = shipped_schema()
+    given = schema.options(name).get(option, {})
+    forms = map(schema.resolve, (given, *given.get("anyOf", ())))
+    return any(form.get("x-graphwright", {}).get("is") == "output file" for form in forms)
 
 
 def _texts(options: Any) -> Iterator[str]:

@@ -245,7 +245,8 @@ def _at_centre(matrix: Tensor, node: fx.Node, weight: Tensor) -> Tensor:
     kernel = weight.new_zeros(*matrix.shape, *weight.shape[2:])
     centre = _centre(node)
     assert centre is not None  # `_block` looked at it
-    kernel[:, :, *centre] = matrix
+    index: tuple[slice | int, ...] = (slice(None), slice(None), *centre)
+    kernel[index] = matrix
     return kernel
 
 

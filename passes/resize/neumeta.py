@@ -17,7 +17,7 @@ from graphwright.ir.errors import ModelError
 from graphwright.ir.layers.kinds import PRODUCTS
 from graphwright.ir.layers.products import geometry
 from graphwright.ir.layers.selectors import layers
-from graphwright.ir.options import Bounded, Rule, Selector
+from graphwright.ir.options import Bounded, OutputFile, Rule, Selector
 from graphwright.ir.program import Program
 from graphwright.ir.tune import TuneOptions, tune
 from graphwright.passes.base import Action, Context, Pass, Result
@@ -75,9 +75,10 @@ class NeumetaOptions(Bounded):
     average: Annotated[float, Field(ge=0, lt=1)] = 0.995
     """Decay of the moving average of the networks' parameters, which is what is used."""
 
-    save: str | None = None
+    save: OutputFile | None = None
     """File to write the manifold to, relative to the spec's folder: `resize.resample` makes
-    networks of other widths from it, without training."""
+    networks of other widths from it, without training. Written when the pass runs: not again where
+    a later run takes the pass from its checkpoint."""
 
     tune: TuneOptions = TuneOptions(
         epochs=200, lr=1e-3, weight_decay=1e-2, schedule="multistep", milestones=(0.5, 0.75)

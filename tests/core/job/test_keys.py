@@ -97,6 +97,15 @@ def test_files_and_functions_that_options_name_count(tmp_path: Path, program: gw
     assert first[1] != second[1]
 
 
+def test_files_that_a_pass_writes_do_not_count(tmp_path: Path, program: gw.Program) -> None:
+    """Else the run that wrote one would not find its own checkpoint again."""
+    passes = "passes: [{resize.neumeta: {width: 0.5, save: manifold}}]"
+    first = keys(tmp_path, program, "synthetic", passes=passes)
+    (tmp_path / "manifold").write_bytes(b"written by the run")
+    assert keys(tmp_path, program, "synthetic", passes=passes) == first
+    assert keys(tmp_path, program, "synthetic", passes=passes.replace("0.5", "0.75")) != first
+
+
 def test_the_seed_counts(tmp_path: Path, program: gw.Program) -> None:
     one, two = (keys(tmp_path, program, "synthetic", seed) for seed in (0, 1))
     assert not set(one) & set(two)
