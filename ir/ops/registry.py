@@ -46,6 +46,9 @@ class Op:
         samples: argument tuples that the tests run; awkward shapes included.
         macs: same arguments as fake tensors; multiply-accumulates of one call, an int or a
             symbolic size. None for an op that multiplies no matrices.
+
+    An op that writes into its arguments says so in its schema. It has no gradient, and its ONNX
+    face refuses: a graph of values has no place for it.
     """
 
     name: str
@@ -62,6 +65,11 @@ class Op:
         """The callable that stands in a graph, `torch.ops.graphwright.<name>.default`."""
         packet = getattr(getattr(torch.ops, NAMESPACE), self.name)
         return packet.default  # type: ignore[no-any-return]
+
+    @property
+    def writes(self) -> bool:
+        """Whether it writes into arguments."""
+        return bool(self.overload._schema.is_mutable)
 
     def load_kernel(self) -> Kernel:
         """The Triton face; imports triton."""
@@ -103,10 +111,12 @@ def declare(
     _LIBRARY.impl(name, functools.partial(_run, op), "CompositeExplicitAutograd")
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_fake(qualified, meta, lib=_LIBRARY)
+    OPS[name] = op
+    if op.writes:
+        return op.overload
     if backward is None:
         backward, setup_context = _backward_of(eager), _save_inputs
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
-    OPS[name] = op
     return op.overload
 
 

@@ -27,6 +27,7 @@ from graphwright.ir.kernels import (
     adapted_linear,
     attention,
     blocks,
+    cached_attention,
     codebook,
     codebook_linear,
     divisor_norm,
@@ -40,6 +41,7 @@ from graphwright.ir.kernels import (
     low_rank,
     norm,
     quantize,
+    quantize_cache,
     routed_low_rank,
     selective_scan,
     table,
@@ -194,6 +196,7 @@ def cases() -> Iterator[Case]:
     yield from int8_cases()
     yield from lookup_cases()
     yield from scan_cases()
+    yield from cache_cases()
     yield from dot_cases()
     yield from tile_cases()
     yield from adapter_cases()
@@ -244,6 +247,58 @@ def scan_cases() -> Iterator[Case]:
         selective_scan.carry_state_kernel,
         floats("fp32", "states", "decays", "starts") | sizes("count", "chunks"),
         {"BLOCK": 512},
+    )
+
+
+def cache_cases() -> Iterator[Case]:
+    """Attention over a cache: steps and prompts, floats and codes, whole rows and blocks."""
+    walked = sizes("tokens", "shared", "width", "block", "columns")
+    strides = sizes("row_stride", "head_stride", "token_stride")
+    whole = {"lengths": "*i32", "table": "*i32"}
+    for name, bits, rows, split, dtype in [
+        ("step", 0, 3, 8, "bf16"), ("prompt", 0, 4096, 1, "bf16"), ("step", 8, 4, 8, "fp16"),
+        ("prompt", 4, 4096, 1, "fp16"), ("step", 0, 3, 8, "fp32"),
+    ]:  # fmt: skip
+        codes = {0: dtype, 8: "i8", 4: "u8"}[bits]
+        compute = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[dtype]
+        count, slots, warps = cached_attention.tiles_for(rows, 128, compute)
+        paged, is_step = bits == 0, name == "step"
+        yield Case(
+            f"attend-{name}-{bits}-{dtype}",
+            cached_attention.attend_kernel,
+            floats(dtype, "q", "sinks", "y") | floats(codes, "keys", "values") | whole
+            | floats("fp32", "key_scale", "value_scale", "partial", "tops", "sums")
+            | walked | sizes("window", "groups") | strides | {"scale": "fp32", "softcap": "fp32"},
+            {"BITS": bits, "KEY_TOKEN": False, "VALUE_TOKEN": bits > 0, "PAGED": paged}
+            | {"WINDOW": is_step, "CAPPED": is_step, "HAS_SINK": is_step, "SPLIT": split}
+            | {"COMPUTE": compute, "PRECISION": "ieee" if dtype == "fp32" else "tf32"}
+            | {"ROWS": count, "SLOTS": slots, "DIM": 128},
+            warps=warps,
+            stages=2,
+        )  # fmt: skip
+    for bits, kind in [(0, "bf16"), (8, "i8"), (4, "u8")]:
+        yield Case(
+            f"append-{bits}-bf16",
+            cached_attention.append_kernel,
+            floats("bf16", "new") | floats(kind, "buffer") | floats("fp32", "scale") | whole
+            | walked | strides,
+            {"PAGED": True, "BITS": bits, "BY_TOKEN": bits == 8}
+            | {"EXACT": cached_attention.EXACT, "DIM": 128},
+            warps=1,
+        )  # fmt: skip
+    yield Case(
+        "combine-bf16",
+        cached_attention.combine_kernel,
+        floats("fp32", "partial", "tops", "sums") | floats("bf16", "sinks", "y")
+        | sizes("tokens", "groups", "shared", "width"),
+        {"HAS_SINK": True, "SPLIT": 16, "DIM": 128},
+    )  # fmt: skip
+    yield Case(
+        "quantize_cache-bf16",
+        quantize_cache.quantize_cache_kernel,
+        floats("bf16", "x", "y") | floats("fp32", "scale") | sizes("tokens", "heads", "width"),
+        {"BITS": 8, "BY_TOKEN": False, "EXACT": cached_attention.EXACT, "DIM": 128},
+        warps=1,
     )
 
 

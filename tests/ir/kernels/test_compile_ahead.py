@@ -81,6 +81,16 @@ def test_matrix_products_use_tensor_cores_and_pipelined_copies(
         assert record["async_copies"] > 0, record
 
 
+def test_attention_over_a_cache_uses_tensor_cores_but_for_exact_float32(
+    records: list[dict[str, Any]],
+) -> None:
+    found = [r for r in records if r["kernel"] == "attend_kernel"]
+    assert len(found) == 10
+    for record in found:
+        products = record["wgmma"] + record["mma"]
+        assert (products == 0) == record["name"].endswith("fp32"), record
+
+
 def test_one_token_is_bound_by_memory_not_by_instructions(records: list[dict[str, Any]]) -> None:
     counts = [r["per_weight"] for r in records if r["name"].startswith("int8_gemv")]
     assert len(counts) == 2
