@@ -104,7 +104,7 @@ def _packed(codes: Tensor) -> Tensor:
 
 
 def _unpacked(packed: Tensor) -> Tensor:
-    pair = torch.stack((packed & 15, packed >> 4), -1).flatten(-2).to(torch.int8)
+    pair: Tensor = torch.stack((packed & 15, packed >> 4), -1).flatten(-2).to(torch.int8)
     return pair - ((pair & 8) << 1)
 
 
