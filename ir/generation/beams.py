@@ -3,7 +3,7 @@
 Every prompt is searched by itself over the rows that its beams have in a runner. Of the best
 continuations of all beams, those that end go among the finished sequences, and the best others
 are followed. A prompt is done when no beam could beat its worst finished sequence at the length
-it has now (transformers' `early_stopping=False`).
+it has now, or with `early_stopping` once it has as many finished sequences as beams.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class Beams:
         width: beams that are followed.
         stops: number of stop tokens; so many more continuations are looked at.
         length_penalty: finished sequences compare by log-probability / length ** this.
+        early_stopping: see above.
         sequences: generated tokens of each beam, best first.
         scores: their log-probabilities, float32 [width].
         finished: (score, tokens) of sequences that ended, best first, at most `width`.
@@ -34,6 +35,7 @@ class Beams:
     width: int
     stops: int
     length_penalty: float
+    early_stopping: bool = False
     sequences: list[list[int]] = field(default_factory=list)
     scores: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     finished: list[tuple[float, list[int]]] = field(default_factory=list)
@@ -85,5 +87,7 @@ class Beams:
     def _cannot_improve(self, length: int) -> bool:
         if len(self.finished) < self.width:
             return False
+        if self.early_stopping:
+            return True
         best_running = float(self.scores[0]) / length**self.length_penalty
         return bool(best_running <= self.finished[-1][0])

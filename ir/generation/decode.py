@@ -11,6 +11,7 @@ import torch
 
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.generation.beams import Beams
+from graphwright.ir.generation.constraints import constrain, is_free
 from graphwright.ir.generation.sampling import choose, penalize, refuse_broken, streams_of
 from graphwright.ir.generation.session import Session
 from graphwright.ir.generation.settings import Settings
@@ -84,7 +85,7 @@ def generate_rows(
     while True:
         refuse_broken(logits, active)
         held = [session.tokens[row] for row in active]
-        scores = penalize(logits[active], held, settings.repetition_penalty)
+        scores = _processed(logits[active], held, settings, stops, limit, len(done[active[0]].ids))
         chosen = choose(scores, settings, [streams[row] for row in active] if streams else [])
         for row, token in zip(active, chosen, strict=True):
             session.tokens[row].append(token)
@@ -99,6 +100,18 @@ def generate_rows(
     for completion, writer in zip(done, writers, strict=False):
         completion.text = writer.close()
     return done
+
+
+def _processed(
+    scores: torch.Tensor, tokens: Sequence[Sequence[int]], settings: Settings, stops: Stops,
+    limit: int, new: int,
+) -> torch.Tensor:  # fmt: skip
+    """Scores after the repetition penalty and the constraints."""
+    scores = penalize(scores, tokens, settings.repetition_penalty)
+    if is_free(settings):
+        return scores
+    ids = sorted(stops.ids)
+    return constrain(scores, tokens, settings, new=new, limit=limit, stops=ids)
 
 
 def _take(
@@ -123,7 +136,10 @@ def search_beams(session: Session, settings: Settings, stops: Stops) -> list[Com
     width = settings.num_beams
     prompts = [list(tokens) for tokens in session.tokens]
     done = _completions(session)
-    searches = [Beams(width, len(stops.ids), settings.length_penalty) for _ in prompts]
+    searches = [
+        Beams(width, len(stops.ids), settings.length_penalty, settings.early_stopping)
+        for _ in prompts
+    ]
     logits = session.logits(range(len(prompts))).repeat_interleave(width, dim=0)
     session.reorder([row for row in range(len(prompts)) for _ in range(width)])
     first = 0.0
@@ -136,7 +152,8 @@ def search_beams(session: Session, settings: Settings, stops: Stops) -> list[Com
         rows = [at * width + beam for at in active for beam in range(width)]
         refuse_broken(logits, rows)
         scores = torch.log_softmax(logits, dim=-1)
-        scores = penalize(scores, session.tokens, settings.repetition_penalty)
+        generated = len(searches[active[0]].sequences[0])
+        scores = _processed(scores, session.tokens, settings, stops, limit, generated)
         order = list(range(len(session.tokens)))
         new: dict[int, int] = {}
         for at in active:

@@ -9,7 +9,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, ValidationError
 
 from graphwright.ir.errors import ArgumentError
-from graphwright.ir.options import Options, Rule
+from graphwright.ir.generation.constraints import Constraints
+from graphwright.ir.options import Rule
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 """Options that have a part in sampling alone."""
@@ -17,7 +18,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 _ANY_SAMPLING = f"any([name in given for name in {list(SAMPLING)}])"
 
 
-class Settings(Options):
+class Settings(Constraints):
     """Options of `generate`, named and meant as those of transformers."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
@@ -29,6 +30,8 @@ class Settings(Options):
              "num_return_sequences is {num_return_sequences}, and there are {num_beams} beams"),
         Rule("length_penalty", "num_beams > 1 or 'length_penalty' not in given",
              "length_penalty compares beams, and num_beams is 1"),
+        Rule("early_stopping", "num_beams > 1 or 'early_stopping' not in given",
+             "early_stopping ends beam search, and num_beams is 1"),
     )  # fmt: skip
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 512
@@ -64,6 +67,10 @@ class Settings(Options):
     length_penalty: float = 1.0
     """Beams are compared by log-probability / length ** length_penalty."""
 
+    early_stopping: bool = False
+    """Ends beam search once there are `num_beams` finished sequences, and not only when no other
+    could become better."""
+
     num_return_sequences: Annotated[int, Field(ge=1)] = 1
     """Sequences per prompt."""
 
@@ -77,8 +84,8 @@ class Settings(Options):
 
 
 _MEANT = {
-    "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams",
-    "length_penalty",
+    "do_sample", *SAMPLING, "repetition_penalty", "num_beams", "length_penalty", "early_stopping",
+    *Constraints.model_fields,
 }  # fmt: skip
 """Keys of generation_config.json that are defaults of ours."""
 
@@ -99,6 +106,8 @@ def resolve(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Settings:
         asked["stop"] = (asked["stop"],)
     settings = _checked(asked)
     own = {n: v for n, v in defaults.items() if n in _MEANT and v is not None and n not in asked}
+    if own.get("early_stopping") == "never":
+        del own["early_stopping"]
     if settings.do_sample is None:
         draws = any(name in asked for name in SAMPLING)
         if not draws and "num_beams" not in asked:
@@ -107,9 +116,9 @@ def resolve(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Settings:
     if asked.get("temperature") == 0.0:
         asked = {n: v for n, v in asked.items() if n not in SAMPLING}
         asked["do_sample"] = False
-    unmeant = ("num_beams", "length_penalty") if asked["do_sample"] else SAMPLING
-    if asked.get("num_beams", own.get("num_beams", 1)) == 1:
-        unmeant = (*unmeant, "length_penalty")
+    unmeant = ("num_beams",) if asked["do_sample"] else SAMPLING
+    if asked["do_sample"] or asked.get("num_beams", own.get("num_beams", 1)) == 1:
+        unmeant = (*unmeant, "length_penalty", "early_stopping")
     kept = {n: v for n, v in own.items() if n not in unmeant and n != "do_sample"}
     settings = _checked({**kept, **asked})
     if settings.num_return_sequences > 1 and settings.num_beams == 1 and not settings.samples:
@@ -132,13 +141,10 @@ def _checked(options: Mapping[str, Any]) -> Settings:
 
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,),
-    "encoder_repetition_penalty": (1.0,), "bad_words_ids": (), "force_words_ids": (),
-    "suppress_tokens": ([],), "begin_suppress_tokens": ([],), "sequence_bias": (),
-    "forced_bos_token_id": (), "forced_eos_token_id": (), "min_length": (0,),
-    "min_new_tokens": (0,), "typical_p": (1.0,), "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,),
-    "top_h": (), "exponential_decay_length_penalty": (), "stop_strings": (),
-    "early_stopping": (False,), "guidance_scale": (1.0,), "num_beam_groups": (1,),
+    "encoder_no_repeat_ngram_size": (0,), "encoder_repetition_penalty": (1.0,),
+    "force_words_ids": (), "sequence_bias": (), "typical_p": (1.0,), "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,), "top_h": (), "exponential_decay_length_penalty": (), "stop_strings": (),
+    "early_stopping": (False, True), "guidance_scale": (1.0,), "num_beam_groups": (1,),
     "penalty_alpha": (), "watermarking_config": (), "dola_layers": (),
     "prompt_lookup_num_tokens": (),
 }  # fmt: skip

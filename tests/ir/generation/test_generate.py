@@ -192,3 +192,37 @@ def test_a_batch_of_another_size_is_refused(net: Any) -> None:
     talk.append([[5], [6]])
     with pytest.raises(ArgumentError, match="holds 2 rows, and 3 prompts were given"):
         talk.append([[5], [6], [7]])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"no_repeat_ngram_size": 2},
+        {"bad_words_ids": [[7], [30, 8]], "suppress_tokens": [9, 11]},
+        {"min_new_tokens": 9},
+        {"min_length": 14},
+        {"forced_eos_token_id": 5},
+        {"begin_suppress_tokens": [40, 3, 12, 22]},
+        {"num_beams": 3, "early_stopping": True},
+        {"num_beams": 2, "no_repeat_ngram_size": 2, "min_new_tokens": 4, "forced_eos_token_id": 5},
+    ],
+)
+def test_constraints_are_transformers(net: Any, options: dict[str, Any]) -> None:
+    # a prompt that repeats itself, and one that comes to a stop token
+    prompts = [[5, 9, 11, 7, 5, 9], PROMPTS[2]]
+    eos = [theirs(net, PROMPTS[2], do_sample=False)[0][6]]
+    expected = [
+        without_pad(theirs(net, p, do_sample=False, eos_token_id=eos, **options)[0], eos)
+        for p in prompts
+    ]
+    model = model_of(net, eos)
+    assert ids_of(model.generate(prompts, max_new_tokens=12, **options)) == expected
+    width = options.get("num_beams", 1)
+    free = ids_of(model.generate(prompts, max_new_tokens=12, num_beams=width))
+    assert free != expected or "early_stopping" in options
+
+
+def test_the_token_behind_the_start_may_be_forced(net: Any) -> None:
+    options = {"forced_bos_token_id": 9, "begin_suppress_tokens": [9, 41]}
+    expected = theirs(net, [3], do_sample=False, **options)
+    assert ids_of(model_of(net).generate([3], max_new_tokens=12, **options)) == expected

@@ -116,8 +116,8 @@ def test_a_models_own_defaults_hold_where_the_call_says_nothing(
 
 
 def test_defaults_that_have_no_part_are_named() -> None:
-    defaults = {"no_repeat_ngram_size": 3, "min_length": 0, "bad_words_ids": [[5]], "top_k": 50}
-    assert unmet(defaults) == ["no_repeat_ngram_size = 3", "bad_words_ids = [[5]]"]
+    defaults = {"typical_p": 0.9, "epsilon_cutoff": 0.0, "force_words_ids": [[5]], "top_k": 50}
+    assert unmet(defaults) == ["typical_p = 0.9", "force_words_ids = [[5]]"]
 
 
 def test_a_wrong_option_is_named() -> None:
