@@ -227,11 +227,10 @@ class _Job:
     def _export(
         self, exports: list[Export], program: Program, staging: Path, loaded: LoadedModel
     ) -> list[dict[str, Any]]:
-        like = loaded.source if loaded.source.is_dir() else None
         rows = []
         for export in exports:
             with self.progress.stage(f"export {export.name}"):
-                notes = export.write(program, staging, like)
+                notes = export.write(program, staging, loaded.folder)
             for text in notes:
                 self.run.warn(f"export {export.name}: {text}")
             size = sum(file.stat().st_size for file in (staging / export.folder).iterdir())

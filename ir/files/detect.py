@@ -27,10 +27,10 @@ class Kind(Enum):
     SAFETENSORS_INDEX = "an index of safetensors shards"
     HUGGING_FACE = "a Hugging Face model folder"
     DIFFUSERS = "a diffusers model folder"
+    GGUF = "a GGUF file (llama.cpp)"
 
 
 _FOREIGN = (
-    (b"GGUF", 0, "a GGUF file (llama.cpp)"),
     (b"\x89HDF\r\n\x1a\n", 0, "an HDF5 file (Keras .h5 or the like)"),
     (b"TFL3", 4, "a TensorFlow Lite model"),
     (b"ORTM", 4, "an ONNX Runtime .ort model"),
@@ -43,7 +43,8 @@ _FOREIGN = (
 MAX_JSON = 64 << 20
 _LFS_POINTER = b"version https://git-lfs"
 _TAKEN = (
-    "Graphwright takes .pt2, TorchScript, torch.save files, safetensors and Hugging Face folders."
+    "Graphwright takes .pt2, TorchScript, torch.save files, safetensors, GGUF and Hugging Face "
+    "folders."
 )
 
 
@@ -70,6 +71,8 @@ def detect(path: Path) -> Kind:
         raise ModelError("the file is empty", where=str(path))
     if head.startswith(b"PK"):
         return _detect_zip(path)
+    if head.startswith(b"GGUF"):
+        return Kind.GGUF
     if head[:1] == b"\x80" and head[2:].startswith(LEGACY_MAGIC):
         return Kind.CHECKPOINT_OLD
     if _is_safetensors(head, size):

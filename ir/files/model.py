@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class LoadedModel:
         exported: the ExportedProgram of another's `.pt2` file, whose `module` is its module.
         inputs: what the file says about its inputs, by name: dtype, shape, example, range.
         tokenizer: folder of a text model's tokenizer.
+        made: a folder that was made for the files of a model that is one file; removed with this.
         change: what became of the stored dtype. `is_fixed` tells that the file holds a graph
             whose dtypes are fixed, so that the traced program has to be converted.
         warnings: what the user should know, one line each.
@@ -67,9 +69,17 @@ class LoadedModel:
     exported: ExportedProgram | None = None
     inputs: dict[str, dict[str, Any]] | None = None
     tokenizer: Path | None = None
+    made: TemporaryDirectory[str] | None = None
     change: Change = field(default_factory=Change)
     is_fixed: bool = False
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder with config.json and the tokenizer beside the weights, where there is one."""
+        if self.made is not None:
+            return Path(self.made.name)
+        return self.source if self.source.is_dir() else None
 
     def runner(
         self, signature: Signature, pinned: Mapping[str, Any] | None = None
@@ -113,7 +123,7 @@ def load_model(
 
     Args:
         source: `.pt2` (torch's or ours), TorchScript, torch.save file, safetensors or an index of
-            its shards, or a folder of transformers or diffusers.
+            its shards, GGUF, or a folder of transformers or diffusers.
         section: the spec's `model` section, or a mapping with its keys: `factory` and `kwargs` for
             files that hold weights only, `key` and `strip_prefix` for where in them, `dtype`.
         allow_pickle: open files that can run code. The user's word that their maker is trusted.
@@ -137,6 +147,8 @@ def load_model(
         parts = {"module": read_torchscript(path, allow_pickle=allow_pickle)}
     elif kind in (Kind.HUGGING_FACE, Kind.DIFFUSERS):
         parts = _load_folder(path, kind, wanted)
+    elif kind is Kind.GGUF:
+        parts = _load_gguf(path, wanted)
     elif kind in (Kind.SAFETENSORS, Kind.SAFETENSORS_INDEX):
         tensors = read_safetensors(path) if kind is Kind.SAFETENSORS else read_shards(path)
         parts = _fill(tensors, wanted, path)
@@ -155,7 +167,7 @@ def load_model(
 
 def _convert(parts: dict[str, Any], kind: Kind, choice: DtypeChoice, path: Path) -> list[str]:
     """Brings the model into the chosen dtype: a module now, a fixed graph once it is traced."""
-    if kind in (Kind.HUGGING_FACE, Kind.DIFFUSERS):
+    if kind in (Kind.HUGGING_FACE, Kind.DIFFUSERS, Kind.GGUF):
         # Built in the dtype asked for already; what the library keeps wider stays so where it runs.
         choice = replace(choice, asked=None)
     before: Change = parts.pop("change", Change())
@@ -231,6 +243,17 @@ def _load_folder(path: Path, kind: Kind, wanted: Wanted) -> dict[str, Any]:
     return {
         "module": module, "inputs": input_hints(module), "tokenizer": path, "warnings": notes,
         "change": change,
+    }  # fmt: skip
+
+
+def _load_gguf(path: Path, wanted: Wanted) -> dict[str, Any]:
+    from graphwright.ir.files.gguf.model import read_gguf
+    from graphwright.ir.files.hugging_face import input_hints
+
+    found = read_gguf(path, wanted.choice)
+    return {
+        "module": found.module, "inputs": input_hints(found.module), "warnings": found.notes,
+        "tokenizer": Path(found.folder.name), "made": found.folder, "change": found.change,
     }  # fmt: skip
 
 

@@ -70,7 +70,7 @@ class Wanted:
                 where=str(path),
                 fix="Take it out of the spec.",
             )
-        if self.strip_prefix is not None and kind in WITH_GRAPH:
+        if self.strip_prefix is not None and kind in (*WITH_GRAPH, Kind.GGUF):
             raise ModelError(
                 f"model.strip_prefix is for files of weights, and this is {kind.value}",
                 where=str(path),

@@ -48,6 +48,12 @@ def pack_codes(q: Tensor, bits: int) -> Tensor:
     """
     if bits < 8 and q.numel() and int(q.max()) >= 2**bits:
         raise ValueError(f"code {int(q.max())} does not fit {bits} bits")
+    if 8 % bits == 0:  # whole codes to a byte
+        each = 8 // bits
+        filled = torch.nn.functional.pad(q.to(torch.uint8), (0, -q.shape[-1] % each))
+        places = torch.arange(0, 8, bits, dtype=torch.uint8, device=q.device)
+        whole: Tensor = (filled.unflatten(-1, (-1, each)) << places).sum(-1, dtype=torch.uint8)
+        return whole
     shifts = torch.arange(bits, dtype=torch.uint8, device=q.device)
     string = ((q.to(torch.uint8).unsqueeze(-1) >> shifts) & 1).flatten(-2)
     size = packed_bytes(q.shape[-1], bits)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphwright.ir.files.coded.insert import Parts, is_linear, is_turned
+from graphwright.ir.files.coded.insert import Parts, is_linear, is_table, is_turned
 
 Build = Callable[[Mapping[str, Tensor]], nn.Module]
 """The library's own loading of a model from tensors by name."""
@@ -83,18 +83,17 @@ def _places(model: nn.Module, zeros: Mapping[str, Tensor]) -> dict[str, list[str
 
 def _put(model: nn.Module, parts: Parts, owner: str, names: list[str]) -> None:
     """Puts a weight in codes where the library put its zeros; as floats where no layer fits."""
-    for name in names:
-        path, _, attribute = name.rpartition(".")
-        module: Any = model.get_submodule(path)
-        if len(names) == 1 and attribute == "weight" and is_linear(module):
+    places = [name.rpartition(".") for name in names]
+    modules = [model.get_submodule(path) for path, _, _ in places]
+    odd = next((module for module, (_, _, attribute) in zip(modules, places, strict=True)
+                if attribute != "weight" or not (is_linear(module) or is_table(module))), None)  # fmt: skip
+    if odd is None:
+        for path, _, _ in places:
             parts.replace(model, path, owner)
-            return
-    why = "tied to another" if len(names) > 1 else f"a {type(module).__name__}, not a linear layer"
-    parts.hold_as_floats(owner, f"for the layer is {why}")
+        return
+    parts.hold_as_floats(owner, f"for a {type(odd).__name__} keeps no codes")
     value: nn.Parameter | None = None
-    for name in names:
-        path, _, attribute = name.rpartition(".")
-        module = model.get_submodule(path)
+    for module, (_, _, attribute) in zip(modules, places, strict=True):
         old: Tensor = getattr(module, attribute)
         if value is None:
             held = parts.value(owner, module, old.dtype).reshape(old.shape)

@@ -14,7 +14,7 @@ from graphwright.ir.stored.table import Table
 class Blocks:
     """Codes of few bits, groups of inputs sharing a scale and a zero point.
 
-    weight = (q - zero) * scale.
+    weight = (q - zero) * scale + rest.
 
     Attributes:
         q: (out, in) uint8.
@@ -24,6 +24,8 @@ class Blocks:
             The columns of `q` are in that order.
         bits: 2 to 8.
         block: inputs of a group.
+        rest: (out, groups) float32, what a block with a free minimum has beside the whole steps of
+            its scale; None for nothing.
     """
 
     q: Tensor
@@ -32,6 +34,7 @@ class Blocks:
     order: Tensor | None
     bits: int
     block: int
+    rest: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -82,7 +82,9 @@ class Parts:
         self._as_floats.setdefault(owner, why)
 
     def replace(self, module: nn.Module, path: str, owner: str) -> None:
-        """Puts a layer in codes in the place of a linear one.
+        """Puts a layer in codes in the place of a linear one, or of a table of embeddings.
+
+        Layers that the same weight is put into share its tensors.
 
         Raises:
             ModelError: it is of another size.
@@ -95,8 +97,16 @@ class Parts:
                 f"{owner!r} is {self.shape(owner)} in the file, {shape} in the module",
                 where=self.layout.where,
             )
-        new = self.layers[owner].to(old.weight.dtype)
-        new.bias = old.bias
+        held = self.layers[owner] = self.layers[owner].to(old.weight.dtype)
+        if not isinstance(held, CodedLinear):
+            turned = is_turned(old)  # else the very parameter, so that ties stay ties
+            old.weight = nn.Parameter(held.weight.t(), False) if turned else held.weight
+            return
+        new = held.twin()
+        if is_linear(old):
+            new.bias = old.bias
+        else:
+            new.row_dtype, new.row_factor = old.weight.dtype, row_factor(old)
         above, _, attribute = path.rpartition(".")
         setattr(module.get_submodule(above), attribute, new)
 
@@ -140,6 +150,23 @@ def is_linear(module: nn.Module | None) -> bool:
 def is_turned(module: nn.Module | None) -> bool:
     """Whether it is transformers' Conv1D, a linear layer whose weight is (in, out)."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_table(module: nn.Module | None) -> bool:
+    """Whether it looks rows up and does no more than multiply them by a number."""
+    if not isinstance(module, nn.Embedding) or module.max_norm is not None:
+        return False
+    plain = type(module).forward is nn.Embedding.forward
+    return plain or type(module).__name__.endswith("ScaledWordEmbedding")
+
+
+def row_factor(table: nn.Module) -> float:
+    """The number that a table's rows are multiplied by, in the precision of the rows."""
+    factor: Any = getattr(table, "embed_scale", 1.0)
+    if not isinstance(factor, Tensor):
+        return float(factor)
+    weight: Any = table.weight
+    return float(factor.to(weight.dtype))
 
 
 def fill_module(module: nn.Module, parts: Parts) -> list[str]:

@@ -1,7 +1,9 @@
-"""Linear layers whose weight stays in codes; their trace is what the quantize passes make."""
+"""Layers whose weight stays in codes; their trace is what the quantize passes make."""
 
 from __future__ import annotations
 
+import copy
+import functools
 from abc import ABC, abstractmethod
 
 import torch
@@ -18,10 +20,14 @@ ours = torch.ops.graphwright
 
 
 class CodedLinear(nn.Module, ABC):
-    """A linear layer whose weight is codes, rebuilt as the layer runs.
+    """A linear layer, or a table of embeddings, whose weight is codes, rebuilt as the layer runs.
 
     Scales keep the precision they are stored in: they are widened with the model, never narrowed,
-    and the rebuilt weight is cast to the dtype of the layer's inputs.
+    and the rebuilt weight is cast to the dtype of the layer's inputs, or of the table.
+
+    Attributes:
+        row_dtype: of the rows of a table; None for a linear layer.
+        row_factor: that the rows of a table are multiplied by.
     """
 
     bias: nn.Parameter | None
@@ -31,6 +37,8 @@ class CodedLinear(nn.Module, ABC):
         self.out_features, self.in_features = shape
         self.register_parameter("bias", None)
         self.rounding = rounding
+        self.row_dtype: torch.dtype | None = None
+        self.row_factor = 1.0
         self._scales: dict[str, torch.dtype] = {}
 
     @abstractmethod
@@ -43,13 +51,25 @@ class CodedLinear(nn.Module, ABC):
         return self.rebuilt()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) of the model's dtype; returns (..., out)."""
+        """x (..., in) of the model's dtype; returns (..., out).
+
+        Of a table: x (...) are numbers of rows; returns (..., in).
+        """
+        if self.row_dtype is not None:
+            rows = nn.functional.embedding(x, self.rebuilt().to(self.row_dtype))
+            return rows if self.row_factor == 1 else rows * self.row_factor
         if self.rounding is not None:
             x = self.rounding(x)
         weight = self.rebuilt()
         if weight.dtype != x.dtype:
             weight = weight.to(x.dtype)
         return nn.functional.linear(x, weight, self.bias)
+
+    def twin(self) -> CodedLinear:
+        """A layer of its own that shares the tensors of this one's weight."""
+        other = copy.copy(self)
+        other._buffers, other._parameters = dict(self._buffers), dict(self._parameters)
+        return other
 
     def keep_scale(self, name: str, value: Tensor) -> None:
         """Registers a tensor that is never narrowed below the dtype it is stored in."""
@@ -68,6 +88,16 @@ class CodedLinear(nn.Module, ABC):
         return self
 
 
+@functools.lru_cache(maxsize=64)
+def block_sums(block: int, columns: int) -> Tensor:
+    """(blocks, columns) float32: 1 where a column lies in a block, which sums the blocks of inputs.
+
+    One tensor for all layers of a size, which a trace sees as tied.
+    """
+    owner = torch.arange(columns) // block
+    return (torch.arange(-(-columns // block))[:, None] == owner).float()
+
+
 class BlocksLinear(CodedLinear):
     """The weight is `Blocks`; inputs are brought in the order of its columns."""
 
@@ -75,6 +105,7 @@ class BlocksLinear(CodedLinear):
     weight_codes: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
+    weight_rest: Tensor | None
 
     def __init__(self, form: Blocks, rounding: Rounding | None) -> None:
         super().__init__(form.shape, rounding)
@@ -87,13 +118,23 @@ class BlocksLinear(CodedLinear):
         self.register_buffer("weight_zero_point", zero)
         self.register_buffer("weight_order", form.order)
         self.bits, self.block = form.bits, form.block
+        if form.rest is None:
+            self.register_buffer("weight_rest", None)
+        else:
+            self.keep_scale("weight_rest", form.rest)
+            self.keep_scale("weight_blocks", block_sums(form.block, self.in_features))
 
     def rebuilt(self) -> Tensor:
         weight: Tensor = ours.dequantize_blocks(
             self.weight_codes, self.weight_scale, self.weight_zero_point, self.bits, self.block,
             self.in_features,
         )  # fmt: skip
-        return weight
+        if self.weight_rest is None:
+            return weight
+        corrected: Tensor = ours.add_low_rank(
+            weight, self.weight_rest, self.get_buffer("weight_blocks")
+        )
+        return corrected
 
     @property
     def weight(self) -> Tensor:

@@ -97,14 +97,20 @@ def test_weights_under_a_name_of_their_tool(sharded: bool, tmp_path: Path) -> No
     torch.testing.assert_close(module(IDS).logits, replaced(model, weights)(IDS).logits)
 
 
-def test_a_tied_table_becomes_floats(tmp_path: Path) -> None:
+def test_a_tied_table_stays_codes_and_tied(tmp_path: Path) -> None:
     model = saved(llama(tie_word_embeddings=True), tmp_path)
     weights = encode(tmp_path, lambda name: "embed" in name)
     found = load_model(tmp_path)
     assert found.module is not None
-    assert [w for w in found.warnings if "held as floats, for the layer is tied" in w]
-    assert found.module.lm_head.weight is found.module.model.embed_tokens.weight  # type: ignore[union-attr]
+    assert not [w for w in found.warnings if "held as floats" in w]
     torch.testing.assert_close(found.module(IDS).logits, replaced(model, weights)(IDS).logits)
+    program = gw.trace(found.module, (IDS,))
+    codes = [names for names in program.aliases.values() if names[0].endswith("weight_codes")]
+    assert [set(names) for names in codes] == [
+        {"lm_head.weight_codes", "model.embed_tokens.weight_codes"}
+    ]
+    dense = [tensor for tensor in program.state.values() if tuple(tensor.shape) == (50, 32)]
+    assert not dense
 
 
 def test_experts_that_the_library_merges_become_floats(tmp_path: Path) -> None:

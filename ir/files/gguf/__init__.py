@@ -1,0 +1,1 @@
+"""GGUF, the file of llama.cpp: reading it, its blocks, its models, and writing it."""

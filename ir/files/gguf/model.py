@@ -1,0 +1,172 @@
+"""The model of a GGUF file: configuration, weights as codes, tokenizer, all from the one file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphwright.ir.causes import innermost
+from graphwright.ir.errors import ModelError
+from graphwright.ir.files.coded.folder import load_coded
+from graphwright.ir.files.coded.insert import Parts
+from graphwright.ir.files.coded.layout import Layer, Layout
+from graphwright.ir.files.config_size import fits, refuse_counts
+from graphwright.ir.files.dtypes import Change, DtypeChoice
+from graphwright.ir.files.gguf.architectures import (
+    Placed,
+    architecture_of,
+    placed,
+    rotary_factors,
+)
+from graphwright.ir.files.gguf.blocks import form_of
+from graphwright.ir.files.gguf.configs import config_of
+from graphwright.ir.files.gguf.reader import GgufFile, Stored, read_gguf_file
+from graphwright.ir.files.gguf.tokenizer import write_tokenizer
+from graphwright.ir.files.pretrained import build_pretrained
+
+
+class GgufLayout(Layout):
+    """Matrices of a GGUF file in blocks, one tensor each."""
+
+    name = "GGUF"
+    parts = ("blocks",)
+
+    def __init__(self, stored: Mapping[str, Stored], where: str) -> None:
+        super().__init__({}, where)
+        self.stored = stored
+
+    def read(self, owner: str, parts: Mapping[str, Tensor]) -> Layer:
+        return Layer(form_of(self.stored[owner]))
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """A model, read.
+
+    Attributes:
+        module: of transformers, in eval mode; its matrices in blocks are `CodedLinear`s.
+        change: what became of the stored dtype.
+        folder: config.json, generation_config.json and the tokenizer, as in a folder of
+            transformers; removed with this object.
+        notes: what the user should know, a line each.
+    """
+
+    module: nn.Module
+    change: Change
+    folder: TemporaryDirectory[str]
+    notes: list[str]
+
+
+def read_gguf(path: Path, choice: DtypeChoice) -> GgufModel:
+    """The model of a file.
+
+    Args:
+        path: of the file.
+        choice: of the dtype. Matrices in blocks compute in float32 where none is asked for.
+
+    Raises:
+        ModelError: a damaged file, an architecture or a variant that is not read, tensors that are
+            missing or too many, or transformers is not installed.
+    """
+    file = read_gguf_file(path)
+    _refuse_part(file)
+    architecture = architecture_of(file)
+    config = config_of(file, architecture)
+    refuse_counts(config, path)
+    tensors = placed(file, (config["num_attention_heads"],
+                            config.get("num_key_value_heads", config["num_attention_heads"])))  # fmt: skip
+    stored = {torch.float32} if tensors.codes else {
+        tensor.dtype for tensor in tensors.floats.values() if tensor.dim() == 2
+    }  # fmt: skip
+    change = choice.decide(stored)
+    dtype = change.dtype or next(iter(stored), torch.float32)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    with fits({name: tensor.data for name, tensor in file.tensors.items()}, path):
+        module, notes = _built(path, config, tensors, dtype)
+    _divide_frequencies(module, rotary_factors(file), path)
+    folder = TemporaryDirectory(prefix="graphwright-gguf-")
+    _write_config(Path(folder.name), config, module)
+    notes += write_tokenizer(file, Path(folder.name), config["max_position_embeddings"])
+    return GgufModel(module, change, folder, notes)
+
+
+def _refuse_part(file: GgufFile) -> None:
+    count = file.entries.get("split.count", 1)
+    if isinstance(count, int) and count > 1:
+        raise ModelError(
+            f"this is one of {count} files of a model",
+            where=str(file.path),
+            fix="Join them with `llama-gguf-split --merge`.",
+        )
+
+
+def _built(
+    path: Path, config: dict[str, Any], tensors: Placed, dtype: torch.dtype
+) -> tuple[nn.Module, list[str]]:
+    """The module with the weights in it, and notes."""
+    transformers = _transformers(path)
+    where = str(path)
+    names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    try:
+        cls = getattr(transformers, names[config["model_type"]])
+        settings = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(config)
+        with torch.device("meta"):
+            blank = cls(settings)
+    except ModelError:
+        raise
+    except Exception as error:  # the library raises anything
+        raise ModelError(
+            "transformers builds no model of the file's metadata",
+            where=where,
+            details=(innermost(error),),
+        ) from error
+    config["architectures"] = [cls.__name__]
+    marks = {f"{owner}.blocks": stored.data for owner, stored in tensors.codes.items()}
+    parts = Parts({**tensors.floats, **marks}, GgufLayout(tensors.codes, where))
+    warnings: list[str] = []
+
+    def build(state: Mapping[str, Tensor]) -> nn.Module:
+        model, warnings[:] = build_pretrained(cls, path, state, config=settings, dtype=dtype)
+        return model
+
+    model = load_coded(parts, build, blank, dtype)
+    notes = parts.notes() if tensors.codes else []
+    return model.eval(), [*warnings, *notes]
+
+
+def _divide_frequencies(module: nn.Module, factors: Tensor | None, path: Path) -> None:
+    """Puts the file's own factors into the frequencies of the rotary embedding."""
+    if factors is None:
+        return
+    found = [part for part in module.modules() if isinstance(getattr(part, "inv_freq", None), Tensor)]
+    if not found or any(part.inv_freq.shape != factors.shape for part in found):
+        raise ModelError("rope_freqs.weight fits no rotary embedding of the model",
+                         where=str(path))  # fmt: skip
+    for part in found:
+        part.inv_freq = part.inv_freq / factors
+
+
+def _write_config(folder: Path, config: dict[str, Any], module: Any) -> None:
+    text = json.dumps(config, indent=2) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    if getattr(module, "generation_config", None) is not None:
+        module.generation_config.save_pretrained(str(folder))
+
+
+def _transformers(path: Path) -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ModelError(
+            "transformers is needed to read a GGUF file",
+            where=str(path),
+            fix="pip install 'graphwright[hub]'",
+        ) from error
+    return transformers
