@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from graphwright.ir.files.dtypes import Change, DtypeChoice, convert, float_dtyp
 from graphwright.ir.files.export_file import quiet, read_export
 from graphwright.ir.files.export_inputs import declared_inputs
 from graphwright.ir.files.factory import build_module
+from graphwright.ir.files.made import MadeFolder
 from graphwright.ir.files.nested import module_in, weights_in
 from graphwright.ir.files.safetensor_files import read_safetensors, read_shards, shards_of
 from graphwright.ir.files.size_expressions import is_plain_guard
@@ -69,7 +69,7 @@ class LoadedModel:
     exported: ExportedProgram | None = None
     inputs: dict[str, dict[str, Any]] | None = None
     tokenizer: Path | None = None
-    made: TemporaryDirectory[str] | None = None
+    made: MadeFolder | None = None
     change: Change = field(default_factory=Change)
     is_fixed: bool = False
     warnings: list[str] = field(default_factory=list)
@@ -78,7 +78,7 @@ class LoadedModel:
     def folder(self) -> Path | None:
         """The folder with config.json and the tokenizer beside the weights, where there is one."""
         if self.made is not None:
-            return Path(self.made.name)
+            return self.made.path
         return self.source if self.source.is_dir() else None
 
     def runner(
@@ -253,7 +253,7 @@ def _load_gguf(path: Path, wanted: Wanted) -> dict[str, Any]:
     found = read_gguf(path, wanted.choice)
     return {
         "module": found.module, "inputs": input_hints(found.module), "warnings": found.notes,
-        "tokenizer": Path(found.folder.name), "made": found.folder, "change": found.change,
+        "tokenizer": found.folder.path, "made": found.folder, "change": found.change,
     }  # fmt: skip
 
 

@@ -20,6 +20,10 @@ from graphwright.ir.errors import ModelError
 from graphwright.ir.files.coded.forms import Blocks, Expanded, Form
 from graphwright.ir.files.gguf.reader import Stored
 
+MOST_SUMMED = 1 << 27
+"""Columns times blocks of a weight whose blocks have a minimum: the size of the matrix of ones that
+sums the blocks of its inputs. A short file with one long row must not ask for all memory."""
+
 
 @dataclass(frozen=True)
 class Affine:
@@ -80,7 +84,12 @@ def form_of(stored: Stored) -> Form:
         zero = None if middle else torch.full(scale.shape, parts.zero, dtype=torch.uint8)
         return Blocks(codes, scale, zero, None, bits, block)
     zero, rest = split_minimum(scale, parts.minimum.reshape(scale.shape), bits)
-    return Blocks(codes, scale, zero, None, bits, block, rest if bool(rest.any()) else None)
+    if not bool(rest.any()):
+        return Blocks(codes, scale, zero, None, bits, block)
+    if columns * scale.shape[1] > MOST_SUMMED:
+        wide = (codes.unflatten(1, (-1, block)) - zero.unsqueeze(-1).float()) * scale.unsqueeze(-1)
+        return Expanded((wide + rest.unsqueeze(-1)).flatten(1), f"{name} in rows so long")
+    return Blocks(codes, scale, zero, None, bits, block, rest)
 
 
 def split_minimum(scale: Tensor, minimum: Tensor, bits: int) -> tuple[Tensor, Tensor]:

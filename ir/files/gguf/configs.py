@@ -39,7 +39,11 @@ class Metadata:
             ModelError: it is missing or something else.
         """
         found = self._entry(name, default)
-        if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
+        if (
+            isinstance(found, bool)
+            or not isinstance(found, int | float)
+            or not math.isfinite(found)
+        ):
             raise self.wrong(name, "a number")
         return float(found)
 

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from graphwright.ir.files.gguf.blocks import form_of
 from graphwright.ir.files.gguf.configs import config_of
 from graphwright.ir.files.gguf.reader import GgufFile, Stored, read_gguf_file
 from graphwright.ir.files.gguf.tokenizer import write_tokenizer
+from graphwright.ir.files.made import MadeFolder
 from graphwright.ir.files.pretrained import build_pretrained
 
 
@@ -60,7 +60,7 @@ class GgufModel:
 
     module: nn.Module
     change: Change
-    folder: TemporaryDirectory[str]
+    folder: MadeFolder
     notes: list[str]
 
 
@@ -91,9 +91,9 @@ def read_gguf(path: Path, choice: DtypeChoice) -> GgufModel:
     with fits({name: tensor.data for name, tensor in file.tensors.items()}, path):
         module, notes = _built(path, config, tensors, dtype)
     _divide_frequencies(module, rotary_factors(file), path)
-    folder = TemporaryDirectory(prefix="graphwright-gguf-")
-    _write_config(Path(folder.name), config, module)
-    notes += write_tokenizer(file, Path(folder.name), config["max_position_embeddings"])
+    folder = MadeFolder()
+    _write_config(folder.path, config, module)
+    notes += write_tokenizer(file, folder.path, config["max_position_embeddings"])
     return GgufModel(module, change, folder, notes)
 
 
@@ -145,7 +145,9 @@ def _divide_frequencies(module: nn.Module, factors: Tensor | None, path: Path) -
     """Puts the file's own factors into the frequencies of the rotary embedding."""
     if factors is None:
         return
-    found = [part for part in module.modules() if isinstance(getattr(part, "inv_freq", None), Tensor)]
+    found = [
+        part for part in module.modules() if isinstance(getattr(part, "inv_freq", None), Tensor)
+    ]
     if not found or any(part.inv_freq.shape != factors.shape for part in found):
         raise ModelError("rope_freqs.weight fits no rotary embedding of the model",
                          where=str(path))  # fmt: skip

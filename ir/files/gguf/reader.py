@@ -260,5 +260,3 @@ def _mapped(
         if begin < end:
             raise reader.wrong(f"lets {name!r} and {other!r} overlap")
     return found
-
-

@@ -81,6 +81,14 @@ def test_a_minimum_of_whole_steps_is_a_zero_point() -> None:
     assert form.zero.tolist() == [[3], [3]]
 
 
+def test_rows_too_long_to_sum_their_blocks_become_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = random_blocks("Q4_K", 2, 512)
+    monkeypatch.setattr("graphwright.ir.files.gguf.blocks.MOST_SUMMED", 512 * 15)
+    form = form_of(stored)
+    assert isinstance(form, Expanded)
+    torch.testing.assert_close(form.weight, reference(stored), rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", ["F32", "F16", "BF16"])
 def test_floats_are_views(name: str) -> None:
     data = torch.randint(0, 120, (3, 4 * TYPES[NUMBERS[name]].size), dtype=torch.uint8)
