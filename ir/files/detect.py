@@ -71,12 +71,9 @@ def detect(path: Path) -> Kind:
         raise ModelError("the file is empty", where=str(path))
     if head.startswith(b"PK"):
         return _detect_zip(path)
-    if head.startswith(b"GGUF"):
-        return Kind.GGUF
-    if head[:1] == b"\x80" and head[2:].startswith(LEGACY_MAGIC):
-        return Kind.CHECKPOINT_OLD
-    if _is_safetensors(head, size):
-        return Kind.SAFETENSORS
+    by_head = _by_head(head)
+    if by_head is not None:
+        return by_head
     _refuse_foreign(path, head)
     if head[:1] == b"\x80" and len(head) > 1 and 2 <= head[1] <= 5:
         return Kind.PICKLE
@@ -87,6 +84,15 @@ def detect(path: Path) -> Kind:
     if _is_onnx(path, size):
         raise _foreign(path, "an ONNX model")
     raise ModelError("this is no model file we know", where=str(path), fix=_TAKEN)
+
+
+def _by_head(head: bytes) -> Kind | None:
+    """Kind of a file that its first bytes tell."""
+    if head.startswith(b"GGUF"):
+        return Kind.GGUF
+    if head[:1] == b"\x80" and head[2:].startswith(LEGACY_MAGIC):
+        return Kind.CHECKPOINT_OLD
+    return Kind.SAFETENSORS if _is_safetensors(head) else None
 
 
 def _foreign(path: Path, what: str) -> ModelError:
@@ -109,7 +115,7 @@ def _refuse_foreign(path: Path, head: bytes) -> None:
             raise _foreign(path, what)
 
 
-def _is_safetensors(head: bytes, size: int) -> bool:
+def _is_safetensors(head: bytes) -> bool:
     if len(head) < 10 or head[8:9] != b"{":
         return False
     (length,) = struct.unpack("<Q", head[:8])

@@ -69,7 +69,7 @@ LIES: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: file_of((entry("a", ARRAY, struct.pack("<IQ", U64, 1 << 62)),)), "ends inside"),
     "arrays of arrays": (
         lambda: file_of((entry("a", ARRAY, struct.pack("<IQ", ARRAY, 1)),)), "array of arrays"),
-    "an entry twice": (lambda: file_of((entry("a", U8, b"1"), entry("a", U8, b"2"))), "two entries"),
+    "an entry twice": (lambda: file_of((entry("a", U8, b"1"),) * 2), "two entries"),
     "a tensor twice": (
         lambda: file_of((), (tensor("x", (1,), 0, 0), tensor("x", (1,), 0, 32)), bytes(64)),
         "two tensors"),
@@ -126,8 +126,7 @@ def test_mutations_are_refused_or_read_within_the_file(tmp_path: Path) -> None:
                 assert stored.data.numel() <= len(data)
                 if values_of(stored) is None and len(stored.shape) == 2:
                     form_of(stored)
-        except ModelError as error:
-            assert error.message
+        except ModelError:
             refused += 1
     assert 600 < refused < 2500
     assert time.monotonic() - start < 40

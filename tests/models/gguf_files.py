@@ -63,7 +63,7 @@ def write(
         model: of transformers.
         name: its kind.
         path: of the file.
-        encode: type of the matrices of a tensor's name: a name of the gguf package's; F32 if left out.
+        encode: type of a matrix by its tensor's name; F32 when left out.
         more: further entries, by their name below the architecture.
     """
     import gguf

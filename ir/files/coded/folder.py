@@ -84,12 +84,13 @@ def _put(model: nn.Module, parts: Parts, owner: str, names: list[str]) -> None:
     """Puts a weight in codes where the library put its zeros; as floats where no layer fits."""
     places = [name.rpartition(".") for name in names]
     modules = [model.get_submodule(path) for path, _, _ in places]
-    odd = next((module for module, (_, _, attribute) in zip(modules, places, strict=True)
-                if attribute != "weight" or not (is_linear(module) or is_table(module))), None)  # fmt: skip
-    if odd is None:
+    fits = [attribute == "weight" and (is_linear(module) or is_table(module))
+            for module, (_, _, attribute) in zip(modules, places, strict=True)]  # fmt: skip
+    if all(fits):
         for path, _, _ in places:
             parts.replace(model, path, owner)
         return
+    odd = modules[fits.index(False)]
     parts.hold_as_floats(owner, f"for a {type(odd).__name__} keeps no codes")
     value: nn.Parameter | None = None
     for module, (_, _, attribute) in zip(modules, places, strict=True):

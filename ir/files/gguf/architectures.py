@@ -196,7 +196,7 @@ def _place(architecture: Architecture, name: str, file: GgufFile) -> tuple[str, 
 
 
 def _unrotated(stored: Stored, heads: int, name: str, file: GgufFile) -> Stored:
-    """Rows in transformers' order: those of a head's first halves of pairs, then the second ones."""
+    """Rows in transformers' order: of every head the first ones of all pairs, then the second."""
     is_vector = len(stored.shape) == 1
     rows = stored.data.reshape(-1, stored.type.size) if is_vector else stored.data
     if len(rows) % (2 * heads):

@@ -39,11 +39,8 @@ class Metadata:
             ModelError: it is missing or something else.
         """
         found = self._entry(name, default)
-        if (
-            isinstance(found, bool)
-            or not isinstance(found, int | float)
-            or not math.isfinite(found)
-        ):
+        is_number = isinstance(found, int | float) and not isinstance(found, bool)
+        if not is_number or not math.isfinite(found):
             raise self.wrong(name, "a number")
         return float(found)
 
@@ -122,7 +119,8 @@ def config_of(file: GgufFile, architecture: Architecture) -> dict[str, Any]:
 
 def tokens_of(file: GgufFile) -> dict[str, Any]:
     """The numbers of special tokens; all that end an answer under `eos_token_id`."""
-    entries, found = file.entries, {}
+    entries = file.entries
+    found: dict[str, Any] = {}
     for name, key in (("bos", "bos"), ("pad", "padding")):
         value = entries.get(f"tokenizer.ggml.{key}_token_id")
         found[f"{name}_token_id"] = value if isinstance(value, int) else None

@@ -80,8 +80,8 @@ def read_gguf(path: Path, choice: DtypeChoice) -> GgufModel:
     architecture = architecture_of(file)
     config = config_of(file, architecture)
     refuse_counts(config, path)
-    tensors = placed(file, (config["num_attention_heads"],
-                            config.get("num_key_value_heads", config["num_attention_heads"])))  # fmt: skip
+    heads = config["num_attention_heads"]
+    tensors = placed(file, (heads, config.get("num_key_value_heads", heads)))
     stored = {torch.float32} if tensors.codes else {
         tensor.dtype for tensor in tensors.floats.values() if tensor.dim() == 2
     }  # fmt: skip
@@ -145,9 +145,8 @@ def _divide_frequencies(module: nn.Module, factors: Tensor | None, path: Path) -
     """Puts the file's own factors into the frequencies of the rotary embedding."""
     if factors is None:
         return
-    found = [
-        part for part in module.modules() if isinstance(getattr(part, "inv_freq", None), Tensor)
-    ]
+    parts: list[Any] = list(module.modules())
+    found = [part for part in parts if isinstance(getattr(part, "inv_freq", None), Tensor)]
     if not found or any(part.inv_freq.shape != factors.shape for part in found):
         raise ModelError("rope_freqs.weight fits no rotary embedding of the model",
                          where=str(path))  # fmt: skip

@@ -15,6 +15,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ class _Reader:
     def __init__(self, path: Path, data: Tensor) -> None:
         self.path = path
         self.data = data
-        self.view = memoryview(data.numpy())
+        self.view = memoryview(data.numpy().data)
         self.size = len(self.view)
         self.at = 0
         self.strings = 0
@@ -216,8 +217,10 @@ class _Reader:
     def type(self, name: str, number: int, sizes: list[int]) -> TensorType:
         kind = TYPES.get(number)
         if kind is None:
-            raise self.wrong(f"stores {name!r} in a type that is not known, number {number}",
-                             "Convert the model to a common type, such as Q4_K or Q8_0.")  # fmt: skip
+            raise self.wrong(
+                f"stores {name!r} in a type that is not known, number {number}",
+                "Convert the model to a common type, such as Q4_K or Q8_0.",
+            )
         total = 1
         for size in sizes:
             total *= size
@@ -256,7 +259,7 @@ def _mapped(
         data = reader.data[start + offset : start + end].view(rows, row)
         found[name] = Stored(kind, shape, data)
     taken.sort()
-    for (_, end, name), (begin, _, other) in zip(taken, taken[1:], strict=False):
+    for (_, end, name), (begin, _, other) in pairwise(taken):
         if begin < end:
             raise reader.wrong(f"lets {name!r} and {other!r} overlap")
     return found

@@ -47,10 +47,10 @@ def write_tokenizer(file: GgufFile, folder: Path, context: int) -> list[str]:
 
 def _tokenizer(file: GgufFile, context: int) -> Any:
     from transformers import PreTrainedTokenizerFast
-    from transformers.integrations.gguf import convert_gguf_tokenizer
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
 
-    parts = {ours: _plain(file.entries[f"tokenizer.ggml.{name}"])
-             for name, ours in _PARTS.items() if f"tokenizer.ggml.{name}" in file.entries}  # fmt: skip
+    entries = {ours: file.entries.get(f"tokenizer.ggml.{name}") for name, ours in _PARTS.items()}
+    parts = {name: _plain(value) for name, value in entries.items() if value is not None}
     backend, _ = convert_gguf_tokenizer(file.architecture, parts)
     tokens = parts["tokens"]
     given: dict[str, Any] = {"model_max_length": context}

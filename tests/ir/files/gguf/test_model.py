@@ -156,8 +156,8 @@ def test_what_is_no_tensor_of_the_architecture_is_refused(tmp_path: Path) -> Non
     path = write(tiny("llama"), "llama", tmp_path / "model.gguf")
     data = path.read_bytes()
     path.write_bytes(data.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_up.werght"))
-    with pytest.raises(ModelError, match="'blk.1.ffn_up.werght' has no place"):
+    with pytest.raises(ModelError, match=r"ffn_up.werght. has no place"):
         load_model(path)
     path.write_bytes(data.replace(b"general.architecture", b"general.architecturf"))
-    with pytest.raises(ModelError, match="architecture ''.*are not read|of the architecture ''"):
+    with pytest.raises(ModelError, match="of the architecture '' are not read"):
         load_model(path)
