@@ -16,9 +16,12 @@ from graphwright.backends.base import Artifact, Compiled
 from graphwright.backends.onnxruntime.adapters import Switch, write_adapter
 from graphwright.backends.onnxruntime.runtime import SessionSettings, open_session, run_session
 from graphwright.backends.onnxruntime.saved import read_record
+from graphwright.backends.onnxruntime.shared_cache import SharedCacheRunner, has_all_logits
 from graphwright.ir.atomic import replacing, write_atomically
 from graphwright.ir.causes import innermost
 from graphwright.ir.errors import ArgumentError, GraphwrightError, ModelError
+from graphwright.ir.generation.record import Generation
+from graphwright.ir.generation.runner import Runner
 from graphwright.ir.program import bind_inputs
 from graphwright.ir.signature import Signature, rebuild
 
@@ -38,6 +41,8 @@ class OnnxCompiled(Compiled):
         signature: inputs, outputs and structure, as the program's.
         session: ONNX Runtime's session.
         switch: the adapters that it takes; None where it takes none.
+        generation: the record of a decoder with a cache; None for others.
+        shares_cache: whether past and present may be one buffer.
         shipped: adapters that `save` writes beside the model, by name.
     """
 
@@ -53,6 +58,8 @@ class OnnxCompiled(Compiled):
     ) -> None:
         super().__init__(notes)
         self.switch: Switch | None = None
+        self.generation: Generation | None = None
+        self.shares_cache = False
         self.shipped: Mapping[str, Mapping[str, Any]] = {}
         self._run_options: onnxruntime.RunOptions | None = None
         self.model = model
@@ -90,6 +97,20 @@ class OnnxCompiled(Compiled):
                                 fix="Lower it with `adapters: switchable`.")  # fmt: skip
         self._run_options = self.switch.options(Path(path))
 
+    def runner(self) -> Runner:
+        """Runs the decoder over a cache of its own; every runner shares this session.
+
+        Raises:
+            ArgumentError: the model has no cache.
+        """
+        if self.generation is None:
+            raise ArgumentError(
+                "this artifact has no cache, and does not generate",
+                fix="Lower a model that was loaded with `task: generation`.",
+            )
+        has_all = has_all_logits(self.signature, self.generation)
+        return SharedCacheRunner(self.session, self.generation, has_all)
+
     def save(self, folder: str | Path) -> Artifact:
         """Writes `model.onnx` (and `model.onnx.data` when the weights are large)."""
         folder = Path(folder)
@@ -117,7 +138,7 @@ def load(path: str | Path, settings: SessionSettings | None = None) -> OnnxCompi
     """
     path = Path(path)
     path = path / FILE if path.is_dir() else path
-    signature, switch = read_record(path)
+    record = read_record(path)
     try:
         session = open_session(path, settings or SessionSettings())
     except GraphwrightError:
@@ -126,6 +147,7 @@ def load(path: str | Path, settings: SessionSettings | None = None) -> OnnxCompi
         raise ModelError(
             "ONNX Runtime cannot open this artifact", where=str(path), details=(innermost(error),)
         ) from error
-    compiled = OnnxCompiled(path, signature, session, {})
-    compiled.switch = switch
+    compiled = OnnxCompiled(path, record.signature, session, {})
+    compiled.switch = record.switch
+    compiled.generation, compiled.shares_cache = record.generation, record.shares_cache
     return compiled

@@ -10,7 +10,11 @@ from torch import Tensor, fx
 
 from graphwright.backends.onnxruntime.check import Differs, is_as_near
 from graphwright.backends.onnxruntime.emitter import Untranslatable
-from graphwright.backends.onnxruntime.runtime import SessionSettings, open_session
+from graphwright.backends.onnxruntime.runtime import (
+    SessionSettings,
+    feeds_for,
+    open_session,
+)
 from graphwright.backends.onnxruntime.translate import translate_with_values
 from graphwright.ir.causes import innermost
 from graphwright.ir.check.fidelity import compare
@@ -73,13 +77,9 @@ def first_differing_node(
             model.graph.outputs.append(value)
     try:
         session = open_session(ir.to_proto(model).SerializeToString(), settings)
-        feeds = {
-            spec.name: tensor.detach().cpu().numpy()
-            for spec, tensor in zip(program.signature.inputs, inputs, strict=True)
-        }
-        needed = {item.name for item in session.get_inputs()}
+        feeds = feeds_for(session, program.signature, inputs)
         order = [str(value.name) for value in model.graph.outputs]
-        arrays = session.run(order, {k: v for k, v in feeds.items() if k in needed})
+        arrays = session.run(order, feeds)
     except Exception as error:
         return f"ONNX Runtime says: {innermost(error)}"
     actual = dict(zip(order, map(torch.from_numpy, arrays), strict=True))

@@ -258,6 +258,10 @@ class Emitter:
         elif isinstance(fake, torch.SymFloat):
             self.numbers[fake.node.expr] = self.cast(flat, dtype, torch.float64)
 
+    def let(self, size: Any, value: ir.Value) -> None:
+        """Where a size is read from here on: a 1-D int64 value with one element."""
+        self._sizes[size] = value
+
     def size(self, size: Any) -> ir.Value:
         """A size as a 1-D int64 value with one element."""
         expr = expression(size)

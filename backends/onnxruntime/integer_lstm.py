@@ -23,7 +23,11 @@ from graphwright.backends.onnxruntime.aten.recurrent import CODES_KEY
 from graphwright.backends.onnxruntime.attempt import Attempt
 from graphwright.backends.onnxruntime.check import Case, Differs
 from graphwright.backends.onnxruntime.integer import codes_name, quantized_layers
-from graphwright.backends.onnxruntime.runtime import SessionSettings, open_session
+from graphwright.backends.onnxruntime.runtime import (
+    SessionSettings,
+    feeds_for,
+    open_session,
+)
 from graphwright.ir.program import Program
 
 NEAR = 0.1
@@ -193,13 +197,9 @@ def check_rounded(
     shown = _with_taps(model, rounded)
     # Several threads round their parts of a batch between the extremes of each part.
     session = open_session(shown, replace(settings, threads=1))
-    feeds = {
-        spec.name: tensor.detach().cpu().contiguous().numpy()
-        for spec, tensor in zip(program.signature.inputs, inputs, strict=True)
-    }
-    needed = {item.name for item in session.get_inputs()}
+    feeds = feeds_for(session, program.signature, inputs)
     names = [item.name for item in session.get_outputs()]
-    arrays = session.run(names, {k: v for k, v in feeds.items() if k in needed})
+    arrays = session.run(names, feeds)
     values: dict[str, Any] = {**feeds, **dict(zip(names, arrays, strict=True))}
     for name, value in model.graph.initializers.items():
         if name not in values and value.const_value is not None:

@@ -13,6 +13,7 @@ import onnxruntime
 import torch
 
 from graphwright.backends.onnxruntime.attempt import Attempt, Outputs, quantizers
+from graphwright.backends.onnxruntime.cached_cases import cached_cases
 from graphwright.backends.onnxruntime.check import (
     Case,
     Differs,
@@ -29,6 +30,7 @@ from graphwright.backends.onnxruntime.integer import integer_kernels, quantized_
 from graphwright.backends.onnxruntime.integer_lstm import to_integers
 from graphwright.backends.onnxruntime.optimized import OptimizedGraph
 from graphwright.backends.onnxruntime.options import OnnxRuntimeOptions
+from graphwright.backends.onnxruntime.ragged import check_rows
 from graphwright.backends.onnxruntime.rounded import raise_level
 from graphwright.backends.onnxruntime.runtime import SessionSettings, open_and_count, run_session
 from graphwright.backends.onnxruntime.sparse import store_sparse
@@ -42,6 +44,7 @@ from graphwright.ir.causes import innermost
 from graphwright.ir.check.exact import SMALL_MULTIPLE
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import LoweringError
+from graphwright.ir.generation.record import Generation
 from graphwright.ir.lack import raise_lack
 from graphwright.ir.program import Program
 
@@ -67,9 +70,16 @@ class Job:
         self.folder = folder
         self.settings = SessionSettings(options.provider, options.threads, EXACT)
         self.settings.providers()
-        self.cases: list[Case] = [*check_cases(self.program), *drawn_cases(self.program)]
+        self.generation = Generation.of(program)
+        self.cases = self._cases()
         self.bound = tolerance_for(program, options.tolerance)
         self.quantized = quantized_layers(program)
+
+    def _cases(self) -> list[Case]:
+        if self.generation is None or not self.generation.layers:
+            return [*check_cases(self.program), *drawn_cases(self.program)]
+        cases = cached_cases(self.program, self.generation)
+        return [*cases, *drawn_cases(self.program.replace(examples=cases[0].inputs))]
 
     def best(self, steps: list[Step]) -> tuple[Attempt, dict[str, str]]:
         """The model with as many steps as work, and the reason for each that does not.
@@ -98,6 +108,7 @@ class Job:
             model = self._translate(made)
             self._check_size(model)
             self._check(model, made)
+            check_rows(self.program, made, self.bound)
             self._round_activations(model, made)
         return made
 
@@ -110,8 +121,8 @@ class Job:
         except Exception as error:
             raise_lack(error)
             raise Differs(f"step {step.name} failed: {error!r}") from error
+        made.program = program
         if count:
-            made.program = program
             made.applied[step.name] = made.applied.get(step.name, 0) + count
         return Editor(made.program, by="lower") if editor.changed else editor
 

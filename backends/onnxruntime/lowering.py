@@ -14,16 +14,20 @@ from graphwright.backends.onnxruntime.adapters import (
     switchable,
     without_rank,
 )
+from graphwright.backends.onnxruntime.cache import cache_notes
 from graphwright.backends.onnxruntime.compiled import FILE, OnnxCompiled, load
 from graphwright.backends.onnxruntime.job import Job
 from graphwright.backends.onnxruntime.options import OnnxRuntimeOptions
 from graphwright.backends.onnxruntime.smallest import from_two, too_small
 from graphwright.backends.onnxruntime.steps.blocks import FORMS_FACT
+from graphwright.backends.onnxruntime.steps.cached_attention import CACHE_FACT
 from graphwright.backends.onnxruntime.steps.catalog import STEPS
 from graphwright.backends.onnxruntime.steps.leftovers import leftovers, rebuilt_warnings
 from graphwright.backends.onnxruntime.ties import decided_by_ties
 from graphwright.ir.adapters.record import adapters
 from graphwright.ir.context import Context
+from graphwright.ir.generation.last_logits import last_logits
+from graphwright.ir.generation.record import Generation
 from graphwright.ir.graph.arrange import arranged
 from graphwright.ir.program import Program
 
@@ -58,6 +62,7 @@ class Lowering(Backend):
         options: OnnxRuntimeOptions = self.options
         if options.adapters == "switchable" and FACT not in program.facts:
             return self._switchable(program, context)
+        program, cut = self._asked_logits(program)
         program = arranged(program)  # one program, one file, whatever it went through
         job = Job(program, options, TemporaryDirectory())
         steps = [step for step in STEPS if step.name not in options.skip]
@@ -67,7 +72,8 @@ class Lowering(Backend):
             job.folder.cleanup()
             raise
         assert attempt.session is not None
-        wrong = too_small(job.program, job.judge(attempt))
+        is_cached = job.generation is not None  # whose cases have every smallest size
+        wrong = {} if is_cached else too_small(job.program, job.judge(attempt))
         if wrong:
             job.folder.cleanup()
             return self._from_two(program, wrong, context)
@@ -97,13 +103,24 @@ class Lowering(Backend):
         ties = decided_by_ties(program, job.program, job.bound)
         if ties:
             notes["ties"] = ties
+        if job.generation is not None:
+            notes["cache"] = cache_notes(attempt.program, cut)
         notes["warnings"] = _warnings(notes)
         keep = job.folder if isinstance(attempt.model, Path) else None
         if keep is None:
             job.folder.cleanup()
         compiled = OnnxCompiled(attempt.model, program.signature, attempt.session, notes, keep)
         compiled.defaults = program.initial_state()
+        compiled.generation = Generation.of(attempt.program)
+        compiled.shares_cache = CACHE_FACT in attempt.program.facts
         return compiled
+
+    def _asked_logits(self, program: Program) -> tuple[Program, str]:
+        """The program with the logits that are asked for, and which it has; empty without any."""
+        if Generation.of(program) is None:
+            return program, ""
+        cut = last_logits(program) if self.options.logits == "last" else None
+        return (program, "all") if cut is None else (cut, "last")
 
     def _switchable(self, program: Program, context: Context) -> OnnxCompiled:
         """The model whose adapter's factors are inputs, with the adapter as it is for default."""
@@ -138,6 +155,10 @@ def _warnings(notes: dict[str, Any]) -> list[str]:
     found += rebuilt_warnings(notes["left"])
     if "why" in notes.get("lstms", {}):
         found.append(f"LSTMs with int8 weights are computed in float: {notes['lstms']['why']}")
+    if notes.get("cache", {}).get("left"):
+        rows = notes["cache"]["left"]
+        why = "; ".join(f"{name}: {reason}" for name, reason in rows.items())
+        found.append(f"the cache is copied at every step, for attention has no fused form: {why}")
     integer = notes.get("integer_kernels", {})
     if integer.get("float"):
         names = ", ".join(f"{name} ({kernel})" for name, kernel in integer["float"].items())

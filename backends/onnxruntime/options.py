@@ -10,8 +10,8 @@ from graphwright.ir.options import Options, Rule
 
 StepName = Literal[
     "low_rank", "simplify_layout", "find_rms_norm", "find_gelu", "find_silu", "rotary",
-    "find_attention", "attention", "skip_norm", "tidy", "bias_gelu", "move_biases", "int8", "table",
-    "blocks",
+    "find_attention", "cached_attention", "attention", "skip_norm", "tidy", "bias_gelu",
+    "move_biases", "int8", "table", "blocks",
 ]  # fmt: skip
 """Names of the rewriting steps (`steps/catalog.py`), here without what they import."""
 
@@ -54,6 +54,10 @@ class OnnxRuntimeOptions(Options):
     values for default, so that a run can bring another adapter of any rank (`.onnx_adapter`
     files are written beside the model, one for the base alone too). Such factors are not folded
     or packed ahead: a single adapter runs fastest merged."""
+
+    logits: Literal["last", "all"] = "last"
+    """Of a model that generates: the logits behind each row's last token, or behind every one.
+    The last ones are all that generating reads; perplexity and checking drafts ask for all."""
 
     skip: tuple[StepName, ...] = ()
     """Rewriting steps to leave out, by name."""

@@ -21,7 +21,11 @@ from torch import Tensor
 from graphwright.backends.onnxruntime.attempt import Attempt
 from graphwright.backends.onnxruntime.check import Case, Differs
 from graphwright.backends.onnxruntime.options import OnnxRuntimeOptions
-from graphwright.backends.onnxruntime.runtime import SessionSettings, open_session
+from graphwright.backends.onnxruntime.runtime import (
+    SessionSettings,
+    feeds_for,
+    open_session,
+)
 from graphwright.backends.onnxruntime.steps.blocks import EXACT, PRODUCTS_FACT
 from graphwright.backends.onnxruntime.translate import translate_with_values
 from graphwright.ir.ops.blocks import dequantize_blocks
@@ -64,15 +68,14 @@ def raise_level(
         return None
     fast = replace(settings, accuracy_level=options.accuracy_level)
     try:
-        errors = [
-            check_products(program, made.program, options.opset, fast, case.inputs)
-            for case in cases if not case.drawn
-        ]  # fmt: skip
+        error = check_products(
+            program, made.program, options.opset, fast, [c.inputs for c in cases if not c.drawn]
+        )
     except Differs as error:
         made.products["why"] = str(error)
         return None
     set_level(model, options.accuracy_level)
-    made.products = {"accuracy_level": options.accuracy_level, "largest_error": max(errors)}
+    made.products = {"accuracy_level": options.accuracy_level, "largest_error": error}
     return fast
 
 
@@ -102,7 +105,7 @@ def check_products(
     lowered: Program,
     opset: int,
     settings: SessionSettings,
-    inputs: tuple[Tensor, ...],
+    inputs: Sequence[tuple[Tensor, ...]],
 ) -> float:
     """Largest relative error of a product, on the activations that the runtime computed.
 
@@ -110,7 +113,7 @@ def check_products(
         program: the program, whose stored weights are the reference.
         lowered: it behind all steps.
         opset, settings: as the model is made and run.
-        inputs: one tensor per input.
+        inputs: of every run, one tensor per input.
 
     Raises:
         Differs: a product gives something else than its weight and rounded activation.
@@ -127,43 +130,46 @@ def check_products(
             shown.add(value.name)
             model.graph.outputs.append(value)
     session = open_session(ir.to_proto(model).SerializeToString(), settings)
-    feeds = {
-        spec.name: tensor.detach().cpu().contiguous().numpy()
-        for spec, tensor in zip(program.signature.inputs, inputs, strict=True)
-    }
-    needed = {item.name for item in session.get_inputs()}
     names = [str(value.name) for value in model.graph.outputs]
-    arrays = session.run(names, {k: v for k, v in feeds.items() if k in needed})
-    found = {**feeds, **dict(zip(names, arrays, strict=True))}
+    runs = []
+    for each in inputs:
+        feeds = feeds_for(session, program.signature, each)
+        runs.append({**feeds, **dict(zip(names, session.run(names, feeds), strict=True))})
     worst = 0.0
     for name, record in products.items():
-        x, y = (torch.as_tensor(found[str(wanted[n].name)]) for n in (record["x"], name))
-        error = _error(program, record, x, y)
+        pairs = [
+            [torch.as_tensor(run[str(wanted[n].name)]) for n in (record["x"], name)] for run in runs
+        ]
+        error = _error(program, record, pairs)
         if not error <= BOUND:
             raise Differs(f"product {name}: relative error {error:.3g}, allowed {BOUND:.3g}")
         worst = max(worst, error)
     return worst
 
 
-def _error(program: Program, record: Mapping[str, Any], x: Tensor, y: Tensor) -> float:
-    """Relative error of a product; against float32 where a kernel does not round."""
+def _error(program: Program, record: Mapping[str, Any], pairs: Sequence[Sequence[Tensor]]) -> float:
+    """Largest relative error of a product over pairs of what it read and gave; against float32
+    where a kernel does not round."""
     codes, scale, zero = (program.state.get(name) for name in record["weight"])
     assert scale is not None
     # In float16 programs too the kernel computes in float32, and rounds its result alone.
     weight = dequantize_blocks(codes, scale.float(), zero, *record["layout"])
-    rows = x.reshape(-1, x.shape[-1])
-    y = y.reshape(rows.shape[0], -1)
+    bias = program.state[record["bias"]].detach().double() if record["bias"] else 0.0
+    sizes = [x.numel() // x.shape[-1] for x, _ in pairs]
+    rows = torch.cat([x.reshape(-1, x.shape[-1]) for x, _ in pairs])
+    y = torch.cat([y.reshape(n, -1) for (_, y), n in zip(pairs, sizes, strict=True)])
     rounding = _half_ulps(y)
-    y = y.double()
-    if record["bias"]:
-        y = y - program.state[record["bias"]].detach().double()
+    y = y.double() - bias
     exact = rows.double() @ weight.double().t()
     rounded, moves = emulated(rows, weight, record["block"])
-    excess = ((y - rounded).abs() - moves - rounding).clamp(min=0)
+    excess = ((y - rounded).abs() - moves - rounding).clamp(min=0).split(sizes)
     # A kernel that has no 8-bit form computes in float32.
-    error = min(float(excess.norm()), float(((y - exact).abs() - rounding).clamp(min=0).norm()))
-    size = float(exact.norm())
-    return error / size if size > 0 else error
+    float_excess = ((y - exact).abs() - rounding).clamp(min=0).split(sizes)
+    worst = 0.0
+    for a, b, whole in zip(excess, float_excess, exact.split(sizes), strict=True):
+        error, size = min(float(a.norm()), float(b.norm())), float(whole.norm())
+        worst = max(worst, error / size if size > 0 else error)
+    return worst
 
 
 def _half_ulps(y: Tensor) -> Tensor:

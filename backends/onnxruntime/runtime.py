@@ -13,6 +13,7 @@ from typing import Any
 import onnxruntime
 import torch
 
+from graphwright.backends.onnxruntime.names import onnx_name
 from graphwright.ir.errors import LoweringError
 from graphwright.ir.signature import Signature
 
@@ -103,9 +104,10 @@ def feeds_for(
     """Arrays by name, for the inputs that the session has."""
     wanted = {item.name for item in session.get_inputs()}
     return {
-        spec.name: tensor.detach().cpu().contiguous().numpy()
+        name: tensor.detach().cpu().contiguous().numpy()
         for spec, tensor in zip(signature.inputs, inputs, strict=True)
-        if spec.name in wanted
+        for name in (spec.name, onnx_name(spec.name))
+        if name in wanted
     }
 
 

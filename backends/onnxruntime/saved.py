@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,32 @@ import onnx
 
 from graphwright.backends.onnxruntime.adapters import Switch
 from graphwright.ir.errors import ModelError
+from graphwright.ir.generation.record import Generation
 from graphwright.ir.signature import Signature
 
 _LOADS_FILES = frozenset({"EPContext"})
 """Operators whose kernels open a file that the model names."""
 
 
-def read_record(path: Path) -> tuple[Signature, Switch | None]:
-    """The signature of an artifact, and the adapters that it takes.
+@dataclass(frozen=True)
+class Record:
+    """What an artifact says of itself.
+
+    Attributes:
+        signature: inputs, outputs and structure, as the program's.
+        switch: the adapters that it takes; None where it takes none.
+        generation: the record of a decoder with a cache; None for others.
+        shares_cache: whether past and present may be one buffer.
+    """
+
+    signature: Signature
+    switch: Switch | None
+    generation: Generation | None
+    shares_cache: bool
+
+
+def read_record(path: Path) -> Record:
+    """The record of an artifact.
 
     Weights beside the file are not read, but checked.
 
@@ -43,8 +62,13 @@ def read_record(path: Path) -> tuple[Signature, Switch | None]:
         _check_place(tensor, path)
     try:
         whole = json.loads(record)
-        signature, taken = Signature.from_json(whole["signature"]), whole.get("adapters")
-        return signature, Switch(taken["base"], taken["shapes"]) if taken else None
+        taken, generates = whole.get("adapters"), whole.get("generation")
+        return Record(
+            Signature.from_json(whole["signature"]),
+            Switch(taken["base"], taken["shapes"]) if taken else None,
+            Generation.from_json(generates) if generates else None,
+            bool(whole.get("cache")),
+        )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ModelError(
             "the record of this artifact is damaged",

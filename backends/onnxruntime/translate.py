@@ -13,6 +13,12 @@ from torch import fx
 from graphwright.backends.onnxruntime import aten
 from graphwright.backends.onnxruntime.adapters import FACT, expose, switch_record
 from graphwright.backends.onnxruntime.aten.contrib import by_face
+from graphwright.backends.onnxruntime.cache import (
+    cache_record,
+    drop_positions,
+    onnx_names,
+    place_cache_sizes,
+)
 from graphwright.backends.onnxruntime.decompose import computed_ahead, taken_apart
 from graphwright.backends.onnxruntime.emitter import (
     Emitter,
@@ -64,16 +70,18 @@ def translate_with_values(
     """
     table = aten.load()
     e = Emitter(program.state, dimension_names(program), opset)
+    names = onnx_names(program)
     inputs = []
     for node, spec in zip(_placeholders(program), program.signature.inputs, strict=True):
-        value = ir.Value(name=e.name(spec.name))
+        value = ir.Value(name=e.name(names.get(spec.name, spec.name)))
         value.shape = ir.Shape(list(spec.shape))
         value.type = ir.TensorType(onnx_dtype(node.meta["val"].dtype))
         e.values[node] = value
         e.place(node, value)
         inputs.append(value)
+    place_cache_sizes(e, program)
     for spec in program.signature.outputs:
-        e.name(spec.name)
+        e.name(names.get(spec.name, spec.name))
     for node in program.graph.nodes:
         if node.op == "get_attr":
             packed = gw_meta(node).get("packed")
@@ -99,6 +107,7 @@ def translate_with_values(
         graph, ir_version=IR_VERSIONS[opset], producer_name="graphwright", functions=e.functions
     )
     RemoveUnusedNodesPass()(model)
+    drop_positions(model, program)
     expose(model, program)
     finish(model, program)
     return model, e.values
@@ -213,6 +222,7 @@ def _outputs(e: Emitter, program: Program) -> list[ir.Value]:
     e.begin(program.graph.output_node())
     taken: set[int] = set()
     outputs = []
+    names = onnx_names(program)
     nodes = program.graph.output_node().args[0]
     assert isinstance(nodes, tuple | list)
     for node, spec in zip(nodes, program.signature.outputs, strict=True):
@@ -221,7 +231,7 @@ def _outputs(e: Emitter, program: Program) -> list[ir.Value]:
             value = e.op("Identity", value)
             e.typed(value, node)
         taken.add(id(value))
-        value.name = spec.name
+        value.name = names.get(spec.name, spec.name)
         value.shape = ir.Shape(e.shape_names(node.meta["val"].shape))
         value.type = ir.TensorType(onnx_dtype(node.meta["val"].dtype))
         outputs.append(value)
@@ -248,6 +258,7 @@ def finish(model: ir.Model, program: Program) -> None:
         "passes": [{"id": p.id, "options": p.options, "seed": p.seed, "contract": p.contract}
                    for p in program.provenance],
     }  # fmt: skip
+    record |= cache_record(program)
     if FACT in program.facts:
         record["adapters"] = switch_record(program)
     model.metadata_props["graphwright"] = json.dumps(record, sort_keys=True)

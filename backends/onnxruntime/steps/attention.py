@@ -75,7 +75,7 @@ def _fuse(editor: Editor, node: fx.Node, masks: dict[Any, Visibility | None]) ->
     batch, length = size(editor, q, 0, node), size(editor, q, 2, node)
     k, v = (_repeat_heads(editor, x, heads, node) for x in (k, v))
     scale = argument(node, 6, "scale")
-    query, key, value = (_merge_heads(editor, x, node) for x in (q, k, v))
+    query, key, value = (merge_heads(editor, x, node) for x in (q, k, v))
     stand_in = query.meta["val"] if sizes_of(query)[2] == heads * width else None
     merged = onnx_call(
         editor, "MultiHeadAttention", [query, key, value, None, visible.keys, visible.bias],
@@ -87,7 +87,7 @@ def _fuse(editor: Editor, node: fx.Node, masks: dict[Any, Visibility | None]) ->
     if visible.seen is not None:
         stand_in = merged.meta["val"]
         merged = insert(editor, aten.mul.Tensor, merged, visible.seen, before=node, value=stand_in)
-    _replace(editor, node, merged, batch, length, heads, width)
+    put_merged(editor, node, merged, batch, length, heads, width)
     return 1
 
 
@@ -105,7 +105,7 @@ def _fits(node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node) -> bool:
     return bool(sizes_q[1] % sizes_k[1] == 0)
 
 
-def _merge_heads(editor: Editor, x: fx.Node, before: fx.Node) -> fx.Node:
+def merge_heads(editor: Editor, x: fx.Node, before: fx.Node) -> fx.Node:
     """(batch, heads, length, width) to (batch, length, heads * width)."""
     heads, width = (int(x.meta["val"].shape[axis]) for axis in (1, 3))
     swapped = x.args[0] if _swaps_heads(x) else None
@@ -124,7 +124,7 @@ def _swaps_heads(node: Any) -> bool:
     return is_call(node, *TRANSPOSES) and order_of(node) == [0, 2, 1, 3]
 
 
-def _replace(
+def put_merged(
     editor: Editor, node: fx.Node, merged: fx.Node, batch: Any, length: Any, heads: int, width: int
 ) -> None:
     """Puts (batch, length, heads * width) where (batch, heads, length, width) was read."""

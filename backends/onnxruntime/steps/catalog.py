@@ -14,6 +14,7 @@ from graphwright.backends.onnxruntime.steps.activations import (
 from graphwright.backends.onnxruntime.steps.attention import fuse_attention
 from graphwright.backends.onnxruntime.steps.biases import move_biases
 from graphwright.backends.onnxruntime.steps.blocks import lower_blocks
+from graphwright.backends.onnxruntime.steps.cached_attention import fuse_cached_attention
 from graphwright.backends.onnxruntime.steps.eager_attention import find_attention
 from graphwright.backends.onnxruntime.steps.int8 import lower_int8
 from graphwright.backends.onnxruntime.steps.layout import simplify_layout
@@ -51,6 +52,7 @@ STEPS: tuple[Step, ...] = (
     Step("find_silu", find_silu),
     Step("rotary", fuse_rotary),
     Step("find_attention", find_attention),
+    Step("cached_attention", fuse_cached_attention),
     Step("attention", fuse_attention),
     Step("skip_norm", fuse_skip_norm),
     Step("tidy", simplify_layout),

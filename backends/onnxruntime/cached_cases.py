@@ -1,0 +1,50 @@
+"""Inputs on which a decoder with a cache is compared: prompts, steps, and both.
+
+Masks are full here, and rows as long as each other: there the program and a kernel that keeps rows
+compact compute the same, output by output. Ragged batches are compared by `ragged.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from graphwright.backends.onnxruntime.check import Case, case_of
+from graphwright.ir.generation.record import Generation
+from graphwright.ir.program import Program
+
+SIZES = (
+    (1, 3, 5), (2, 1, 5), (1, 1, 4), (3, 4, 0), (1, 5, 2), (2, 1, 0), (1, 1, 0), (2, 1, 1),
+)  # fmt: skip
+"""Batch, tokens and past: several tokens on a past only in a batch of one, which is what kernels
+take."""
+
+
+def cached_cases(program: Program, record: Generation) -> list[Case]:
+    """What the program gives at every one of the sizes, and just beyond its sliding window."""
+    sizes = [*SIZES]
+    window, most = record.sliding_window, record.context_length
+    if window and (most is None or window + 3 <= most):
+        sizes += [(1, 2, window + 1), (1, window + 2, 0)]
+    return [case_of(program, cached_inputs(program, record, *size)) for size in sizes]
+
+
+def cached_inputs(
+    program: Program, record: Generation, batch: int, tokens: int, past: int
+) -> tuple[torch.Tensor, ...]:
+    """Random tokens on a random past, none of it padding."""
+    generator = torch.Generator().manual_seed(1000 * past + 10 * tokens + batch)
+    sizes = {"batch": batch, "seq": tokens, "past": past, "total": past + tokens}
+    made = []
+    for spec in program.signature.inputs:
+        shape = [d if isinstance(d, int) else sizes[d] for d in spec.shape]
+        dtype = getattr(torch, spec.dtype)
+        if spec.name == record.ids:
+            low, high = (int(v) for v in spec.range or (0, record.vocab_size))
+            made.append(torch.randint(low, high, shape, generator=generator))
+        elif spec.name == record.mask:
+            made.append(torch.ones(shape, dtype=dtype))
+        elif spec.name == record.positions:
+            made.append(torch.arange(past, past + tokens).expand(batch, -1).clone())
+        else:
+            made.append(torch.randn(shape, generator=generator).to(dtype))
+    return tuple(made)

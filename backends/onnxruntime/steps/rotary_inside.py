@@ -1,0 +1,145 @@
+"""Rotary embedding inside the attention kernel, which then needs a table by place in the cache.
+
+The table holds the model's own cosines and sines, computed by its own nodes at every position up to
+the context length. It is taken where it gives the same rows for other positions in another order:
+frequencies that depend on the longest position (dynamic scaling, LongRoPE) have no table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphwright.backends.onnxruntime.emitter import expression, sizes_of
+from graphwright.backends.onnxruntime.steps.graph import argument, is_call, is_onnx
+from graphwright.backends.onnxruntime.steps.layout import RESHAPES, TRANSPOSES, order_of
+from graphwright.ir.edit import Editor
+from graphwright.ir.generation.record import Generation
+
+aten = torch.ops.aten
+
+MOST_BYTES = 1 << 26
+"""Bytes of one table, at most: 131,072 positions of 128 halves."""
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Queries and keys before they are turned, and the tables (positions, width / 2)."""
+
+    query: fx.Node
+    key: fx.Node
+    tables: tuple[fx.Node, fx.Node]
+
+
+def rotated(
+    editor: Editor, record: Generation, pairs: Sequence[tuple[fx.Node, fx.Node]]
+) -> list[Rotary] | None:
+    """What to give the kernel in place of each turned query and key; None unless all can be."""
+    tables: dict[tuple[fx.Node, ...], tuple[fx.Node, fx.Node] | None] = {}
+    found = []
+    for query, key in pairs:
+        sides = [_before(query), _before(key)]
+        if sides[0] is None or sides[1] is None or sides[0][1] != sides[1][1]:
+            return None
+        if sizes_of(query)[3] % 16:
+            return None
+        angles = sides[0][1]
+        if angles not in tables:
+            tables[angles] = _stored(editor, record, angles)
+        stored = tables[angles]
+        if stored is None:
+            return None
+        found.append(Rotary(sides[0][0], sides[1][0], stored))
+    return found
+
+
+def _before(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, fx.Node]] | None:
+    """The tensor that was turned, and (cos, sin); None where that is not what the node is.
+
+    The tensor is (batch, length, heads * width) or (batch, heads, length, width).
+    """
+    if is_onnx(node, "RotaryEmbedding"):
+        x, _, cos, sin = node.args[0]  # type: ignore[misc]
+        return x, (cos, sin)
+    if is_call(node, *TRANSPOSES) and order_of(node) == [0, 2, 1, 3]:
+        split: Any = node.args[0]
+        if is_call(split, *RESHAPES) and is_onnx(split.args[0], "RotaryEmbedding"):
+            x, _, cos, sin = split.args[0].args[0]
+            return x, (cos, sin)
+    if is_call(node, aten.cat.default) and argument(node, 1, "dim", 0) in (-1, 3):
+        return _partly(node)
+    return None
+
+
+def _partly(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, fx.Node]] | None:
+    """cat([turned first part, rest]) of one tensor."""
+    parts: Any = node.args[0]
+    first = _before(parts[0]) if len(parts) == 2 else None
+    if first is not None and sizes_of(parts[1])[3] == 0:
+        return first
+    if first is None or not all(is_call(x, aten.slice.Tensor) for x in (first[0], parts[1])):
+        return None
+    head, tail = first[0], parts[1]
+    whole = head.args[0]
+    widths = [sizes_of(x)[-1] for x in (head, tail, whole)]
+    fits = tail.args[0] is whole and widths[0] + widths[1] == widths[2]
+    last = all(argument(x, 1, "dim", 0) in (-1, 3) for x in (head, tail))
+    starts = argument(head, 2, "start") in (0, None) and argument(tail, 2, "start") == widths[0]
+    return (whole, first[1]) if fits and last and starts and not widths[0] % 16 else None
+
+
+def _stored(
+    editor: Editor, record: Generation, angles: tuple[fx.Node, fx.Node]
+) -> tuple[fx.Node, fx.Node] | None:
+    length = record.context_length
+    half = sizes_of(angles[0])[-1]
+    if not length or half % 8 or 4 * length * half > MOST_BYTES:
+        return None
+    places = torch.arange(length)
+    some = torch.tensor([length - 1, 0, length // 2, 1])
+    made = []
+    for node in angles:
+        whole, part, start = (_at(node, record, editor, p) for p in (places, some, torch.arange(2)))
+        if whole is None or whole.shape != (length, half):
+            return None
+        if not torch.equal(whole[some], part) or not torch.equal(whole[:2], start):
+            return None
+        made.append(whole)
+    return tuple(
+        editor.get(editor.add_state(f"rotary.{name}", table.contiguous()))
+        for name, table in zip(("cos", "sin"), made, strict=True)
+    )  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def _at(node: fx.Node, record: Generation, editor: Editor, positions: Tensor) -> Tensor | None:
+    """What a node gives in a batch of one row at these positions; None if it needs more inputs."""
+    (given,) = [
+        n for n in editor.graph.find_nodes(op="placeholder") if n.target == record.positions
+    ]
+    batch, length = sizes_of(given)
+    sizes = {batch: 1, length: len(positions)}
+    known: dict[fx.Node, Any] = {given: positions[None]}
+
+    def value(node: fx.Node) -> Any:
+        if node not in known:
+            fake = node.meta.get("val")
+            if isinstance(fake, torch.SymInt | int):
+                known[node] = sizes[expression(fake)] if isinstance(fake, torch.SymInt) else fake
+            elif node.op == "get_attr":
+                known[node] = editor.state[str(node.target)]
+            elif node.op == "call_function":
+                args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+                known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            else:
+                raise KeyError(node)
+        return known[node]
+
+    try:
+        return value(node)  # type: ignore[no-any-return]
+    except KeyError:
+        return None
