@@ -60,7 +60,9 @@ def cache_record(program: Program) -> dict[str, Any]:
     """What an artifact keeps of how it generates."""
     if FACT not in program.facts:
         return {}
-    return {"generation": program.facts[FACT], "cache": program.facts.get(CACHE_FACT)}
+    # Where the tokenizer lay is no part of the model.
+    generation = {**program.facts[FACT], "tokenizer": None}
+    return {"generation": generation, "cache": program.facts.get(CACHE_FACT)}
 
 
 def cache_notes(program: Program, logits: str) -> dict[str, Any]:

@@ -33,7 +33,8 @@ def cached_inputs(
 ) -> tuple[torch.Tensor, ...]:
     """Random tokens on a random past, none of it padding."""
     generator = torch.Generator().manual_seed(1000 * past + 10 * tokens + batch)
-    sizes = {"batch": batch, "seq": tokens, "past": past, "total": past + tokens}
+    sizes = dict(zip(("batch", "seq", "past"), (batch, tokens, past), strict=True))
+    sizes = program.signature.completed(sizes)
     made = []
     for spec in program.signature.inputs:
         shape = [d if isinstance(d, int) else sizes[d] for d in spec.shape]

@@ -62,14 +62,13 @@ def _before(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, fx.Node]] | None:
 
     The tensor is (batch, length, heads * width) or (batch, heads, length, width).
     """
-    if is_onnx(node, "RotaryEmbedding"):
-        x, _, cos, sin = node.args[0]  # type: ignore[misc]
-        return x, (cos, sin)
+    turned: Any = node
     if is_call(node, *TRANSPOSES) and order_of(node) == [0, 2, 1, 3]:
         split: Any = node.args[0]
-        if is_call(split, *RESHAPES) and is_onnx(split.args[0], "RotaryEmbedding"):
-            x, _, cos, sin = split.args[0].args[0]
-            return x, (cos, sin)
+        turned = split.args[0] if is_call(split, *RESHAPES) else None
+    if is_onnx(turned, "RotaryEmbedding"):
+        x, _, cos, sin = turned.args[0]
+        return x, (cos, sin)
     if is_call(node, aten.cat.default) and argument(node, 1, "dim", 0) in (-1, 3):
         return _partly(node)
     return None
@@ -84,7 +83,7 @@ def _partly(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, fx.Node]] | None:
     if first is None or not all(is_call(x, aten.slice.Tensor) for x in (first[0], parts[1])):
         return None
     head, tail = first[0], parts[1]
-    whole = head.args[0]
+    whole: Any = head.args[0]
     widths = [sizes_of(x)[-1] for x in (head, tail, whole)]
     fits = tail.args[0] is whole and widths[0] + widths[1] == widths[2]
     last = all(argument(x, 1, "dim", 0) in (-1, 3) for x in (head, tail))
@@ -103,11 +102,13 @@ def _stored(
     some = torch.tensor([length - 1, 0, length // 2, 1])
     made = []
     for node in angles:
-        whole, part, start = (_at(node, record, editor, p) for p in (places, some, torch.arange(2)))
+        whole = _at(node, record, editor, places)
         if whole is None or whole.shape != (length, half):
             return None
-        if not torch.equal(whole[some], part) or not torch.equal(whole[:2], start):
-            return None
+        for few in (some, torch.arange(2)):
+            found = _at(node, record, editor, few)
+            if found is None or not torch.equal(whole[few], found):
+                return None
         made.append(whole)
     return tuple(
         editor.get(editor.add_state(f"rotary.{name}", table.contiguous()))
