@@ -40,6 +40,15 @@ def derived_size(sum_of: str, sizes: Mapping[str, int]) -> int:
     return sum(int(term) if term.isdecimal() else sizes[term] for term in terms)
 
 
+def completed(derived: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, int]:
+    """`sizes` with those of the derived dimensions whose terms are known."""
+    full = dict(sizes)
+    for dim, sum_of in derived.items():
+        with contextlib.suppress(KeyError):
+            full[dim] = derived_size(sum_of, full)
+    return full
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """One tensor of the signature.
@@ -88,11 +97,7 @@ class Signature:
 
         A size of a derived dimension that was given is replaced.
         """
-        full = dict(sizes)
-        for dim, sum_of in self.derived.items():
-            with contextlib.suppress(KeyError):
-                full[dim] = derived_size(sum_of, full)
-        return full
+        return completed(self.derived, sizes)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict for JSON."""

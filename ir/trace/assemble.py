@@ -27,6 +27,7 @@ def assemble(
     dims: Mapping[str, DimRange] | None = None,
     ranges: Mapping[str, tuple[float, float]] | None = None,
     constants: Mapping[str, Any] | None = None,
+    derived: Mapping[str, str] | None = None,
     prefix: str = "model.",
 ) -> Program:
     """A Program, not yet canonical, that computes what `exported` does.
@@ -40,6 +41,7 @@ def assemble(
         dims: ranges of free dimensions.
         ranges: half-open range of sensible values per input.
         constants: baked arguments.
+        derived: free dimensions that follow from others.
         prefix: taken off the names of the exported parameters.
 
     Raises:
@@ -60,12 +62,16 @@ def assemble(
     outputs = graph.output_node().args[0]
     assert isinstance(outputs, tuple)
     results = tuple(
-        TensorSpec(names[i], _dtype(n.meta["val"].dtype), _symbolic(n.meta["val"].shape, symbols))
+        TensorSpec(
+            names[i], _dtype(n.meta["val"].dtype), _symbolic(n.meta["val"].shape, symbols, derived)
+        )
         for i, n in enumerate(outputs)
     )
     found = ranges_found(graph, specs, exported.range_constraints, dims or {})
     carried = tuple(structure["state"][1]["dict"]) if "state" in structure else ()
-    signature = Signature(specs, results, structure, found, dict(constants or {}), carried)
+    signature = Signature(
+        specs, results, structure, found, dict(constants or {}), carried, dict(derived or {})
+    )
     return Program(graph, state, signature, tuple(inputs.values()), aliases)
 
 
@@ -76,7 +82,7 @@ def with_own_outputs(program: Program) -> Program:
     outputs = program.graph.output_node().args[0]
     assert isinstance(outputs, tuple)
     results = tuple(
-        replace(spec, shape=_symbolic(node.meta["val"].shape, symbols))
+        replace(spec, shape=_symbolic(node.meta["val"].shape, symbols, signature.derived))
         for spec, node in zip(signature.outputs, outputs, strict=True)
     )
     return program.replace(signature=replace(signature, outputs=results))
@@ -210,10 +216,23 @@ def _symbol_names(graph: fx.Graph, specs: tuple[TensorSpec, ...]) -> dict[Any, s
     return names
 
 
-def _symbolic(shape: Any, symbols: dict[Any, str]) -> tuple[int | str, ...]:
+def _symbolic(
+    shape: Any, symbols: dict[Any, str], derived: Mapping[str, str] | None
+) -> tuple[int | str, ...]:
+    """Sizes by the names of dimensions, those of sums where one has a name."""
     import sympy
 
     named = {symbol: sympy.Symbol(name) for symbol, name in symbols.items()}
-    return tuple(
-        str(size.node.expr.xreplace(named)) if is_free(size) else int(size) for size in shape
-    )
+    sums = {_sum(sum_of): dim for dim, sum_of in (derived or {}).items()}
+    sizes: list[int | str] = []
+    for size in shape:
+        expression = size.node.expr.xreplace(named) if is_free(size) else None
+        sizes.append(int(size) if expression is None else sums.get(expression, str(expression)))
+    return tuple(sizes)
+
+
+def _sum(sum_of: str) -> Any:
+    import sympy
+
+    terms = [term.strip() for term in sum_of.split("+")]
+    return sympy.Add(*(int(t) if t.isdecimal() else sympy.Symbol(t) for t in terms))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.files.torchscript import ScriptedModule
 from graphwright.ir.signature import flatten, leaf_names, rebuild
 from graphwright.ir.trace.assigned_data import assigned_data
+from graphwright.ir.trace.derived import Derived
 from graphwright.ir.trace.free_sizes import KeepSizesFree
 from graphwright.ir.trace.inactive_dropout import KeepInputsApart
 from graphwright.ir.trace.known_values import KnownValues
@@ -24,6 +25,9 @@ from graphwright.ir.trace.untouched import untouched
 
 EXPORTING = (KnownValues, KeepInputsApart, KeepSizesFree)
 """Modes in which a model runs while it is exported."""
+
+Call = Callable[..., Any]
+"""`call(model, **arguments)`: calls the model with arguments that are none of its `forward`."""
 
 POSITIONAL = "*"
 """Key of arguments that have no name, as those of `forward(*inputs)`."""
@@ -56,6 +60,8 @@ class FlatModel(nn.Module):
         model: the user's model.
         inputs: example tensors by input name, in call order.
         constants: arguments that are no tensors, by name; baked in.
+        call: how the model is called, where that is not by its `forward` with the inputs' names.
+        derived: dimensions that follow from others.
         state: what the model carries from call to call, where that is an input and an output.
         keeps_sizes: whether an export keeps the numbers that the model's code makes of sizes.
         larger_by: by how much the free dimensions of an export are larger than the example's.
@@ -63,10 +69,17 @@ class FlatModel(nn.Module):
         record: structure of the last output, and parts of it that hold no tensors we can name.
     """
 
-    def __init__(self, model: nn.Module, examples: Sequence[Any] | Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        examples: Sequence[Any] | Mapping[str, Any],
+        call: Call | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
-        arguments = named_arguments(model, examples)
+        self.call = call
+        own = call is None or not isinstance(examples, Mapping)
+        arguments = named_arguments(model, examples) if own else dict(examples)
         tensors: list[torch.Tensor] = []
         self.trees = {name: _flatten_argument(v, tensors) for name, v in arguments.items()}
         self.inputs = dict(zip(_input_names(self.trees), tensors, strict=True))
@@ -77,6 +90,7 @@ class FlatModel(nn.Module):
         }
         self.record = _Record()
         self.state = State()
+        self.derived = Derived()
         self.keeps_sizes = False
         self.larger_by = 0
         self.places: dict[str, str] = {}
@@ -129,7 +143,10 @@ class FlatModel(nn.Module):
             for mode in EXPORTING if torch.compiler.is_exporting() else ():
                 stack.enter_context(mode())
             stack.enter_context(assigned_data(self.model))
-            output = self.model(*positional, **arguments)
+            if self.call is None:
+                output = self.model(*positional, **arguments)
+            else:
+                output = self.call(self.model, **arguments)
         record.structure = flatten(_nameable(output, "", record.dropped), leaves)
         if not leaves:
             raise ModelError("the model returns no tensors")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from graphwright.ir.signature import DimRange
 from graphwright.ir.trace.archived_guards import archived_guards
 from graphwright.ir.trace.assemble import assemble, with_own_outputs
 from graphwright.ir.trace.attention_dropout import note_attention_dropout
-from graphwright.ir.trace.calling import FlatModel
+from graphwright.ir.trace.calling import Call, FlatModel
 from graphwright.ir.trace.check import (
     AS_NUMBER,
     agrees,
@@ -30,6 +30,7 @@ from graphwright.ir.trace.check import (
     check_against_model,
     narrowed_by_torch,
 )
+from graphwright.ir.trace.derived import Derived
 from graphwright.ir.trace.dims import (
     Dynamic,
     dim_names,
@@ -67,6 +68,8 @@ def trace(
     ranges: Mapping[str, tuple[float, float]] | None = None,
     check: bool = True,
     state: Literal["frozen", "explicit"] = "frozen",
+    derived: Mapping[str, str] | None = None,
+    call: Call | None = None,
 ) -> Program:
     """Traces a model in inference mode with `torch.export`.
 
@@ -84,21 +87,23 @@ def trace(
         ranges: half-open range of sensible values per input.
         check: run the model and the program on the examples and at other sizes of the free
             dimensions; a dimension at which they differ becomes static.
-
         state: what becomes of tensors that the model writes as it runs and reads at its next call.
             Frozen, every call of the program is the first one; explicit, they are inputs behind
             the model's own, and the program returns its result and a dict of their new values.
+        derived: free dimensions that follow from others: `{"total": "past + seq"}`.
+        call: `call(model, **inputs)`, where the inputs are none of the model's own arguments.
 
     Raises:
         ModelError: the model cannot be traced; names the line of the model's own code.
         ArgumentError: `dynamic` names an input, an axis or a size that is not there.
     """
-    flat = FlatModel(model, example_inputs)
+    flat = FlatModel(model, example_inputs, call)
     with traceable(model) as said:
         flat.settle()
         noted = _take_state(flat, state)
         asked = batch_axes(flat) if dynamic == "batch" else dynamic
         wanted: Dynamic = normalize(flat.inputs, asked or {})
+        flat.derived = Derived(derived or {}, example_sizes(flat.inputs, wanted)).checked()
         program, notes = _right_at_every_size(flat, wanted, dict(dims or {}), ranges or {}, check)
     notes = [*noted, *said, *notes]
     for name, kind in flat.record.dropped.items():
@@ -186,13 +191,24 @@ def _settled(
             notes.append(note)
             continue
         found = {**program.signature.dims, **verdict.ranges}
+        found |= flat.derived.ranges(found, dims)
         silent = [g for g in guards if not any(g.text in note for note in verdict.notes)]
         said = narrowed_by_torch(silent, sizes, dims, found)
         notes += [note for note in (*said, *verdict.notes) if note not in notes]
         if not verdict.fixed:
             return program.replace(signature=replace(program.signature, dims=found)), notes
-        wanted = without(wanted, verdict.fixed)
+        wanted = without(wanted, _followed(flat, verdict.fixed, wanted, notes))
         dims = {**dims, **{d: r for d, r in verdict.ranges.items() if d not in verdict.fixed}}
+
+
+def _followed(
+    flat: FlatModel, fixed: Collection[str], dynamic: Dynamic, notes: list[str]
+) -> set[str]:
+    """The fixed dimensions, with those that follow, which are noted."""
+    out = flat.derived.with_followers(fixed, dim_names(dynamic))
+    why = f"it follows from {', '.join(sorted(fixed))}"
+    notes += [_note(dim, flat.derived.sizes[dim], why) for dim in sorted(out - set(fixed))]
+    return out
 
 
 def _without_the_culprit(
@@ -211,6 +227,7 @@ def _without_the_culprit(
     sizes = example_sizes(flat.inputs, wanted)
     names = dim_names(wanted)
     for given_up in [*({name} for name in reversed(names)), set(names)]:
+        given_up = flat.derived.with_followers(given_up, names)
         trial = without(wanted, given_up)
         program, _, _ = _capture(flat, trial, dims, ranges, [])
         if names and agrees(program, flat):
@@ -238,16 +255,17 @@ def _capture(
         if flat.larger_by or any(size < 2 for size in sizes.values()):
             # It was traced at another size, and the model holds on to that: trace at the example's.
             exported, dynamic = _export_as_free_as_possible(
-                flat, without(dynamic, set(fixed)), notes
+                flat, without(dynamic, _followed(flat, fixed, dynamic, notes)), notes
             )
         else:
-            dynamic = without(dynamic, set(fixed))
+            dynamic = without(dynamic, _followed(flat, fixed, dynamic, notes))
         for dim, size in sizes.items():
             place = f"{fixed[dim]}: " if fixed[dim] else ""
             notes.append(_note(dim, size, f"{place}{AS_NUMBER}"))
     program = assemble(
         exported, flat.model, flat.inputs, flat.record.structure,
         dynamic=dynamic, dims=dims, ranges=ranges, constants=flat.constants,
+        derived=flat.derived.among(dim_names(dynamic)),
     )  # fmt: skip
     note_attention_dropout(program.graph, flat)
     dropping = [node for node in program.graph.nodes if drops(node)]
@@ -255,7 +273,7 @@ def _capture(
         place = gw_meta(dropping[0]).get("source", "")
         note = f"node {dropping[0].name!r} ({place}) drops values in eval mode too: taken out"
         notes += [note] if note not in notes else []
-    guards = guards_of(exported, flat.inputs, dynamic)
+    guards = [flat.derived.on_free(g) for g in guards_of(exported, flat.inputs, dynamic)]
     guards += archived_guards(flat, dynamic, guards)
     return with_own_outputs(canonicalize(program)), dynamic, guards
 
@@ -288,8 +306,9 @@ def _export_as_free_as_possible(
     chosen, kept = static, without(dynamic, given_up)
     for name in reversed(names) if len(names) > 1 else ():
         try:
-            trial = without(dynamic, {name})
-            chosen, kept, given_up = _export(flat, trial), trial, {name}
+            lost = flat.derived.with_followers({name}, names)
+            trial = without(dynamic, lost)
+            chosen, kept, given_up = _export(flat, trial), trial, lost
             break
         except Exception:
             continue
@@ -308,7 +327,7 @@ def _run_eagerly(flat: FlatModel) -> None:
 
 
 def _export(flat: FlatModel, dynamic: Dynamic) -> torch.export.ExportedProgram:
-    examples = traceable_examples(flat.inputs, dynamic, flat.larger_by)
+    examples = traceable_examples(flat.inputs, dynamic, flat.larger_by, flat.derived.sums)
     numbers = symbolic_numbers(flat.model) if flat.keeps_sizes else contextlib.nullcontext()
     # Stand-ins and counts that the traced call leaves in the model would be read by the next one.
     places: dict[str, str] = {}

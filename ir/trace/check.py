@@ -62,6 +62,7 @@ def check_against_model(
         checker.try_sizes()
     if not verdict.fixed:
         checker.try_one()
+        checker.try_none()
     return verdict
 
 
@@ -158,17 +159,20 @@ class _SizeChecker:
         self, program: Program, flat: FlatModel, dynamic: Dynamic, verdict: Verdict
     ) -> None:
         self.program, self.flat, self.dynamic, self.verdict = program, flat, dynamic, verdict
-        self.example = example_sizes(flat.inputs, dynamic)
+        # sizes that follow from others are not chosen
+        sizes = example_sizes(flat.inputs, dynamic)
+        self.example = {dim: n for dim, n in sizes.items() if dim not in flat.derived.sums}
         verdict.ranges.update({dim: program.signature.dims[dim] for dim in self.example})
         weights = sum(t.numel() for t in program.state.values())
-        self.budget = Budget(flat.inputs, dynamic, self.example, weights)
+        self.budget = Budget(flat.inputs, dynamic, self.example, weights, flat.derived)
         self.known: dict[tuple[tuple[str, int], ...], bool | None] = {}
 
     def agree(self, sizes: Mapping[str, int]) -> bool | None:
         """Whether program and model agree; None where the model refuses these sizes."""
         key = tuple(sorted(sizes.items()))
         if key not in self.known:
-            inputs = resized(self.flat.inputs, self.dynamic, sizes)
+            full = self.flat.derived.completed({**self.example, **sizes})
+            inputs = resized(self.flat.inputs, self.dynamic, full)
             self.known[key] = _agree(self.program, self.flat, inputs)
         return self.known[key]
 
@@ -245,6 +249,16 @@ class _SizeChecker:
                 self.verdict.notes.append(
                     f"dimension {dim!r} is 2 or more: at 1 the model takes another way through "
                     "its code"
+                )
+
+    def try_none(self) -> None:
+        """Sizes of 0, where an input may be empty."""
+        for dim in self.example:
+            bounds = self.verdict.ranges[dim]
+            if bounds.min == 0 and self.agree({dim: 0}) is not True:
+                self.verdict.ranges[dim] = DimRange(1, bounds.max)
+                self.verdict.notes.append(
+                    f"dimension {dim!r} is 1 or more: at 0 the traced program and the model differ"
                 )
 
     def _allowed(self, dim: str, size: int) -> bool:

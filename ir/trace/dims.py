@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from graphwright.ir.errors import ArgumentError
-from graphwright.ir.signature import DimRange, TensorSpec
+from graphwright.ir.signature import DimRange, TensorSpec, completed
 from graphwright.ir.trace.errors import is_users
 
 Dynamic = Mapping[str, Mapping[int, str]]
@@ -98,7 +98,10 @@ def example_sizes(inputs: Mapping[str, Tensor], dynamic: Dynamic) -> dict[str, i
 
 
 def traceable_examples(
-    inputs: Mapping[str, Tensor], dynamic: Dynamic, more: int = 0
+    inputs: Mapping[str, Tensor],
+    dynamic: Dynamic,
+    more: int = 0,
+    derived: Mapping[str, str] | None = None,
 ) -> dict[str, Tensor]:
     """Inputs whose free dimensions are at least 2, below which torch takes a size for fixed.
 
@@ -106,9 +109,11 @@ def traceable_examples(
         inputs: the example inputs.
         dynamic: the free dimensions.
         more: by how much each free dimension is larger than that.
+        derived: dimensions that follow from others.
     """
     sizes = example_sizes(inputs, dynamic)
-    return resized(inputs, dynamic, {dim: max(2, size) + more for dim, size in sizes.items()})
+    larger = {dim: max(2, size) + more for dim, size in sizes.items()}
+    return resized(inputs, dynamic, completed(derived or {}, larger))
 
 
 def shapes_for_export(inputs: Mapping[str, Tensor], dynamic: Dynamic) -> Any:

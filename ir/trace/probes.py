@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from graphwright.ir.signature import DimRange
+from graphwright.ir.trace.derived import Derived
 from graphwright.ir.trace.dims import Dynamic
 
 LARGEST = 4.0
@@ -33,6 +34,7 @@ class Budget:
     dynamic: Dynamic
     example: Mapping[str, int]
     weights: int
+    derived: Derived = field(default_factory=Derived)
     left: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -41,6 +43,7 @@ class Budget:
 
     def _elements(self, sizes: Mapping[str, int]) -> float:
         total = 0.0
+        sizes = self.derived.completed(sizes)
         for name, tensor in self.inputs.items():
             axes = self.dynamic.get(name, {})
             total += math.prod(
