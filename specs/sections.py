@@ -86,6 +86,11 @@ class ModelSection(Options):
     """Prefix to take off the tensors' names; those without it are left aside. `module.`,
     `_orig_mod.` and `model.` are found by themselves."""
 
+    task: Literal["generation", "logits"] | None = None
+    """Program to make of a causal language model: `generation`, with the cache of keys and values
+    as inputs and outputs, or `logits`, the model's output for a whole text. When left out,
+    `generation`, unless `inputs` are declared or the state is explicit."""
+
     state: Literal["frozen", "explicit"] = "frozen"
     """Treatment of tensors that the model writes as it runs and reads at its next call: `frozen`
     as they were before the first call, or `explicit`, inputs and outputs of the artifact."""

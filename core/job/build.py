@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,12 +34,54 @@ def build_program(loaded: LoadedModel, section: ModelSection, seed: int) -> Prog
     if program is not None:
         check_declared(program, section, str(loaded.source))
     else:
-        program = _traced(loaded, section.inputs or _own_inputs(loaded), seed, section.state)
+        program = _with_cache(loaded, section, seed) or _traced(
+            loaded, section.inputs or _own_inputs(loaded), seed, section.state
+        )
     if loaded.is_fixed and loaded.change.dtype is not None:
         from graphwright.passes.cast.dtype import in_float32
 
         program = in_float32(program)
     return program
+
+
+def _with_cache(loaded: LoadedModel, section: ModelSection, seed: int) -> Program | None:
+    """A causal language model with its cache; None where the task is another one.
+
+    Raises:
+        ModelError: `task: generation` is asked of a model that keeps no cache, or beside `inputs`.
+    """
+    from graphwright.ir.generation.decoder import NoCache
+    from graphwright.ir.generation.trace import is_decoder, trace_decoder
+    from graphwright.ir.trace.capture import TraceWarning
+
+    asked = section.task == "generation"
+    declared = bool(section.inputs) or section.state == "explicit"
+    if asked and declared:
+        raise ModelError(
+            "the inputs of a decoder with a cache follow from the model",
+            where="model.inputs" if section.inputs else "model.state",
+            fix="Leave that out, or choose `task: logits`.",
+        )
+    if section.task == "logits" or declared or not (asked or is_decoder(loaded.module)):
+        return None
+    if loaded.module is None or not is_decoder(loaded.module):
+        raise ModelError(
+            "the model is no causal language model of transformers",
+            where="model.task",
+            fix="Leave `task: generation` out.",
+        )
+    try:
+        return trace_decoder(loaded.module, folder=loaded.tokenizer, seed=seed)
+    except NoCache as reason:
+        if asked:
+            raise ModelError(
+                f"the model cannot be traced with a cache: {reason}",
+                where="model.task",
+                fix="Choose `task: logits`.",
+            ) from reason
+        said = f"traced as plain logits, without a cache: {reason}"
+        warnings.warn(said, TraceWarning, stacklevel=2)
+        return None
 
 
 def _traced(

@@ -265,7 +265,6 @@ class _Job:
         from torch import nn
 
         from graphwright.job.latency import measure_latency
-        from graphwright.job.pinned import as_arguments, pinned_arguments
 
         device = self.run.settings.device
         examples = [tensor.to(device) for tensor in original.examples]
@@ -273,13 +272,25 @@ class _Job:
             before: Any = original
         else:
             loaded.module.to(device)
-            pinned = as_arguments(pinned_arguments(loaded.module, self.spec.model.inputs))
-            before = loaded.runner(original.signature, pinned)
+            before = self._before(original, loaded)
         for lowered in compiled.values():
             if isinstance(lowered, nn.Module):
                 lowered.to(device)
         with self.progress.stage("latency"):
             return measure_latency(before, compiled, examples, device=device)
+
+    def _before(self, original: Program, loaded: LoadedModel) -> Any:
+        """The loaded module as a function of the program's inputs."""
+        from graphwright.ir.generation.record import Generation
+        from graphwright.job.pinned import as_arguments, pinned_arguments
+
+        assert loaded.module is not None
+        if Generation.of(original) is not None:
+            from graphwright.ir.generation.trace import original_call
+
+            return original_call(loaded.module, original)
+        pinned = as_arguments(pinned_arguments(loaded.module, self.spec.model.inputs))
+        return loaded.runner(original.signature, pinned)
 
     def _report(
         self,

@@ -23,8 +23,19 @@ def real_tokens(program: Program, batches: Sequence[Sequence[Tensor]]) -> list[T
     """
     for place, spec in enumerate(program.signature.inputs):
         if spec.name in MASK_INPUTS and len(spec.shape) == 2:
-            return [batch[place] != 0 for batch in batches]
+            tokens = _tokens(program, place)
+            return [batch[place][:, -batch[tokens].shape[1] :] != 0 for batch in batches]
     return [None] * len(batches)
+
+
+def _tokens(program: Program, mask: int) -> int:
+    """Place of an input (batch, tokens) of a mask; behind a past, the mask is longer than that."""
+    specs = program.signature.inputs
+    sum_of = program.signature.derived.get(str(specs[mask].shape[1]))
+    if sum_of is None:
+        return mask
+    found = (i for i, s in enumerate(specs) if len(s.shape) == 2 and s.shape[1] in sum_of.split())
+    return next(found, mask)
 
 
 def real_values(x: Tensor, real: Tensor | None) -> Tensor:

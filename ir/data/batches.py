@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphwright.ir.data.checks import RawBatch, check_batch, check_names, without_padding
+from graphwright.ir.data.checks import (
+    LABEL_NAMES,
+    RawBatch,
+    check_batch,
+    check_names,
+    named_batch,
+    without_padding,
+)
+from graphwright.ir.data.defaults import started, with_defaults
 from graphwright.ir.data.pieces import pieces_of, wanted_samples
 from graphwright.ir.data.sources import Column, Table, open_source
 from graphwright.ir.data.synthetic import (
@@ -35,7 +43,6 @@ __all__ = [
     "synthetic_inputs",
 ]
 
-LABEL_NAMES = ("labels", "targets")
 TEXT_OPTIONS = ("window", "stride", "chat_template")
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_SYNTHETIC_SAMPLES = 32
@@ -69,6 +76,8 @@ class Batches:
         notes: what a reader should know, such as columns that were left out.
         rows: the samples in any order; None where the source has an order of its own.
         initial: inputs that no source has, as the state a model starts from.
+        program: signature of a program some of whose inputs follow from the source's, which
+            `signature` has alone.
     """
 
     source: str
@@ -78,6 +87,7 @@ class Batches:
     notes: tuple[str, ...] = ()
     rows: Rows | None = None
     initial: Mapping[str, Tensor] = field(default_factory=dict)
+    program: Signature | None = None
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for inputs, _ in self.labelled():
@@ -102,7 +112,11 @@ class Batches:
         labels = raw.get(self.label_name) if self.label_name else None
         batch = check_batch(raw, self.signature, f"{self.source}, {what}")
         batch, labels = without_padding(batch, labels, self.signature)
-        return {**batch, **self.initial}, labels
+        whole = {**batch, **self.initial}
+        if self.program is not None:
+            filled = with_defaults(self.program, whole)
+            whole = {spec.name: filled[spec.name] for spec in self.program.inputs}
+        return whole, labels
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -159,24 +173,35 @@ def load_data(
         own = replace(signature, inputs=rest)
         batches = load_data(section, own, seed, root=root, sizes=sizes, tokenizer=tokenizer)
         return replace(batches, initial=initial)
+    whole, signature = signature, started(signature)
+    batches = _opened(section, signature, whole, seed, Path(root), sizes or {}, tokenizer)
+    return replace(batches, program=whole) if whole.defaults else batches
+
+
+def _opened(
+    section: Mapping[str, Any], signature: Signature, whole: Signature, seed: int, root: Path,
+    sizes: Mapping[str, int], tokenizer: str | Path | None,
+) -> Batches:  # fmt: skip
+    """Batches of what the source has of the inputs."""
     data = str(section["data"])
     samples, size = section.get("samples"), section.get("batch_size") or DEFAULT_BATCH_SIZE
     fixed = signature.inputs[0].shape[:1] if signature.inputs else ()
     if fixed and isinstance(fixed[0], int):
         size = fixed[0]
     if data == "synthetic":
-        return _synthetic(signature, samples or DEFAULT_SYNTHETIC_SAMPLES, size, seed, sizes or {})
+        return _synthetic(signature, samples or DEFAULT_SYNTHETIC_SAMPLES, size, seed, sizes)
     chat = bool(section.get("chat_template"))
     folder = section.get("tokenizer") or tokenizer
-    source = open_source(data, Path(root), tokenizer=folder, chat=chat)
+    source = open_source(data, root, tokenizer=folder, chat=chat)
     given = [name for name in TEXT_OPTIONS if section.get(name)]
     if given and not isinstance(source, TextSource):
         raise ArgumentError(f"{given[0]} is for text, a .txt file", where=data)
     if isinstance(source, dict):
+        signature = started(whole, source)
         return _from_table(data, source, signature, samples, size)
     if isinstance(source, TextSource):
         return _from_text(data, source, signature, samples, size, section)
-    return _from_stream(data, source, signature, samples)
+    return _from_stream(data, source, whole, samples)
 
 
 def as_batches(data: Iterable[Any], signature: Signature) -> Batches:
@@ -268,7 +293,7 @@ def _from_stream(
         for index, item in enumerate(items()):
             if samples is not None and seen >= samples:
                 return
-            batch = _named(item, signature, f"{data}, batch {index}")
+            batch = named_batch(item, signature, f"{data}, batch {index}")
             first = next(iter(batch.values()), None)
             seen += int(first.shape[0]) if first is not None and first.dim() else 1
             yield batch
@@ -277,10 +302,13 @@ def _from_stream(
                 f"gives {seen} samples, {samples or 'some'} were asked for", where=data
             )
 
+    whole = signature
+    first_item = next(iter(items()), None)
+    signature = started(whole, first_item) if isinstance(first_item, Mapping) else started(whole)
     head = next(iter(read()))
     label = next((n for n in LABEL_NAMES if n in head and not _is_input(n, signature)), None)
     check_batch(head, signature, f"{data}, batch 0")
-    return Batches(data, signature, read, label)
+    return Batches(data, signature, read, label, program=whole if whole.defaults else None)
 
 
 def _synthetic(
@@ -299,25 +327,6 @@ def _synthetic(
             yield synthetic_inputs(signature, signature.completed(drawn), generator)
 
     return Batches("synthetic", signature, read)
-
-
-def _named(item: Any, signature: Signature, where: str) -> dict[str, Tensor]:
-    if isinstance(item, Tensor) or not isinstance(item, (Mapping, tuple, list)):
-        item = (item,)
-    if not isinstance(item, Mapping):
-        names = [spec.name for spec in signature.inputs]
-        # one value more than there are inputs: the usual (inputs..., labels)
-        names += [LABEL_NAMES[0]] if len(item) == len(names) + 1 else []
-        if len(item) != len(names):
-            raise ArgumentError(
-                f"is a tuple of {len(item)}; the model takes {len(names)} inputs {names}",
-                where=where,
-            )
-        item = dict(zip(names, item, strict=True))
-    try:
-        return {str(name): torch.as_tensor(value) for name, value in item.items()}
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ArgumentError(f"holds something that is no tensor: {error}", where=where) from error
 
 
 def _is_input(name: str, signature: Signature) -> bool:

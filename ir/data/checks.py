@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from graphwright.ir.errors import ArgumentError
 from graphwright.ir.signature import DimRange, Signature, TensorSpec
 
 RawBatch = Mapping[str, Tensor]
+LABEL_NAMES = ("labels", "targets")
 
 
 def check_batch(raw: RawBatch, signature: Signature, where: str) -> dict[str, Tensor]:
@@ -124,3 +126,27 @@ def _cast(value: Tensor, dtype: torch.dtype, where: str) -> Tensor:
 
 def _shape_text(spec: TensorSpec) -> str:
     return f"rank {len(spec.shape)} ({', '.join(map(str, spec.shape))})"
+
+
+def named_batch(item: Any, signature: Signature, where: str) -> dict[str, Tensor]:
+    """A batch by input name, of a mapping or a tuple in input order.
+
+    Raises:
+        ArgumentError: it is another number of tensors, or holds what is none.
+    """
+    if isinstance(item, Tensor) or not isinstance(item, (Mapping, tuple, list)):
+        item = (item,)
+    if not isinstance(item, Mapping):
+        names = [spec.name for spec in signature.inputs]
+        # one value more than there are inputs: the usual (inputs..., labels)
+        names += [LABEL_NAMES[0]] if len(item) == len(names) + 1 else []
+        if len(item) != len(names):
+            raise ArgumentError(
+                f"is a tuple of {len(item)}; the model takes {len(names)} inputs {names}",
+                where=where,
+            )
+        item = dict(zip(names, item, strict=True))
+    try:
+        return {str(name): torch.as_tensor(value) for name, value in item.items()}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"holds something that is no tensor: {error}", where=where) from error

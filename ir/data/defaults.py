@@ -5,7 +5,7 @@ The one place for it: programs, artifacts, and data that has texts alone come he
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -55,18 +55,19 @@ def positions(mask: Tensor | None, shape: Sequence[int]) -> Tensor:
     return counted[:, counted.shape[1] - shape[1] :]
 
 
-def started(signature: Signature) -> Signature:
-    """The interface of a call that starts from nothing: what data has to bring.
+def started(signature: Signature, given: Collection[str] = (MASK,)) -> Signature:
+    """The interface of a call that gives some inputs only: what data has to bring.
 
-    Inputs with a rule are left out, the mask excepted, whose dimensions are named anew: with a
-    past of 0, `total` is `seq`.
+    Inputs with a rule are left out where they are not given. Dimensions are named anew where that
+    leaves out the past: with one of 0, `total` is `seq`.
+
+    Args:
+        signature: of the program.
+        given: inputs that the data has.
     """
     if not signature.defaults:
         return signature
-    kept = [
-        spec for spec in signature.inputs
-        if spec.name not in signature.defaults or signature.defaults[spec.name] == "ones"
-    ]  # fmt: skip
+    kept = [s for s in signature.inputs if s.name not in signature.defaults or s.name in given]
     known = {dim for spec in kept for dim in spec.shape if isinstance(dim, str)}
     same = {
         dim: only for dim, sum_of in signature.derived.items()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from graphwright.ir.data.defaults import with_defaults
 from graphwright.ir.signature import DimRange, Signature, TensorSpec
 
 if TYPE_CHECKING:
@@ -191,13 +192,17 @@ def synthetic_inputs(
     Integers are uniform in the input's range, [0, 2) where none is known; floats uniform in it,
     standard normal where none is known. A 2-D integer or boolean input whose name ends in `mask`
     is a right-padding mask: random ones and zeros would leave rows with nothing to attend to.
+    Inputs that follow from the others (`Signature.defaults`) do so.
     """
-    return {
+    drawn = {
         spec.name: _draw(
             spec, [d if isinstance(d, int) else sizes[d] for d in spec.shape], generator
         )
         for spec in signature.inputs
+        if signature.defaults.get(spec.name) not in ("ones", "positions")
     }
+    full = with_defaults(signature, drawn)
+    return {spec.name: full[spec.name] for spec in signature.inputs}
 
 
 def _draw(spec: TensorSpec, shape: list[int], generator: torch.Generator) -> Tensor:

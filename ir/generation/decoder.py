@@ -21,7 +21,7 @@ from graphwright.ir.errors import ModelError
 from graphwright.ir.generation.record import CachedLayer, cached_layers
 from graphwright.ir.signature import Outputs
 
-BATCH, PAST, SEQ = 2, 5, 3
+BATCH, PAST, SEQ = 2, 5, 16
 """Example sizes: all different, and at least 2, below which torch takes a size for fixed."""
 
 
@@ -78,11 +78,12 @@ def _past_layer() -> Any:
 
     class PastLayer(DynamicLayer):
         def __init__(self, keys: Tensor, values: Tensor) -> None:
-            super().__init__()
+            super().__init__()  # type: ignore[no-untyped-call]
             self.keys, self.values = keys, values
             self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
         def get_seq_length(self) -> int:
+            assert self.keys is not None
             length: int = self.keys.shape[-2]  # not by a test for emptiness, which a trace keeps
             return length
 
@@ -121,7 +122,7 @@ def examine(model: nn.Module, seed: int = 0) -> Decoder:
         raise NoCache("its forward takes no cache")
     generator = torch.Generator().manual_seed(seed)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator, union-attr]
+    rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     ids = torch.randint(0, rows, (BATCH, PAST + SEQ), generator=generator).to(device)
     try:
         # one token, for a layer with a window keeps no more than that
@@ -130,6 +131,8 @@ def examine(model: nn.Module, seed: int = 0) -> Decoder:
         raise ModelError(
             "the model does not run on token ids with `use_cache`", details=(innermost(error),)
         ) from error
+    if not hasattr(first, "logits"):
+        raise NoCache("it gives no logits")
     empty = [pair[:, :, :0] for layer in _layers_of(first) for pair in (layer.keys, layer.values)]
     names = cached_layers(len(empty) // 2)
     call = DecoderCall(names, "attention_mask" in takes, "position_ids" in takes)

@@ -11,12 +11,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphwright.ir.generation.decoder import Decoder, examine
-from graphwright.ir.generation.record import FACT, Generation
+from graphwright.ir.check.precision import roundoff
+from graphwright.ir.generation.decode_check import (
+    ROUNDINGS,
+    by_model,
+    distance,
+    in_steps,
+    runner_of,
+    texts,
+)
+from graphwright.ir.generation.decoder import Decoder, NoCache, examine
 from graphwright.ir.generation.model_facts import ModelFacts
+from graphwright.ir.generation.record import FACT, Generation
 from graphwright.ir.program import Program
 from graphwright.ir.signature import Default, DimRange
 from graphwright.ir.trace.capture import TraceWarning, trace
+from graphwright.ir.trace.check import TOLERANCE
 from graphwright.ir.trace.prepare import traceable
 
 DERIVED = {"total": "past + seq"}
@@ -35,7 +45,7 @@ def trace_decoder(
 
     Args:
         model: left as it was.
-        folder: of the model's files, whose tokenizer and found for generation are noted.
+        folder: of the model's files, whose tokenizer and settings of generation are noted.
         seed: of the example token ids.
         check: as for `gw.trace`.
 
@@ -43,7 +53,7 @@ def trace_decoder(
         a program with the record `Generation`.
 
     Raises:
-        NoCache: the model keeps no cache of keys and values.
+        NoCache: the model keeps no cache of keys and values, or is another one with it.
         ModelError: it cannot be traced.
     """
     with traceable(model):
@@ -65,9 +75,28 @@ def trace_decoder(
     signature = replace(program.signature, defaults=_defaults(decoder))
     record = record_of(decoder, found, folder)
     facts = {**program.facts, FACT: record.to_json()}
+    if check:
+        _hold_to_model(program.replace(facts=facts), model, record)
     if found.notes:
         facts["trace"] = _noted(facts.get("trace", {}), found.notes)
     return program.replace(signature=signature, facts=facts)
+
+
+def _hold_to_model(program: Program, model: nn.Module, record: Generation) -> None:
+    """Prompt and steps of the program, over a ragged batch, are the model's on each text alone.
+
+    Raises:
+        NoCache: they are not.
+    """
+    ids = texts(record)
+    with traceable(model):
+        expected = by_model(model, record, ids)
+    error = distance(expected, in_steps(runner_of(program, record), record, ids))
+    if not error.within(max(TOLERANCE, ROUNDINGS * roundoff(program))):
+        raise NoCache(
+            f"with it, step by step, the model is another than at once (relative error "
+            f"{error.relative:.3g})"
+        )
 
 
 def _noted(traced: Mapping[str, Any], notes: tuple[str, ...]) -> dict[str, Any]:
