@@ -109,6 +109,20 @@ def _traced(
     return trace(loaded.module, arguments, dynamic=dynamic, ranges=ranges, state=state)
 
 
+def original_runner(loaded: LoadedModel, program: Program, section: ModelSection) -> Any:
+    """The loaded module as a function of the program's inputs, in signature order."""
+    from graphwright.ir.generation.record import Generation
+    from graphwright.job.pinned import as_arguments, pinned_arguments
+
+    assert loaded.module is not None
+    if Generation.of(program) is not None:
+        from graphwright.ir.generation.trace import original_call
+
+        return original_call(loaded.module, program)
+    pinned = as_arguments(pinned_arguments(loaded.module, section.inputs))
+    return loaded.runner(program.signature, pinned)
+
+
 def _following(spec: InputSection, replaced: Mapping[str, str]) -> InputSection:
     """An input declared in the dtype that the weights were stored in follows them."""
     return spec.model_copy(update={"dtype": replaced.get(str(spec.dtype), spec.dtype)})

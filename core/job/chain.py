@@ -144,6 +144,7 @@ def _one_pass(
         "seconds": seconds,
         "peak_rss_bytes": peak,
         "error": error.as_dict(),
+        "decode": checker.decode_error,
         "actions": [[a.layer, a.what, a.reason, a.changed] for a in result.actions],
         "metrics": dict(result.metrics),
         "warnings": said,

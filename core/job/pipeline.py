@@ -16,6 +16,7 @@ from graphwright.ir.errors import LoweringError, RequirementError
 from graphwright.ir.lack import lacks_told
 from graphwright.ir.user_code import watched
 from graphwright.job.chain import run_chain
+from graphwright.job.decode import decode_error
 from graphwright.job.environment import deterministic, environment
 from graphwright.job.left import left_as_they_are
 from graphwright.job.memory import reset_peak
@@ -189,8 +190,8 @@ class _Job:
         for lowered in compiled.values():
             artifact = lowered.save(staging)
             path = str(artifact.path.relative_to(staging))
-            row = {"backend": artifact.backend, "path": path, "file_bytes": artifact.file_bytes}
-            rows.append(row)
+            size = artifact.file_bytes
+            rows.append({"backend": artifact.backend, "path": path, "file_bytes": size})
         if not compiled:
             program.save(staging / "program.pt2")
             size = (staging / "program.pt2").stat().st_size
@@ -210,6 +211,7 @@ class _Job:
             found = {name: checker.total(lowered.run_flat) for name, lowered in compiled.items()}
         for row in artifacts:
             row["fidelity"] = found[row["backend"]].as_dict()
+            row["decode"] = decode_error(checker, compiled.get(row["backend"]))
         for name, error in found.items():
             if error.broken:
                 raise LoweringError(f"{name}: {'; '.join(error.notes)}")
@@ -255,15 +257,15 @@ class _Job:
                 result,
                 data,
                 self.spec.evaluate.metric,
-                root=self.spec.folder,
-                progress=self.progress.update,
-            ).to_json()
+                root=self.spec.folder, progress=self.progress.update,
+            ).to_json()  # fmt: skip
 
     def _latency(
         self, original: Program, loaded: LoadedModel, compiled: dict[str, Compiled]
     ) -> list[dict[str, Any]]:
         from torch import nn
 
+        from graphwright.job.build import original_runner
         from graphwright.job.latency import measure_latency
 
         device = self.run.settings.device
@@ -272,25 +274,12 @@ class _Job:
             before: Any = original
         else:
             loaded.module.to(device)
-            before = self._before(original, loaded)
+            before = original_runner(loaded, original, self.spec.model)
         for lowered in compiled.values():
             if isinstance(lowered, nn.Module):
                 lowered.to(device)
         with self.progress.stage("latency"):
             return measure_latency(before, compiled, examples, device=device)
-
-    def _before(self, original: Program, loaded: LoadedModel) -> Any:
-        """The loaded module as a function of the program's inputs."""
-        from graphwright.ir.generation.record import Generation
-        from graphwright.job.pinned import as_arguments, pinned_arguments
-
-        assert loaded.module is not None
-        if Generation.of(original) is not None:
-            from graphwright.ir.generation.trace import original_call
-
-            return original_call(loaded.module, original)
-        pinned = as_arguments(pinned_arguments(loaded.module, self.spec.model.inputs))
-        return loaded.runner(original.signature, pinned)
 
     def _report(
         self,

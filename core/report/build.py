@@ -214,6 +214,7 @@ def summary_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
     lines = [
         ("weights", f"{weights}, parameters {parameters}"),
         *_fidelity_lines(report),
+        *_decode_lines(report),
     ]
     if report["evaluation"]:
         row = report["evaluation"]
@@ -243,6 +244,14 @@ def _fidelity_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
     if len(rows) < 2:
         return [("fidelity", error_text(report["fidelity"]))]
     return [("fidelity", f"{error_text(row['fidelity'])} ({row['backend']})") for row in rows]
+
+
+def _decode_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [row for row in report["result"]["artifacts"] if row.get("decode") is not None]
+    return [
+        ("decode", f"{row['decode']:.2g} token by token against at once ({row['backend']})")
+        for row in rows
+    ]
 
 
 def changed_layers(row: dict[str, Any]) -> int:

@@ -43,6 +43,9 @@ class PassPart(_Part):
     seconds: float
     peak_rss_bytes: int
     error: Figures
+    decode: float | None = None
+    """Of a decoder with a cache: relative error of its tokens one at a time against the same text
+    at once, by the program behind the pass."""
     actions: list[tuple[str, str, str, bool]] = []
     """(layer, what it is now, remark, whether it changed): one per layer looked at."""
     metrics: dict[str, float | None] = {}
@@ -56,6 +59,8 @@ class ArtifactPart(_Part):
     file_bytes: int
     fidelity: Figures | None = None
     """Distance of its outputs from the original model's; None for a checkpoint."""
+    decode: float | None = None
+    """As of a pass."""
 
 
 class ResultPart(_Part):

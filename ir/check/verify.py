@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 
 from graphwright.ir.causes import innermost
+from graphwright.ir.check.decode import DecodeCheck
 from graphwright.ir.check.difference import (
     MOST_NAMED,
     Difference,
@@ -40,6 +41,9 @@ SLICES_LOOK = 32.0
 class Checker:
     """Runs every program of a chain once on the same inputs and compares neighbours.
 
+    A decoder with a cache is run in steps too (`decode`); `decode_error` is what the last pass gave
+    there.
+
     Args:
         program: first program of the chain.
         batches: inputs beside the example inputs; errors are measured on both.
@@ -62,6 +66,8 @@ class Checker:
         self.program = program
         self.original = [run(program, inputs) for inputs in self.inputs]
         self.current = self.original
+        self.decode = DecodeCheck.of(program)
+        self.decode_error: float | None = None
         _refuse_without_numbers(program, self.original)
 
     def accept(self, after: Program, promise: Promise) -> Fidelity:
@@ -92,6 +98,8 @@ class Checker:
         else:
             _hold_far_away(before, after, promise)
         fidelity = self._distance(self.current, outputs)
+        if self.decode is not None:
+            self.decode_error = self.decode.hold_program(after, promise.by)
         self.program, self.current = after, outputs
         return fidelity
 

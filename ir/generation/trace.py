@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphwright.ir.check.precision import roundoff
-from graphwright.ir.generation.decode_check import (
+from graphwright.ir.check.decode import (
     ROUNDINGS,
     by_model,
     distance,
@@ -20,7 +19,8 @@ from graphwright.ir.generation.decode_check import (
     runner_of,
     texts,
 )
-from graphwright.ir.generation.decoder import Decoder, NoCache, examine
+from graphwright.ir.check.precision import roundoff
+from graphwright.ir.generation.decoder import Decoder, DecoderCall, NoCache, examine
 from graphwright.ir.generation.model_facts import ModelFacts
 from graphwright.ir.generation.record import FACT, Generation
 from graphwright.ir.program import Program
@@ -145,12 +145,10 @@ def is_decoder(model: Any) -> bool:
     )
 
 
-def original_call(model: nn.Module, program: Program) -> Mapping[str, Any] | Any:
+def original_call(model: nn.Module, program: Program) -> Callable[..., Any]:
     """The model itself as a function of the program's inputs, in signature order."""
     record = Generation.of(program)
     assert record is not None
-    from graphwright.ir.generation.decoder import DecoderCall
-
     call = DecoderCall(record.layers, record.mask is not None, record.positions is not None)
     names = [spec.name for spec in program.signature.inputs]
 

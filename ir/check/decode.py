@@ -101,19 +101,23 @@ class DecodeCheck:
         self.ids = texts(record, seed)
         self.first = at_once(runner_of(program, record), record, self.ids)
 
-    def hold(self, after: Program, by: str) -> float:
-        """The distance between a program at once and in steps, relative.
+    @classmethod
+    def of(cls, program: Program) -> DecodeCheck | None:
+        """The check of a decoder with a cache; None for any other program."""
+        record = Generation.of(program)
+        return cls(program) if record is not None and record.kind == "decoder" else None
+
+    def hold(self, runner: Runner, unit: float, by: str) -> float:
+        """The distance between a text at once and in steps, relative.
+
+        Args:
+            runner: of a program or an artifact, over its cache.
+            unit: unit of rounding of what it computes in.
+            by: who made it, for the message.
 
         Raises:
             ContractError: it is beyond rounding, and beyond twice of what is lost at once.
         """
-        return self._hold(runner_of(after, self.record), roundoff(after), by)
-
-    def hold_artifact(self, runner: Runner, unit: float, by: str) -> float:
-        """The same for an artifact that computes in a type of this unit of rounding."""
-        return self._hold(runner, unit, by)
-
-    def _hold(self, runner: Runner, unit: float, by: str) -> float:
         whole = at_once(runner, self.record, self.ids)
         error = distance(whole, in_steps(runner, self.record, self.ids))
         lost = distance(self.first, whole)
@@ -125,6 +129,10 @@ class DecodeCheck:
                 details=(f"prompts of {list(PROMPTS)} tokens, then {STEPS} steps",),
             )
         return 0.0 if error.blank else error.relative
+
+    def hold_program(self, after: Program, by: str) -> float:
+        """The same of a program that PyTorch runs."""
+        return self.hold(runner_of(after, self.record), roundoff(after), by)
 
 
 def runner_of(program: Program, record: Generation) -> ConcatRunner:
