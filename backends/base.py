@@ -28,11 +28,19 @@ from graphwright.ir.signature import Signature
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file or folder that a backend wrote: its path and the bytes of all its files."""
+    """A file or folder that a backend wrote.
+
+    Attributes:
+        backend: its name.
+        path: of the file that is opened.
+        file_bytes: of all its files.
+        notes: lines for the summary: what could not be written beside it, and why.
+    """
 
     backend: str
     path: Path
     file_bytes: int
+    notes: tuple[str, ...] = ()
 
 
 class Compiled:

@@ -14,12 +14,15 @@ import torch
 
 from graphwright.backends.base import Artifact, Compiled
 from graphwright.backends.onnxruntime.adapters import Switch, write_adapter
+from graphwright.backends.onnxruntime.genai import write_client_files
 from graphwright.backends.onnxruntime.runtime import SessionSettings, open_session, run_session
 from graphwright.backends.onnxruntime.saved import read_record
 from graphwright.backends.onnxruntime.shared_cache import SharedCacheRunner, has_all_logits
 from graphwright.ir.atomic import replacing, write_atomically
 from graphwright.ir.causes import innermost
 from graphwright.ir.errors import ArgumentError, GraphwrightError, ModelError
+from graphwright.ir.generation.concat import ConcatRunner
+from graphwright.ir.generation.folder import with_tokenizer
 from graphwright.ir.generation.record import Generation
 from graphwright.ir.generation.runner import Runner
 from graphwright.ir.program import bind_inputs
@@ -100,6 +103,9 @@ class OnnxCompiled(Compiled):
     def runner(self) -> Runner:
         """Runs the decoder over a cache of its own; every runner shares this session.
 
+        Past and present are one buffer where every attention writes its cache in place; else they
+        are joined anew at every step.
+
         Raises:
             ArgumentError: the model has no cache.
         """
@@ -109,25 +115,39 @@ class OnnxCompiled(Compiled):
                 fix="Lower a model that was loaded with `task: generation`.",
             )
         has_all = has_all_logits(self.signature, self.generation)
-        return SharedCacheRunner(self.session, self.generation, has_all)
+        if self.shares_cache:
+            return SharedCacheRunner(self.session, self.generation, has_all)
+        return ConcatRunner(self.generation, self.signature, self.run_flat, has_all_logits=has_all)
 
     def save(self, folder: str | Path) -> Artifact:
-        """Writes `model.onnx` (and `model.onnx.data` when the weights are large)."""
+        """Writes `model.onnx` (and `model.onnx.data` when the weights are large).
+
+        Beside a decoder with a cache stand its tokenizer and what other clients read.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         written = [folder / FILE]
         if isinstance(self.model, bytes):
             write_atomically(folder / FILE, self.model)
         else:
-            written.append(folder / DATA)
-            for source, target in ((self.model.parent / DATA, DATA), (self.model, FILE)):
+            data = self.model.parent / DATA
+            copies = [(data, DATA)] if data.is_file() else []  # weights may lie in the model
+            for source, target in [*copies, (self.model, FILE)]:
                 with source.open("rb") as old, replacing(folder / target) as new:
                     shutil.copyfileobj(old, new, 1 << 24)
+            written += [folder / target for _, target in copies]
         for name, factors in self.shipped.items():
             assert self.switch is not None
             written.append(folder / ADAPTERS / f"{name}.onnx_adapter")
             write_adapter(written[-1], factors, self.switch.base)
-        return Artifact(self.backend, folder / FILE, sum(f.stat().st_size for f in written))
+        notes: list[str] = []
+        if self.generation is not None:
+            files, notes = write_client_files(
+                self.generation, self.signature, folder, FILE, shared=self.shares_cache
+            )
+            written += files
+        size = sum(file.stat().st_size for file in written)
+        return Artifact(self.backend, folder / FILE, size, tuple(notes))
 
 
 def load(path: str | Path, settings: SessionSettings | None = None) -> OnnxCompiled:
@@ -149,5 +169,7 @@ def load(path: str | Path, settings: SessionSettings | None = None) -> OnnxCompi
         ) from error
     compiled = OnnxCompiled(path, record.signature, session, {})
     compiled.switch = record.switch
-    compiled.generation, compiled.shares_cache = record.generation, record.shares_cache
+    if record.generation is not None:
+        compiled.generation = with_tokenizer(record.generation, path.parent)
+    compiled.shares_cache = record.shares_cache
     return compiled

@@ -7,9 +7,10 @@ itself; they are written because older releases ask for them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from graphwright.ir.generation.folder import write_json, write_text_files
 from graphwright.ir.generation.record import Generation
 from graphwright.ir.signature import Signature
 
@@ -22,23 +23,35 @@ _SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 """Defaults of the model that genai knows by the same names."""
 
 
-def genai_config(
-    record: Generation, signature: Signature, filename: str, *,
-    shared: bool, defaults: Mapping[str, Any],
-) -> tuple[dict[str, Any] | None, list[str]]:  # fmt: skip
-    """The configuration of an artifact, and notes.
+def write_client_files(
+    record: Generation, signature: Signature, folder: Path, filename: str, *, shared: bool
+) -> tuple[list[Path], list[str]]:
+    """Writes what clients read beside the model: tokenizer, chat template, configuration.
 
     Args:
         record: of the decoder.
         signature: of the artifact, with the shapes of its pasts.
-        filename: of the model in the folder.
+        folder: that the model is in.
+        filename: of the model in it.
         shared: whether every attention writes into the past it reads, as genai's shared buffers
             need.
-        defaults: of the model's generation_config.json.
 
     Returns:
-        None and the reason where genai runs no such model.
+        The files, and notes: what could not be written, and why.
     """
+    source = None if record.tokenizer is None else Path(record.tokenizer)
+    written, notes = write_text_files(source, folder, record.context_length)
+    config, more = genai_config(record, signature, filename, shared=shared)
+    if config is not None:
+        write_json(folder / CONFIG, config)
+        written.append(folder / CONFIG)
+    return written, [*notes, *more]
+
+
+def genai_config(
+    record: Generation, signature: Signature, filename: str, *, shared: bool
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """The configuration, and notes; None and the reason where genai runs no such model."""
     if record.kind != "decoder" or record.states or not record.layers:
         what = "a recurrent state" if record.states else f"the kind {record.kind}"
         return None, [f"no {CONFIG}: onnxruntime-genai does not run {what}"]
@@ -66,6 +79,7 @@ def genai_config(
             "num_hidden_layers": len(record.layers),
         },
     }  # fmt: skip
-    search = {name: defaults[name] for name in _SEARCH if defaults.get(name) is not None}
+    own = record.sampling
+    search = {name: own[name] for name in _SEARCH if own.get(name) is not None}
     search |= {"max_length": min(context, LONGEST), "past_present_share_buffer": shared}
     return {"model": model, "search": search}, notes

@@ -189,8 +189,9 @@ class _Job:
         rows = []
         for lowered in compiled.values():
             artifact = lowered.save(staging)
-            path = str(artifact.path.relative_to(staging))
-            size = artifact.file_bytes
+            for text in artifact.notes:
+                self.run.warn(f"{artifact.backend}: {text}")
+            path, size = str(artifact.path.relative_to(staging)), artifact.file_bytes
             rows.append({"backend": artifact.backend, "path": path, "file_bytes": size})
         if not compiled:
             program.save(staging / "program.pt2")

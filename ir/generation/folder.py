@@ -1,16 +1,18 @@
-"""The text interface of an artifact: files of the tokenizer and defaults, beside the model."""
+"""The text interface of an artifact: files of the tokenizer, beside the model."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from graphwright.ir.atomic import replacing, write_atomically
 from graphwright.ir.causes import innermost
+from graphwright.ir.generation.record import Generation
 from graphwright.ir.generation.text import CONFIG, FILES, TOKENIZER, read_object
 
 DEFAULTS = "generation_config.json"
@@ -59,6 +61,11 @@ def write_text_files(
     except Exception as error:  # the library raises anything, or is not installed
         reason = innermost(error)
     return written, [f"no text interface: the tokenizer in {source} cannot be converted: {reason}"]
+
+
+def with_tokenizer(record: Generation, folder: Path) -> Generation:
+    """The record of an artifact that lies in a folder, and its tokenizer with it."""
+    return replace(record, tokenizer=str(folder) if (folder / TOKENIZER).is_file() else None)
 
 
 def _tokenizer_files(source: Path, folder: Path, context_length: int | None) -> list[Path]:
