@@ -6,6 +6,7 @@ put it beside the artifact (`generation.json`).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -84,8 +85,9 @@ class Generation:
         return None if found is None else cls.from_json(found)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dict for JSON."""
-        return asdict(self)
+        """Plain dict for JSON, as it is read back: lists, no tuples."""
+        found: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return found
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Generation:
