@@ -125,13 +125,13 @@ class Awq(Pass[AwqOptions]):
             found = clipped.get(layer.node.name)
             blocks = blocks_of(found) if found else rounded[weight_node(layer)][0]
             what, reason = _described(layer, scaling.get(layer.node.name))
-            what = f"int{options.bits}, block {blocks.block}" + what
+            what = f"int{blocks.bits}, block {blocks.block}" + what
             if found:
                 what += f", clipping takes {found.info['gain']:.0%} off"
             return rebuild_blocks(blocks), Action(layer.name, what, reason)
 
         editor = Editor(scaled, by=self.id)
-        actions += insert(editor, layers, find, f"int{options.bits}")
+        actions += insert(editor, layers, find)
         moved = scaled if any(how) else None
         return Result(editor.finish(), tuple(actions), _metrics(choices), uncompressed=moved)
 

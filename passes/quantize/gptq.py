@@ -15,7 +15,7 @@ from graphwright.ir.calibration.hessian import Hessian, hessian, inverse_factor
 from graphwright.ir.calibration.site import Site, Solved, Task
 from graphwright.ir.calibration.walk import sweep
 from graphwright.ir.edit import Editor
-from graphwright.ir.layers.kinds import PRODUCTS
+from graphwright.ir.layers.kinds import PRODUCTS, TABLES
 from graphwright.ir.layers.products import as_matrix, from_matrix, weight_node
 from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.layers.selectors import layers as find_layers
@@ -118,9 +118,14 @@ class Gptq(Pass[GptqOptions]):
         options = self.options
         layers, actions = choose(program, self.id, options.targets, embeddings=options.embeddings)
         # Tables first: the layers are then calibrated on what the rounded tables give.
-        products = [layer for layer in layers if layer.kind in PRODUCTS]
+        coded = options.embedding_bits is not None
+        shared = {weight_node(layer) for layer in layers if coded and layer.kind in TABLES}
+        products = [
+            layer for layer in layers
+            if layer.kind in PRODUCTS and weight_node(layer) not in shared
+        ]  # fmt: skip
         read = {weight_node(layer) for layer in products}
-        tables = [layer for layer in layers if layer.kind not in PRODUCTS]
+        tables = [layer for layer in layers if layer not in products]
         alone = [table for table in tables if weight_node(table) not in read]
         editor = Editor(program, by=self.id)
         actions += self._tables(editor, program, alone, context.jobs)
@@ -156,10 +161,11 @@ class Gptq(Pass[GptqOptions]):
         def find(layer: Layer) -> tuple[Make, Action]:
             blocks, error = rounded[weight_node(layer)]
             what = f"int{blocks.bits}, block {blocks.block}, relative error {error:.2e}"
-            reason = f"{uncalibrated(layer)}: rounded to nearest"
+            what_it_is = "tied to a table" if layer.kind in PRODUCTS else uncalibrated(layer)
+            reason = f"{what_it_is}: rounded to nearest"
             return rebuild_blocks(blocks), Action(layer.name, what, reason)
 
-        return insert(editor, tables, find, f"int{options.bits}")
+        return insert(editor, tables, find, f"int{options.bits_of(True)}")
 
     def _product(self, layer: Layer, found: Solved) -> tuple[Make, Action]:
         """A layer that the sweep has solved."""

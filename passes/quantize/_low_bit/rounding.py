@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from graphwright.ir.calibration.site import Solved
 from graphwright.ir.calibration.workers import Workers
+from graphwright.ir.layers.kinds import TABLES
 from graphwright.ir.layers.products import weight_node, weight_value
 from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.options import Bounded, Targets, also
@@ -35,6 +36,14 @@ class BlockOptions(Bounded, Targets):
 
     embeddings: bool = True
     """Round embedding tables too: to nearest, in blocks of each row."""
+
+    embedding_bits: Annotated[int, Field(ge=2, le=8)] | None = None
+    """Bits of embedding tables, and of a language model's head where it shares the table: both feel
+    rounding more than other layers. As `bits` when absent."""
+
+    def bits_of(self, is_table: bool) -> int:
+        """Bits of a weight's codes; `is_table` where an embedding reads it."""
+        return self.bits if self.embedding_bits is None or not is_table else self.embedding_bits
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,7 @@ def round_layers(
     first: dict[fx.Node, Layer] = {}
     for layer in layers:
         first.setdefault(weight_node(layer), layer)
+    tables = {weight_node(layer) for layer in layers if layer.kind in TABLES}
     weights, workers = list(first), Workers(jobs)
     found: dict[fx.Node, tuple[Blocks, float]] = {}
     for start in range(0, len(weights), workers.width):
@@ -85,7 +95,8 @@ def round_layers(
         for weight in part:
             matrix = matrix_of(first[weight].kind, weight_value(program, first[weight]))
             block = block_for(matrix.shape[1], options.block)
-            tasks.append(_Job(matrix, options.bits, block, options.symmetric, search))
+            bits = options.bits_of(weight in tables)
+            tasks.append(_Job(matrix, bits, block, options.symmetric, search))
         found.update(zip(part, workers.map(_Job.run, tasks), strict=True))
     return found
 

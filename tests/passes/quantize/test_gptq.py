@@ -13,6 +13,7 @@ from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.layers.products import weight_value
 from graphwright.ir.layers.selectors import layers
 from graphwright.ir.stored import grid
+from graphwright.ir.stored.blocks import round_to_nearest
 from graphwright.passes.quantize._math.gptq import GptqSettings, round_matrix
 from graphwright.passes.quantize.gptq import Gptq
 
@@ -197,6 +198,21 @@ def test_a_tied_weight_is_stored_once_and_follows_its_product() -> None:
     apart = Gptq(targets=["*", "!head"]).execute(program, Context(calibration=[(ids,)]))
     reason = {a.layer: a.reason for a in apart.actions}["table"]
     assert reason.startswith("its weight is also read by")
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_table_and_what_it_shares_may_have_bits_of_their_own(method: str) -> None:
+    ids = torch.randint(0, 48, (4, 16))
+    program = gw.trace(Tied().eval(), (ids,))
+    of = {"rtn": gw.passes.quantize.Rtn, "gptq": Gptq}[method]
+    result = of(block=32, embedding_bits=8).execute(program, Context(calibration=[(ids,)]))
+    what = {action.layer: action.what for action in result.actions}
+    assert {name: text[:4] for name, text in what.items()} == {
+        "table": "int8", "head": "int8", "body": "int4"
+    }  # fmt: skip
+    old, new = weight_of(program, "table"), weight_of(result.program, "table")
+    assert torch.equal(new, weight_of(result.program, "head"))
+    assert torch.equal(new, round_to_nearest(old, 8, 32).value())
 
 
 def test_what_it_cannot_quantize_is_named() -> None:
