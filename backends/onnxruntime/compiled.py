@@ -17,13 +17,12 @@ from graphwright.backends.onnxruntime.adapters import Switch, write_adapter
 from graphwright.backends.onnxruntime.genai import write_client_files
 from graphwright.backends.onnxruntime.runtime import SessionSettings, open_session, run_session
 from graphwright.backends.onnxruntime.saved import read_record
-from graphwright.backends.onnxruntime.shared_cache import SharedCacheRunner
+from graphwright.backends.onnxruntime.shared_cache import SharedCacheRunner, has_all_logits
 from graphwright.ir.atomic import replacing, write_atomically
 from graphwright.ir.causes import innermost
 from graphwright.ir.errors import ArgumentError, GraphwrightError, ModelError
 from graphwright.ir.generation.concat import ConcatRunner
 from graphwright.ir.generation.folder import with_tokenizer
-from graphwright.ir.generation.last_logits import has_all_logits
 from graphwright.ir.generation.record import Generation
 from graphwright.ir.generation.runner import Runner
 from graphwright.ir.program import bind_inputs

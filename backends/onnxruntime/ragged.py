@@ -13,11 +13,10 @@ from torch import Tensor
 from graphwright.backends.onnxruntime.attempt import Attempt, quantizers
 from graphwright.backends.onnxruntime.cached_cases import cached_inputs
 from graphwright.backends.onnxruntime.check import MOST, Differs, is_as_near
-from graphwright.backends.onnxruntime.shared_cache import SharedCacheRunner
+from graphwright.backends.onnxruntime.shared_cache import SharedCacheRunner, has_all_logits
 from graphwright.backends.onnxruntime.steps.cached_attention import CACHE_FACT
 from graphwright.ir.check.fidelity import compare
 from graphwright.ir.check.precision import roundoff, run_in_double
-from graphwright.ir.generation.last_logits import has_all_logits
 from graphwright.ir.generation.record import Generation
 from graphwright.ir.generation.runner import Runner
 from graphwright.ir.program import Program

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.generation.record import Generation
+from graphwright.ir.signature import Signature
 
 CHUNK = 1024
 """Tokens of one run, at most: the kernel's scores take memory by tokens times cache."""
@@ -24,6 +25,12 @@ DTYPES = {
     "tensor(float)": (torch.float32, np.float32), "tensor(float16)": (torch.float16, np.float16),
     "tensor(int8)": (torch.int8, np.int8), "tensor(uint8)": (torch.uint8, np.uint8),
 }  # fmt: skip
+
+
+def has_all_logits(signature: Signature, record: Generation) -> bool:
+    """Whether a decoder gives the logits behind every token, and not the last one's alone."""
+    (spec,) = [spec for spec in signature.outputs if spec.name == record.logits]
+    return spec.shape[1] != 1
 
 
 @dataclass(frozen=True)

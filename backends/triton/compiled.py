@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,7 +11,15 @@ import torch
 from torch import fx, nn
 
 from graphwright.backends.base import Artifact, Compiled
+from graphwright.backends.triton.decoder.runner import StaticRunner
+from graphwright.backends.triton.decoder.static_graph import StaticGraph, static_graph
 from graphwright.backends.triton.fuse import count_ops, largest_leftovers
+from graphwright.ir.generation.concat import ConcatRunner
+from graphwright.ir.generation.folder import write_text_files
+from graphwright.ir.generation.record import Generation
+from graphwright.ir.generation.runner import Runner
+from graphwright.ir.generation.text import TOKENIZER
+from graphwright.ir.graph.cached import NotCached
 from graphwright.ir.graph.device import set_device
 from graphwright.ir.graph.nodes import copy_graph
 from graphwright.ir.program import Program
@@ -42,6 +51,7 @@ class FusedModule(nn.Module, Compiled):
         self.body: fx.GraphModule = self.program.module
         found = {"fused": count_ops(program.graph), "left": largest_leftovers(program.graph)}
         Compiled.__init__(self, found if notes is None else notes)
+        self.generation: Generation | None = Generation.of(program)
         self.train(False)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
@@ -64,8 +74,40 @@ class FusedModule(nn.Module, Compiled):
         found: tuple[torch.Tensor, ...] = self.body(*inputs)
         return found
 
+    def static_graph(self, *, last: bool) -> StaticGraph:
+        """The graph of a step over buffers, where the module is now; see `static_graph`.
+
+        Raises:
+            NotCached: the cache has to be handed in and out.
+        """
+        assert self.generation is not None
+        program = self.program.replace(graph=self.body.graph)
+        return static_graph(program, self.generation, last=last)
+
+    def runner(self) -> Runner:
+        """The model over a cache of its own: written in place where its attention allows it.
+
+        Raises:
+            ArgumentError: it is no decoder with a cache.
+        """
+        if self.generation is None:
+            return Compiled.runner(self)
+        device = next((t.device for t in self.body.state_dict().values()), torch.device("cpu"))
+        try:
+            graph = self.static_graph(last=True)
+        except NotCached:
+            return ConcatRunner(
+                self.generation,
+                self.signature,
+                lambda inputs: self.run_flat(tuple(tensor.to(device) for tensor in inputs)),
+            )
+        return StaticRunner(graph, lambda: self.static_graph(last=False), self.body, device)
+
     def save(self, folder: str | Path) -> Artifact:
-        """Writes `program.pt2` into `folder`; `load` or `graphwright.load` reads it back."""
+        """Writes `program.pt2` into `folder`; `load` or `graphwright.load` reads it back.
+
+        Beside a decoder stand the files of its tokenizer.
+        """
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         # from the body, for moving it may have replaced its tensors
@@ -73,7 +115,15 @@ class FusedModule(nn.Module, Compiled):
         graph = copy_graph(self.body.graph)
         set_device(graph, torch.device("cpu"))
         self.program.replace(graph=graph, state=state).save(path / FILE)
-        return Artifact(self.backend, path / FILE, (path / FILE).stat().st_size)
+        written = [path / FILE]
+        if self.generation is not None:
+            source = self.generation.tokenizer
+            files, said = write_text_files(
+                Path(source) if source else None, path, self.generation.context_length
+            )
+            written += files
+            self.notes["text"] = said
+        return Artifact(self.backend, path / FILE, sum(file.stat().st_size for file in written))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> FusedModule:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -91,7 +141,13 @@ def load(folder: str | Path) -> FusedModule:
     """
     from graphwright.ir.files.archive import load_program
 
-    return FusedModule(load_program(Path(folder) / FILE))
+    compiled = FusedModule(load_program(Path(folder) / FILE))
+    if compiled.generation is not None:
+        has_text = (Path(folder) / TOKENIZER).is_file()
+        compiled.generation = replace(
+            compiled.generation, tokenizer=str(folder) if has_text else None
+        )
+    return compiled
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,12 +10,15 @@ from graphwright.backends.base import Backend
 from graphwright.backends.triton.compiled import FILE, FusedModule, load
 from graphwright.backends.triton.fuse import BY, fuse
 from graphwright.backends.triton.settled import settled
+from graphwright.ir.check.decode import ROUNDINGS, distance, in_steps, runner_of, texts
+from graphwright.ir.check.precision import roundoff
 from graphwright.ir.check.promise import Promise
 from graphwright.ir.check.verify import check_contract
 from graphwright.ir.context import Context
 from graphwright.ir.data.synthetic import other_size_inputs
 from graphwright.ir.errors import ContractError, LoweringError
 from graphwright.ir.graph.arrange import arranged
+from graphwright.ir.graph.cached import NotCached
 from graphwright.ir.options import Options as BaseOptions
 from graphwright.ir.program import Program
 
@@ -53,4 +56,33 @@ class Lowering(Backend):
             check_contract(program, fused, Promise(BY, "exact"), others=others)
         except ContractError as error:
             raise LoweringError(error.message, details=error.details) from error
-        return FusedModule(fused).to(context.device)
+        compiled = FusedModule(fused)
+        _hold_cache(compiled, program)
+        return compiled.to(context.device)
+
+
+def _hold_cache(compiled: FusedModule, program: Program) -> None:
+    """A decoder that writes its cache in place says in steps what the program does, which hands
+    it in and out; where it cannot, a warning says why.
+
+    Raises:
+        LoweringError: it says something else.
+    """
+    record = compiled.generation
+    if record is None or not record.layers:
+        return
+    try:
+        compiled.static_graph(last=True)
+    except NotCached as why:
+        compiled.notes["warnings"] = [f"the cache is copied at every step: {why}"]
+        return
+    compiled.notes["cache"] = f"written in place: {len(record.layers)} layers"
+    ids = texts(record)
+    expected = in_steps(runner_of(program, record), record, ids)
+    error = distance(expected, in_steps(compiled.runner(), record, ids))
+    if not error.within(ROUNDINGS * roundoff(program)):
+        raise LoweringError(
+            f"with its cache written in place the decoder is another: relative error "
+            f"{error.relative:.3g}",
+            fix="Please report it; the backend onnxruntime lowers the same program.",
+        )

@@ -94,7 +94,7 @@ class _Job:
         exports = self._exports(original)
         calibration = self._data(self.spec.calibration, original, loaded)
         training = self._data(self.spec.training, original, loaded)
-        held_out = self._held_out(original, loaded)
+        held_out = self._data(self.spec.evaluate, original, loaded)
         program, records, checker = run_chain(self.run, original, calibration, training)
         if not self.run.place.is_main:
             return Outcome(self.run.place.out, {}, program)
@@ -161,15 +161,6 @@ class _Job:
             tokenizer=loaded.tokenizer,
             initial=program.initial_state(),
         )
-
-    def _held_out(self, program: Program, loaded: LoadedModel) -> Any:
-        section = self.spec.evaluate
-        if section is None or section.metric != "multiple_choice":
-            return self._data(section, program, loaded)
-        from graphwright.ir.data.questions import load_questions
-
-        given = section.model_dump(exclude_none=True)
-        return load_questions(given, root=self.spec.folder, tokenizer=loaded.tokenizer)
 
     def _lower(self, program: Program) -> dict[str, Compiled]:
         from graphwright.backends.base import find_backend
@@ -250,16 +241,25 @@ class _Job:
         return rows
 
     def _evaluate(
-        self, original: Program, program: Program, compiled: dict[str, Compiled], data: Any
+        self,
+        original: Program,
+        program: Program,
+        compiled: dict[str, Compiled],
+        data: Batches | None,
     ) -> dict[str, Any] | None:
         if data is None or self.spec.evaluate is None:
             return None
-        from graphwright.evaluation.stage import evaluated
+        from graphwright.job.evaluate import evaluate
 
         result = next(iter(compiled.values()), program)
         with self.progress.stage("evaluate"):
-            say, root = self.progress.update, self.spec.folder
-            return evaluated(self.spec.evaluate, original, result, data, root=root, progress=say)
+            return evaluate(
+                original,
+                result,
+                data,
+                self.spec.evaluate.metric,
+                root=self.spec.folder, progress=self.progress.update,
+            ).to_json()  # fmt: skip
 
     def _latency(
         self, original: Program, loaded: LoadedModel, compiled: dict[str, Compiled]
@@ -301,7 +301,7 @@ class _Job:
         seconds = self.run.seconds()
         bounds = check_bounds(
             self.spec.require,
-            evaluation=evaluation,
+            drop=None if evaluation is None else evaluation["drop"],
             latency=latency,
             artifacts=artifacts,
             peak_rss_bytes=self.run.peak,

@@ -29,14 +29,23 @@ class MaskForm:
     window: int | None = None
 
 
-def mask_form(mask: fx.Node, state: Mapping[str, torch.Tensor], past: Any = 0) -> MaskForm | None:
+def mask_form(
+    mask: fx.Node,
+    state: Mapping[str, torch.Tensor],
+    past: Any = 0,
+    names: Mapping[sympy.Symbol, sympy.Symbol] | None = None,
+) -> MaskForm | None:
     """The mask as causal, windowed and/or key padding; None when it says something else.
 
     Args:
         mask: boolean, (batch, heads, queries, keys) or fewer axes.
         state: the program's tensors by name.
         past: keys in front of the first query, a number or an expression over torch's symbols.
+        names: torch's symbols to those of dimensions (`dimension_names`): every past of a cache
+            has a symbol of its own, which the program's signature says are one size.
     """
+    if names:
+        past = sympy.sympify(past).subs(names)
     atoms = conjunction(mask, state)
     if atoms is None:
         return None
@@ -50,6 +59,7 @@ def mask_form(mask: fx.Node, state: Mapping[str, torch.Tensor], past: Any = 0) -
         least = _at_most_zero(atom)
         if least is None:
             return None
+        least = least.subs(names or {})
         if sympy.expand(least - (K - Q - past)) == 0:
             causal = True
             continue

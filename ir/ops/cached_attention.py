@@ -94,17 +94,18 @@ class Cache(NamedTuple):
         size = held.shape[2]
         begin = first // size
         blocks = held[self.table[:, begin : -(-last // size)].long()].transpose(1, 2)
-        whole = blocks.flatten(2, 3)
+        whole: Tensor = blocks.flatten(2, 3)
         return whole[:, :, first - begin * size : last - begin * size]
 
 
 def _packed(codes: Tensor) -> Tensor:
     pairs = (codes.to(torch.int16) & 15).unflatten(-1, (-1, 2))
-    return (pairs[..., 0] | pairs[..., 1] << 4).to(torch.uint8)
+    packed: Tensor = (pairs[..., 0] | pairs[..., 1] << 4).to(torch.uint8)
+    return packed
 
 
 def _unpacked(packed: Tensor) -> Tensor:
-    pair: Tensor = torch.stack((packed & 15, packed >> 4), -1).flatten(-2).to(torch.int8)
+    pair = torch.stack((packed & 15, packed >> 4), -1).flatten(-2).to(torch.int8)
     return pair - ((pair & 8) << 1)
 
 

@@ -1,0 +1,1 @@
+"""A decoder over a cache that is written in place: its graph, its buffers, its runner."""
