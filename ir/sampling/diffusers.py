@@ -1,0 +1,147 @@
+"""The configuration of a diffusers scheduler, in our terms. Imports neither torch nor diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from graphwright.ir.errors import ArgumentError
+from graphwright.ir.sampling.grid import Grid
+from graphwright.ir.sampling.schedule import NoiseSchedule
+
+_SOLVERS = {
+    "DDIMScheduler": ("ddim", "leading"),
+    "EulerDiscreteScheduler": ("euler", "linspace"),
+    "EulerAncestralDiscreteScheduler": ("euler_ancestral", "linspace"),
+    "HeunDiscreteScheduler": ("heun", "linspace"),
+    "DPMSolverMultistepScheduler": ("dpmpp_2m", "linspace"),
+    "DPMSolverSinglestepScheduler": ("dpmpp_2s", "linspace"),
+    "UniPCMultistepScheduler": ("unipc", "linspace"),
+    "LCMScheduler": ("lcm", "leading"),
+    "FlowMatchEulerDiscreteScheduler": ("euler", "uniform"),
+}
+_MULTISTEP = ("dpmpp_2m", "dpmpp_2s", "unipc")
+_PREDICTIONS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
+_MUST_BE: dict[str, tuple[Any, ...]] = {
+    "clip_sample": (False,),
+    "thresholding": (False,),
+    "rescale_betas_zero_snr": (False,),
+    "use_karras_sigmas": (False, None),
+    "use_exponential_sigmas": (False, None),
+    "use_beta_sigmas": (False, None),
+    "use_lu_lambdas": (False, None),
+    "use_flow_sigmas": (False, None),
+    "euler_at_final": (False,),
+    "algorithm_type": ("dpmsolver++",),
+    "solver_order": (2,),
+    "solver_type": ("midpoint", "bh2"),
+    "use_dynamic_shifting": (False,),
+    "stochastic_sampling": (False,),
+    "invert_sigmas": (False,),
+    "final_sigmas_type": ("zero",),
+    "disable_corrector": ([],),
+    "lower_order_final": (True,),
+    "interpolation_type": ("linear",),
+    "timestep_type": ("discrete",),
+    "predict_x0": (True,),
+    "solver_p": (None,),
+}
+"""Options whose other values are not what our solvers compute; a value outside is refused."""
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """What a scheduler's configuration says.
+
+    Attributes:
+        parameterization: meaning of the network's output.
+        schedule: noise levels.
+        grid: choice of the levels.
+        solver: name of our solver.
+        options: options of the solver.
+    """
+
+    parameterization: str
+    schedule: NoiseSchedule
+    grid: Grid
+    solver: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_scheduler(config: Mapping[str, Any]) -> Scheduler:
+    """A `scheduler_config.json` in our terms.
+
+    Raises:
+        ArgumentError: a scheduler, or a value of an option, that no solver of ours computes.
+    """
+    kind = str(config.get("_class_name"))
+    if kind not in _SOLVERS:
+        raise ArgumentError(
+            f"no solver of ours computes the scheduler {kind}",
+            fix=f"Known are {', '.join(_SOLVERS)}; or declare schedule and solver yourself.",
+        )
+    solver, spacing = _SOLVERS[kind]
+    for option, allowed in _MUST_BE.items():
+        if option in config and config[option] not in allowed:
+            raise ArgumentError(
+                f"{kind} with {option} = {config[option]!r} is not what our {solver} computes",
+                fix=f"It has to be {' or '.join(repr(v) for v in allowed)}.",
+            )
+    if kind.startswith("FlowMatch"):
+        return _flow(config, solver)
+    spacing = str(config.get("timestep_spacing", spacing))
+    if kind == "LCMScheduler":
+        spacing = "lcm"
+    elif solver in _MULTISTEP:
+        spacing = _multistep(spacing)
+    first = solver in ("ddim", "lcm") and not config.get("set_alpha_to_one", True)
+    grid = Grid(
+        spacing=spacing,  # type: ignore[arg-type]  # checked by the model
+        steps_offset=int(config.get("steps_offset", 0)) if spacing == "leading" else 0,
+        original_steps=int(config.get("original_inference_steps", 50)),
+        final="first" if first else "zero",
+    )
+    options = {}
+    if kind == "LCMScheduler":
+        options = {"timestep_scaling": float(config.get("timestep_scaling", 10.0))}
+    return Scheduler(_prediction(config), _table(config), grid, solver, options)
+
+
+def _multistep(spacing: str) -> str:
+    if spacing != "linspace":
+        raise ArgumentError(
+            f"the spacing {spacing} of a multistep scheduler is not known to us",
+            fix="Set `timestep_spacing: linspace`, the default of diffusers.",
+        )
+    return "multistep"
+
+
+def _prediction(config: Mapping[str, Any]) -> str:
+    name = str(config.get("prediction_type", "epsilon"))
+    if name not in _PREDICTIONS:
+        raise ArgumentError(
+            f"the prediction type {name!r} is none of {', '.join(_PREDICTIONS)}",
+        )
+    return _PREDICTIONS[name]
+
+
+def _table(config: Mapping[str, Any]) -> NoiseSchedule:
+    betas = config.get("trained_betas")
+    return NoiseSchedule(
+        kind="table",
+        num_train_timesteps=int(config.get("num_train_timesteps", 1000)),
+        beta_schedule=config.get("beta_schedule", "linear"),
+        beta_start=float(config.get("beta_start", 0.0001)),
+        beta_end=float(config.get("beta_end", 0.02)),
+        trained_betas=None if betas is None else tuple(float(b) for b in betas),
+    )
+
+
+def _flow(config: Mapping[str, Any], solver: str) -> Scheduler:
+    steps = int(config.get("num_train_timesteps", 1000))
+    shift = float(config.get("shift", 1.0))
+    schedule = NoiseSchedule(kind="flow", time_scale=float(steps), shift=shift)
+    # diffusers' grid runs between the shifted ends of its table, and is shifted once more
+    least = schedule.shifted(1.0 / steps)
+    return Scheduler("flow", schedule, Grid(spacing="uniform", start=1.0, end=least), solver)

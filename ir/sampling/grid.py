@@ -1,0 +1,114 @@
+"""Grids: the levels of noise that a trajectory goes through. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field
+
+from graphwright.ir.errors import ArgumentError
+from graphwright.ir.options import Options
+from graphwright.ir.sampling.schedule import Level, NoiseSchedule
+
+Spacing = Literal[
+    "linspace", "leading", "trailing", "multistep", "lcm", "karras", "log_snr", "uniform"
+]
+END = Level(0.0, 0.0, 1.0, 0.0)
+"""The data itself."""
+
+
+class Grid(Options):
+    """Choice of the levels."""
+
+    spacing: Spacing = "linspace"
+    """`linspace`, `leading` and `trailing` choose steps of a table as diffusers does, `multistep`
+    is its linspace for multistep solvers; `lcm` takes every k-th of `original_steps`; `karras` is
+    the power law in s / a; `log_snr` is uniform in ln(a / s); `uniform` is uniform in t."""
+
+    steps_offset: int = 0
+    """Of leading: added to every step."""
+
+    original_steps: Annotated[int, Field(ge=1)] = 50
+    """Of lcm: steps that the model was distilled on."""
+
+    rho: Annotated[float, Field(gt=0)] = 7.0
+    """Of karras: the power."""
+
+    start: float | None = None
+    """Of karras, log_snr and uniform: t of the first level; the schedule's end when absent."""
+
+    end: float | None = None
+    """Of karras, log_snr and uniform: t of the last level that the network is asked about; the
+    schedule's other end when absent."""
+
+    final: Literal["zero", "first", "none"] = "zero"
+    """The level behind the last: no noise; the table's first step; or none, so that the last level
+    of the grid is where the trajectory ends."""
+
+    def levels(self, schedule: NoiseSchedule, steps: int) -> tuple[Level, ...]:
+        """The levels of a trajectory of `steps` steps, one more than those.
+
+        Raises:
+            ArgumentError: no such grid on this schedule.
+        """
+        if steps < 1:
+            raise ArgumentError(f"a trajectory has at least one step, not {steps}")
+        count = steps + 1 if self.final == "none" else steps
+        found = self._asked(schedule, count)
+        if self.final == "none":
+            return found
+        return (*found, END if self.final == "zero" else schedule.level(schedule.ends()[0]))
+
+    def _asked(self, schedule: NoiseSchedule, n: int) -> tuple[Level, ...]:
+        low, high = schedule.ends()
+        start = high if self.start is None else self.start
+        end = low if self.end is None else self.end
+        if self.spacing in ("karras", "log_snr"):
+            return self._by_sigma(schedule, schedule.level(start), schedule.level(end), n)
+        if self.spacing == "uniform":
+            places = [start + (end - start) * i / max(n - 1, 1) for i in range(n)]
+            if schedule.kind == "flow":
+                places = [schedule.shifted(t) for t in places]
+            return tuple(schedule.level(t) for t in places)
+        if schedule.kind != "table":
+            raise ArgumentError(
+                f"the spacing {self.spacing} chooses steps of a table, and the schedule is "
+                f"{schedule.kind}",
+                fix="Choose `uniform`, `karras` or `log_snr`.",
+            )
+        return tuple(schedule.level(float(t)) for t in self._steps(int(high) + 1, n))
+
+    def _by_sigma(
+        self, schedule: NoiseSchedule, first: Level, last: Level, n: int
+    ) -> tuple[Level, ...]:
+        if not (last.sigma > 0 and math.isfinite(first.sigma)):
+            raise ArgumentError(
+                f"the spacing {self.spacing} has no place for noise of {last.sigma:g} and "
+                f"{first.sigma:g}",
+                fix="Give `start` and `end` inside the schedule.",
+            )
+        i = np.arange(n) / max(n - 1, 1)
+        if self.spacing == "karras":
+            big, small = first.sigma ** (1 / self.rho), last.sigma ** (1 / self.rho)
+            sigmas = (big + i * (small - big)) ** self.rho
+        else:
+            sigmas = np.exp(math.log(first.sigma) + i * math.log(last.sigma / first.sigma))
+        inner = [schedule.at_sigma(float(sigma)) for sigma in sigmas[1:-1]]
+        return (first, *inner, last)[:n] if n > 1 else (first,)
+
+    def _steps(self, total: int, n: int) -> np.ndarray:
+        if n > total:
+            raise ArgumentError(f"{n} steps of a table of {total}")
+        if self.spacing == "linspace":
+            return np.linspace(0, total - 1, n)[::-1]
+        if self.spacing == "leading":
+            return (np.arange(n) * (total // n)).round()[::-1] + self.steps_offset
+        if self.spacing == "trailing":
+            return np.round(np.arange(total, 0, -total / n)) - 1
+        if self.spacing == "multistep":
+            return np.linspace(0, total - 1, n + 1).round()[::-1][:-1]
+        known = np.arange(1, self.original_steps + 1) * (total // self.original_steps) - 1
+        picked = np.floor(np.linspace(0, len(known), num=n, endpoint=False)).astype(int)
+        return known[::-1][picked]

@@ -1,0 +1,123 @@
+"""Step for step with the schedulers of diffusers, on one denoiser, from their own configuration."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from models.mixture import Mixture, mixture
+
+from graphwright.ir.errors import ArgumentError
+from graphwright.ir.sampling.diffusers import read_scheduler
+from graphwright.ir.sampling.parameterization import canonical, output_of
+from graphwright.ir.sampling.schedule import Level
+from graphwright.ir.sampling.solvers.base import Path, Prediction
+from graphwright.ir.sampling.solvers.table import make_solver
+from graphwright.ir.sampling.trajectory import trajectory
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
+STEPS = 10
+TABLE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+CASES: dict[str, dict[str, Any]] = {
+    "DDIMScheduler": {**TABLE, "clip_sample": False, "steps_offset": 1, "set_alpha_to_one": False},
+    "EulerDiscreteScheduler": TABLE,
+    "EulerAncestralDiscreteScheduler": TABLE,
+    "HeunDiscreteScheduler": TABLE,
+    "DPMSolverMultistepScheduler": TABLE,
+    "UniPCMultistepScheduler": TABLE,
+    "LCMScheduler": {**TABLE, "clip_sample": False},
+    "FlowMatchEulerDiscreteScheduler": {"shift": 3.0},
+}
+
+
+class Denoiser:
+    """The mixture at any level, by the step that a network would be told."""
+
+    def __init__(self, oracle: Mixture, schedule: Any, kind: str) -> None:
+        self.oracle, self.schedule, self.kind = oracle, schedule, kind
+
+    def out(self, x: torch.Tensor, t: float) -> torch.Tensor:
+        level = self.schedule.level(t)
+        a, s = (torch.full((len(x), 1), v, dtype=x.dtype) for v in (level.a, level.s))
+        return output_of(self.kind, self.oracle.denoised(x, a, s), x, a, s)
+
+    def __call__(self, x: torch.Tensor, level: Level) -> Prediction:
+        out = self.out(x, level.t)
+        return Prediction(*canonical(self.kind, out, x, level.a, level.s))
+
+
+def peer_steps(peer: Any, denoiser: Denoiser, x: torch.Tensor, noise: list[torch.Tensor]) -> Any:
+    """Samples behind every step of a diffusers scheduler, in the scheduler's own coordinates."""
+    scale = denoiser.schedule.time_scale
+    drawn = iter(noise)
+    module = sys.modules[type(peer).__module__]
+    real = getattr(module, "randn_tensor", None)
+    if real is not None:
+        module.randn_tensor = lambda *a, **k: next(drawn)
+    try:
+        found = []
+        for t in peer.timesteps:
+            asked = peer.scale_model_input(x, t) if hasattr(peer, "scale_model_input") else x
+            x = peer.step(denoiser.out(asked, float(t) / scale), t, x).prev_sample
+            found.append(x)
+    finally:
+        if real is not None:
+            module.randn_tensor = real
+    return found
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", CASES)
+def test_step_for_step(name: str, prediction: str) -> None:
+    flow = name.startswith("Flow")
+    options = CASES[name] if flow else {**CASES[name], "prediction_type": prediction}
+    peer = getattr(diffusers, name)(**options)
+    read = read_scheduler({**peer.config, "_class_name": name})
+    path = Path(read.schedule, read.grid.levels(read.schedule, STEPS))
+    solver = make_solver(read.solver, **read.options)
+    denoiser = Denoiser(mixture(torch.float64), read.schedule, read.parameterization)
+    g = torch.Generator().manual_seed(0)
+    noise = [torch.randn(6, 2, generator=g, dtype=torch.float64) for _ in range(STEPS)]
+    x = torch.randn(6, 2, generator=g, dtype=torch.float64)
+    # Euler, its kin and Heun walk in x / a
+    by_sigma = "Euler" in name or "Heun" in name
+    divided = by_sigma and not flow
+    peer.set_timesteps(STEPS)
+    theirs = peer_steps(peer, denoiser, x / path.levels[0].a if divided else x, noise)
+    if name == "HeunDiscreteScheduler":
+        theirs = [*theirs[1::2], theirs[-1]]
+    mine: list[torch.Tensor] = []
+    used = noise[: STEPS * solver.draws]
+    trajectory(denoiser, x, path, solver, used, watch=lambda i, made: mine.append(made))
+    scales = [level.a if divided else 1.0 for level in path.levels[1:]]
+    assert len(theirs) == len(mine) == STEPS
+    worst = max(
+        float((a * b - c).abs().max()) for a, b, c in zip(scales, theirs, mine, strict=True)
+    )
+    assert worst < 1e-4, worst
+
+
+def test_grids_are_theirs() -> None:
+    for name, options in CASES.items():
+        peer = getattr(diffusers, name)(**options)
+        read = read_scheduler({**peer.config, "_class_name": name})
+        peer.set_timesteps(STEPS)
+        times = peer.timesteps.double().numpy()
+        times = times[[0, *range(1, len(times), 2)]] if "Heun" in name else times
+        mine = [level.time for level in read.grid.levels(read.schedule, STEPS)[:-1]]
+        assert np.allclose(times, mine, atol=1e-3), name
+
+
+def test_what_our_solvers_do_not_compute_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="no solver of ours computes the scheduler PNDM"):
+        read_scheduler({"_class_name": "PNDMScheduler"})
+    with pytest.raises(ArgumentError, match="clip_sample = True"):
+        read_scheduler(dict(diffusers.DDIMScheduler().config, _class_name="DDIMScheduler"))
+    for option, value in (("prediction_type", "flow"), ("timestep_spacing", "leading")):
+        config = {**diffusers.DPMSolverMultistepScheduler().config, option: value}
+        with pytest.raises(ArgumentError, match=value):
+            read_scheduler({**config, "_class_name": "DPMSolverMultistepScheduler"})
