@@ -136,6 +136,16 @@ class Backend:
         raise TypeError(f"{type(self).__name__} defines no lower(program, context)")
 
     @classmethod
+    def save_together(cls, parts: Mapping[str, Any], folder: Path) -> dict[str, Path]:
+        """Writes several programs of this backend; what `open` takes, below `folder`, by name.
+
+        Here each has a folder of its own; a backend that can, stores what they share once.
+        """
+        for name, part in parts.items():
+            part.save(folder / name)
+        return {name: Path(name) for name in parts}
+
+    @classmethod
     def open(cls, path: Path) -> Compiled | None:
         """The saved artifact at `path`; None when the file is not one of this backend's."""
         return None
@@ -164,9 +174,3 @@ def find_backend(name: str) -> type[Backend]:
 def all_backends() -> dict[str, type[Backend]]:
     """Every backend by name."""
     return {name: find_backend(name) for name in backend_names()}
-
-
-def open_artifact(path: Path) -> Compiled | None:
-    """A saved artifact of whichever backend wrote it; None when it is none of theirs."""
-    opened = (backend.open(path) for backend in all_backends().values())
-    return next((compiled for compiled in opened if compiled is not None), None)

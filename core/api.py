@@ -18,7 +18,7 @@ def load(path: str | Path) -> Program | Compiled:
     Raises:
         ModelError: there is no such file, it is neither, or it is damaged.
     """
-    from graphwright.backends.base import open_artifact
+    from graphwright.backends.opening import open_artifact
     from graphwright.ir.errors import ModelError
     from graphwright.ir.files.archive import load_program
 
@@ -31,6 +31,8 @@ def load(path: str | Path) -> Program | Compiled:
 def lower(program: Program, backend: str, *, seed: int = 0, **options: Any) -> Compiled:
     """Lowers a program; the result is checked against it before it is handed over.
 
+    A denoiser (`sample.denoiser`) becomes a bundle that samples.
+
     Args:
         program: left as it is.
         backend: `onnxruntime` or `triton`.
@@ -41,11 +43,10 @@ def lower(program: Program, backend: str, *, seed: int = 0, **options: Any) -> C
         LoweringError: it cannot be lowered, or the result differs from the program.
         ArgumentError: there is no such backend or option.
     """
-    from graphwright.backends.base import find_backend
+    from graphwright.backends.bundle import lower_program
     from graphwright.ir.context import Context
 
-    context = Context(seed=seed, scope=("lower", backend))
-    return find_backend(backend)(**options).lower(program, context)
+    return lower_program(program, backend, options, Context(seed=seed, scope=("lower", backend)))
 
 
 def optimize(

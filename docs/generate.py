@@ -19,6 +19,9 @@ PASSES = ROOT / "docs" / "passes"
 
 Schema = dict[str, Any]
 
+RESTATED = "another function, with inputs and outputs of its own, held to its formula in float64"
+"""Of a pass that restates the program."""
+
 CONTRACTS = {
     "exact": "same function up to rounding",
     "identity_at_init": "same function until it is trained",
@@ -70,7 +73,8 @@ def pass_page(name: str, doc: str, schema: Schema) -> str:
     facts = entry["x-graphwright"]
     family, _, method = name.partition(".")
     lines = [NOTE, f"# {name}", "", doc, "", "| | |", "| --- | --- |"]
-    lines.append(f"| contract | `{facts['contract']}`: {CONTRACTS[facts['contract']]} |")
+    meaning = RESTATED if facts.get("restates") else CONTRACTS[facts["contract"]]
+    lines.append(f"| contract | `{facts['contract']}`: {meaning} |")
     lines.append(f"| needs | {facts['needs']}{_needs_when(facts)} |")
     for label, key in (
         ("comes after", "after"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, Literal, cast, get_args, get_origin
 
@@ -95,6 +95,8 @@ class Pass(Generic[OptionsT]):
             with those that compression started from. Where absent: `trained` for a pass that
             trains, `compressed` for a lossy one, else `kept`.
         changes_interface: its result may have other inputs or outputs than the given program.
+        restates: its result is another function, with outputs of its own, that `expected` computes
+            out of runs of the given one; held to that in float64.
         stores_weights: weights that plain operators compute from stored tensors (weight norm,
             spectral norm) are stored before it runs.
         computes_in: floating-point dtypes of the programs it takes.
@@ -116,6 +118,7 @@ class Pass(Generic[OptionsT]):
     lowers_to: ClassVar[tuple[str, ...]] = ("onnxruntime", "triton")
     weights: ClassVar[Effect | None] = None
     changes_interface: ClassVar[bool] = False
+    restates: ClassVar[bool] = False
     stores_weights: ClassVar[bool] = False
     computes_in: ClassVar[tuple[str, ...]] = EVERY_DTYPE
 
@@ -216,7 +219,7 @@ class Pass(Generic[OptionsT]):
                 "was given",
                 fix="A pass makes new tensors (`Editor.set_state`), for others share these.",
             )
-        if not self.changes_interface:
+        if not (self.changes_interface or self.restates):
             check_interface(program, result.program, self.id)
         record = Provenance(
             self.id, self.resolved_options(), context.seed, self.contract, digest(program)
@@ -251,7 +254,25 @@ class Pass(Generic[OptionsT]):
     def promise(self) -> Promise:
         """The promise of this pass, with these options, about its effect on the function."""
         bound = getattr(self.options, "max_error", None)
-        return Promise(self.id, self.contract, self.tolerance, bound, self.changes_interface)
+        expected = self.expected if self.restates else None
+        return Promise(
+            self.id, self.contract, self.tolerance, bound, self.changes_interface, expected
+        )
+
+    def expected(
+        self,
+        after: Program,
+        run: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+        given: Mapping[str, Any],
+    ) -> Mapping[str, Any]:
+        """Of a pass that `restates`: the outputs that its result has to have.
+
+        Args:
+            after: the result.
+            run: the program before, by names of inputs and outputs.
+            given: inputs of the result by name.
+        """
+        raise TypeError(f"{type(self).__name__} restates the program and does not say as what")
 
     @property
     def needed(self) -> Need:

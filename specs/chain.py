@@ -53,7 +53,16 @@ def chain_findings(root: Node, schema: Schema) -> Iterator[Finding]:
         found = found or [f for f in (_alone(links[:place], later, done),) if f is not None]
         yield from found[:1]  # one move puts it before them all
         seen.setdefault(later.facts.id, later)
+    sampling = [link for link in links if link.facts.id.startswith("sample.")]
+    if sampling and root.is_mapping and root.plain().get("evaluate") is not None:
+        message = (
+            f"a metric compares outputs of the network, and {sampling[0].place} makes others; "
+            "remove this section, or evaluate a spec without the passes of sample"
+        )
+        yield Finding(("evaluate",), message)
     backends = [entry_id(node) for node in chain_nodes(root, "lower")]
+    if sampling and len(backends) > 1:
+        yield Finding(("lower", 1), "a bundle is of one backend; remove one of the two")
     known = schema.names("backend")
     for place, backend in enumerate(backends):
         if backend in backends[:place]:

@@ -24,7 +24,7 @@ from graphwright.ir.options import EVERY_DTYPE
 
 OUTPUT = Path(__file__).with_name("schema.json")
 FACTS = ("contract", "needs", "after", "before", "conflicts", "behind", "takes", "codes",
-         "lowers_to", "papers")  # fmt: skip
+         "lowers_to", "papers", "restates")  # fmt: skip
 
 
 def build_schema(

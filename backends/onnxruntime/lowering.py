@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -49,6 +50,13 @@ class Lowering(Backend):
         """A `model.onnx` that this backend wrote, or the folder it is in."""
         file = path / FILE if path.is_dir() else path
         return load(file) if file.suffix == ".onnx" and file.is_file() else None
+
+    @classmethod
+    def save_together(cls, parts: Mapping[str, OnnxCompiled], folder: Path) -> dict[str, Path]:
+        """Models beside each other, with their weights in one file."""
+        from graphwright.backends.onnxruntime.together import save_together
+
+        return save_together(parts, folder)
 
     def lower(self, program: Program, context: Context) -> OnnxCompiled:
         """The program as an ONNX model, compared to it at three sizes of every dynamic dimension.

@@ -33,7 +33,7 @@ def open_runnable(
     source: str | Path, *, spec: str | None, allow_pickle: bool
 ) -> Program | Compiled:
     """An artifact that a backend saved, or else what `open_program` opens."""
-    from graphwright.backends.base import open_artifact
+    from graphwright.backends.opening import open_artifact
 
     found: Compiled | None = open_artifact(Path(source)) if Path(source).exists() else None
     return found or open_program(source, spec=spec, allow_pickle=allow_pickle)

@@ -36,6 +36,7 @@ def run_chain(
         ContractError: a pass broke its contract; a reproducer is left beside the output folder.
     """
     from graphwright.ir.graph.digest import digest
+    from graphwright.passes.base import find_pass
 
     keys = chain_keys(run, digest(original), calibration, training)
     records: list[dict[str, Any]] = []
@@ -48,7 +49,8 @@ def run_chain(
     if found is not None:
         index, program, records, kept = found
         begin, uncompressed = index + 1, original if kept is None else kept
-        checker.resume(program)
+        done = run.spec.passes[:begin]
+        checker.resume(program, [find_pass(c.id)(**c.options).promise() for c in done])
         for text in (text for record in records for text in record["warnings"]):
             run.warn(text)
         run.progress.note(f"resumed after pass {index} ({run.spec.passes[index].id})")

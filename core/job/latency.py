@@ -83,6 +83,7 @@ def measure_latency(
     device: str = "cpu",
     budget_s: float = DEFAULT_BUDGET_S,
     progress: Callable[[str, int, int], None] | None = None,
+    warn: Callable[[str], object] | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of the report's `latency`: the original against every artifact on the same inputs.
 
@@ -93,12 +94,18 @@ def measure_latency(
         device: `cpu` or `cuda`; on the latter every reading waits for the device.
         budget_s: seconds to spend in all.
         progress: see `alternate`.
+        warn: told why nothing was measured.
 
     Returns:
-        One row per artifact. `speedup` is the ratio of the medians. Threads are torch's.
+        One row per artifact; none for a sampling program, whose calls are others than its
+        network's. `speedup` is the ratio of the medians. Threads are torch's.
     """
     import torch
 
+    if any(hasattr(call, "sampler") for call in compiled.values()):
+        if warn is not None:
+            warn("latency was not measured: a call of a sampling program is not one of its network")
+        return []
     if not compiled:
         return []
     candidates = {"": before, **compiled}

@@ -163,7 +163,7 @@ class _Job:
         )
 
     def _lower(self, program: Program) -> dict[str, Compiled]:
-        from graphwright.backends.base import find_backend
+        from graphwright.backends.bundle import lower_program
         from graphwright.ir.context import Context
 
         compiled: dict[str, Compiled] = {}
@@ -176,7 +176,7 @@ class _Job:
                 scope=("lower", call.id),
             )
             with self.progress.stage(call.id):
-                compiled[call.id] = find_backend(call.id)(**call.options).lower(program, context)
+                compiled[call.id] = lower_program(program, call.id, call.options, context)
             for text in compiled[call.id].notes.get("warnings", ()):
                 self.run.warn(f"{call.id}: {text}")
             self.run.note_peak()
@@ -280,7 +280,7 @@ class _Job:
             if isinstance(lowered, nn.Module):
                 lowered.to(device)
         with self.progress.stage("latency"):
-            return measure_latency(before, compiled, examples, device=device)
+            return measure_latency(before, compiled, examples, device=device, warn=self.run.warn)
 
     def _report(
         self,

@@ -90,7 +90,10 @@ def build_report(
 def _layers(original: Program, program: Program, before: Any, after: Any) -> list[dict[str, Any]]:
     from graphwright.ir.check.layer_errors import layer_errors
 
-    errors = {e.node: e.error for e in layer_errors(original, program, counted=before)}
+    errors = {}
+    if len(original.signature.outputs) == len(program.signature.outputs):
+        # where a pass has restated the program, its layers see other inputs
+        errors = {e.node: e.error for e in layer_errors(original, program, counted=before)}
     left = {layer.node: layer for layer in after.layers}
     rows = []
     for layer in before.layers:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 EXACT = 1e-9
 """Relative error in float64 that an exact pass may make, where it stores no new numbers."""
@@ -19,6 +21,7 @@ class Promise:
             0 asks for equal values in the program's own precision.
         max_error: largest relative error of every output of a lossy pass; None for no bound.
         changes_interface: the pass says that inputs or outputs may be others.
+        expected: of a pass that makes another function: what that computes (`restated.py`).
     """
 
     by: str
@@ -26,3 +29,4 @@ class Promise:
     tolerance: float = EXACT
     max_error: float | None = None
     changes_interface: bool = False
+    expected: Callable[..., Any] | None = None

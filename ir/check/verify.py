@@ -20,6 +20,12 @@ from graphwright.ir.check.fidelity import Fidelity, compare, has_finite, merge
 from graphwright.ir.check.interface import check_interface
 from graphwright.ir.check.precision import Walk, roundoff, same_draws
 from graphwright.ir.check.promise import Promise
+from graphwright.ir.check.restated import (
+    check_restated,
+    restated_inputs,
+    restated_run,
+    runner,
+)
 from graphwright.ir.check.slices import slice_errors
 from graphwright.ir.context import Batch
 from graphwright.ir.data.far import far_inputs
@@ -64,6 +70,7 @@ class Checker:
         self.measured = len(self.inputs)
         self.inputs += others
         self.program = program
+        self._first = runner(program, wide=False)
         self.original = [run(program, inputs) for inputs in self.inputs]
         self.current = self.original
         self.decode = DecodeCheck.of(program)
@@ -83,6 +90,10 @@ class Checker:
                 that differs beyond rounding.
         """
         before = self.program
+        if promise.expected is not None:
+            fidelity = check_restated(before, after, promise.by, promise.expected)
+            self.resume(after, [promise])
+            return fidelity
         check_interface(before, after, promise.by, declared=promise.changes_interface)
         if after.graph is before.graph and _same_tensors(before, after):
             self.program = after
@@ -103,9 +114,21 @@ class Checker:
         self.program, self.current = after, outputs
         return fidelity
 
-    def resume(self, program: Program) -> None:
-        """Goes on from `program`, which an earlier run has already checked."""
+    def resume(self, program: Program, promises: Sequence[Promise] = ()) -> None:
+        """Goes on from `program`, which has already been checked, behind passes of these promises.
+
+        What a pass restated is compared from there on with the first program, restated alike.
+        """
         self.program = program
+        for expected in (p.expected for p in promises if p.expected is not None):
+            self._first = restated_run(expected, program, self._first)
+            self.inputs, self.measured = restated_inputs(program), 1
+        if any(p.expected is not None for p in promises):
+            names = [spec.name for spec in program.signature.inputs]
+            outputs = [spec.name for spec in program.signature.outputs]
+            named = [dict(zip(names, inputs, strict=True)) for inputs in self.inputs]
+            found = [self._first(given) for given in named]
+            self.original = [tuple(out[name] for name in outputs) for out in found]
         self.current = [run(program, inputs) for inputs in self.inputs]
 
     def total(self, run_flat: Callable[[Inputs], Outputs] | None = None) -> Fidelity:

@@ -6,7 +6,7 @@ import math
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.options import Options
@@ -21,6 +21,8 @@ END = Level(0.0, 0.0, 1.0, 0.0)
 
 class Grid(Options):
     """Choice of the levels."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"spacing": "leading"}]})
 
     spacing: Spacing = "linspace"
     """`linspace`, `leading` and `trailing` choose steps of a table as diffusers does, `multistep`
@@ -111,4 +113,4 @@ class Grid(Options):
             return np.linspace(0, total - 1, n + 1).round()[::-1][:-1]
         known = np.arange(1, self.original_steps + 1) * (total // self.original_steps) - 1
         picked = np.floor(np.linspace(0, len(known), num=n, endpoint=False)).astype(int)
-        return known[::-1][picked]
+        return np.asarray(known[::-1][picked])

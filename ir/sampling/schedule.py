@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.options import Options, Rule
@@ -51,6 +52,8 @@ class Level:
 class NoiseSchedule(Options):
     """The noise that a denoiser was trained on, with its value of time."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"beta_schedule": "linear"}]})
+
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule("trained_betas", "trained_betas is None or kind == 'table'",
              "trained_betas has no part in the schedule {kind}"),
@@ -92,8 +95,9 @@ class NoiseSchedule(Options):
     shift: Annotated[float, Field(gt=0)] = 1.0
     """Of flow: grids are moved towards noise, t = shift t / (1 + (shift - 1) t)."""
 
-    time: Literal["t", "sigma"] = "t"
-    """What the network is told: t, or the level of noise s / a."""
+    time: Literal["t", "sigma", "c_noise"] = "t"
+    """What the network is told: t, the level of noise s / a, or ln(s / a) / 4, as the raw networks
+    of edm."""
 
     time_scale: Annotated[float, Field(gt=0)] = 1.0
     """Factor on it: 1000 for flow models that count to 1000, 999 for those of the SDE papers."""
@@ -112,7 +116,7 @@ class NoiseSchedule(Options):
         """
         if self.kind != "table":
             raise ArgumentError(f"the schedule {self.kind} has no table of alphas")
-        return np.asarray(np.cumprod(1.0 - _betas(self)))
+        return _alphas(self)
 
     def coefficients(self, t: float) -> tuple[float, float]:
         """(a, s) at t."""
@@ -172,7 +176,10 @@ class NoiseSchedule(Options):
         return self.shift * t / (1 + (self.shift - 1) * t)
 
     def _time(self, t: float, a: float, s: float) -> float:
-        return self.time_scale * (t if self.time == "t" else s / a)
+        if self.time == "t":
+            return self.time_scale * t
+        sigma = s / a if a > SMALLEST else math.inf
+        return self.time_scale * (sigma if self.time == "sigma" else math.log(sigma) / 4)
 
     def _from_table(self, t: float) -> tuple[float, float]:
         table = self.alphas_cumprod()
@@ -204,6 +211,11 @@ class NoiseSchedule(Options):
         return (-b + math.sqrt(b**2 - 8 * slope * 2 * c / 2)) / (2 * slope)
 
 
+@lru_cache(maxsize=16)
+def _alphas(schedule: NoiseSchedule) -> np.ndarray:
+    return np.asarray(np.cumprod(1.0 - _betas(schedule)))
+
+
 def _betas(schedule: NoiseSchedule) -> np.ndarray:
     n = schedule.num_train_timesteps
     if schedule.trained_betas is not None:
@@ -211,6 +223,7 @@ def _betas(schedule: NoiseSchedule) -> np.ndarray:
     if schedule.beta_schedule == "linear":
         return np.linspace(schedule.beta_start, schedule.beta_end, n)
     if schedule.beta_schedule == "scaled_linear":
-        return np.linspace(schedule.beta_start**0.5, schedule.beta_end**0.5, n) ** 2
+        roots = np.linspace(schedule.beta_start**0.5, schedule.beta_end**0.5, n)
+        return np.asarray(roots**2)
     grid = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * math.pi / 2) ** 2
-    return np.minimum(1 - grid[1:] / grid[:-1], 0.999)
+    return np.asarray(np.minimum(1 - grid[1:] / grid[:-1], 0.999))

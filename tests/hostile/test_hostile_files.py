@@ -93,7 +93,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def opened(path: Path, *, factory: bool) -> None:
     """What the commands do with a path: an artifact, or else a model."""
-    from graphwright.backends.base import open_artifact
+    from graphwright.backends.opening import open_artifact
 
     if path.exists() and open_artifact(path) is not None:
         return

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from models import denoisers
 from torch import nn
 
 import graphwright as gw
@@ -202,6 +203,8 @@ def traced(kind: str) -> gw.Program:
         return gw.trace(net, (torch.randn(4, 2, 6, 6),), {"x": {0: "batch"}})
     if kind == "trunk":
         return gw.trace(TrunkNet().eval(), (torch.randn(4, 6),), {"x": {0: "batch"}})
+    if kind == "denoiser":
+        return denoisers.conv()
     ids = torch.randint(0, 32, (4, 8))
     net = TEXT_NETS[kind]().eval()
     return gw.trace(net, (ids,), {"ids": {0: "batch", 1: "length"}})
@@ -214,6 +217,9 @@ def batches(kind: str) -> list[dict[str, torch.Tensor]]:
         return [{"x": torch.randn(4, 2, 6, 6, generator=generator)} for _ in range(2)]
     if kind == "trunk":
         return [{"x": torch.randn(4, 6, generator=generator)} for _ in range(2)]
+    if kind == "denoiser":
+        specs = traced(kind).signature.inputs
+        return [dict(zip((s.name for s in specs), traced(kind).examples, strict=True))]
     return [{"ids": torch.randint(0, 32, (4, 8), generator=generator)} for _ in range(2)]
 
 

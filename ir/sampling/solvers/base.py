@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, NamedTuple
@@ -98,12 +99,13 @@ class Stochastic(Solver):
         if not self.eta or there.s <= SMALLEST or here.s <= SMALLEST:
             return 0.0
         left = max(here.s**2 - (here.a / there.a) ** 2 * there.s**2, 0.0)
-        return min(there.s, self.eta * there.s / here.s * left**0.5)
+        return float(min(there.s, self.eta * there.s / here.s * left**0.5))
 
 
 def first_order(p: Prediction, there: Level, fresh: float, noise: list[Tensor]) -> Tensor:
     """a' D + sqrt(s'^2 - n^2) E + n z: the step that every other one adds corrections to."""
-    moved = there.a * p.denoised + max(there.s**2 - fresh**2, 0.0) ** 0.5 * p.noise
+    kept = math.sqrt(max(there.s**2 - fresh**2, 0.0))
+    moved = there.a * p.denoised + kept * p.noise
     return moved + fresh * noise[0] if fresh else moved
 
 

@@ -80,5 +80,5 @@ class PredictorCorrector(Solver):
 
     def _norm(self, x: Tensor) -> Tensor:
         """Lengths, shaped to broadcast."""
-        found = x.flatten(1).norm(dim=1).reshape(-1, *[1] * (x.dim() - 1))
+        found: Tensor = x.flatten(1).norm(dim=1).reshape(-1, *[1] * (x.dim() - 1))
         return found.mean() if self.norm == "batch" else found

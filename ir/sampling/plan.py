@@ -1,0 +1,180 @@
+"""A plan: all that a trajectory is told, checked before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphwright.ir.errors import ArgumentError
+from graphwright.ir.sampling.grid import Grid
+from graphwright.ir.sampling.parameterization import check_levels
+from graphwright.ir.sampling.record import NEGATIVE, Denoiser
+from graphwright.ir.sampling.solvers.base import Path, Solver
+from graphwright.ir.sampling.solvers.table import SOLVERS, make_solver
+from graphwright.ir.signature import Signature
+
+Scale = float | Sequence[float]
+"""One number, or one for every step."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A trajectory.
+
+    Attributes:
+        path: its levels.
+        solver: of its steps.
+        given: conditions, and what is led away from, by input name.
+        parameters: guidance's numbers, one per step, by input name.
+        batch: number of samples.
+        linear: policy and coefficients of LinearAG; None elsewhere.
+    """
+
+    path: Path
+    solver: Solver
+    given: Mapping[str, Tensor]
+    parameters: Mapping[str, tuple[float, ...]]
+    batch: int
+    linear: Mapping[str, Any] | None = None
+
+
+def make_plan(
+    record: Denoiser,
+    signature: Signature,
+    batch: int,
+    conditions: Mapping[str, Tensor],
+    negative: Mapping[str, Tensor],
+    steps: int,
+    solver: str | None,
+    solver_options: Mapping[str, Any] | None,
+    grid: Grid | Mapping[str, Any] | None,
+    parameters: Mapping[str, Scale],
+) -> Plan:
+    """The plan of a trajectory.
+
+    Raises:
+        ArgumentError: anything that would go wrong on the way, before it starts.
+    """
+    schedule = record.noise_schedule
+    chosen = Grid.model_validate(dict(grid)) if isinstance(grid, Mapping) else grid
+    path = Path(schedule, (chosen or record.default_grid).levels(schedule, steps))
+    check_levels(record.parameterization, path.levels[:-1])
+    plan = Plan(
+        path,
+        _solver(record, solver, solver_options),
+        _given(record, signature, batch, conditions, negative),
+        _numbers(record, parameters, path.steps),
+        batch,
+    )
+    linear = None if record.guidance is None else record.guidance.settings.get("linear")
+    if linear is not None:
+        own_grid = (chosen or record.default_grid).model_dump(mode="json")
+        _check_linear(plan, linear, solver or record.solver, own_grid)
+    return replace(plan, linear=linear)
+
+
+def _check_linear(
+    plan: Plan, linear: Mapping[str, Any], solver: str, grid: Mapping[str, Any]
+) -> None:
+    """Coefficients are of one trajectory."""
+    scales = set(plan.parameters["guidance_scale"])
+    pairs = {
+        "steps": (plan.path.steps, linear["steps"]),
+        "solver": (solver, linear["solver"]),
+        "grid": (grid, linear["grid"]),
+        "guidance_scale": (scales, {linear["guidance_scale"]}),
+    }
+    for name, (mine, fitted) in pairs.items():
+        if mine != fitted:
+            raise ArgumentError(
+                f"the coefficients were fitted with {name} = {fitted}, and this trajectory has "
+                f"{mine}",
+                fix="Sample as they were fitted, or fit again with sample.linear_guidance.",
+            )
+    if plan.solver.evaluations != 1:
+        raise ArgumentError(f"LinearAG asks once per step, and {solver} asks more often")
+
+
+def _solver(record: Denoiser, name: str | None, options: Mapping[str, Any] | None) -> Solver:
+    own = record.solver_options if name in (None, record.solver) else {}
+    made = make_solver(name or record.solver, **{**own, **(options or {})})
+    guidance = record.guidance
+    if guidance is not None and guidance.two_directions and not made.two_directions:
+        able = ", ".join(n for n, kind in SOLVERS.items() if kind.two_directions)
+        raise ArgumentError(
+            f"{name or record.solver} has no form for {guidance.by}, whose data and noise are of "
+            "two predictions",
+            fix=f"Take one of {able}.",
+        )
+    return made
+
+
+def _given(
+    record: Denoiser,
+    signature: Signature,
+    batch: int,
+    conditions: Mapping[str, Tensor],
+    negative: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    negatives = () if record.guidance is None else record.guidance.negatives
+    wanted = [*record.conditions, *negatives]
+    given = {**conditions, **{NEGATIVE + name: tensor for name, tensor in negative.items()}}
+    missing = [name for name in wanted if name not in given]
+    unknown = [name for name in given if name not in wanted]
+    if missing or unknown:
+        parts = [f"missing {missing}"] if missing else []
+        parts += [f"unknown {unknown}"] if unknown else []
+        raise ArgumentError(
+            f"conditions: {', '.join(parts)}; the denoiser takes {wanted}",
+            fix="Names with `negative_` are given as `negative={name: tensor}`: what guidance "
+            "leads away from." if any(n.startswith(NEGATIVE) for n in missing) else "",
+        )  # fmt: skip
+    specs = {spec.name: spec for spec in signature.inputs}
+    (rows,) = {spec.shape[0] for spec in signature.inputs if spec.name == record.sample}
+    for name, tensor in given.items():
+        if specs[name].shape[:1] == (rows,) and tensor.shape[0] != batch:
+            raise ArgumentError(
+                f"the condition {name!r} has {tensor.shape[0]} rows, and the noise {batch}"
+            )
+    return given
+
+
+def _numbers(
+    record: Denoiser, given: Mapping[str, Scale], steps: int
+) -> dict[str, tuple[float, ...]]:
+    known = {} if record.guidance is None else record.guidance.parameters
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise ArgumentError(f"no parameter named {unknown[0]!r}; there are {list(known)}")
+    made = {}
+    for name, default in known.items():
+        value = given.get(name, default)
+        each = (float(value),) * steps if isinstance(value, (int, float)) else tuple(value)
+        if len(each) != steps:
+            raise ArgumentError(f"{name} has {len(each)} values, and there are {steps} steps")
+        made[name] = tuple(float(v) for v in each)
+    return made
+
+
+def time_tensor(record: Denoiser, signature: Signature, time: float, batch: int) -> Tensor:
+    """What the network is told of a level, in the shape and dtype of its input.
+
+    Raises:
+        ArgumentError: the network takes whole steps, and this is none.
+    """
+    (spec,) = (spec for spec in signature.inputs if spec.name == record.time)
+    dtype = getattr(torch, spec.dtype)
+    if not dtype.is_floating_point:
+        if abs(time - round(time)) > 1e-6:
+            raise ArgumentError(
+                f"the network takes whole steps, and the trajectory goes through {time:g}",
+                fix="Choose a grid of whole steps (`leading`, `trailing`, `multistep`) and a "
+                "solver that asks at no others, or trace the network with a float time.",
+            )
+        time = round(time)
+    shape = [size if isinstance(size, int) else batch for size in spec.shape]
+    return torch.full(shape, time, dtype=dtype)

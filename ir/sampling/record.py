@@ -1,0 +1,162 @@
+"""What is known of a program that is a denoiser: its inputs, their meaning, its guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from graphwright.ir.errors import ModelError
+from graphwright.ir.sampling.grid import Grid
+from graphwright.ir.sampling.schedule import NoiseSchedule
+
+if TYPE_CHECKING:
+    from graphwright.ir.program import Program
+
+FACT = "sampling"
+"""Entry of `Program.facts`."""
+
+ALPHA, SIGMA = "alpha", "sigma"
+"""Inputs of a denoiser program: factors of data and noise, [batch] each."""
+
+DENOISED, NOISE = "denoised", "noise"
+"""Its outputs: where the trajectory heads, and the direction that noise is put back in."""
+
+NEGATIVE = "negative_"
+"""Prefix of the inputs with the conditions that guidance leads away from."""
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A tensor that goes from one call of the program to the next one of a trajectory.
+
+    Attributes:
+        input: name of the input; zeros in the first call of a trajectory.
+        output: name of the output that it is next.
+    """
+
+    input: str
+    output: str
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What a pass of the family sample put around a denoiser.
+
+    Attributes:
+        by: id of the pass.
+        parameters: inputs that are one number, with the values where a call says nothing.
+        settings: what the driver goes by: intervals, thresholds, coefficients.
+        two_directions: D and E are of two predictions, which not every solver takes.
+        negatives: names of the inputs with what is led away from.
+    """
+
+    by: str
+    parameters: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    two_directions: bool = False
+    negatives: tuple[str, ...] = ()
+
+    @property
+    def may_rest(self) -> bool:
+        """Whether steps may be without it: they run the network with the condition alone."""
+        whole = self.settings.get("start", 0.0) == 0.0 and self.settings.get("stop", 1.0) == 1.0
+        return not whole or "ends_at" in self.settings or "linear" in self.settings
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A program as a denoiser.
+
+    Attributes:
+        sample: name of the input that is noisy.
+        time: name of the input that says how noisy; None where there is none.
+        conditions: other inputs, by name the number that stands for no condition; None where a
+            call has to give the tensor for that.
+        parameterization: meaning of the network's own output.
+        schedule: levels of noise.
+        sigma_data: of the parameterization edm.
+        grid, solver, solver_options: what a trajectory takes where it is told nothing else.
+        guidance: what is put around it; None for a plain denoiser.
+        carried: tensors that go from call to call.
+        cached: tensors inside that steps may take over from an earlier one, by name of the output
+            that hands them out.
+    """
+
+    sample: str
+    time: str | None
+    conditions: dict[str, float | None]
+    parameterization: str
+    schedule: dict[str, Any]
+    sigma_data: float = 0.5
+    grid: dict[str, Any] = field(default_factory=dict)
+    solver: str = "euler"
+    solver_options: dict[str, Any] = field(default_factory=dict)
+    guidance: Guidance | None = None
+    carried: tuple[Carried, ...] = ()
+    cached: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, program: Program) -> Denoiser | None:
+        """The record of a program; None where it is no denoiser."""
+        found = program.facts.get(FACT)
+        return None if found is None else cls.from_json(found)
+
+    @classmethod
+    def required(cls, program: Program, by: str) -> Denoiser:
+        """The record of a program that has to be a denoiser.
+
+        Raises:
+            ModelError: it is none.
+        """
+        found = cls.of(program)
+        if found is None:
+            raise ModelError(
+                f"{by}: nothing says that this program is a denoiser",
+                fix="Put `sample.denoiser` in front, with the network's parameterization and "
+                "schedule.",
+            )
+        return found
+
+    @property
+    def noise_schedule(self) -> NoiseSchedule:
+        """The levels of noise, as a model."""
+        return NoiseSchedule.model_validate(_tuples(self.schedule))
+
+    @property
+    def default_grid(self) -> Grid:
+        """The grid where a trajectory is told no other."""
+        return Grid.model_validate(self.grid)
+
+    def replace(self, **changes: Any) -> Denoiser:
+        """A record with some fields replaced."""
+        return replace(self, **changes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dict for JSON."""
+        from dataclasses import asdict
+
+        found: dict[str, Any] = _lists(asdict(self))
+        return found
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Denoiser:
+        """Inverse of `to_json`."""
+        guidance = data.get("guidance")
+        if guidance is not None:
+            negatives = tuple(guidance["negatives"])
+            guidance = Guidance(**{**guidance, "negatives": negatives})
+        carried = tuple(Carried(**item) for item in data.get("carried", ()))
+        cached = tuple(data.get("cached", ()))
+        return cls(**{**data, "guidance": guidance, "carried": carried, "cached": cached})
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _tuples(value: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}

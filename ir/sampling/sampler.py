@@ -1,0 +1,285 @@
+"""The driver: chooses which program of a bundle runs next, and carries the state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphwright.ir.errors import ArgumentError
+from graphwright.ir.program import Program
+from graphwright.ir.sampling.grid import Grid
+from graphwright.ir.sampling.linear import estimated, regressors
+from graphwright.ir.sampling.plan import Plan, Scale, make_plan, time_tensor
+from graphwright.ir.sampling.record import ALPHA, DENOISED, NOISE, SIGMA, Denoiser
+from graphwright.ir.sampling.schedule import Level
+from graphwright.ir.sampling.solvers.base import Prediction
+from graphwright.ir.sampling.trajectory import check_noise, draw_noise, shares
+from graphwright.ir.sampling.variants import CONDITIONED, FULL, variants
+from graphwright.ir.signature import Signature
+
+Call = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+"""Flat inputs of a program to its flat outputs."""
+
+State = dict[str, Tensor]
+"""What goes from step to step: `solver.<name>`, `carried.<input>`, `history.<kind>.<step>`, and
+whether guidance has ended."""
+
+SOLVER, CARRIED, OFF = "solver.", "carried.", "guidance_off"
+WITH, WITHOUT = "history.with.", "history.without."
+
+
+@dataclass(frozen=True)
+class Part:
+    """One program of a bundle.
+
+    Attributes:
+        signature: its inputs and outputs.
+        call: runs it.
+    """
+
+    signature: Signature
+    call: Call
+
+    def __call__(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Runs it on those of the given tensors that it takes."""
+        inputs = tuple(given[spec.name] for spec in self.signature.inputs)
+        names = [spec.name for spec in self.signature.outputs]
+        return dict(zip(names, self.call(inputs), strict=True))
+
+
+class Sampler:
+    """Samples of a denoiser program, or of the compiled programs of a bundle.
+
+    Attributes:
+        record: what is known of the denoiser.
+        parts: programs by name, as `variants.py` has them.
+        evaluations: rows of the network per sample in the last call of `sample`: 2 for a guided
+            step, 1 for one without guidance.
+    """
+
+    def __init__(self, record: Denoiser, parts: Mapping[str, Part]) -> None:
+        self.record = record
+        self.parts = dict(parts)
+        self.evaluations = 0
+
+    @classmethod
+    def of(cls, program: Program) -> Sampler:
+        """Of a program that is not lowered.
+
+        Raises:
+            ModelError: the program is no denoiser.
+        """
+        record = Denoiser.required(program, "Sampler")
+        made = variants(program)
+        return cls(record, {n: Part(p.signature, p.run_flat) for n, p in made.items()})
+
+    def plan(
+        self,
+        batch: int,
+        conditions: Mapping[str, Tensor] | None = None,
+        *,
+        steps: int,
+        solver: str | None = None,
+        solver_options: Mapping[str, Any] | None = None,
+        grid: Grid | Mapping[str, Any] | None = None,
+        negative: Mapping[str, Tensor] | None = None,
+        **parameters: Scale,
+    ) -> Plan:
+        """A trajectory, checked as a whole.
+
+        Args:
+            batch: number of samples.
+            conditions: tensors of the network's conditions by name, a row per sample.
+            steps: number of steps.
+            solver, solver_options: in the place of the record's.
+            grid: choice of the levels, in the place of the record's.
+            negative: what guidance leads away from, by name of the condition.
+            parameters: of the guidance: `guidance_scale=3.0`, or one number for every step.
+
+        Raises:
+            ArgumentError: what does not fit the denoiser, its guidance, schedule or solver.
+        """
+        return make_plan(
+            self.record, self.parts[FULL].signature, batch, conditions or {}, negative or {},
+            steps, solver, solver_options, grid, parameters,
+        )  # fmt: skip
+
+    def sample(
+        self,
+        noise: Tensor,
+        conditions: Mapping[str, Tensor] | None = None,
+        *,
+        steps: int,
+        step_noise: Sequence[Tensor] | None = None,
+        seed: int | None = None,
+        progress: Callable[[int, int], object] | None = None,
+        **settings: Any,
+    ) -> Tensor:
+        """Samples from noise: the same for the same arguments.
+
+        Args:
+            noise: [batch, ...] standard normal; multiplied by the first level's noise on schedules
+                whose data is not shrunk (ve, edm), and taken as it is on all others.
+            conditions: as in `plan`.
+            steps: number of steps.
+            step_noise: what the solver puts in on the way, `solver.draws` tensors per step.
+            seed: of that noise, in its place.
+            progress: called with the steps done and their number.
+            settings: of the plan.
+
+        Returns:
+            [batch, ...] samples.
+
+        Raises:
+            ArgumentError: as `plan`; or a solver with fresh noise that is given neither noise nor
+                seed.
+        """
+        plan = self.plan(len(noise), conditions, steps=steps, **settings)
+        drawn = self._step_noise(plan, noise, step_noise, seed)
+        self.evaluations = 0
+        x, state = self.first(plan, noise), State()
+        for i, each in enumerate(shares(drawn, plan.path.steps, plan.solver.draws)):
+            x, state = self.step(plan, i, x, state, each)
+            if progress is not None:
+                progress(i + 1, plan.path.steps)
+        return x
+
+    def first(self, plan: Plan, noise: Tensor) -> Tensor:
+        """The sample at the first level."""
+        wide = plan.path.schedule.kind in ("ve", "edm")
+        return noise * plan.path.levels[0].s if wide else noise
+
+    @torch.no_grad()
+    def step(
+        self,
+        plan: Plan,
+        i: int,
+        x: Tensor,
+        state: State,
+        noise: Sequence[Tensor] = (),
+        watch: Callable[[Mapping[str, Tensor]], object] | None = None,
+    ) -> tuple[Tensor, State]:
+        """The sample behind step i, and the state for the next one.
+
+        Args:
+            plan: of the trajectory.
+            i: number of the step.
+            x: [batch, ...] at level i.
+            state: empty at the first step, then what the step before returned.
+            noise: `plan.solver.draws` tensors of standard normal noise in the shape of x.
+            watch: told of all outputs of the program, at every question.
+
+        Raises:
+            ArgumentError: the batch is not the plan's, or a tensor of the state has another shape.
+        """
+        _check_state(plan, x, state)
+        check_noise(x, plan.solver.draws, noise)
+        kept = {n: t for n, t in state.items() if not n.startswith(SOLVER)}
+        own = {n.removeprefix(SOLVER): t for n, t in state.items() if n.startswith(SOLVER)}
+
+        def denoise(at: Tensor, level: Level) -> Prediction:
+            found = self._ask(plan, i, at, level, kept)
+            if watch is not None:
+                watch(found)
+            return Prediction(found[DENOISED], found[NOISE])
+
+        x, own = plan.solver.step(denoise, x, plan.path, i, own, list(noise))
+        return x, {**kept, **{SOLVER + name: tensor for name, tensor in own.items()}}
+
+    # ---- one question
+
+    def _ask(self, plan: Plan, i: int, x: Tensor, level: Level, state: State) -> dict[str, Tensor]:
+        """All outputs at a level; what is carried is changed in `state`."""
+        name = self._variant(plan, i, state)
+        part = self.parts[name]
+        rows = (plan.batch,)
+        given = {
+            self.record.sample: x,
+            ALPHA: torch.full(rows, level.a, dtype=torch.float32),
+            SIGMA: torch.full(rows, level.s, dtype=torch.float32),
+            **plan.given,
+        }
+        if self.record.time is not None:
+            full = self.parts[FULL].signature
+            given[self.record.time] = time_tensor(self.record, full, level.time, plan.batch)
+        given |= {n: torch.tensor(each[i]) for n, each in plan.parameters.items()}
+        for item in self.record.carried:
+            held = state.get(CARRIED + item.input)
+            given[item.input] = torch.zeros_like(x) if held is None else held
+        found = part(given)
+        self.evaluations += 2 if name == FULL and self.record.guidance is not None else 1
+        for item in self.record.carried:
+            if item.output in found:
+                state[CARRIED + item.input] = found[item.output]
+        self._look(found, state)
+        return self._estimated(plan, i, x, level, found, state)
+
+    def _estimated(
+        self, plan: Plan, i: int, x: Tensor, level: Level, found: dict[str, Tensor], state: State
+    ) -> dict[str, Tensor]:
+        """LinearAG: keeps the history, and at linear steps estimates what was not asked."""
+        linear = plan.linear
+        if linear is None or linear["policy"][i] == CONDITIONED:
+            return found
+        withs, withouts = ([state[f"{part}{k}"] for k in range(i)] for part in (WITH, WITHOUT))
+        own = found.get(linear["with"], found[NOISE])
+        other = found.get(linear["without"])
+        if other is None:
+            parts = regressors([*withs, own], withouts)
+            other = estimated(linear["coefficients"][str(i)], parts)
+            scale = plan.parameters["guidance_scale"][i]
+            noise = other + scale * (own - other)
+            found = {**found, DENOISED: (x - level.s * noise) / level.a, NOISE: noise}
+        state |= {f"{WITH}{i}": own, f"{WITHOUT}{i}": other}
+        return found
+
+    def _variant(self, plan: Plan, i: int, state: State) -> str:
+        """The program that step i asks."""
+        guidance = self.record.guidance
+        if guidance is None:
+            return FULL
+        if plan.linear is not None:
+            return FULL if plan.linear["policy"][i] == FULL else CONDITIONED
+        steps, settings = plan.path.steps, guidance.settings
+        first = int(settings.get("start", 0.0) * steps)
+        last = int(settings.get("stop", 1.0) * steps)
+        return FULL if first <= i < last and OFF not in state else CONDITIONED
+
+    def _look(self, found: Mapping[str, Tensor], state: State) -> None:
+        """Ends guidance where the two predictions are alike."""
+        guidance = self.record.guidance
+        ends = guidance.settings.get("ends_at") if guidance is not None else None
+        if ends and ends["output"] in found:
+            least = float(found[ends["output"]].min())
+            state |= {OFF: torch.ones((), dtype=torch.bool)} if least >= ends["threshold"] else {}
+
+    def _step_noise(
+        self, plan: Plan, noise: Tensor, given: Sequence[Tensor] | None, seed: int | None
+    ) -> Sequence[Tensor]:
+        wanted = plan.path.steps * plan.solver.draws
+        if given is None and wanted:
+            if seed is None:
+                raise ArgumentError(
+                    f"the solver puts in fresh noise, {wanted} tensors in all",
+                    fix="Give `step_noise`, or a `seed` to draw it by.",
+                )
+            given = draw_noise(noise, plan.path.steps, plan.solver, seed)
+        check_noise(noise, wanted, given or ())
+        return given or ()
+
+
+def _check_state(plan: Plan, x: Tensor, state: State) -> None:
+    if len(x) != plan.batch:
+        raise ArgumentError(
+            f"the batch is {len(x)}, and the trajectory was begun with {plan.batch}"
+        )
+    for name, tensor in state.items():
+        if name != OFF and tensor.shape != x.shape:
+            raise ArgumentError(
+                f"the state {name!r} has the shape {tuple(tensor.shape)}, the sample "
+                f"{tuple(x.shape)}"
+            )
