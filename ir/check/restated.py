@@ -68,6 +68,13 @@ def check_restated(before: Program, after: Program, by: str, expected: Expected)
     return merge(found)
 
 
+def flat(run: Run, program: Program, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a runner gives, in the order of a program's inputs and outputs."""
+    names = [spec.name for spec in program.signature.inputs]
+    found = run(dict(zip(names, inputs, strict=True)))
+    return tuple(found[spec.name] for spec in program.signature.outputs)
+
+
 def restated_run(expected: Expected, after: Program, run: Run) -> Run:
     """The runner of what a pass says, out of the runner of the program before."""
     return lambda given: expected(after, run, given)

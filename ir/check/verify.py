@@ -22,6 +22,7 @@ from graphwright.ir.check.precision import Walk, roundoff, same_draws
 from graphwright.ir.check.promise import Promise
 from graphwright.ir.check.restated import (
     check_restated,
+    flat,
     restated_inputs,
     restated_run,
     runner,
@@ -124,11 +125,7 @@ class Checker:
             self._first = restated_run(expected, program, self._first)
             self.inputs, self.measured = restated_inputs(program), 1
         if any(p.expected is not None for p in promises):
-            names = [spec.name for spec in program.signature.inputs]
-            outputs = [spec.name for spec in program.signature.outputs]
-            named = [dict(zip(names, inputs, strict=True)) for inputs in self.inputs]
-            found = [self._first(given) for given in named]
-            self.original = [tuple(out[name] for name in outputs) for out in found]
+            self.original = [flat(self._first, program, inputs) for inputs in self.inputs]
         self.current = [run(program, inputs) for inputs in self.inputs]
 
     def total(self, run_flat: Callable[[Inputs], Outputs] | None = None) -> Fidelity:
