@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 
 from graphwright.ir.causes import innermost
+from graphwright.ir.check import restated
 from graphwright.ir.check.decode import DecodeCheck
 from graphwright.ir.check.difference import (
     MOST_NAMED,
@@ -20,13 +21,6 @@ from graphwright.ir.check.fidelity import Fidelity, compare, has_finite, merge
 from graphwright.ir.check.interface import check_interface
 from graphwright.ir.check.precision import Walk, roundoff, same_draws
 from graphwright.ir.check.promise import Promise
-from graphwright.ir.check.restated import (
-    check_restated,
-    flat,
-    restated_inputs,
-    restated_run,
-    runner,
-)
 from graphwright.ir.check.slices import slice_errors
 from graphwright.ir.context import Batch
 from graphwright.ir.data.far import far_inputs
@@ -71,7 +65,7 @@ class Checker:
         self.measured = len(self.inputs)
         self.inputs += others
         self.program = program
-        self._first = runner(program, wide=False)
+        self._first = restated.runner(program, wide=False)
         self.original = [run(program, inputs) for inputs in self.inputs]
         self.current = self.original
         self.decode = DecodeCheck.of(program)
@@ -92,7 +86,7 @@ class Checker:
         """
         before = self.program
         if promise.expected is not None:
-            fidelity = check_restated(before, after, promise.by, promise.expected)
+            fidelity = restated.check_restated(before, after, promise.by, promise.expected)
             self.resume(after, [promise])
             return fidelity
         check_interface(before, after, promise.by, declared=promise.changes_interface)
@@ -122,10 +116,10 @@ class Checker:
         """
         self.program = program
         for expected in (p.expected for p in promises if p.expected is not None):
-            self._first = restated_run(expected, program, self._first)
-            self.inputs, self.measured = restated_inputs(program), 1
+            self._first = restated.restated_run(expected, program, self._first)
+            self.inputs, self.measured = restated.restated_inputs(program), 1
         if any(p.expected is not None for p in promises):
-            self.original = [flat(self._first, program, inputs) for inputs in self.inputs]
+            self.original = [restated.flat(self._first, program, inputs) for inputs in self.inputs]
         self.current = [run(program, inputs) for inputs in self.inputs]
 
     def total(self, run_flat: Callable[[Inputs], Outputs] | None = None) -> Fidelity:
