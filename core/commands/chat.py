@@ -51,7 +51,7 @@ def chat(arguments: Any) -> int:
 def _open(arguments: Any) -> Conversation:
     import torch
 
-    from graphwright.backends.base import open_artifact
+    from graphwright.backends.opening import open_artifact
 
     if arguments.threads is not None:
         if arguments.threads < 1:
