@@ -81,7 +81,7 @@ def export_checkpoint(
         tensors, description = _as_floats(coded), None
     else:
         tensors, description = WRITERS[format](_written(program, coded))
-    plain, notes = _other_tensors(program, set(coded))
+    plain, notes = other_tensors(program, set(coded))
     tensors |= plain
     shapes = {name: tuple(tensor.shape) for name, tensor in plain.items()}
     shapes |= {f"{owner}.weight": form.shape for owner, form in coded.items()}
@@ -183,8 +183,16 @@ def _order(program: Program, linear: fx.Node) -> Tensor | None:
     return program.state[str(index.target)]
 
 
-def _other_tensors(program: Program, coded: set[str]) -> tuple[dict[str, Tensor], list[str]]:
-    """All that is no linear layer in codes, under its own name."""
+def other_tensors(program: Program, coded: set[str]) -> tuple[dict[str, Tensor], list[str]]:
+    """All but some weights in codes, under its own name, and what is floats though it is in codes.
+
+    Args:
+        program: left as it is.
+        coded: owners of the weights that are left out, as `owner_of` says without `.weight`.
+
+    Raises:
+        ModelError: a pass has put in tensors that the model's own code would not use.
+    """
     tensors: dict[str, Tensor] = {}
     notes: list[str] = []
     constants = constant_nodes(program.graph)
@@ -196,7 +204,7 @@ def _other_tensors(program: Program, coded: set[str]) -> tuple[dict[str, Tensor]
         if not is_ours:
             continue
         rebuilt |= parts
-        owner = _owner_of(parts)
+        owner = owner_of(node)
         if owner.removesuffix(".weight") not in coded:
             tensors[owner] = constant_value(program, node)
             notes.append(f"{owner} is written as floats")
@@ -228,14 +236,26 @@ def _under(node: fx.Node) -> tuple[set[str], bool]:
     return found, is_ours
 
 
-def _owner_of(parts: set[str]) -> str:
-    """The name of a weight from those of its parts: fc.weight of fc.weight_codes and its scale."""
+def owner_of(node: fx.Node) -> str:
+    """The name of a weight from those of its parts: fc.weight of fc.weight_codes and its scale.
+
+    Parts that other weights are computed from too do not count, where it has some of its own.
+    """
+    parts, _ = _under(node)
+    own = {part for part in parts if _is_own(node, part)}
+    parts = own or parts
     first, last = min(parts), max(parts)
     same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), None)
     shared = first[:same]
     if shared in parts and len(parts) > 1:
         return shared
     return shared[: max(shared.rfind("_"), shared.rfind("."))]
+
+
+def _is_own(weight: fx.Node, part: str) -> bool:
+    """Whether one call alone reads a stored part of a weight."""
+    stored = next(n for n in weight.graph.find_nodes(op="get_attr") if n.target == part)
+    return len(stored.users) == 1
 
 
 def _as_floats(coded: Mapping[str, Blocks]) -> dict[str, Tensor]:

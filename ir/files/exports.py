@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, cast
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
 
 from pydantic import Field
 
@@ -77,6 +77,35 @@ class Safetensors(Export):
     name = "safetensors"
 
 
+class GgufOptions(ExportOptions):
+    """Options of the format gguf."""
+
+    floats: Literal["f16", "f32", "q8_0"] = "f16"
+    """Type of the matrices that are in no codes: half or single precision, or 8 bits in blocks of
+    32, rounded to nearest."""
+
+
+class Gguf(Export):
+    """A file of llama.cpp: layers in blocks of 32 keep their codes, as Q4_0, Q4_1, Q5 or Q8_0."""
+
+    name = "gguf"
+    Options = GgufOptions
+
+    def __init__(
+        self, folder: str | None = None, floats: Literal["f16", "f32", "q8_0"] = "f16"
+    ) -> None:
+        super().__init__(folder)
+        self.floats = floats
+
+    def check(self, program: Program, passes: Iterable[str]) -> None:
+        """Nothing is known before: floats can be written too."""
+
+    def write(self, program: Program, out: Path, like: Path | None) -> list[str]:
+        from graphwright.ir.files.gguf.export import export_gguf
+
+        return export_gguf(program, out / self.folder, like, self.floats)
+
+
 class PeftOptions(ExportOptions):
     """Options of the format peft."""
 
@@ -112,6 +141,6 @@ class Peft(Export):
 
 
 EXPORTS: dict[str, type[Export]] = {
-    cls.name: cls for cls in (Gptq, Awq, CompressedTensors, Peft, Safetensors)
+    cls.name: cls for cls in (Gptq, Awq, CompressedTensors, Gguf, Peft, Safetensors)
 }
 """By the name that a spec says."""

@@ -29,7 +29,8 @@ def load_coded(parts: Parts, build: Build, blank: nn.Module, dtype: torch.dtype)
     Raises:
         ModelError: a weight has another size than its layer.
     """
-    zeros = {owner: _zeros(parts, owner, blank, dtype) for owner in parts.layers}
+    turned = [name for name, module in blank.named_modules() if is_turned(module)]
+    zeros = {owner: _zeros(parts, owner, turned, dtype) for owner in parts.layers}
     plain = _without_empty_biases(parts, blank)
     model = build({**plain, **{f"{owner}.weight": tensor for owner, tensor in zeros.items()}})
     places = _places(model, zeros)
@@ -47,10 +48,10 @@ def load_coded(parts: Parts, build: Build, blank: nn.Module, dtype: torch.dtype)
     return model
 
 
-def _zeros(parts: Parts, owner: str, blank: nn.Module, dtype: torch.dtype) -> Tensor:
+def _zeros(parts: Parts, owner: str, turned: list[str], dtype: torch.dtype) -> Tensor:
     """A weight of zeros in 1 element, which is memory of its own."""
     shape = parts.shape(owner)
-    if any(is_turned(module) and _ends(name, owner) for name, module in blank.named_modules()):
+    if any(_ends(name, owner) for name in turned):
         shape = shape[::-1]
     return torch.zeros((), dtype=dtype).expand(shape)
 

@@ -28,6 +28,7 @@ from graphwright.ir.files.gguf.blocks import form_of
 from graphwright.ir.files.gguf.configs import config_of
 from graphwright.ir.files.gguf.reader import GgufFile, Stored, read_gguf_file
 from graphwright.ir.files.gguf.tokenizer import write_tokenizer
+from graphwright.ir.files.gguf.writer import write_gguf_file
 from graphwright.ir.files.made import MadeFolder
 from graphwright.ir.files.pretrained import build_pretrained
 
@@ -44,6 +45,10 @@ class GgufLayout(Layout):
 
     def read(self, owner: str, parts: Mapping[str, Tensor]) -> Layer:
         return Layer(form_of(self.stored[owner]))
+
+
+METADATA = "metadata.gguf"
+"""The file's own metadata, without its tensors, in the folder that is made of it."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ def read_gguf(path: Path, choice: DtypeChoice) -> GgufModel:
     _divide_frequencies(module, rotary_factors(file), path)
     folder = MadeFolder()
     _write_config(folder.path, config, module)
+    write_gguf_file(folder.path / METADATA, file.entries, {})
     notes += write_tokenizer(file, folder.path, config["max_position_embeddings"])
     return GgufModel(module, change, folder, notes)
 
@@ -111,22 +117,15 @@ def _built(
     path: Path, config: dict[str, Any], tensors: Placed, dtype: torch.dtype
 ) -> tuple[nn.Module, list[str]]:
     """The module with the weights in it, and notes."""
-    transformers = _transformers(path)
     where = str(path)
-    names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    cls, settings = model_class(config, path)
     try:
-        cls = getattr(transformers, names[config["model_type"]])
-        settings = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(config)
         with torch.device("meta"):
             blank = cls(settings)
     except ModelError:
         raise
     except Exception as error:  # the library raises anything
-        raise ModelError(
-            "transformers builds no model of the file's metadata",
-            where=where,
-            details=(innermost(error),),
-        ) from error
+        raise _no_model(path, error) from error
     config["architectures"] = [cls.__name__]
     marks = {f"{owner}.blocks": stored.data for owner, stored in tensors.codes.items()}
     parts = Parts({**tensors.floats, **marks}, GgufLayout(tensors.codes, where))
@@ -139,6 +138,29 @@ def _built(
     model = load_coded(parts, build, blank, dtype)
     notes = parts.notes() if tensors.codes else []
     return model.eval(), [*warnings, *notes]
+
+
+def model_class(config: Mapping[str, Any], path: Path) -> tuple[Any, Any]:
+    """The class of a decoder, and its configuration from the entries of config.json.
+
+    Raises:
+        ModelError: transformers is not installed, or takes no such configuration.
+    """
+    transformers = _transformers(path)
+    names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    try:
+        cls = getattr(transformers, names[config["model_type"]])
+        return cls, transformers.CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    except Exception as error:  # the library raises anything
+        raise _no_model(path, error) from error
+
+
+def _no_model(path: Path, error: Exception) -> ModelError:
+    return ModelError(
+        "transformers builds no model of these entries",
+        where=str(path),
+        details=(innermost(error),),
+    )
 
 
 def _divide_frequencies(module: nn.Module, factors: Tensor | None, path: Path) -> None:

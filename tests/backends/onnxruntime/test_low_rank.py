@@ -7,6 +7,9 @@ from torch import Tensor, nn
 import graphwright as gw
 from graphwright.backends.onnxruntime.steps.low_rank import split_low_rank
 from graphwright.ir.edit import Editor
+from graphwright.ir.files.coded.forms import Blocks
+from graphwright.ir.files.coded.layout import Layer
+from graphwright.ir.files.coded.modules import coded_linear
 from graphwright.ir.program import Program
 
 
@@ -59,3 +62,37 @@ def test_the_artifact_holds_no_dense_weight(corrected: Program) -> None:
         and init.data_type == onnx.TensorProto.FLOAT and init.dims[0] * init.dims[1] > 5 * 32
     )  # fmt: skip
     assert stored < dense / 2
+
+
+class Twins(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(64, 16) for _ in range(3))
+        self.table = nn.Embedding(16, 64)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        return self.c(torch.cat([self.a(x), self.b(x), x[..., :32]], -1))
+
+
+def test_sums_of_blocks_are_shared_and_no_products() -> None:
+    torch.manual_seed(0)
+    net = Twins().eval()
+    for name, old in net.named_children():
+        q, scale = torch.randint(0, 16, (16, 64), dtype=torch.uint8), torch.rand(16, 2)
+        zero = torch.randint(0, 16, (16, 2), dtype=torch.uint8)
+        coded = coded_linear(Layer(Blocks(q, scale, zero, None, 4, 32, torch.randn(16, 2))))
+        coded.bias = getattr(old, "bias", None)
+        coded.row_dtype = torch.float32 if isinstance(old, nn.Embedding) else None  # type: ignore[union-attr]
+        setattr(net, name, coded)
+    inputs = {"ids": torch.arange(6).view(3, 2)}
+    program = gw.trace(net, inputs, dynamic={"ids": {0: "batch"}}, ranges={"ids": (0, 16)})
+    editor = Editor(program, by="test")
+    assert split_low_rank(editor) == 4
+    apart = editor.finish()
+    assert sum("aten.sum" in target for target in targets(apart)) == 2
+    for batch in (1, 5):
+        ids = torch.randint(0, 16, (batch, 2))
+        torch.testing.assert_close(apart(ids), program(ids), rtol=1e-4, atol=1e-3)
+    compiled = gw.lower(program, "onnxruntime")
+    assert compiled.notes["steps"]["low_rank"] == 4
