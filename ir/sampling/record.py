@@ -79,8 +79,8 @@ class Denoiser:
         grid, solver, solver_options: what a trajectory takes where it is told nothing else.
         guidance: what is put around it; None for a plain denoiser.
         carried: tensors that go from call to call.
-        cached: tensors inside that steps may take over from an earlier one, by name of the output
-            that hands them out.
+        cached: names of tensors inside that steps may take over from an earlier one.
+        settings: what the driver goes by, without guidance.
     """
 
     sample: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from graphwright.ir.sampling.record import ALPHA, DENOISED, NOISE, SIGMA, Denois
 from graphwright.ir.sampling.schedule import Level
 from graphwright.ir.sampling.solvers.base import Prediction
 from graphwright.ir.sampling.trajectory import check_noise, draw_noise, shares
-from graphwright.ir.sampling.variants import CONDITIONED, FULL, variants
+from graphwright.ir.sampling.variants import CONDITIONED, FULL, SHALLOW, variants
 from graphwright.ir.signature import Signature
 
 Call = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
@@ -30,6 +31,7 @@ whether guidance has ended."""
 
 SOLVER, CARRIED, OFF = "solver.", "carried.", "guidance_off"
 WITH, WITHOUT = "history.with.", "history.without."
+CACHED, BOTH = "cached.", "cached_rows_of_both"
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,14 @@ class Sampler:
         parts: programs by name, as `variants.py` has them.
         evaluations: rows of the network per sample in the last call of `sample`: 2 for a guided
             step, 1 for one without guidance.
+        calls: how often each program was asked in it.
     """
 
     def __init__(self, record: Denoiser, parts: Mapping[str, Part]) -> None:
         self.record = record
         self.parts = dict(parts)
         self.evaluations = 0
+        self.calls: Counter[str] = Counter()
 
     @classmethod
     def of(cls, program: Program) -> Sampler:
@@ -140,7 +144,7 @@ class Sampler:
         """
         plan = self.plan(len(noise), conditions, steps=steps, **settings)
         drawn = self._step_noise(plan, noise, step_noise, seed)
-        self.evaluations = 0
+        self.evaluations, self.calls = 0, Counter()
         x, state = self.first(plan, noise), State()
         for i, each in enumerate(shares(drawn, plan.path.steps, plan.solver.draws)):
             x, state = self.step(plan, i, x, state, each)
@@ -210,8 +214,15 @@ class Sampler:
         for item in self.record.carried:
             held = state.get(CARRIED + item.input)
             given[item.input] = torch.zeros_like(x) if held is None else held
+        given |= self._taken_over(name, x, state)
         found = part(given)
-        self.evaluations += 2 if name == FULL and self.record.guidance is not None else 1
+        self.calls[name] += 1
+        doubled = name.startswith(FULL) and self.record.guidance is not None
+        self.evaluations += 2 if doubled else 1
+        kept = {CACHED + n: found[n] for n in self.record.cached if n in found}
+        if kept:
+            state.pop(BOTH, None)
+            state |= {**kept, **({BOTH: torch.ones((), dtype=torch.bool)} if doubled else {})}
         for item in self.record.carried:
             if item.output in found:
                 state[CARRIED + item.input] = found[item.output]
@@ -239,6 +250,10 @@ class Sampler:
 
     def _variant(self, plan: Plan, i: int, state: State) -> str:
         """The program that step i asks."""
+        name = self._guided(plan, i, state)
+        return name + SHALLOW if self._may_take_over(name, i, state) else name
+
+    def _guided(self, plan: Plan, i: int, state: State) -> str:
         guidance = self.record.guidance
         if guidance is None:
             return FULL
@@ -248,6 +263,28 @@ class Sampler:
         first = int(settings.get("start", 0.0) * steps)
         last = int(settings.get("stop", 1.0) * steps)
         return FULL if first <= i < last and OFF not in state else CONDITIONED
+
+    def _may_take_over(self, name: str, i: int, state: State) -> bool:
+        """Whether a step need not compute what was kept, and enough rows of it were."""
+        record = self.record
+        if not record.cached or CACHED + record.cached[0] not in state:
+            return False
+        settings = record.settings
+        steps = settings["refresh"]
+        fresh = i % settings["interval"] == 0 if steps is None else i in steps
+        wide = state.get(BOTH) is not None or record.guidance is None or name == CONDITIONED
+        return not fresh and wide
+
+    def _taken_over(self, name: str, x: Tensor, state: State) -> dict[str, Tensor]:
+        """What was kept; rows with the condition of it where there are no others."""
+        if not name.endswith(SHALLOW):
+            return {}
+        found = {n: state[CACHED + n] for n in self.record.cached}
+        if name == CONDITIONED + SHALLOW and BOTH in state:
+            doubled = {s.name for s in self.parts[FULL + SHALLOW].signature.inputs
+                       if s.shape[:1] == (2,)}  # fmt: skip
+            found = {n: t[0] if n in doubled else t for n, t in found.items()}
+        return found
 
     def _look(self, found: Mapping[str, Tensor], state: State) -> None:
         """Ends guidance where the two predictions are alike."""
@@ -278,7 +315,7 @@ def _check_state(plan: Plan, x: Tensor, state: State) -> None:
             f"the batch is {len(x)}, and the trajectory was begun with {plan.batch}"
         )
     for name, tensor in state.items():
-        if name != OFF and tensor.shape != x.shape:
+        if name not in (OFF, BOTH) and not name.startswith(CACHED) and tensor.shape != x.shape:
             raise ArgumentError(
                 f"the state {name!r} has the shape {tuple(tensor.shape)}, the sample "
                 f"{tuple(x.shape)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,12 +77,15 @@ class Interface:
         names = [spec.name for spec in self.program.signature.inputs]
         return self.program.examples[names.index(name)]
 
-    def add_input(self, new: NewInput, like: fx.Node | None = None) -> fx.Node:
+    def add_input(
+        self, new: NewInput, like: fx.Node | None = None, sizes: Sequence[Any] = ()
+    ) -> fx.Node:
         """Adds an input behind the others.
 
         Args:
             new: what it is.
             like: a node whose sizes it has; of the first axis alone where it has one dimension.
+            sizes: its sizes, in the place of a node's.
 
         Raises:
             ModelError: the program has an input of that name.
@@ -94,8 +97,8 @@ class Interface:
         last = self.editor.graph.find_nodes(op="placeholder")[-1]
         with self.editor.graph.inserting_after(last):
             node = self.editor.graph.placeholder(name)
-        sizes: list[Any] = [] if like is None else list(like.meta["val"].shape)
-        shape = sizes[: new.example.dim()]
+        found = list(sizes) if like is None else list(like.meta["val"].shape)
+        shape = found[: new.example.dim()]
         with self.editor.fake_mode:
             node.meta["val"] = torch.empty(shape, dtype=new.example.dtype)
         set_gw_meta(node, by=self.editor.by)
@@ -128,8 +131,6 @@ class Interface:
             changes["structure"] = {
                 "dict": {spec.name: {"leaf": i} for i, spec in enumerate(specs)}
             }
-        from dataclasses import replace
-
         examples = (*made.examples, *(new.example for new in self._inputs))
         return made.replace(signature=replace(old, **changes), examples=examples)
 
@@ -179,3 +180,30 @@ def is_joined(node: fx.Node) -> bool:
 def half_of(node: fx.Node) -> str:
     """The name of an output with ` with` or ` without`; empty for any other node."""
     return str(gw_meta(node).get(HALF, ""))
+
+
+def with_outputs(editor: Editor, kept: list[str]) -> Program:
+    """The edited program with these of its outputs, and only the inputs that are read."""
+    editor.graph.eliminate_dead_code()
+    unread = []
+    for node in editor.graph.find_nodes(op="placeholder"):
+        if not node.users:
+            unread.append(str(node.target))
+            editor.graph.erase_node(node)
+    program = editor.finish(propagate=True)
+    old = program.signature
+    specs = {spec.name: spec for spec in old.outputs}
+    pairs = [
+        (spec, example)
+        for spec, example in zip(old.inputs, program.examples, strict=True)
+        if spec.name not in unread
+    ]
+    signature = replace(
+        old,
+        inputs=tuple(spec for spec, _ in pairs),
+        outputs=tuple(specs[name] for name in kept),
+        structure={"dict": {name: {"leaf": i} for i, name in enumerate(kept)}},
+        state=tuple(name for name in old.state if name not in unread),
+    )
+    examples = tuple(example for _, example in pairs)
+    return program.replace(signature=signature, examples=examples)
