@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from graphwright.backends.onnxruntime.check import Case, case_of
+from graphwright.ir.data.synthetic import example_sizes
 from graphwright.ir.generation.record import Generation
 from graphwright.ir.program import Program
 
@@ -33,7 +34,8 @@ def cached_inputs(
 ) -> tuple[torch.Tensor, ...]:
     """Random tokens on a random past, none of it padding."""
     generator = torch.Generator().manual_seed(1000 * past + 10 * tokens + batch)
-    sizes = dict(zip(("batch", "seq", "past"), (batch, tokens, past), strict=True))
+    others = example_sizes(program.signature, program.examples)
+    sizes = {**others, "batch": batch, "seq": tokens, "past": past}
     sizes = program.signature.completed(sizes)
     made = []
     for spec in program.signature.inputs:
@@ -42,7 +44,7 @@ def cached_inputs(
         if spec.name == record.ids:
             low, high = (int(v) for v in spec.range or (0, record.vocab_size))
             made.append(torch.randint(low, high, shape, generator=generator))
-        elif spec.name == record.mask:
+        elif dtype == torch.int64 and spec.name.endswith("mask"):
             made.append(torch.ones(shape, dtype=dtype))
         elif spec.name == record.positions:
             made.append(torch.arange(past, past + tokens).expand(batch, -1).clone())

@@ -17,11 +17,10 @@ from graphwright.backends.onnxruntime.adapters import Switch, write_adapter
 from graphwright.backends.onnxruntime.genai import write_client_files
 from graphwright.backends.onnxruntime.runtime import SessionSettings, open_session, run_session
 from graphwright.backends.onnxruntime.saved import read_record
-from graphwright.backends.onnxruntime.shared_cache import SharedCacheRunner, has_all_logits
+from graphwright.backends.onnxruntime.shared_cache import runner_of
 from graphwright.ir.atomic import replacing, write_atomically
 from graphwright.ir.causes import innermost
 from graphwright.ir.errors import ArgumentError, GraphwrightError, ModelError
-from graphwright.ir.generation.concat import ConcatRunner
 from graphwright.ir.generation.folder import with_tokenizer
 from graphwright.ir.generation.record import Generation
 from graphwright.ir.generation.runner import Runner
@@ -114,10 +113,9 @@ class OnnxCompiled(Compiled):
                 "this artifact has no cache, and does not generate",
                 fix="Lower a model that was loaded with `task: generation`.",
             )
-        has_all = has_all_logits(self.signature, self.generation)
-        if self.shares_cache:
-            return SharedCacheRunner(self.session, self.generation, has_all)
-        return ConcatRunner(self.generation, self.signature, self.run_flat, has_all_logits=has_all)
+        return runner_of(
+            self.session, self.signature, self.generation, shares_cache=self.shares_cache
+        )
 
     def save(self, folder: str | Path) -> Artifact:
         """Writes `model.onnx` (and `model.onnx.data` when the weights are large).

@@ -13,7 +13,7 @@ from torch import Tensor
 from graphwright.backends.onnxruntime.attempt import Attempt, quantizers
 from graphwright.backends.onnxruntime.cached_cases import cached_inputs
 from graphwright.backends.onnxruntime.check import MOST, Differs, is_as_near
-from graphwright.backends.onnxruntime.shared_cache import SharedCacheRunner, has_all_logits
+from graphwright.backends.onnxruntime.shared_cache import runner_of
 from graphwright.backends.onnxruntime.steps.cached_attention import CACHE_FACT
 from graphwright.ir.check.fidelity import compare
 from graphwright.ir.check.precision import roundoff, run_in_double
@@ -28,17 +28,17 @@ MOST_WINDOW = 64
 
 
 def check_rows(program: Program, made: Attempt, bound: float) -> None:
-    """Checks a model whose attention keeps rows compact in its cache; others have no such rows.
+    """Checks a decoder by the runner that goes with it; other models have no rows.
 
     Raises:
         Differs: a row differs.
     """
-    if CACHE_FACT not in made.program.facts:
-        return
     record = Generation.of(made.program)
-    assert record is not None
+    if record is None or record.kind != "decoder":
+        return
     assert made.session is not None
-    runner = SharedCacheRunner(made.session, record, has_all_logits(program.signature, record))
+    shares = CACHE_FACT in made.program.facts
+    runner = runner_of(made.session, program.signature, record, shares_cache=shares)
     rounds = bool(quantizers(made.program))
     error = check_ragged(program, record, runner, bound, rounds=rounds)
     made.errors.append({"rows": [*LENGTHS], "relative": error})

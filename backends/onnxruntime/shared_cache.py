@@ -8,14 +8,19 @@ into their rows, whose parts of the buffers lie in one piece.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnxruntime
 import torch
 from torch import Tensor
 
+from graphwright.backends.onnxruntime.runtime import run_session
 from graphwright.ir.errors import ArgumentError
+from graphwright.ir.generation.concat import ConcatRunner
+from graphwright.ir.generation.last_logits import has_all_logits
 from graphwright.ir.generation.record import Generation
+from graphwright.ir.generation.runner import Runner
 from graphwright.ir.signature import Signature
 
 CHUNK = 1024
@@ -27,10 +32,27 @@ DTYPES = {
 }  # fmt: skip
 
 
-def has_all_logits(signature: Signature, record: Generation) -> bool:
-    """Whether a decoder gives the logits behind every token, and not the last one's alone."""
-    (spec,) = [spec for spec in signature.outputs if spec.name == record.logits]
-    return spec.shape[1] != 1
+def runner_of(
+    session: onnxruntime.InferenceSession,
+    signature: Signature,
+    record: Generation,
+    *,
+    shares_cache: bool,
+) -> Runner:
+    """A runner with a cache of its own over a session.
+
+    Args:
+        session: of the decoder.
+        signature: of the program that it was made of.
+        record: of how it generates.
+        shares_cache: whether past and present may be one buffer; else the cache is copied at every
+            step.
+    """
+    has_all = has_all_logits(signature, record)
+    if shares_cache:
+        return SharedCacheRunner(session, record, has_all)
+    run_flat = partial(run_session, session, signature)
+    return ConcatRunner(record, signature, run_flat, has_all_logits=has_all)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from graphwright.backends.onnxruntime.steps.rotary_inside import Rotary, rotated
 from graphwright.ir.edit import Editor
 from graphwright.ir.generation.record import FACT, Generation
 from graphwright.ir.graph.mask_form import mask_form
+from graphwright.ir.ops.attention import attention as attention_op
 
 aten = torch.ops.aten
 
@@ -42,6 +43,9 @@ CACHE_FACT = "lower.cache"
 
 KEPT_FACT = "lower.cached_attention.left"
 """Fact: attention that stays as it is -> why."""
+
+
+ATTENTION = (aten.scaled_dot_product_attention.default, attention_op)
 
 
 class Unfit(Exception):
@@ -59,6 +63,8 @@ class Cached:
         past: placeholders of keys and values.
         window: keys that a query sees, itself included; None when all.
         scale: of the scores.
+        softcap: bound of the scores; 0 is none.
+        sinks: (heads,) scores without a value; None where there are none.
     """
 
     node: fx.Node
@@ -70,6 +76,8 @@ class Cached:
     past: tuple[fx.Node, fx.Node]
     window: int | None
     scale: float
+    softcap: float
+    sinks: fx.Node | None
 
 
 def fuse_cached_attention(editor: Editor) -> int:
@@ -125,12 +133,20 @@ def _read(editor: Editor, record: Generation, past: tuple[fx.Node, fx.Node]) -> 
         raise Unfit(f"the kernel wants a head width that is a multiple of 8, and it is {width}")
     if heads % groups:
         raise Unfit(f"{heads} heads of queries do not divide among {groups} of keys")
+    window = _window(editor, record, node, past[0])
+    scale, softcap, sinks = _scores(node, width)
+    return Cached(node, query, key, value, keys, values, past, window, scale, softcap, sinks)
+
+
+def _scores(node: fx.Node, width: int) -> tuple[float, float, fx.Node | None]:
+    """Scale, cap and sinks of the scores."""
+    if node.target is attention_op:
+        _, _, _, _, scale, softcap, sinks = node.args
+        return float(scale), float(softcap), sinks  # type: ignore[arg-type, return-value]
     if argument(node, 4, "dropout_p", 0.0):
         raise Unfit("it drops values")
-    window = _window(editor, record, node, past[0])
     scale = argument(node, 6, "scale")
-    scale = float(scale) if scale is not None else float(width) ** -0.5
-    return Cached(node, query, key, value, keys, values, past, window, scale)
+    return float(scale) if scale is not None else float(width) ** -0.5, 0.0, None
 
 
 def _joined(past: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -150,7 +166,7 @@ def _attention(keys: fx.Node, values: fx.Node) -> fx.Node:
     readers = []
     for join, place in ((keys, 1), (values, 2)):
         ends = _ends(join)
-        if len(ends) != 1 or not is_call(ends[0][1], aten.scaled_dot_product_attention.default):
+        if len(ends) != 1 or not is_call(ends[0][1], *ATTENTION):
             kinds = sorted({str(end.target) for _, end in ends})
             raise Unfit(
                 f"{join.name} is read by {', '.join(kinds) or 'nothing'}, not by one attention"
@@ -254,13 +270,15 @@ def _fuse(
     past = (batch, groups, total, width)
     stand_in = cached.query.meta["val"]
     stand_in = stand_in.transpose(1, 2).flatten(2)
+    tables = (None, None) if rotary is None else rotary.tables
     made = onnx_calls(
         editor, "GroupQueryAttention",
-        [query, key, value, *cached.past, *lengths, *(rotary.tables if rotary else ())],
+        [query, key, value, *cached.past, *lengths, *tables, None, None, cached.sinks],
         [(batch, length, heads * width), past, past], before=node,
         values=[stand_in, cached.keys.meta["val"], cached.values.meta["val"]],
         num_heads=heads, kv_num_heads=groups, scale=cached.scale,
         local_window_size=cached.window, do_rotary=1 if rotary else None,
+        softcap=cached.softcap or None,
     )  # fmt: skip
     result, keys, values = (
         insert(editor, operator.getitem, made, place, before=node, value=value)
