@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import onnx_ir as ir
-from torch import fx
 
 from graphwright.backends.onnxruntime.emitter import Emitter
 from graphwright.backends.onnxruntime.steps.cached_attention import CACHE_FACT, KEPT_FACT
@@ -30,20 +29,22 @@ def place_cache_sizes(e: Emitter, program: Program) -> None:
     record = Generation.of(program)
     if record is None or record.mask is None or not record.layers:
         return
-    nodes: dict[str, fx.Node] = {
-        str(node.target): node for node in program.graph.find_nodes(op="placeholder")
-    }
+    nodes = {str(node.target): node for node in program.graph.find_nodes(op="placeholder")}
     ids, mask = nodes[record.ids], nodes[record.mask]
-    past = sizes_of(nodes[record.layers[0].past_key])[2]
     length, total = sizes_of(ids)[1], sizes_of(mask)[1]
-    if any(isinstance(size, int) for size in (past, length, total)):
+    if isinstance(length, int) or isinstance(total, int):
         return
     e.begin(mask)
     parts = [e.op("Shape", e.values[n], start=1, end=2) for n in (mask, ids)]
     e.let(total, parts[0])
-    e.let(past + length, parts[0])
     e.let(length, parts[1])
-    e.let(past, e.op("Sub", *parts))
+    before = e.op("Sub", *parts)
+    for layer in record.layers:
+        for name in (layer.past_key, layer.past_value):
+            past = sizes_of(nodes[name])[2]
+            if not isinstance(past, int):
+                e.let(past, before)
+                e.let(past + length, parts[0])
 
 
 def drop_positions(model: ir.Model, program: Program) -> None:

@@ -33,7 +33,7 @@ from graphwright.backends.onnxruntime.steps.layout import COPIES, EXPANDS, RESHA
 from graphwright.backends.onnxruntime.steps.rotary_inside import Rotary, rotated
 from graphwright.ir.edit import Editor
 from graphwright.ir.generation.record import FACT, Generation
-from graphwright.ir.graph.mask_form import mask_form
+from graphwright.ir.graph.mask_form import MaskForm, mask_form
 from graphwright.ir.ops.attention import attention as attention_op
 
 aten = torch.ops.aten
@@ -102,18 +102,19 @@ def fuse_cached_attention(editor: Editor) -> int:
 def find_cached(editor: Editor, record: Generation) -> tuple[list[Cached], dict[str, str]]:
     """The attentions over the cache, and why others that read it have no form in the kernel."""
     inputs = {str(n.target): n for n in editor.graph.find_nodes(op="placeholder")}
+    masks = _Masks(editor, record, [inputs[name] for name in record.past])
     found: list[Cached] = []
     left: dict[str, str] = {}
     for place, layer in enumerate(record.layers):
         past = (inputs[layer.past_key], inputs[layer.past_value])
         try:
-            found.append(_read(editor, record, past))
+            found.append(_read(past, masks))
         except Unfit as why:
             left[f"layer {place}"] = str(why)
     return found, left
 
 
-def _read(editor: Editor, record: Generation, past: tuple[fx.Node, fx.Node]) -> Cached:
+def _read(past: tuple[fx.Node, fx.Node], masks: _Masks) -> Cached:
     keys, key = _joined(past[0])
     values, value = _joined(past[1])
     node = _attention(keys, values)
@@ -133,7 +134,7 @@ def _read(editor: Editor, record: Generation, past: tuple[fx.Node, fx.Node]) -> 
         raise Unfit(f"the kernel wants a head width that is a multiple of 8, and it is {width}")
     if heads % groups:
         raise Unfit(f"{heads} heads of queries do not divide among {groups} of keys")
-    window = _window(editor, record, node, past[0])
+    window = masks.window(node)
     scale, softcap, sinks = _scores(node, width)
     return Cached(node, query, key, value, keys, values, past, window, scale, softcap, sinks)
 
@@ -223,21 +224,38 @@ def _check_repeat(join: fx.Node, given: fx.Node, reader: fx.Node) -> None:
         raise Unfit(f"the heads of {join.name} are not repeated one by one")
 
 
-def _window(editor: Editor, record: Generation, node: fx.Node, past: fx.Node) -> int | None:
-    """Keys that a query sees, itself included, where its mask says just that.
+class _Masks:
+    """The masks of a program, each read once."""
 
-    Raises:
-        Unfit: the mask says something else.
-    """
-    mask = argument(node, 3, "attn_mask")
-    if not isinstance(mask, fx.Node) or mask.meta["val"].dtype != torch.bool:
-        raise Unfit("its mask is no boolean one over past and new keys")
-    form = mask_form(mask, editor.state, sizes_of(past)[2])
-    if form is None or not form.causal:
-        raise Unfit("its mask says more than causal, padding and one window")
-    if form.keys is None or form.keys.op != "placeholder" or form.keys.target != record.mask:
-        raise Unfit(f"its mask does not read {record.mask!r} for every key")
-    return form.window
+    def __init__(self, editor: Editor, record: Generation, pasts: list[fx.Node]) -> None:
+        self.state = editor.state
+        self.mask = record.mask
+        # Every past was traced with a size of its own; they are one size, and masks use any.
+        self.sizes = list(dict.fromkeys(sizes_of(past)[2] for past in pasts if _is_cache(past)))
+        self._forms: dict[fx.Node, MaskForm | None] = {}
+
+    def window(self, node: fx.Node) -> int | None:
+        """Keys that a query sees, itself included, where its mask says just that.
+
+        Raises:
+            Unfit: the mask says something else.
+        """
+        mask = argument(node, 3, "attn_mask")
+        if not isinstance(mask, fx.Node) or mask.meta["val"].dtype != torch.bool:
+            raise Unfit("its mask is no boolean one over past and new keys")
+        if mask not in self._forms:
+            found = (mask_form(mask, self.state, size) for size in self.sizes)
+            self._forms[mask] = next((form for form in found if form and form.causal), None)
+        form = self._forms[mask]
+        if form is None:
+            raise Unfit("its mask says more than causal, padding and one window")
+        if form.keys is None or form.keys.op != "placeholder" or form.keys.target != self.mask:
+            raise Unfit(f"its mask does not read {self.mask!r} for every key")
+        return form.window
+
+
+def _is_cache(past: fx.Node) -> bool:
+    return past.meta["val"].dim() == 4
 
 
 def _lengths(editor: Editor, record: Generation, before: fx.Node) -> tuple[fx.Node, fx.Node]:
