@@ -223,6 +223,7 @@ def _outputs(e: Emitter, program: Program) -> list[ir.Value]:
     taken: set[int] = set()
     outputs = []
     names = onnx_names(program)
+    sums = {total: name for name, total in program.signature.derived.items()}
     nodes = program.graph.output_node().args[0]
     assert isinstance(nodes, tuple | list)
     for node, spec in zip(nodes, program.signature.outputs, strict=True):
@@ -232,7 +233,8 @@ def _outputs(e: Emitter, program: Program) -> list[ir.Value]:
             e.typed(value, node)
         taken.add(id(value))
         value.name = names.get(spec.name, spec.name)
-        value.shape = ir.Shape(e.shape_names(node.meta["val"].shape))
+        sizes = e.shape_names(node.meta["val"].shape)
+        value.shape = ir.Shape([sums.get(str(size), size) for size in sizes])
         value.type = ir.TensorType(onnx_dtype(node.meta["val"].dtype))
         outputs.append(value)
     return outputs
