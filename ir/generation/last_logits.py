@@ -38,9 +38,10 @@ def last_logits(program: Program) -> Program | None:
         return None
     place = names.index(record.logits)
     editor = Editor(program, by="last_logits")
-    head = _head(_outputs(editor)[place])
-    if head is None:
+    behind = _from_head(_outputs(editor)[place])
+    if not behind:
         return None
+    head = behind[0]
     kind = matrix_product(head)
     assert kind is not None
     hidden = head.args[kind.input]
@@ -48,7 +49,9 @@ def last_logits(program: Program) -> Program | None:
     args = list(head.args)
     args[kind.input] = _last_rows(editor, record, hidden, head)
     editor.set_args(head, *args, **head.kwargs)
-    cut = editor.finish(propagate=True)
+    for node in behind:
+        node.meta["val"] = editor.evaluate(node)
+    cut = editor.finish(propagate=False)
     spec = program.signature.outputs[place]
     outputs = list(program.signature.outputs)
     outputs[place] = replace(spec, shape=(spec.shape[0], 1, *spec.shape[2:]))
@@ -59,20 +62,22 @@ def _outputs(editor: Editor) -> tuple[fx.Node, ...]:
     return editor.graph.output_node().args[0]  # type: ignore[return-value]
 
 
-def _head(logits: fx.Node) -> fx.Node | None:
-    """The product whose rows become the logits, one by one; nothing else reads it."""
+def _from_head(logits: fx.Node) -> list[fx.Node]:
+    """The product whose rows become the logits one by one, and what is done to them behind it.
+
+    Empty where nothing else than the head's rows may be left out.
+    """
+    found: list[fx.Node] = []
     node: Any = logits
-    while isinstance(node, fx.Node) and len(node.users) == 1:
-        if matrix_product(node) is not None:
-            is_rows = node.meta["val"].dim() == 3 and node.target is aten.linear.default
-            return node if is_rows else None
-        if node.target not in BY_ELEMENT or node.meta["val"].dim() != 3:
-            return None
+    while isinstance(node, fx.Node) and len(node.users) == 1 and node.meta["val"].dim() == 3:
+        found.insert(0, node)
+        if node.target is aten.linear.default:
+            return found
         others = [a for a in node.args[1:] if isinstance(a, fx.Node)]
-        if any(a.meta["val"].dim() > 1 for a in others):
-            return None
+        if node.target not in BY_ELEMENT or any(a.meta["val"].dim() > 1 for a in others):
+            return []
         node = node.args[0]
-    return None
+    return []
 
 
 def _last_rows(editor: Editor, record: Generation, hidden: fx.Node, before: fx.Node) -> fx.Node:
