@@ -1,8 +1,8 @@
 """Running a decoder whose rows lie compact in its cache on the inputs of its program.
 
 The program takes any mask: padding on the left, holes, several tokens on the pasts of a batch. The
-kernel takes rows without holes. So each row is run alone on what its mask shows, and its results are
-put back where the program has them; zeros stand at what is padding.
+kernel takes rows without holes. So each row is run alone on what its mask shows, and its results
+are put back where the program has them; zeros stand at what is padding.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from graphwright.ir.generation.last_logits import has_all_logits
 from graphwright.ir.generation.record import Generation
 from graphwright.ir.signature import Signature
 
@@ -46,13 +47,23 @@ def run_by_row(
     assert record.mask is not None
     shown = given[record.mask] != 0
     past = shown.shape[1] - given[record.ids].shape[1]
+    shown[~shown[:, past:].any(1), past] = True  # a row of padding alone has a token to run
+    has_all = has_all_logits(signature, record)
     results: dict[str, list[Tensor]] = {spec.name: [] for spec in signature.outputs}
     for row in range(len(shown)):
         slots = shown[row].nonzero()[:, 0]
         old, new = slots[slots < past], slots[slots >= past] - past
         outputs = run(_alone(record, signature, given, row, old, new))
         for spec, tensor in zip(signature.outputs, outputs, strict=True):
-            results[spec.name].append(_put_back(record, spec.name, tensor, shown[row], new, past))
+            if spec.name in record.present:
+                wide = tensor.new_zeros((*tensor.shape[:2], shown.shape[1], tensor.shape[3]))
+                wide[:, :, shown[row]] = tensor
+            elif spec.name == record.logits and has_all:
+                wide = tensor.new_zeros((1, shown.shape[1] - past, tensor.shape[2]))
+                wide[:, new] = tensor
+            else:
+                wide = tensor
+            results[spec.name].append(wide)
     return tuple(torch.cat(results[spec.name]) for spec in signature.outputs)
 
 
@@ -71,20 +82,6 @@ def _alone(
             tensor = tensor[:, :, old]
         made.append(tensor)
     return tuple(made)
-
-
-def _put_back(
-    record: Generation, name: str, tensor: Tensor, shown: Tensor, new: Tensor, past: int
-) -> Tensor:
-    if name in record.present:
-        wide = tensor.new_zeros((*tensor.shape[:2], len(shown), tensor.shape[3]))
-        wide[:, :, shown] = tensor
-        return wide
-    if name == record.logits and tensor.shape[1] != 1:
-        wide = tensor.new_zeros((1, len(shown) - past, tensor.shape[2]))
-        wide[:, new] = tensor
-        return wide
-    return tensor
 
 
 def _named(signature: Signature, inputs: Flat) -> dict[str, Tensor]:

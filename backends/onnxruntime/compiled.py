@@ -14,6 +14,7 @@ import torch
 
 from graphwright.backends.base import Artifact, Compiled
 from graphwright.backends.onnxruntime.adapters import Switch, write_adapter
+from graphwright.backends.onnxruntime.by_row import run_by_row, takes_whole
 from graphwright.backends.onnxruntime.genai import write_client_files
 from graphwright.backends.onnxruntime.runtime import SessionSettings, open_session, run_session
 from graphwright.backends.onnxruntime.saved import read_record
@@ -82,7 +83,16 @@ class OnnxCompiled(Compiled):
         return rebuild(self.signature.structure, self.run_flat(flat))
 
     def run_flat(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """Flat outputs for one tensor per input, unchecked."""
+        """Flat outputs for one tensor per input, unchecked.
+
+        A decoder whose rows lie compact in its cache runs other batches row by row.
+        """
+        record = self.generation if self.shares_cache else None
+        if record is None or takes_whole(record, self.signature, inputs):
+            return self._run_whole(inputs)
+        return run_by_row(self._run_whole, record, self.signature, inputs)
+
+    def _run_whole(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return run_session(self.session, self.signature, inputs, self._run_options)
 
     def use_adapter(self, path: str | Path | None) -> None:

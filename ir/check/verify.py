@@ -25,6 +25,7 @@ from graphwright.ir.check.slices import slice_errors
 from graphwright.ir.context import Batch
 from graphwright.ir.data.far import far_inputs
 from graphwright.ir.errors import ContractError, ModelError
+from graphwright.ir.generation.visible import visible
 from graphwright.ir.graph.nodes import gw_meta
 from graphwright.ir.graph.random import named, random_nodes
 from graphwright.ir.program import Program
@@ -133,7 +134,14 @@ class Checker:
         with same_draws():
             filled = [self.program.filled(inputs) for inputs in self.inputs[: self.measured]]
             outputs = [run_flat(inputs) for inputs in filled]
-        return self._distance(self.original, outputs)
+        if self.decode is None:
+            return self._distance(self.original, outputs)
+        record, signature = self.decode.record, self.program.signature
+        sides = [
+            [visible(record, signature, i, o) for i, o in zip(filled, side, strict=False)]
+            for side in (self.original, outputs)
+        ]
+        return self._distance(*sides)
 
     def _distance(self, left: list[Outputs], right: list[Outputs]) -> Fidelity:
         count = self.measured

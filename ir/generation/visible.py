@@ -5,6 +5,7 @@ At padding a decoder gives numbers too, and each way to run it gives others.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from graphwright.ir.generation.record import Generation
@@ -40,6 +41,5 @@ def _last(logits: Tensor, shown: Tensor | None) -> Tensor:
     """(batch, 1, vocabulary) behind the last token of each row that is no padding."""
     if shown is None:
         return logits[:, -1:]
-    places = shown.long() * shown.new_ones(shown.shape[1], dtype=int).cumsum(0)
-    last = places.argmax(1)
+    last = (shown * torch.arange(shown.shape[1], device=shown.device)).amax(1)
     return logits.gather(1, last[:, None, None].expand(-1, 1, logits.shape[2]))

@@ -255,7 +255,7 @@ class _Masks:
 
 
 def _is_cache(past: fx.Node) -> bool:
-    return past.meta["val"].dim() == 4
+    return bool(past.meta["val"].dim() == 4)
 
 
 def _lengths(editor: Editor, record: Generation, before: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -20,6 +20,7 @@ from graphwright.ir.generation.concat import ConcatRunner
 from graphwright.ir.generation.record import Generation
 from graphwright.ir.generation.runner import Runner
 from graphwright.ir.generation.trace import trace_decoder
+from graphwright.ir.generation.visible import visible
 from graphwright.passes.quantize.rtn import Rtn
 
 SIZES: dict[str, Any] = {
@@ -222,6 +223,31 @@ def test_a_long_prompt_is_run_in_parts(
     monkeypatch.setattr("graphwright.backends.onnxruntime.shared_cache.CHUNK", 2)
     parted.start(2, 8)
     torch.testing.assert_close(run(parted, [5, 6, 7, 8, 9], [3, 4]), expected, atol=1e-6, rtol=0)
+
+
+def test_masks_of_any_kind_are_run_row_by_row(program: gw.Program, full: OnnxCompiled) -> None:
+    record = Generation.of(program)
+    assert record is not None
+    generator = torch.Generator().manual_seed(0)
+    masks = {
+        3: [[0, 0, 1], [1, 1, 1], [0, 1, 1]],  # prompts, padded on the left
+        7: [[0, 0, 1, 1, 1, 1, 0], [1, 1, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]],  # on pasts
+    }
+    for total, rows in masks.items():
+        mask = torch.tensor(rows)
+        given = {
+            "input_ids": torch.randint(0, 60, (3, 3), generator=generator),
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -3:],
+        }
+        given |= {n: torch.randn(3, 2, total - 3, 16, generator=generator) for n in record.past}
+        inputs = program.bind(**given)
+        own, found = (
+            visible(record, program.signature, inputs, side.run_flat(inputs))
+            for side in (program, full)
+        )
+        for spec, a, b in zip(program.signature.outputs, own, found, strict=True):
+            torch.testing.assert_close(b, a, atol=1e-5, rtol=0, msg=spec.name)
 
 
 def nodes(model: onnx.ModelProto, kind: str) -> Iterator[onnx.NodeProto]:
