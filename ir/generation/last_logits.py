@@ -18,6 +18,7 @@ from graphwright.ir.edit import Editor
 from graphwright.ir.generation.record import Generation
 from graphwright.ir.layers.kinds import matrix_product
 from graphwright.ir.program import Program
+from graphwright.ir.signature import Signature
 
 aten = torch.ops.aten
 
@@ -26,6 +27,12 @@ BY_ELEMENT = (
     aten.add.Tensor, aten.to.dtype, aten.clone.default, aten.contiguous.default, aten.alias.default,
 )  # fmt: skip
 """What may stand between the head and its logits: scales, soft caps, a bias, casts."""
+
+
+def has_all_logits(signature: Signature, record: Generation) -> bool:
+    """Whether a decoder gives the logits behind every token, and not the last one's alone."""
+    (spec,) = [spec for spec in signature.outputs if spec.name == record.logits]
+    return spec.shape[1] != 1
 
 
 def last_logits(program: Program) -> Program | None:
