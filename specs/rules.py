@@ -129,6 +129,11 @@ def _drop_without_metric(document: dict[str, Any]) -> Iterator[Finding]:
     if "max_drop" in bounds and "evaluate" not in document:
         message = "max_drop bounds the loss of a metric, and there is no 'evaluate' section"
         yield Finding(("require", "max_drop"), message, at_key=True)
+    section = document.get("evaluate")
+    metric = section.get("metric") if isinstance(section, dict) else None
+    if "perplexity_ratio" in bounds and metric != "perplexity":
+        message = "perplexity_ratio needs `evaluate: {metric: perplexity}`"
+        yield Finding(("require", "perplexity_ratio"), message, at_key=True)
 
 
 def _nothing_to_do(document: dict[str, Any]) -> Iterator[Finding]:

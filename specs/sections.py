@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from graphwright.ir.options import Options
+from graphwright.ir.options import Options, Rule
 
 FUNCTION = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 DIM = r"^[A-Za-z_]\w*$"
@@ -137,9 +137,36 @@ class TrainingSection(CalibrationSection):
 class EvaluateSection(CalibrationSection):
     """Measures the result on data that no pass has seen."""
 
-    metric: Literal["cosine", "accuracy", "perplexity", "snr_db"] | Function = "cosine"
+    rules = (
+        Rule("steps", "steps is None or metric == 'agreement'", "steps are for `agreement`"),
+        Rule(
+            "length_normalized",
+            "not length_normalized or metric == 'multiple_choice'",
+            "length_normalized is for `multiple_choice`",
+        ),
+        Rule(
+            "metric",
+            "metric != 'multiple_choice' or not {'window', 'stride', 'max_length', 'chat_template'}"
+            " & given",
+            "multiple_choice reads questions, which are not cut: leave out window, stride, "
+            "max_length and chat_template",
+        ),
+    )
+
+    metric: (
+        Literal["cosine", "accuracy", "perplexity", "snr_db", "agreement", "multiple_choice"]
+        | Function
+    ) = "cosine"
     """Metric, of the original and of the result; `module:function` is one of your own, which is
-    imported and run."""
+    imported and run. `agreement`: share of greedy steps behind each text at which the result names
+    the original's token. `multiple_choice`: share of right answers to the questions of a `.jsonl`
+    file, with `question`, `choices` and `answer` (the index of the right one) per line."""
+
+    steps: Size | None = None
+    """Greedy steps behind each text for `agreement`; 64 when left out."""
+
+    length_normalized: bool = False
+    """Divide the log-likelihood of a choice by its number of characters, for `multiple_choice`."""
 
 
 class RequireSection(Options):
@@ -147,6 +174,9 @@ class RequireSection(Options):
 
     max_drop: Annotated[float | None, Field(ge=0, json_schema_extra=_unit("share"))] = None
     """Largest loss of the metric from the original to the result, in units of the metric."""
+
+    perplexity_ratio: Annotated[float | None, Field(gt=0, json_schema_extra=_unit("times"))] = None
+    """Largest perplexity of the result divided by that of the original."""
 
     min_speedup: Annotated[float | None, Field(gt=0, json_schema_extra=_unit("times"))] = None
     """Least latency of the original divided by that of the result, for every backend."""

@@ -94,7 +94,7 @@ class _Job:
         exports = self._exports(original)
         calibration = self._data(self.spec.calibration, original, loaded)
         training = self._data(self.spec.training, original, loaded)
-        held_out = self._data(self.spec.evaluate, original, loaded)
+        held_out = self._held_out(original, loaded)
         program, records, checker = run_chain(self.run, original, calibration, training)
         if not self.run.place.is_main:
             return Outcome(self.run.place.out, {}, program)
@@ -161,6 +161,15 @@ class _Job:
             tokenizer=loaded.tokenizer,
             initial=program.initial_state(),
         )
+
+    def _held_out(self, program: Program, loaded: LoadedModel) -> Any:
+        section = self.spec.evaluate
+        if section is None or section.metric != "multiple_choice":
+            return self._data(section, program, loaded)
+        from graphwright.ir.data.questions import load_questions
+
+        given = section.model_dump(exclude_none=True)
+        return load_questions(given, root=self.spec.folder, tokenizer=loaded.tokenizer)
 
     def _lower(self, program: Program) -> dict[str, Compiled]:
         from graphwright.backends.bundle import lower_program
@@ -241,25 +250,16 @@ class _Job:
         return rows
 
     def _evaluate(
-        self,
-        original: Program,
-        program: Program,
-        compiled: dict[str, Compiled],
-        data: Batches | None,
+        self, original: Program, program: Program, compiled: dict[str, Compiled], data: Any
     ) -> dict[str, Any] | None:
         if data is None or self.spec.evaluate is None:
             return None
-        from graphwright.job.evaluate import evaluate
+        from graphwright.evaluation.stage import evaluated
 
         result = next(iter(compiled.values()), program)
         with self.progress.stage("evaluate"):
-            return evaluate(
-                original,
-                result,
-                data,
-                self.spec.evaluate.metric,
-                root=self.spec.folder, progress=self.progress.update,
-            ).to_json()  # fmt: skip
+            say, root = self.progress.update, self.spec.folder
+            return evaluated(self.spec.evaluate, original, result, data, root=root, progress=say)
 
     def _latency(
         self, original: Program, loaded: LoadedModel, compiled: dict[str, Compiled]
@@ -301,7 +301,7 @@ class _Job:
         seconds = self.run.seconds()
         bounds = check_bounds(
             self.spec.require,
-            drop=None if evaluation is None else evaluation["drop"],
+            evaluation=evaluation,
             latency=latency,
             artifacts=artifacts,
             peak_rss_bytes=self.run.peak,

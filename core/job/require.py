@@ -54,7 +54,7 @@ class Bound:
 def check_bounds(
     section: RequireSection | None,
     *,
-    drop: float | None,
+    evaluation: Mapping[str, Any] | None,
     latency: list[dict[str, Any]],
     artifacts: list[dict[str, Any]],
     peak_rss_bytes: int,
@@ -66,7 +66,10 @@ def check_bounds(
         return []
     bounds: list[Bound] = []
     if section.max_drop is not None:
+        drop = None if evaluation is None else evaluation["drop"]
         bounds.append(Bound("max_drop", section.max_drop, drop))
+    if section.perplexity_ratio is not None:
+        bounds.append(_perplexity_ratio(section.perplexity_ratio, evaluation))
     if section.min_speedup is not None:
         rows = latency or [{"speedup": None, "backend": "no artifact"}]
         bounds += [
@@ -87,6 +90,15 @@ def check_bounds(
             Bound("integer_kernels", 1, None, "no artifact")
         ]
     return bounds
+
+
+def _perplexity_ratio(bound: float, evaluation: Mapping[str, Any] | None) -> Bound:
+    """The result's perplexity by the original's; missed where another metric was taken."""
+    name = "perplexity_ratio"
+    if evaluation is None or evaluation["metric"] != "perplexity":
+        return Bound(name, bound, None, "needs `evaluate: {metric: perplexity}`")
+    before, after = evaluation["before"], evaluation["after"]
+    return Bound(name, bound, None if None in (before, after) else after / before)
 
 
 def _integer_kernels(backend: str, note: Mapping[str, Any]) -> Bound:

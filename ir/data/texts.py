@@ -23,6 +23,9 @@ _FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model")
 TokenRows = list[dict[str, list[int]]]
 """Per text, token ids by input name."""
 
+Tokenize = Callable[[list[str], int | None], TokenRows]
+"""Token ids of texts, cut to so many tokens each."""
+
 
 @dataclass(frozen=True)
 class TextSource:
@@ -37,7 +40,7 @@ class TextSource:
     """
 
     texts: list[str]
-    tokenize: Callable[[list[str], int | None], TokenRows]
+    tokenize: Tokenize
     padding: dict[str, int]
     whole: str
 
@@ -128,31 +131,48 @@ def open_text(path: Path, data: str, tokenizer: str | Path | None, *, chat: bool
     Raises:
         ArgumentError: there is no tokenizer, or it has no template, or a package is missing.
     """
-    folder = Path(tokenizer) if tokenizer else path.parent
-    folder = folder if folder.is_dir() else folder.parent
+    folder = tokenizer_folder(Path(tokenizer) if tokenizer else path.parent, data)
+    whole = path.read_text(encoding="utf-8")
+    texts = [line for line in whole.splitlines() if line.strip()]
+    if not chat:
+        tokenize, pad = open_tokenizer(folder, data)
+        return TextSource(texts, tokenize, {"input_ids": pad}, whole)
+    loaded = _any_tokenizer(folder, data)
+    texts = [_conversation(loaded, line, folder, data) for line in texts]
+    pad = loaded.pad_token_id or 0
+    return TextSource(texts, _calls(loaded, special=False), {"input_ids": pad}, "".join(texts))
+
+
+def tokenizer_folder(place: Path, data: str) -> Path:
+    """The folder of a tokenizer, `place` or the one it is in.
+
+    Raises:
+        ArgumentError: it holds none.
+    """
+    folder = place if place.is_dir() else place.parent
     if not any((folder / name).exists() for name in _FILES):
         raise ArgumentError(
             f"text needs a tokenizer, and {folder} has none",
             where=data,
             fix="Name the folder that holds tokenizer.json under `tokenizer`, or give token ids.",
         )
-    whole = path.read_text(encoding="utf-8")
-    texts = [line for line in whole.splitlines() if line.strip()]
+    return folder
+
+
+def open_tokenizer(folder: Path, data: str) -> tuple[Tokenize, int]:
+    """What makes token ids of texts, of at most so many each; and the id that fills them up.
+
+    Raises:
+        ArgumentError: it cannot be read, or a package is missing.
+    """
     file = folder / "tokenizer.json"
-    if file.exists() and not chat:
-        tokenize, pad = _fast_tokenizer(file, data)
-        return TextSource(texts, tokenize, {"input_ids": pad}, whole)
+    if file.exists():
+        return _fast_tokenizer(file, data)
     loaded = _any_tokenizer(folder, data)
-    if chat:
-        texts = [_conversation(loaded, line, folder, data) for line in texts]
-        whole = "".join(texts)
-    pad = loaded.pad_token_id or 0
-    return TextSource(texts, _calls(loaded, special=not chat), {"input_ids": pad}, whole)
+    return _calls(loaded, special=True), loaded.pad_token_id or 0
 
 
-def _fast_tokenizer(
-    file: Path, data: str
-) -> tuple[Callable[[list[str], int | None], TokenRows], int]:
+def _fast_tokenizer(file: Path, data: str) -> tuple[Tokenize, int]:
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
@@ -192,7 +212,7 @@ def _any_tokenizer(folder: Path, data: str) -> Any:
         ) from error
 
 
-def _calls(loaded: Any, *, special: bool) -> Callable[[list[str], int | None], TokenRows]:
+def _calls(loaded: Any, *, special: bool) -> Tokenize:
     def tokenize(batch: list[str], limit: int | None) -> TokenRows:
         encoded = loaded(
             batch, return_token_type_ids=True, return_attention_mask=True,

@@ -12,10 +12,20 @@ from torch import Tensor
 
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.generation.record import Generation
+from graphwright.ir.program import Program
 from graphwright.ir.signature import Signature
 
 RunFlat = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
 """Flat outputs for one tensor per input."""
+
+
+def program_runner(program: Program) -> ConcatRunner | None:
+    """The runner of a program; None where it has no cache."""
+    record = Generation.of(program)
+    if record is None:
+        return None
+    run_flat = torch.inference_mode()(program.run_flat)
+    return ConcatRunner(record, program.signature, run_flat)
 
 
 class ConcatRunner:

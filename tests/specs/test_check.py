@@ -75,8 +75,9 @@ PINNED = {
          "unless `--no-code` is given), or `synthetic`. Paths start at the spec's folder."),
     "misspelt choice":
         (HEAD + "evaluate: {data: synthetic, metric: accuracy_}\n",
-         "spec.yaml:3:37: evaluate.metric: expected one of cosine, accuracy, perplexity, snr_db or "
-         "module:function, got 'accuracy_'; did you mean 'accuracy'?"),
+         "spec.yaml:3:37: evaluate.metric: expected one of cosine, accuracy, perplexity, snr_db, "
+         "agreement, multiple_choice or module:function, got 'accuracy_'; did you mean "
+         "'accuracy'?"),
     "no function":
         (HEAD + "evaluate: {data: synthetic, metric: 'my metric:f'}\n",
          "spec.yaml:3:37: evaluate.metric: 'my metric:f' is no module:function"),

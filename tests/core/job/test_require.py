@@ -10,7 +10,7 @@ from graphwright.job.require import Bound, check_bounds
 from graphwright.specs.sections import RequireSection
 
 MEASURED: dict[str, Any] = {
-    "drop": 0.02,
+    "evaluation": {"metric": "perplexity", "before": 5.0, "after": 5.02, "drop": 0.02},
     "latency": [{"backend": "a", "speedup": 1.5}, {"backend": "b", "speedup": 3.0}],
     "artifacts": [{"backend": "a", "file_bytes": 2_000_000}, {"backend": "b", "file_bytes": 10}],
     "peak_rss_bytes": 4_000_000_000,
@@ -21,6 +21,7 @@ MEASURED: dict[str, Any] = {
 
 @pytest.mark.parametrize(("name", "met", "missed", "measured"), [
     ("max_drop", 0.02, 0.019, [0.02]),
+    ("perplexity_ratio", 1.005, 1.003, [1.004]),
     ("min_speedup", 1.5, 1.51, [1.5, 3.0]),
     ("max_file_mb", 2.0, 1.99, [2.0, 1e-5]),
     ("max_rss_gb", 4.0, 3.99, [4.0]),
@@ -38,7 +39,7 @@ def test_a_bound_is_kept_at_its_limit_and_missed_beyond(
 
 
 def test_what_was_not_measured_is_missed() -> None:
-    nothing = {**MEASURED, "drop": None, "latency": []}
+    nothing = {**MEASURED, "evaluation": None, "latency": []}
     (drop,) = check_bounds(RequireSection(max_drop=1.0), **nothing)
     (speedup,) = check_bounds(RequireSection(min_speedup=1.0), **nothing)
     (kernels,) = check_bounds(RequireSection(integer_kernels="all"), **nothing)
@@ -68,3 +69,10 @@ def test_a_row_of_the_report() -> None:
         "name": "max_drop", "bound": 0.1, "measured": 0.05, "what": "x", "met": True,
     }  # fmt: skip
     assert str(Bound("max_drop", 0.1, 0.05, "x")) == "max_drop: 0.05 (x), bound 0.1"
+
+
+def test_a_ratio_of_perplexities_needs_them() -> None:
+    other = {**MEASURED, "evaluation": {"metric": "cosine", "before": 1.0, "after": 1.0}}
+    (bound,) = check_bounds(RequireSection(perplexity_ratio=2.0), **other)
+    assert not bound.is_met
+    assert "metric: perplexity" in bound.what

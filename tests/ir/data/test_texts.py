@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import graphwright as gw
+from graphwright.evaluation.evaluate import evaluate
 from graphwright.ir.data.batches import Batches, load_data
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.signature import DimRange, Signature, TensorSpec
-from graphwright.job.evaluate import evaluate
 
 WORDS = 60
 CLOSING = 2

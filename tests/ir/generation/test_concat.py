@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from models import cached
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.generation.concat import ConcatRunner
-from graphwright.ir.generation.record import Generation, cached_layers
-from graphwright.ir.signature import DimRange, Signature, TensorSpec
+from graphwright.ir.generation.record import Generation
+from graphwright.ir.signature import Signature, TensorSpec
 
 SIZES = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -18,46 +18,6 @@ CONFIGS = {
     "llama": LlamaConfig(**SIZES),
     "windows of 4": MistralConfig(**SIZES, sliding_window=4, head_dim=8),
 }
-
-
-class PastLayer(DynamicLayer):
-    """A layer of transformers' cache that starts from tensors."""
-
-    def __init__(self, keys, values):
-        super().__init__()
-        self.keys, self.values, self.is_initialized = keys, values, True
-        self.dtype, self.device = keys.dtype, keys.device
-
-
-def run_flat(model):
-    def run(inputs):
-        ids, mask, positions, *past = inputs
-        cache = DynamicCache()
-        cache.layers = [PastLayer(past[i], past[i + 1]) for i in range(0, len(past), 2)]
-        with torch.inference_mode():
-            logits = model(
-                input_ids=ids, attention_mask=mask, position_ids=positions,
-                past_key_values=cache, use_cache=True,
-            ).logits  # fmt: skip
-        return logits, *(t for layer in cache.layers for t in (layer.keys, layer.values))
-
-    return run
-
-
-RECORD = Generation("decoder", positions="position_ids", layers=cached_layers(2), vocab_size=61)
-
-
-def signature():
-    tokens = [
-        TensorSpec("input_ids", "int64", ("batch", "seq")),
-        TensorSpec("attention_mask", "int64", ("batch", "total")),
-        TensorSpec("position_ids", "int64", ("batch", "seq")),
-    ]
-    past = [TensorSpec(name, "float32", ("batch", 2, "past", 8)) for name in RECORD.past]
-    present = [TensorSpec(name, "float32", ("batch", 2, "total", 8)) for name in RECORD.present]
-    logits = TensorSpec("logits", "float32", ("batch", "seq", 61))
-    dims = {name: DimRange() for name in ("batch", "seq", "total")} | {"past": DimRange(0)}
-    return Signature((*tokens, *past), (logits, *present), {}, dims)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -90,7 +50,7 @@ PIECES = (
 
 
 def test_rows_of_any_lengths_give_the_logits_of_the_whole_texts(model):
-    runner = ConcatRunner(RECORD, signature(), run_flat(model))
+    runner = cached.runner_of(model)
     runner.start(3, 64)
     texts = [[], [], []]
     for pieces in PIECES:
@@ -103,8 +63,18 @@ def test_rows_of_any_lengths_give_the_logits_of_the_whole_texts(model):
         assert runner.lengths.tolist() == [len(text) for text in texts]
 
 
+def test_the_logits_of_last_tokens_are_those_of_each_row(model):
+    runner, reference = cached.runner_of(model, has_all_logits=False), cached.runner_of(model)
+    for one in (runner, reference):
+        one.start(3, 64)
+    for pieces in PIECES:
+        found, expected = runner.run(*padded(pieces)), reference.run(*padded(pieces))
+        rows = [row for row, piece in enumerate(pieces) if piece]
+        assert torch.equal(found[rows], expected[rows])
+
+
 def test_rewound_and_reordered_rows_go_on_from_where_they_are(model):
-    runner = ConcatRunner(RECORD, signature(), run_flat(model))
+    runner = cached.runner_of(model)
     runner.start(3, 64)
     runner.run(*padded(PIECES[0]))
     runner.rewind(torch.tensor([5, 1, 4]))

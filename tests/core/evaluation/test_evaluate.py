@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from graphwright.evaluation.evaluate import evaluate
 from graphwright.ir.data.batches import Batches, load_data
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.signature import DimRange, Signature, TensorSpec
-from graphwright.job.evaluate import evaluate
 
 DIMS = {"batch": DimRange(), "seq": DimRange()}
 PLAIN = Signature((TensorSpec("x", "float32", ("batch", 4)),), (), {}, DIMS)
