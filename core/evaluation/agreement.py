@@ -11,7 +11,7 @@ from graphwright.evaluation.meters import Inputs, Meter, Runner
 from graphwright.evaluation.scoring import IGNORED_LABEL, main_output, scorer_of
 from graphwright.evaluation.texts import MASK, text_inputs
 from graphwright.ir.errors import ArgumentError
-from graphwright.ir.generation.concat import program_runner
+from graphwright.ir.generation.concat import runner_of
 from graphwright.ir.generation.record import Generation
 from graphwright.ir.program import Program
 
@@ -80,15 +80,16 @@ def continued(program: Program, ids: Tensor, lengths: Tensor, steps: int) -> tup
     Raises:
         ArgumentError: a text would be longer than the model's context.
     """
-    runner = program_runner(program)
+    record = Generation.of(program)
+    runner = None if record is None else runner_of(program, record)
     eos: tuple[int, ...] = ()
     _check_room(program, int(lengths.max()) + steps)
     texts = torch.cat([ids, ids.new_zeros(len(ids), steps)], 1)
     lengths, rows = lengths.clone(), torch.arange(len(ids))
     runs = torch.ones(len(ids), dtype=torch.bool)
     logits = None
-    if runner is not None:
-        eos = runner.record.eos
+    if runner is not None and record is not None:
+        eos = record.eos
         runner.start(len(ids), texts.shape[1])
         logits = runner.run(ids, lengths)
     for _ in range(steps):

@@ -43,13 +43,13 @@ def scores(logits: Tensor, labels: Tensor) -> Scores:
 
     Args:
         logits: [batch, tokens, vocabulary], any floating dtype and device. Those behind the last
-            token are not read.
+            token are not read, and may be missing.
         labels: int64 [batch, tokens], each in the place of the token it is; `IGNORED_LABEL`
             where none counts.
     """
     wanted = labels[:, 1:].cpu().long()
     places = (wanted != IGNORED_LABEL).flatten().nonzero().flatten()
-    flat, targets = logits[:, :-1].flatten(0, 1), wanted.flatten()
+    flat, targets = logits[:, : wanted.shape[1]].flatten(0, 1), wanted.flatten()
     found = torch.zeros(wanted.numel(), dtype=torch.float64)
     greedy = torch.zeros(wanted.numel(), dtype=torch.bool)
     for piece in places.split(max(1, CHUNK // logits.shape[-1])):
@@ -71,7 +71,10 @@ class Scorer(Protocol):
     def how(self) -> str: ...
 
     def __call__(self, inputs: Mapping[str, Tensor], labels: Tensor) -> Scores:
-        """Scores of `labels` (batch, tokens), int64, each in the place of the token it is."""
+        """Scores of `labels` (batch, tokens), int64, each in the place of the token it is.
+
+        The inputs may lack the last token, behind which nothing is scored.
+        """
 
 
 def scorer_of(model: Any) -> Scorer:
@@ -105,7 +108,8 @@ class AtOnce:
             ArgumentError: its logits are not those of the tokens.
         """
         path, logits = main_output(self.model(**inputs))
-        if logits.dim() != 3 or logits.shape[:2] != labels.shape:
+        rows, length = labels.shape
+        if logits.dim() != 3 or len(logits) != rows or length - logits.shape[1] not in (0, 1):
             raise ArgumentError(
                 f"perplexity takes logits (batch, length, vocabulary) and labels (batch, length); "
                 f"{path} is {tuple(logits.shape)}, the labels are {tuple(labels.shape)}"
@@ -143,7 +147,7 @@ class TokenByToken:
         first = int(counts.min()) if len(counts) else 0
         found = [scores(torch.zeros(len(ids), first + 1, 1), labels[:, : first + 1])]
         at = 0
-        for end in range(first + 1, ids.shape[1]):
+        for end in range(first + 1, labels.shape[1]):
             new = (lengths.clamp_max(end) - at).clamp_min(0)
             logits = self.runner.run(ids[:, at:end], new)
             found.append(scores(logits[:, None].expand(-1, 2, -1), labels[:, end - 1 : end + 1]))

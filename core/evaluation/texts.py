@@ -91,7 +91,9 @@ def likelihoods(
         for row, i in enumerate(piece):
             own = slice(len(pairs[i][0]), int(lengths[row]))
             labels[row, own] = ids[row, own]
-        scores = scorer(text_inputs(signature, ids, lengths), labels)
+        # What stands behind the last token is not asked.
+        given = text_inputs(signature, ids[:, :-1], lengths.clamp_max(ids.shape[1] - 1))
+        scores = scorer(given, labels)
         counts = labels[:, 1:] != IGNORED_LABEL
         sums = scores.log_likelihoods.sum(1).tolist()
         greedy = (scores.is_greedy | ~counts).all(1).tolist()

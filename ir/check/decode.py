@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from graphwright.ir.check.fidelity import Fidelity, compare, merge
 from graphwright.ir.check.precision import roundoff
 from graphwright.ir.errors import ContractError
-from graphwright.ir.generation.concat import ConcatRunner
+from graphwright.ir.generation.concat import runner_of
 from graphwright.ir.generation.record import Generation
 from graphwright.ir.generation.runner import Runner
 from graphwright.ir.program import Program
@@ -133,13 +133,3 @@ class DecodeCheck:
     def hold_program(self, after: Program, by: str) -> float:
         """The same of a program that PyTorch runs."""
         return self.hold(runner_of(after, self.record), roundoff(after), by)
-
-
-def runner_of(program: Program, record: Generation) -> ConcatRunner:
-    """A program over a cache, run by PyTorch."""
-
-    def run(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            return tuple(program.module.forward(*inputs))
-
-    return ConcatRunner(record, program.signature, run)

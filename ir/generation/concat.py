@@ -19,13 +19,14 @@ RunFlat = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
 """Flat outputs for one tensor per input."""
 
 
-def program_runner(program: Program) -> ConcatRunner | None:
-    """The runner of a program; None where it has no cache."""
-    record = Generation.of(program)
-    if record is None:
-        return None
-    run_flat = torch.inference_mode()(program.run_flat)
-    return ConcatRunner(record, program.signature, run_flat)
+def runner_of(program: Program, record: Generation) -> ConcatRunner:
+    """A program over a cache, run by PyTorch."""
+
+    def run(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return tuple(program.module.forward(*inputs))
+
+    return ConcatRunner(record, program.signature, run)
 
 
 class ConcatRunner:

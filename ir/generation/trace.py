@@ -16,10 +16,10 @@ from graphwright.ir.check.decode import (
     by_model,
     distance,
     in_steps,
-    runner_of,
     texts,
 )
 from graphwright.ir.check.precision import roundoff
+from graphwright.ir.generation.concat import runner_of
 from graphwright.ir.generation.decoder import Decoder, DecoderCall, NoCache, examine
 from graphwright.ir.generation.model_facts import ModelFacts
 from graphwright.ir.generation.record import FACT, Generation

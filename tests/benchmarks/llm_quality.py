@@ -161,7 +161,7 @@ def measured(bench: Bench, row: Row, rows: dict[str, Row]) -> tuple[str, ...]:
     start = time.perf_counter()
     program = bench.made(row, rows)
     seconds = time.perf_counter() - start
-    compiled = gw.lower(program, "onnxruntime")
+    compiled = gw.lower(program, "onnxruntime", logits="all")
     size = compiled.save(bench.out / _slug(row.name)).file_bytes
     perplexity, agreement = figures(bench, compiled, scorer_of(compiled))
     cells = f"{perplexity:.3f}", f"{agreement:.1%}", f"{size / 1e6:.1f}", f"{seconds:.0f}"

@@ -190,7 +190,7 @@ def test_the_likeliest_choice_is_that_of_transformers_in_float64(
     ("line", "message"),
     [
         ("{", "is no JSON"),
-        ('{"question": "w1", "choices": ["w2"], "answer": 0}', "two `choices` or more"),
+        ('{"question": "w1", "choices": ["w2"], "answer": 0}', "two texts or more"),
         ('{"question": "w1", "choices": ["w2", "w3"], "answer": 2}', "number of a choice, 0 to 1"),
         ('{"question": " ", "choices": ["w2", "w3"], "answer": 0}', "has no tokens"),
     ],
@@ -213,19 +213,24 @@ def test_other_metrics_do_not_compare_last_logits_with_all(
 
 
 @pytest.mark.parametrize(
-    ("evaluate", "require"),
+    ("lower", "evaluate", "require"),
     [
-        ("{data: text.txt, metric: perplexity, window: 16}", "{perplexity_ratio: 3}"),
-        ("{data: text.txt, metric: agreement, steps: 4}", "{max_drop: 0.9}"),
-        ("{data: questions.jsonl, metric: multiple_choice}", "{max_drop: 0.9}"),
+        (
+            "onnxruntime",
+            "{data: text.txt, metric: perplexity, window: 16}",
+            "{perplexity_ratio: 3}",
+        ),
+        ("", "{data: text.txt, metric: agreement, steps: 4}", "{max_drop: 0.9}"),
+        ("", "{data: questions.jsonl, metric: multiple_choice}", "{max_drop: 0.9}"),
     ],
 )
-def test_in_a_spec(folder: Path, tmp_path: Path, evaluate: str, require: str) -> None:
+def test_in_a_spec(folder: Path, tmp_path: Path, lower: str, evaluate: str, require: str) -> None:
     spec = folder / "spec.yaml"
     spec.write_text(
-        f"version: 1\npasses: [{{quantize.rtn: {{bits: 8}}}}]\nevaluate: {evaluate}\n"
-        f"require: {require}\n"
+        f"version: 1\npasses: [{{quantize.rtn: {{bits: 8}}}}]\nlower: [{lower}]\n"
+        f"evaluate: {evaluate}\nrequire: {require}\n"
     )
     report = gw.optimize(folder, spec, out=tmp_path / "out").report
     assert report["evaluation"]["before"] > 0
     assert report["require"][0]["met"]
+    assert bool(lower) == ("token by token" in report["evaluation"]["what"])
