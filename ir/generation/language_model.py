@@ -121,8 +121,13 @@ class LanguageModel:
                 "a stop text needs a tokenizer, and the model came without one",
                 fix="Give token ids as `stop`.",
             )
-        ids = {stop for stop in settings.stop if isinstance(stop, int)}
-        return Stops(frozenset(ids | set(self.record.eos)), texts, self.tokenizer)
+        ids = {stop for stop in settings.stop if isinstance(stop, int)} | set(self.record.eos)
+        plain = []
+        for text in texts:  # a special token is no part of the text, and is known by its id
+            special = self.tokenizer.special_id(text) if self.tokenizer else None
+            ids |= set() if special is None else {special}
+            plain += [text] if special is None else []
+        return Stops(frozenset(ids), tuple(plain), self.tokenizer)
 
     def _refuse_streamer(self, settings: Settings, prompts: int) -> None:
         if self.tokenizer is None:

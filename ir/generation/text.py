@@ -109,6 +109,11 @@ class Tokenizer:
                 found[role] = text
         return found
 
+    def special_id(self, text: str) -> int | None:
+        """The id of a special token by its text; None where no special token reads so."""
+        found = self._inner.get_added_tokens_decoder().items()
+        return next((i for i, token in found if token.special and token.content == text), None)
+
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation, up to where the model's next answer begins.
 

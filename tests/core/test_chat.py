@@ -60,7 +60,7 @@ def chat(
     monkeypatch: pytest.MonkeyPatch, compiled: Compiled | None, lines: str, *arguments: str,
     is_terminal: bool = False,
 ) -> int:  # fmt: skip
-    monkeypatch.setattr("graphwright.backends.base.open_artifact", lambda path: compiled)
+    monkeypatch.setattr("graphwright.backends.opening.open_artifact", lambda path: compiled)
     stdin = io.StringIO(lines)
     stdin.isatty = lambda: is_terminal  # type: ignore[method-assign]
     monkeypatch.setattr("sys.stdin", stdin)

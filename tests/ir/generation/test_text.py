@@ -155,3 +155,8 @@ def test_a_stop_text_never_shows(ours: Tokenizer) -> None:
     assert writer.close() == "".join(shown) == "An EN is no END, this is: "
     assert sum(ended[:-2]) <= 1
     assert any(ended)
+
+
+def test_a_stop_text_that_is_a_special_token_stops_by_its_id(ours: Tokenizer) -> None:
+    assert ours.special_id("<|im_end|>") == ours.encode("<|im_end|>")[0]
+    assert ours.special_id("hello") is None
