@@ -273,7 +273,8 @@ def _capture(
         place = gw_meta(dropping[0]).get("source", "")
         note = f"node {dropping[0].name!r} ({place}) drops values in eval mode too: taken out"
         notes += [note] if note not in notes else []
-    guards = [flat.derived.on_free(g) for g in guards_of(exported, flat.inputs, dynamic)]
+    free = dim_names(dynamic)
+    guards = [flat.derived.on_free(g, free) for g in guards_of(exported, flat.inputs, dynamic)]
     guards += archived_guards(flat, dynamic, guards)
     return with_own_outputs(canonicalize(program)), dynamic, guards
 

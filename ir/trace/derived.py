@@ -68,14 +68,15 @@ class Derived:
         """All sizes, the examples' where `sizes` says nothing and nothing follows."""
         return completed(self.sums, {**self.sizes, **sizes})
 
-    def on_free(self, guard: Guard) -> Guard:
-        """The condition as one on dimensions that do not follow from others."""
-        if not any(dim in self.sums for dim in guard.dims):
+    def on_free(self, guard: Guard, free: Collection[str]) -> Guard:
+        """The condition as one on free dimensions that do not follow from others."""
+        sums = self.among(free)
+        if not any(dim in sums for dim in guard.dims):
             return guard
         text, dims = guard.text, []
         for dim in guard.dims:
-            dims += _names(self.sums[dim]) if dim in self.sums else [dim]
-            text = f"{text}, {dim} = {self.sums[dim]}" if dim in self.sums else text
+            dims += _names(sums[dim]) if dim in sums else [dim]
+            text = f"{text}, {dim} = {sums[dim]}" if dim in sums else text
         inner = guard.test
         return replace(
             guard,
