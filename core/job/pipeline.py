@@ -16,7 +16,7 @@ from graphwright.ir.errors import LoweringError, RequirementError
 from graphwright.ir.lack import lacks_told
 from graphwright.ir.user_code import watched
 from graphwright.job.chain import run_chain
-from graphwright.job.decode import decode_error
+from graphwright.job.decode import artifact_fidelity, decode_error
 from graphwright.job.environment import deterministic, environment
 from graphwright.job.left import left_as_they_are
 from graphwright.job.memory import reset_peak
@@ -218,7 +218,9 @@ class _Job:
         if not compiled:
             found = {"program": checker.total()}
         else:
-            found = {name: checker.total(lowered.run_flat) for name, lowered in compiled.items()}
+            found = {
+                name: artifact_fidelity(checker, lowered) for name, lowered in compiled.items()
+            }
         for row in artifacts:
             row["fidelity"] = found[row["backend"]].as_dict()
             row["decode"] = decode_error(checker, compiled.get(row["backend"]))

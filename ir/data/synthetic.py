@@ -141,9 +141,18 @@ def other_sizes(
             step = first if dim in leading else rest
             other[dim] = _moved(size, signature.dims.get(dim, DimRange()), step, least)
         other = signature.completed(other)
-        if other not in made:
+        if other not in made and _follows_within(signature, other):
             made.append(other)
             yield other
+
+
+def _follows_within(signature: Signature, sizes: Mapping[str, int]) -> bool:
+    """Whether the sizes that follow from others are within their bounds."""
+    for dim in signature.derived:
+        bounds = signature.dims.get(dim, DimRange())
+        if dim in sizes and not bounds.min <= sizes[dim] <= (bounds.max or sizes[dim]):
+            return False
+    return True
 
 
 def _moved(size: int, bounds: DimRange, change: Change, smallest: int) -> int:
