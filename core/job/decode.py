@@ -1,4 +1,4 @@
-"""How far the artifact of a decoder is from the original, through its own cache."""
+"""Artifacts of decoders: checked through their own cache, and timed on a prompt."""
 
 from __future__ import annotations
 
@@ -10,52 +10,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from graphwright.backends.base import Compiled
-    from graphwright.ir.check.fidelity import Fidelity
     from graphwright.ir.check.verify import Checker
-    from graphwright.ir.generation.record import Generation
     from graphwright.ir.generation.runner import Runner
+    from graphwright.ir.program import Program
 
 
-def artifact_fidelity(checker: Checker, lowered: Compiled) -> Fidelity:
-    """Distance of an artifact's outputs from the original's, on the checker's inputs.
+def timed_inputs(program: Program) -> tuple[Tensor, ...]:
+    """Inputs of a call that is timed: the examples; of a decoder their tokens as a prompt."""
+    from graphwright.ir.generation.record import Generation
 
-    Of a decoder, of the logits behind every text: an artifact may give no others, and keep its
-    cache in another way.
-    """
-    if checker.decode is None:
-        return checker.total(lowered.run_flat)
-    import torch
-
-    from graphwright.ir.check.decode import at_once, distance, runner_of
-    from graphwright.ir.check.fidelity import merge
-
-    decode = checker.decode
-    before, after = runner_of(decode.program, decode.record), runner_for(checker, lowered)
-    parts = [distance(decode.first, at_once(after, decode.record, decode.ids))]
-    for inputs in checker.inputs[: checker.measured]:
-        ids, counts = _texts(inputs, [s.name for s in decode.program.signature.inputs],
-                             decode.record)  # fmt: skip
-        logits = []
-        for runner in (before, after):
-            runner.start(len(ids), ids.shape[1])
-            with torch.no_grad():
-                logits.append([runner.run(ids, counts)])
-        parts.append(distance(*logits))
-    return merge(parts)
-
-
-def _texts(
-    inputs: tuple[Tensor, ...], names: list[str], record: Generation
-) -> tuple[Tensor, Tensor]:
-    """Token ids with the padding on the right, and the number of tokens of each row."""
-    import torch
-
-    ids = inputs[names.index(record.ids)]
-    if record.mask is None:
-        return ids, torch.full((len(ids),), ids.shape[1])
-    shown = inputs[names.index(record.mask)][:, -ids.shape[1] :] != 0
-    order = torch.argsort((~shown).long(), dim=1, stable=True)
-    return ids.gather(1, order), shown.sum(1).clamp_min(1)
+    record = Generation.of(program)
+    if record is None or record.kind != "decoder":
+        return program.examples
+    names = [spec.name for spec in program.signature.inputs]
+    return program.bind(**{record.ids: program.examples[names.index(record.ids)]})
 
 
 def runner_for(checker: Checker, lowered: Compiled) -> Runner:

@@ -16,7 +16,7 @@ from graphwright.ir.errors import LoweringError, RequirementError
 from graphwright.ir.lack import lacks_told
 from graphwright.ir.user_code import watched
 from graphwright.job.chain import run_chain
-from graphwright.job.decode import artifact_fidelity, decode_error
+from graphwright.job.decode import decode_error, timed_inputs
 from graphwright.job.environment import deterministic, environment
 from graphwright.job.left import left_as_they_are
 from graphwright.job.memory import reset_peak
@@ -215,12 +215,8 @@ class _Job:
 
         Passes and lowering lose together: of several artifacts, the one furthest away.
         """
-        if not compiled:
-            found = {"program": checker.total()}
-        else:
-            found = {
-                name: artifact_fidelity(checker, lowered) for name, lowered in compiled.items()
-            }
+        found = {name: checker.total(lowered.run_flat) for name, lowered in compiled.items()}
+        found = found or {"program": checker.total()}
         for row in artifacts:
             row["fidelity"] = found[row["backend"]].as_dict()
             row["decode"] = decode_error(checker, compiled.get(row["backend"]))
@@ -272,7 +268,7 @@ class _Job:
         from graphwright.job.latency import measure_latency
 
         device = self.run.settings.device
-        examples = [tensor.to(device) for tensor in original.examples]
+        examples = [tensor.to(device) for tensor in timed_inputs(original)]
         if loaded.module is None or (loaded.is_fixed and loaded.change.dtype is not None):
             before: Any = original
         else:

@@ -97,7 +97,7 @@ class DecodeCheck:
     def __init__(self, program: Program, seed: int = 0) -> None:
         record = Generation.of(program)
         assert record is not None
-        self.program, self.record = program, record
+        self.record = record
         self.ids = texts(record, seed)
         self.first = at_once(runner_of(program, record), record, self.ids)
 
