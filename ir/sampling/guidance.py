@@ -130,6 +130,23 @@ class Adaptive(nn.Module):
         )  # fmt: skip
 
 
+class Weighted(nn.Module):
+    """A mixed score, and how fast the log-weight of a particle grows.
+
+    Source: P35; g^2 and the step of time are the driver's.
+    """
+
+    def forward(
+        self, data: Tensor, other: Tensor, noise: Tensor, other_noise: Tensor,
+        x: Tensor, a: Tensor, s: Tensor, exponent: Tensor, other_exponent: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """(D, E, (|S|^2 - sum b |s|^2) / 2 [batch])."""
+        mixed = exponent * noise + other_exponent * other_noise
+        squares = exponent * dot(noise, noise) + other_exponent * dot(other_noise, other_noise)
+        rate = (dot(mixed, mixed) - squares).flatten() / (2 * s * s)
+        return (x - over(s, x) * mixed) / over(a, x), mixed, rate
+
+
 class Recorded(nn.Module):
     """Classifier-free guidance that hands out both predictions of noise, for LinearAG (P41)."""
 

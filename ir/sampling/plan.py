@@ -32,6 +32,8 @@ class Plan:
         parameters: guidance's numbers, one per step, by input name.
         batch: number of samples.
         linear: policy and coefficients of LinearAG; None elsewhere.
+        particles: rows that share one target; 1 where rows have no weights.
+        seed: of resampling.
     """
 
     path: Path
@@ -40,6 +42,8 @@ class Plan:
     parameters: Mapping[str, tuple[float, ...]]
     batch: int
     linear: Mapping[str, Any] | None = None
+    particles: int = 1
+    seed: int = 0
 
 
 def make_plan(
@@ -53,6 +57,8 @@ def make_plan(
     solver_options: Mapping[str, Any] | None,
     grid: Grid | Mapping[str, Any] | None,
     parameters: Mapping[str, Scale],
+    particles: int = 1,
+    seed: int = 0,
 ) -> Plan:
     """The plan of a trajectory.
 
@@ -74,7 +80,27 @@ def make_plan(
     if linear is not None:
         own_grid = (chosen or record.default_grid).model_dump(mode="json")
         _check_linear(plan, linear, solver or record.solver, own_grid)
-    return replace(plan, linear=linear)
+    _check_particles(record, plan, particles, solver or record.solver)
+    return replace(plan, linear=linear, particles=particles, seed=seed)
+
+
+def _check_particles(record: Denoiser, plan: Plan, particles: int, solver: str) -> None:
+    weighted = record.guidance is not None and "weights" in record.guidance.settings
+    if not weighted:
+        if particles != 1:
+            raise ArgumentError("particles are for programs of sample.feynman_kac")
+        return
+    if particles < 2 or plan.batch % particles:
+        raise ArgumentError(
+            f"{plan.batch} rows are no groups of {particles} particles",
+            fix="Give `particles`, 2 or more, and as many rows of noise for every sample.",
+        )
+    if solver != "reverse_sde":
+        raise ArgumentError(
+            f"weights are those of the reverse SDE, and {solver} does not simulate it",
+            fix='Sample with `solver="reverse_sde"` on a schedule in closed form.',
+        )
+    plan.path.schedule.slopes(plan.path.levels[0].t)
 
 
 def _check_linear(

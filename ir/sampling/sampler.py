@@ -14,6 +14,7 @@ from graphwright.ir.errors import ArgumentError
 from graphwright.ir.program import Program
 from graphwright.ir.sampling.grid import Grid
 from graphwright.ir.sampling.linear import estimated, regressors
+from graphwright.ir.sampling.particles import RATE, WEIGHTS, reweighted
 from graphwright.ir.sampling.plan import Plan, Scale, make_plan, time_tensor
 from graphwright.ir.sampling.record import ALPHA, DENOISED, NOISE, SIGMA, Denoiser
 from graphwright.ir.sampling.schedule import Level
@@ -91,6 +92,8 @@ class Sampler:
         solver_options: Mapping[str, Any] | None = None,
         grid: Grid | Mapping[str, Any] | None = None,
         negative: Mapping[str, Tensor] | None = None,
+        particles: int = 1,
+        resampling_seed: int = 0,
         **parameters: Scale,
     ) -> Plan:
         """A trajectory, checked as a whole.
@@ -102,6 +105,8 @@ class Sampler:
             solver, solver_options: in the place of the record's.
             grid: choice of the levels, in the place of the record's.
             negative: what guidance leads away from, by name of the condition.
+            particles: neighbouring rows that share one target (sample.feynman_kac).
+            resampling_seed: of their resampling.
             parameters: of the guidance: `guidance_scale=3.0`, or one number for every step.
 
         Raises:
@@ -109,7 +114,7 @@ class Sampler:
         """
         return make_plan(
             self.record, self.parts[FULL].signature, batch, conditions or {}, negative or {},
-            steps, solver, solver_options, grid, parameters,
+            steps, solver, solver_options, grid, parameters, particles, resampling_seed,
         )  # fmt: skip
 
     def sample(
@@ -192,7 +197,8 @@ class Sampler:
             return Prediction(found[DENOISED], found[NOISE])
 
         x, own = plan.solver.step(denoise, x, plan.path, i, own, list(noise))
-        return x, {**kept, **{SOLVER + name: tensor for name, tensor in own.items()}}
+        state = {**kept, **{SOLVER + name: tensor for name, tensor in own.items()}}
+        return reweighted(plan, self.record, i, x, state) if plan.particles > 1 else (x, state)
 
     # ---- one question
 
@@ -227,6 +233,8 @@ class Sampler:
             if item.output in found:
                 state[CARRIED + item.input] = found[item.output]
         self._look(found, state)
+        if self.record.guidance is not None and "weights" in self.record.guidance.settings:
+            state[RATE] = found[self.record.guidance.settings["weights"]["output"]]
         return self._estimated(plan, i, x, level, found, state)
 
     def _estimated(
@@ -315,7 +323,11 @@ def _check_state(plan: Plan, x: Tensor, state: State) -> None:
             f"the batch is {len(x)}, and the trajectory was begun with {plan.batch}"
         )
     for name, tensor in state.items():
-        if name not in (OFF, BOTH) and not name.startswith(CACHED) and tensor.shape != x.shape:
+        if (
+            name not in (OFF, BOTH, RATE, WEIGHTS)
+            and not name.startswith(CACHED)
+            and tensor.shape != x.shape
+        ):
             raise ArgumentError(
                 f"the state {name!r} has the shape {tuple(tensor.shape)}, the sample "
                 f"{tuple(x.shape)}"

@@ -1,0 +1,91 @@
+"""sample.feynman_kac: the target of guidance in closed form, one permutation for all, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphwright as gw
+from graphwright.ir.errors import ArgumentError
+from graphwright.ir.sampling.sampler import Sampler
+
+DENOISER = ("sample.denoiser", {"unconditional": {"label": 4}})
+CHAIN = ("denoiser", [DENOISER, ("sample.feynman_kac", {"exponent": 1.5, "other_exponent": -0.5})])
+MEAN, VARIANCE = 12 / 7, 1 / 7
+"""Of N(1.5, 0.25)^2 N(0, 1)^-1."""
+
+
+class TwoNormals(nn.Module):
+    """The noise of N(1.5, 0.25) for label 0, of N(0, 1) for label 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("means", torch.tensor([1.5, 0.0]))
+        self.register_buffer("variances", torch.tensor([0.25, 1.0]))
+
+    def forward(self, x: Tensor, sigma_in: Tensor, label: Tensor) -> Tensor:
+        s = sigma_in[:, None]
+        return s * (x - self.means[label][:, None]) / (self.variances[label][:, None] + s**2)
+
+
+@pytest.fixture(scope="module")
+def denoiser() -> gw.Program:
+    inputs = {
+        "x": torch.randn(3, 1), "sigma_in": torch.tensor([0.2, 1.0, 5.0]),
+        "label": torch.tensor([0, 1, 0]),
+    }  # fmt: skip
+    program = gw.trace(
+        TwoNormals().eval(), inputs, {name: {0: "batch"} for name in inputs},
+        ranges={"label": (0, 2), "sigma_in": (0.1, 10.0)},
+    )  # fmt: skip
+    schedule = {"kind": "edm", "sigma_min": 0.01, "sigma_max": 20.0, "time": "sigma"}
+    return gw.passes.sample.Denoiser(
+        schedule=schedule, grid={"spacing": "log_snr", "final": "none"}, solver="reverse_sde",
+        unconditional={"label": 1},
+    )(program)  # fmt: skip
+
+
+def noise(rows: int) -> Tensor:
+    return torch.randn(rows, 1, generator=torch.Generator().manual_seed(0))
+
+
+def labels(rows: int) -> dict[str, Tensor]:
+    return {"label": torch.zeros(rows, dtype=torch.int64)}
+
+
+def test_particles_have_the_target(denoiser: gw.Program) -> None:
+    weighted = Sampler.of(gw.passes.sample.FeynmanKac()(denoiser))
+    plain = Sampler.of(gw.passes.sample.Cfg(guidance_scale=2.0)(denoiser))
+    rows = 3000
+    mine = weighted.sample(noise(rows), labels(rows), steps=200, seed=1, particles=rows)
+    other = plain.sample(noise(rows), labels(rows), steps=200, seed=1)
+    assert abs(float(mine.mean()) - MEAN) < 0.05
+    assert abs(float(mine.var()) - VARIANCE) < 0.03
+    assert abs(float(other.mean()) - MEAN) > 0.1  # 1.88, the guided SDE without weights
+
+
+def test_groups_stay_apart(denoiser: gw.Program) -> None:
+    sampler = Sampler.of(gw.passes.sample.FeynmanKac(resample_below=2.0)(denoiser))
+    given = {"label": torch.tensor([0, 0, 0, 1, 1, 1])}
+    plan = sampler.plan(6, given, steps=30, particles=3)
+    x, state = sampler.first(plan, noise(6)), {}
+    for i in range(30):
+        x, state = sampler.step(plan, i, x, state, [noise(6)])
+    assert state["log_weights"].shape == (6,)
+    # label 1 is what guidance leads away from as well: its rate is 0, and its weights equal
+    assert float(state["log_weights"][3:].abs().max()) < 1e-6
+    assert float(state["log_weights"][:3].abs().max()) > 0
+
+
+def test_refusals(denoiser: gw.Program) -> None:
+    sampler = Sampler.of(gw.passes.sample.FeynmanKac()(denoiser))
+    with pytest.raises(ArgumentError, match="6 rows are no groups of 4 particles"):
+        sampler.sample(noise(6), labels(6), steps=4, seed=0, particles=4)
+    with pytest.raises(ArgumentError, match="6 rows are no groups of 1 particles"):
+        sampler.sample(noise(6), labels(6), steps=4, seed=0)
+    with pytest.raises(ArgumentError, match="dpmpp_2m does not simulate it"):
+        sampler.sample(noise(6), labels(6), steps=4, particles=3, solver="dpmpp_2m")
+    cfg = Sampler.of(gw.passes.sample.Cfg()(denoiser))
+    with pytest.raises(ArgumentError, match=r"particles are for programs of sample\.feynman_kac"):
+        cfg.sample(noise(6), labels(6), steps=4, seed=0, particles=3)
