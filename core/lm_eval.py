@@ -16,10 +16,13 @@ from typing import Any
 
 import torch
 
-from graphwright.backends.base import open_artifact
+from graphwright.backends.base import Compiled
+from graphwright.backends.opening import open_artifact
 from graphwright.evaluation.scoring import scorer_of
 from graphwright.evaluation.texts import likelihoods
 from graphwright.ir.errors import ArgumentError
+from graphwright.ir.generation.language_model import LanguageModel
+from graphwright.ir.generation.text import Tokenizer
 
 try:
     from lm_eval import utils
@@ -61,15 +64,15 @@ class GraphwrightLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         **ignored: Any,
     ) -> None:
         super().__init__()
-        compiled = open_artifact(Path(path)) if Path(path).exists() else None
+        compiled: Compiled | None = open_artifact(Path(path)) if Path(path).exists() else None
         if compiled is None:
             raise ArgumentError("this is no artifact", where=str(path))
         if not str(batch_size).isdecimal() or not int(batch_size):
             raise ArgumentError(f"batch_size is {batch_size!r}, and has to be a number")
-        self.language_model = compiled.language_model
+        self.language_model: LanguageModel = compiled.language_model
         if self.language_model.tokenizer is None:
             raise ArgumentError("the artifact came without a tokenizer", where=str(path))
-        self.tokenizer = self.language_model.tokenizer
+        self.tokenizer: Tokenizer = self.language_model.tokenizer
         self.batch_size = int(batch_size)
         self.max_length = max_length or self.language_model.record.context_length or 2048
         self._compiled, self._scorer = compiled, scorer_of(compiled)

@@ -10,13 +10,14 @@ from graphwright.backends.base import Backend
 from graphwright.backends.triton.compiled import FILE, FusedModule, load
 from graphwright.backends.triton.fuse import BY, fuse
 from graphwright.backends.triton.settled import settled
-from graphwright.ir.check.decode import ROUNDINGS, distance, in_steps, runner_of, texts
+from graphwright.ir.check.decode import ROUNDINGS, distance, in_steps, texts
 from graphwright.ir.check.precision import roundoff
 from graphwright.ir.check.promise import Promise
 from graphwright.ir.check.verify import check_contract
 from graphwright.ir.context import Context
 from graphwright.ir.data.synthetic import other_size_inputs
 from graphwright.ir.errors import ContractError, LoweringError
+from graphwright.ir.generation.concat import runner_of
 from graphwright.ir.graph.arrange import arranged
 from graphwright.ir.graph.cached import NotCached
 from graphwright.ir.options import Options as BaseOptions

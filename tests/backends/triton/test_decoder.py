@@ -13,9 +13,8 @@ import graphwright as gw
 from graphwright.backends.triton.compiled import FusedModule
 from graphwright.backends.triton.decoder.buffers import BLOCK, Blocks, WholeRows
 from graphwright.backends.triton.decoder.runner import StaticRunner
-from graphwright.ir.check.decode import runner_of
 from graphwright.ir.errors import LoweringError
-from graphwright.ir.generation.concat import ConcatRunner
+from graphwright.ir.generation.concat import ConcatRunner, runner_of
 from graphwright.ir.generation.record import Generation
 from graphwright.ir.generation.trace import trace_decoder
 from graphwright.ir.graph.nodes import op_name
