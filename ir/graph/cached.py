@@ -13,7 +13,7 @@ import sympy
 import torch
 from torch import fx
 
-from graphwright.ir.graph.mask_form import mask_form
+from graphwright.ir.graph.mask_form import MaskForm, mask_form
 from graphwright.ir.graph.moves import COPIES, RESHAPES
 from graphwright.ir.graph.nodes import argument
 from graphwright.ir.graph.sizes import sizes_of
@@ -71,6 +71,7 @@ def cached_attention_at(
     node: fx.Node,
     state: Mapping[str, torch.Tensor],
     names: Mapping[sympy.Symbol, sympy.Symbol],
+    forms: dict[Any, MaskForm | None],
 ) -> CachedAttention:
     """What a call of attention computes.
 
@@ -78,6 +79,7 @@ def cached_attention_at(
         node: a call of ATen's attention, or of ours.
         state: the program's tensors by name.
         names: the program's `dimension_names`.
+        forms: of masks that were read before; layers share theirs.
 
     Raises:
         NotCached: it is no attention over a cache, or under a mask that kernels do not know.
@@ -98,9 +100,11 @@ def cached_attention_at(
     if mask is None:
         raise NotCached("it has no mask, so a token sees those behind it")
     assert isinstance(mask, fx.Node)
-    form = None
-    if mask.meta["val"].dtype == torch.bool:
-        form = mask_form(mask, state, sizes_of(keys.past)[2], names)
+    past = sympy.sympify(sizes_of(keys.past)[2]).subs(names)
+    if (mask, past) not in forms:
+        is_bool = mask.meta["val"].dtype == torch.bool
+        forms[mask, past] = mask_form(mask, state, past, names) if is_bool else None
+    form = forms[mask, past]
     if form is None or not form.causal:
         raise NotCached("its mask says more than causal, window and padding")
     if form.keys is not None and form.keys.op != "placeholder":

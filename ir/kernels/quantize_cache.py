@@ -22,6 +22,10 @@ def quantize_cache_kernel(
     inside = channel < width
     value = tl.load(x + row * width + channel, mask=inside, other=0.0).to(tl.float32)
     most = 2.0 ** (BITS - 1) - 1.0
+    if BITS == 16:
+        value = tl.minimum(tl.maximum(value, -65504.0), 65504.0).to(tl.float16).to(tl.float32)
+        tl.store(y + row * width + channel, value.to(y.dtype.element_ty), mask=inside)
+        return
     if BY_TOKEN:
         peak = tl.maximum(tl.div_rn(tl.max(tl.abs(value), 0), most), 1e-8)
         step = tl.zeros((DIM,), tl.float32) + peak

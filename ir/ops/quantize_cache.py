@@ -2,10 +2,10 @@
 
     y = s clamp(round(x / s), -m, m),    m = 127 for 8 bits, 7 for 4
 
-s is one scale per head and channel, found from data beforehand, or, where there is none, the
-largest value of the token's head over m. A program holds this op in front of every new part of a
-cache, so that it computes what an artifact does that stores codes; a runtime whose attention
-reads codes stores these.
+or, for 16 bits, the nearest half-precision number. s is one scale per head and channel, found from
+data beforehand, or, where there is none, the largest value of the token's head over m. A program
+holds this op in front of every new part of a cache, so that it computes what an artifact does that
+stores codes; a runtime whose attention reads codes stores these.
 
 Source: Liu et al. 2024, "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", section
 3: keys have outlying channels and want scales per channel, values want scales per token.
@@ -20,6 +20,9 @@ import torch
 from torch import Tensor
 
 from graphwright.ir.ops.registry import declare
+
+HALF = 65504.0
+"""Largest half-precision number."""
 
 SMALLEST = 1e-8
 """Least scale: a head of zeros has codes of zeros."""
@@ -42,7 +45,13 @@ def cache_codes(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     return torch.round(x.to(scale.dtype) / scale).clamp(-most, most)
 
 
+def _half(x: Tensor) -> Tensor:
+    return x.clamp(-HALF, HALF).to(torch.float16).to(x.dtype)
+
+
 def _eager(x: Tensor, scale: Tensor | None, bits: int) -> Tensor:
+    if bits == 16:
+        return _half(x)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     found = token_scale(x.detach(), bits) if scale is None else scale.detach().to(wide)
     value = cache_codes(x.detach(), found, bits) * found
@@ -58,12 +67,14 @@ def _meta(x: Tensor, scale: Tensor | None, bits: int) -> Tensor:
 
 
 def _onnx(x: Any, scale: Any, bits: int) -> Any:
-    from onnxscript import FLOAT
+    from onnxscript import FLOAT, FLOAT16
     from onnxscript import opset18 as op
 
-    most = float(largest_code(bits))
+    most = HALF if bits == 16 else float(largest_code(bits))
     high, low = op.Constant(value_float=most), op.Constant(value_float=-most)
     wide = op.Cast(x, to=FLOAT.dtype)
+    if bits == 16:
+        return op.CastLike(op.Cast(op.Clip(wide, low, high), to=FLOAT16.dtype), x)
     if scale is None:
         peak = op.ReduceMax(op.Abs(wide), op.Constant(value_ints=[-1]), keepdims=1)
         scale = op.Max(op.Div(peak, high), op.Constant(value_float=SMALLEST))
@@ -77,7 +88,7 @@ def _samples() -> Iterator[tuple[Any, ...]]:
     generator = torch.Generator().manual_seed(0)
     for shape, bits, is_static in (
         ((2, 3, 5, 16), 8, True), ((1, 2, 7, 20), 4, False), ((2, 1, 1, 64), 8, False),
-        ((3, 2, 4, 8), 4, True),
+        ((1, 1, 3, 8), 16, False), ((3, 2, 4, 8), 4, True),
     ):  # fmt: skip
         x = torch.randn(shape, generator=generator) * 3
         peak = 2 + torch.rand((shape[1], 1, shape[3]), generator=generator)
@@ -94,4 +105,4 @@ quantize_cache = declare(
     kernel="graphwright.ir.kernels.quantize_cache:quantize_cache",
     samples=_samples,
 )
-"""x (batch, heads, tokens, size), scale (heads, 1, size) or None, bits 8 or 4: like x."""
+"""x (batch, heads, tokens, size), scale (heads, 1, size) or None, bits 16, 8 or 4: like x."""

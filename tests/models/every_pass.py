@@ -194,6 +194,19 @@ TEXT_NETS: dict[str, type[nn.Module]] = {
 }  # fmt: skip
 
 
+def _decoder() -> gw.Program:
+    """A decoder with its cache as inputs and outputs."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from graphwright.ir.generation.trace import trace_decoder
+
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1,
+    )  # fmt: skip
+    return trace_decoder(LlamaForCausalLM(config).eval(), check=False)
+
+
 @cache
 def traced(kind: str) -> gw.Program:
     """The network of a kind, with free dimensions."""
@@ -201,6 +214,8 @@ def traced(kind: str) -> gw.Program:
     if kind in IMAGE_NETS:
         net = IMAGE_NETS[kind]().eval()
         return gw.trace(net, (torch.randn(4, 2, 6, 6),), {"x": {0: "batch"}})
+    if kind == "decoder":
+        return _decoder()
     if kind == "trunk":
         return gw.trace(TrunkNet().eval(), (torch.randn(4, 6),), {"x": {0: "batch"}})
     if kind == "denoiser":
@@ -220,7 +235,8 @@ def batches(kind: str) -> list[dict[str, torch.Tensor]]:
     if kind == "denoiser":
         specs = traced(kind).signature.inputs
         return [dict(zip((s.name for s in specs), traced(kind).examples, strict=True))]
-    return [{"ids": torch.randint(0, 32, (4, 8), generator=generator)} for _ in range(2)]
+    name = "input_ids" if kind == "decoder" else "ids"
+    return [{name: torch.randint(0, 32, (4, 8), generator=generator)} for _ in range(2)]
 
 
 def before_last(name: str) -> gw.Program:

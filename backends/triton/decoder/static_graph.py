@@ -108,11 +108,11 @@ def _attentions(
 ) -> dict[str, CachedAttention]:  # fmt: skip
     """The attention that reads each layer's cache, by the name of its past keys."""
     found: dict[str, CachedAttention] = {}
-    sizes = dimension_names(program)
+    sizes, forms = dimension_names(program), dict[Any, Any]()
     for node in graph.nodes:
         if node.target not in (SDPA, attention):
             continue
-        call = cached_attention_at(node, program.state, sizes)
+        call = cached_attention_at(node, program.state, sizes, forms)
         key = names[call.keys.past]
         layer = layers.get(key)
         if layer is None or names[call.values.past] != layer.past_value or key in found:
@@ -162,6 +162,8 @@ def _stored(graph: fx.Graph, new: fx.Node, name: str) -> tuple[fx.Node, fx.Node 
         return new, None, BufferSpec(name, heads, size, value.dtype)
     x, scale, bits = new.args
     assert isinstance(x, fx.Node)
+    if bits == 16:
+        return x, None, BufferSpec(name, heads, size, torch.float16)
     dtype = torch.int8 if bits == 8 else torch.uint8
     if bits == 4 and size % 2:
         raise NotCached(f"{name}: an odd number of 4-bit codes does not fill bytes")
