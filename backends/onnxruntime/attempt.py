@@ -19,6 +19,7 @@ Outputs = tuple[torch.Tensor, ...]
 QUANTIZERS = (
     torch.ops.graphwright.fake_quantize.default,
     torch.ops.graphwright.fake_quantize_dynamic.default,
+    torch.ops.graphwright.quantize_cache.default,
 )
 
 

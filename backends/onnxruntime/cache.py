@@ -15,6 +15,7 @@ from graphwright.backends.onnxruntime.emitter import Emitter
 from graphwright.backends.onnxruntime.steps.cached_attention import CACHE_FACT, KEPT_FACT
 from graphwright.ir.generation.record import FACT, Generation
 from graphwright.ir.graph.sizes import sizes_of
+from graphwright.ir.ops.quantize_cache import quantize_cache
 from graphwright.ir.program import Program
 
 
@@ -76,4 +77,6 @@ def cache_notes(program: Program, logits: str) -> dict[str, Any]:
     fused = program.facts.get(CACHE_FACT)
     left = dict(program.facts.get(KEPT_FACT, {}))
     form = {"form": "joined"} if fused is None else {"form": "shared", **fused}
+    rounded = len(program.graph.find_nodes(op="call_function", target=quantize_cache))
+    form |= {"rounded": rounded} if rounded else {}
     return {**form, "logits": logits, **({"left": left} if left else {})}

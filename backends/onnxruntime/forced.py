@@ -27,6 +27,7 @@ from graphwright.backends.onnxruntime.check import Case, Differs
 from graphwright.backends.onnxruntime.optimized import OptimizedGraph
 from graphwright.backends.onnxruntime.runtime import SessionSettings
 from graphwright.ir.check.precision import ROUNDOFF, run_in_double
+from graphwright.ir.ops.quantize_cache import cache_step, quantize_cache
 from graphwright.ir.program import Program
 
 ONE_CODE = 1.001
@@ -34,6 +35,10 @@ ONE_CODE = 1.001
 
 MOST_MOVED = 0.02
 """Largest share of codes that may differ by one, in front of which all is computed in float32."""
+
+MOST_MOVED_HALF = 0.1
+"""The same where the grid is that of half precision: its steps are 2**13 roundings of float32, of
+which some hundred add up in front of it."""
 
 HALF = ("float16", "bfloat16")
 
@@ -174,11 +179,24 @@ class _Forced(fx.Interpreter):
         theirs = found.value.reshape(value.shape)
         if not found.is_result:
             theirs = n.target(theirs, *args[1:], **kwargs)  # type: ignore[operator]
-        spread = (theirs.amax() - theirs.amin()) / 255
-        step = spread if len(args) == 1 else torch.tensor(args[1])
-        return self._accepted(n, value, theirs, step)
+        most_moved = MOST_MOVED
+        if n.target is quantize_cache:
+            step = cache_step(*args)
+            most_moved = MOST_MOVED_HALF if args[2] == 16 else MOST_MOVED
+        elif len(args) == 1:
+            step = (theirs.amax() - theirs.amin()) / 255
+        else:
+            step = torch.tensor(args[1])
+        return self._accepted(n, value, theirs, step, most_moved)
 
-    def _accepted(self, n: fx.Node, value: Tensor, theirs: Tensor, scale: Tensor) -> Tensor:
+    def _accepted(
+        self,
+        n: fx.Node,
+        value: Tensor,
+        theirs: Tensor,
+        scale: Tensor,
+        most_moved: float = MOST_MOVED,
+    ) -> Tensor:
         """The runtime's value in the program's order of axes, if it is one code away at most."""
         step = scale.clamp(min=torch.finfo(torch.float32).tiny)
         theirs, off = min(
@@ -190,7 +208,7 @@ class _Forced(fx.Interpreter):
         moved = float((off > 0.5).double().mean())
         # In half precision a value is off by a share of the size of what it is a sum of.
         rounding, size = SMALL_MULTIPLE * self.units[n.name] / 2, value.abs() / step
-        most_moved = max(MOST_MOVED, rounding * float(size.square().mean().sqrt()))
+        most_moved = max(most_moved, rounding * float(size.square().mean().sqrt()))
         if not float(off.max()) <= ONE_CODE + rounding * float(size.max()) or moved > most_moved:
             raise Differs(
                 f"quantizer {n.name}: codes differ by up to {float(off.max()):.2f}, "

@@ -167,6 +167,11 @@ def _warnings(notes: dict[str, Any]) -> list[str]:
         rows = notes["cache"]["left"]
         why = "; ".join(f"{name}: {reason}" for name, reason in rows.items())
         found.append(f"the cache is copied at every step, for attention has no fused form: {why}")
+    if notes.get("cache", {}).get("rounded"):
+        found.append(
+            f"{notes['cache']['rounded']} quantized caches are rounded and stored in floats: the "
+            "accuracy of codes without their memory, which the backend triton saves"
+        )
     integer = notes.get("integer_kernels", {})
     if integer.get("float"):
         names = ", ".join(f"{name} ({kernel})" for name, kernel in integer["float"].items())

@@ -45,6 +45,13 @@ def cache_codes(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     return torch.round(x.to(scale.dtype) / scale).clamp(-most, most)
 
 
+def cache_step(x: Tensor, scale: Tensor | None, bits: int) -> Tensor:
+    """Distance between neighbouring numbers that `x` can become, broadcasting to it."""
+    if bits == 16:
+        return x.detach().float().abs() * 2.0**-10 + 2.0**-24
+    return token_scale(x.detach(), bits) if scale is None else scale.detach()
+
+
 def _half(x: Tensor) -> Tensor:
     return x.clamp(-HALF, HALF).to(torch.float16).to(x.dtype)
 

@@ -35,8 +35,7 @@ class KvCacheOptions(Bounded):
     scales: Literal["mixed", "channel", "token"] = "mixed"
     """`mixed`: keys have a scale per head and channel, found from calibration data, for some of
     their channels are far larger than others; values have one per head and token, found as they
-    are written. `channel` and `token`: both in the one way. ONNX Runtime's attention reads codes
-    with scales per `channel` alone; with others it keeps the rounded numbers as floats."""
+    are written. `channel` and `token`: both in the one way."""
 
     rules = (
         Rule("scales", "bits != 16 or 'scales' not in given",
@@ -94,6 +93,8 @@ class KvCache(Pass[KvCacheOptions]):
     Behind every new part of a cache stands `graphwright::quantize_cache`: the program computes
     what an artifact does that stores codes, so that all checks see its error. The triton backend
     stores int8 codes, or two 4-bit codes in a byte, and its attention multiplies them as they are.
+    The backend onnxruntime rounds the cache in the same way but stores it in floats: what it costs
+    in accuracy is seen there too, memory is not saved, and a warning says so.
 
     Source: Liu et al. 2024, "KIVI", section 3, whose finding about channels and tokens this is.
     Codes here are symmetric, and the scales of channels are fixed beforehand and not per group of
@@ -112,7 +113,7 @@ class KvCache(Pass[KvCacheOptions]):
 
     def run(self, program: Program, context: Context) -> Result:
         record = Generation.of(program)
-        if record is None or not record.layers:
+        if record is None or record.kind != "decoder" or not record.layers:
             raise ModelError(
                 f"{self.id} needs a decoder with a cache of keys and values",
                 fix="Load the model with `model: {task: generation}`.",

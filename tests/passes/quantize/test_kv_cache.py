@@ -111,3 +111,12 @@ def test_another_model_is_refused() -> None:
 def test_scales_of_half_precision_are_refused() -> None:
     with pytest.raises(ArgumentError, match="scales have no part"):
         KvCache(bits=16, scales="token")
+
+
+def test_onnx_runtime_rounds_and_says_that_it_saves_nothing() -> None:
+    program = quantized(bits=4)
+    compiled = gw.lower(program, "onnxruntime")  # held to the program at its own codes
+    assert any("stored in floats" in line for line in compiled.notes["warnings"])
+    prompt = [[1, 2, 3]]
+    found = compiled.generate(prompt, max_new_tokens=4)[0].ids
+    assert found == gw.lower(program, "triton").generate(prompt, max_new_tokens=4)[0].ids
