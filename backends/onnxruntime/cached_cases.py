@@ -6,12 +6,21 @@ compact compute the same, output by output. Ragged batches are compared by `ragg
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+
 import torch
 
-from graphwright.backends.onnxruntime.check import Case, case_of
+from graphwright.backends.onnxruntime.check import Case
+from graphwright.backends.onnxruntime.drawn import root_mean_square
+from graphwright.ir.check.together import run_together
+from graphwright.ir.data.far import far_inputs
 from graphwright.ir.data.synthetic import example_sizes
 from graphwright.ir.generation.record import Generation
 from graphwright.ir.program import Program
+
+Flat = tuple[torch.Tensor, ...]
 
 SIZES = (
     (1, 3, 5), (2, 1, 5), (1, 1, 4), (3, 4, 0), (1, 5, 2), (2, 1, 0), (1, 1, 0), (2, 1, 1),
@@ -20,18 +29,38 @@ SIZES = (
 take."""
 
 
+@torch.no_grad()
 def cached_cases(program: Program, record: Generation) -> list[Case]:
-    """What the program gives at every one of the sizes, and just beyond its sliding window."""
+    """What the program gives at every one of the sizes, just beyond its sliding window, and on
+    pasts far from these."""
     sizes = [*SIZES]
     window, most = record.sliding_window, record.context_length
     if window and (most is None or window + 3 <= most):
         sizes += [(1, 2, window + 1), (1, window + 2, 0)]
-    return [case_of(program, cached_inputs(program, record, *size)) for size in sizes]
+    near = [cached_inputs(program, record, *size) for size in sizes]
+    far = far_inputs(program.replace(examples=near[0]))
+    inputs = [*near, *far.values()]
+    outputs = run_together(program, inputs)
+    usual = tuple(root_mean_square(out) for out in outputs[0])
+    exact = cache(partial(run_together, program, inputs, wide=True))
+    cases = []
+    for place, (given, expected) in enumerate(zip(inputs, outputs, strict=True)):
+        case = Case(
+            given, expected, example_sizes(program.signature, given), partial(_of, exact, place)
+        )
+        cases.append(case)
+    for place, drawn in enumerate(far, len(near)):
+        cases[place] = replace(cases[place], drawn=drawn, usual=usual)
+    return [c for c in cases if not c.drawn or all(bool(t.isfinite().all()) for t in c.expected)]
 
 
-def cached_inputs(
-    program: Program, record: Generation, batch: int, tokens: int, past: int
+def _of(
+    exact: Callable[[], list[tuple[torch.Tensor, ...]]], place: int
 ) -> tuple[torch.Tensor, ...]:
+    return exact()[place]
+
+
+def cached_inputs(program: Program, record: Generation, batch: int, tokens: int, past: int) -> Flat:
     """Random tokens on a random past, none of it padding."""
     generator = torch.Generator().manual_seed(1000 * past + 10 * tokens + batch)
     others = example_sizes(program.signature, program.examples)

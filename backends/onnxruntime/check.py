@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -77,7 +77,8 @@ def check_cases(program: Program) -> list[Case]:
 def case_of(program: Program, inputs: tuple[torch.Tensor, ...]) -> Case:
     """A case with what the program computes for `inputs`, one tensor per input."""
     sizes = example_sizes(program.signature, inputs)
-    return Case(inputs, program.run_flat(inputs), sizes, partial(run_in_double, program, inputs))
+    exact = cache(partial(run_in_double, program, inputs))
+    return Case(inputs, program.run_flat(inputs), sizes, exact)
 
 
 def tolerance_for(program: Program, tolerance: float) -> float:

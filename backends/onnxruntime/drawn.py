@@ -14,7 +14,7 @@ from graphwright.ir.program import Program
 def drawn_cases(program: Program) -> list[Case]:
     """A case for each of the far inputs at which the program gives finite outputs."""
     found = []
-    usual = tuple(_size(out) for out in case_of(program, program.examples).expected)
+    usual = tuple(root_mean_square(out) for out in case_of(program, program.examples).expected)
     for drawn, inputs in far_inputs(program).items():
         try:
             case = case_of(program, inputs)
@@ -25,7 +25,7 @@ def drawn_cases(program: Program) -> list[Case]:
     return found
 
 
-def _size(tensor: torch.Tensor) -> float:
-    """Root mean square of the finite values."""
+def root_mean_square(tensor: torch.Tensor) -> float:
+    """Of the finite values; 0 where there are none."""
     values = tensor.double()[tensor.isfinite()]
     return float(values.square().mean().sqrt()) if values.numel() else 0.0

@@ -78,8 +78,7 @@ class Job:
     def _cases(self) -> list[Case]:
         if self.generation is None or not self.generation.layers:
             return [*check_cases(self.program), *drawn_cases(self.program)]
-        cases = cached_cases(self.program, self.generation)
-        return [*cases, *drawn_cases(self.program.replace(examples=cases[0].inputs))]
+        return cached_cases(self.program, self.generation)
 
     def best(self, steps: list[Step]) -> tuple[Attempt, dict[str, str]]:
         """The model with as many steps as work, and the reason for each that does not.

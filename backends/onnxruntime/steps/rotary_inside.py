@@ -39,7 +39,7 @@ def rotated(
     editor: Editor, record: Generation, pairs: Sequence[tuple[fx.Node, fx.Node]]
 ) -> list[Rotary] | None:
     """What to give the kernel in place of each turned query and key; None unless all can be."""
-    tables: dict[tuple[fx.Node, ...], tuple[fx.Node, fx.Node] | None] = {}
+    tables = _Tables(editor, record)
     found = []
     for query, key in pairs:
         sides = [_before(query), _before(key)]
@@ -47,13 +47,10 @@ def rotated(
             return None
         if sizes_of(query)[3] % 16:
             return None
-        angles = sides[0][1]
-        if angles not in tables:
-            tables[angles] = _stored(editor, record, angles)
-        stored = tables[angles]
-        if stored is None:
+        stored = [tables.of(node) for node in sides[0][1]]
+        if stored[0] is None or stored[1] is None:
             return None
-        found.append(Rotary(sides[0][0], sides[1][0], stored))
+        found.append(Rotary(sides[0][0], sides[1][0], (stored[0], stored[1])))
     return found
 
 
@@ -91,29 +88,42 @@ def _partly(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, fx.Node]] | None:
     return (whole, first[1]) if fits and last and starts and not widths[0] % 16 else None
 
 
-def _stored(
-    editor: Editor, record: Generation, angles: tuple[fx.Node, fx.Node]
-) -> tuple[fx.Node, fx.Node] | None:
-    length = record.context_length
-    half = sizes_of(angles[0])[-1]
-    if not length or half % 8 or 4 * length * half > MOST_BYTES:
-        return None
-    places = torch.arange(length)
-    some = torch.tensor([length - 1, 0, length // 2, 1])
-    made = []
-    for node in angles:
-        whole = _at(node, record, editor, places)
+class _Tables:
+    """The tables of a program, each stored once: every layer has nodes of its own for them."""
+
+    def __init__(self, editor: Editor, record: Generation) -> None:
+        self.editor = editor
+        self.record = record
+        self._known: dict[fx.Node, fx.Node | None] = {}
+        self._stored: list[tuple[Tensor, fx.Node]] = []
+
+    def of(self, node: fx.Node) -> fx.Node | None:
+        """Cosines or sines (positions, width / 2) by place; None where a node has no such table."""
+        if node not in self._known:
+            table = self._computed(node)
+            self._known[node] = None if table is None else self._put(table)
+        return self._known[node]
+
+    def _put(self, table: Tensor) -> fx.Node:
+        for other, node in self._stored:
+            if torch.equal(other, table):
+                return node
+        name = self.editor.add_state(f"rotary.table_{len(self._stored)}", table.contiguous())
+        self._stored.append((table, self.editor.get(name)))
+        return self._stored[-1][1]
+
+    def _computed(self, node: fx.Node) -> Tensor | None:
+        length, half = self.record.context_length, sizes_of(node)[-1]
+        if not length or half % 8 or 4 * length * half > MOST_BYTES:
+            return None
+        whole = _at(node, self.record, self.editor, torch.arange(length))
         if whole is None or whole.shape != (length, half):
             return None
-        for few in (some, torch.arange(2)):
-            found = _at(node, record, editor, few)
+        for few in (torch.tensor([length - 1, 0, length // 2, 1]), torch.arange(2)):
+            found = _at(node, self.record, self.editor, few)
             if found is None or not torch.equal(whole[few], found):
                 return None
-        made.append(whole)
-    return tuple(
-        editor.get(editor.add_state(f"rotary.{name}", table.contiguous()))
-        for name, table in zip(("cos", "sin"), made, strict=True)
-    )  # type: ignore[return-value]
+        return whole
 
 
 @torch.no_grad()
