@@ -33,6 +33,7 @@ SCRIPTS = (
     ("resnet50_pruned.py",),
     ("surgery.py",),
     ("selective_scan.py",),
+    ("sampling.py",),
 )
 """Scripts with their arguments. What needs a peer's package of its own says so, and is not here."""
 
