@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from graphwright.ir.context import Context
     from graphwright.ir.edit import Editor
     from graphwright.ir.files.export_checkpoint import export_checkpoint
+    from graphwright.ir.generation.trace import trace_decoder
     from graphwright.ir.options import Options
     from graphwright.ir.program import Program
     from graphwright.ir.rewrite import Rewrite
@@ -55,6 +56,7 @@ _HOMES = {
     "Program": "graphwright.ir.program",
     "Rewrite": "graphwright.ir.rewrite",
     "trace": "graphwright.ir.trace.capture",
+    "trace_decoder": "graphwright.ir.generation.trace",
     "Action": "graphwright.passes.base",
     "Pass": "graphwright.passes.base",
     "Result": "graphwright.passes.base",
@@ -93,6 +95,7 @@ __all__ = [
     "save_patch",
     "specs",
     "trace",
+    "trace_decoder",
     "zero",
 ]
 

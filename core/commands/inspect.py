@@ -62,6 +62,8 @@ def print_layers(program: Program, console: Console) -> None:
         for spec in specs:
             line = f"{kind:<8}{spec.name}: {spec.dtype} ({', '.join(map(str, spec.shape))})"
             console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for dim, sum_of in program.signature.derived.items():
+        console.print(f"{'size':<8}{dim} = {sum_of}", markup=False, highlight=False)
     counted = cost(program)
     table = Table(box=None, pad_edge=False, header_style="dim")
     for title in ("layer", "kind", "in", "out"):

@@ -13,6 +13,7 @@ import graphwright as gw
 from graphwright.commands.opening import open_program
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.generation.record import Generation
+from graphwright.ir.trace.capture import TraceWarning
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -82,6 +83,16 @@ def test_plain_logits_are_one_option_away(folder: Path) -> None:
     spec = spec_of(folder, "version: 1\nmodel: {task: logits}\nlower: [onnxruntime]\n")
     program = open_program(folder, spec=spec, allow_pickle=False)
     assert [s.name for s in program.signature.inputs] == ["input_ids", "attention_mask"]
+    assert Generation.of(program) is None
+
+
+def test_a_model_without_a_cache_is_traced_as_plain_logits(tmp_path: Path) -> None:
+    config = transformers.OpenAIGPTConfig(
+        vocab_size=100, n_embd=16, n_layer=1, n_head=2, n_positions=64
+    )
+    transformers.OpenAIGPTLMHeadModel(config).save_pretrained(tmp_path / "gpt")
+    with pytest.warns(TraceWarning, match="plain logits, without a cache: its forward takes no"):
+        program = open_program(tmp_path / "gpt", spec=None, allow_pickle=False)
     assert Generation.of(program) is None
 
 

@@ -36,6 +36,7 @@ def build(name: str) -> torch.nn.Module:
     return ZOO[name].build().eval()
 
 
+@pytest.mark.filterwarnings("ignore:texts are limited")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_prompt_and_steps_are_the_whole(name: str) -> None:
     torch.manual_seed(0)
