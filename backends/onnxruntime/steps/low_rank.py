@@ -73,6 +73,7 @@ def _beside(editor: Editor, use: tuple[fx.Node, fx.Node], shared: Shared) -> boo
     assert isinstance(corrected, fx.Node)
     base, b, a = corrected.args
     x = layer.args[kind.input]
+    extra: fx.Node | None
     if is_call(layer, aten.embedding.default):
         rows = editor.call(aten.embedding.default, b, x, before=layer)
         extra = editor.call(aten.matmul.default, rows, a, before=layer)
