@@ -50,6 +50,16 @@ class CodedLinear(nn.Module, ABC):
         """(out, in), for models that look at it."""
         return self.rebuilt()
 
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of a table."""
+        return self.out_features
+
+    @property
+    def embedding_dim(self) -> int:
+        """Numbers in a row of a table."""
+        return self.in_features
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) of the model's dtype; returns (..., out).
 
