@@ -28,7 +28,6 @@ from graphwright.ir.files.dtypes import Change, DtypeChoice, convert, float_dtyp
 from graphwright.ir.files.export_file import quiet, read_export
 from graphwright.ir.files.export_inputs import declared_inputs
 from graphwright.ir.files.factory import build_module
-from graphwright.ir.files.made import MadeFolder
 from graphwright.ir.files.nested import module_in, weights_in
 from graphwright.ir.files.safetensor_files import read_safetensors, read_shards, shards_of
 from graphwright.ir.files.size_expressions import is_plain_guard
@@ -54,7 +53,7 @@ class LoadedModel:
         exported: the ExportedProgram of another's `.pt2` file, whose `module` is its module.
         inputs: what the file says about its inputs, by name: dtype, shape, example, range.
         tokenizer: folder of a text model's tokenizer.
-        made: a folder that was made for the files of a model that is one file; removed with this.
+        made: a folder of ours with the configuration and tokenizer of a model that is one file.
         change: what became of the stored dtype. `is_fixed` tells that the file holds a graph
             whose dtypes are fixed, so that the traced program has to be converted.
         warnings: what the user should know, one line each.
@@ -69,7 +68,7 @@ class LoadedModel:
     exported: ExportedProgram | None = None
     inputs: dict[str, dict[str, Any]] | None = None
     tokenizer: Path | None = None
-    made: MadeFolder | None = None
+    made: Path | None = None
     change: Change = field(default_factory=Change)
     is_fixed: bool = False
     warnings: list[str] = field(default_factory=list)
@@ -78,7 +77,7 @@ class LoadedModel:
     def folder(self) -> Path | None:
         """The folder with config.json and the tokenizer beside the weights, where there is one."""
         if self.made is not None:
-            return self.made.path
+            return self.made
         return self.source if self.source.is_dir() else None
 
     def runner(
@@ -253,7 +252,7 @@ def _load_gguf(path: Path, wanted: Wanted) -> dict[str, Any]:
     found = read_gguf(path, wanted.choice)
     return {
         "module": found.module, "inputs": input_hints(found.module), "warnings": found.notes,
-        "tokenizer": found.folder.path, "made": found.folder, "change": found.change,
+        "tokenizer": found.folder, "made": found.folder, "change": found.change,
     }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import graphwright
 from graphwright.ir.causes import innermost
 from graphwright.ir.errors import ModelError
 from graphwright.ir.files.coded.folder import load_coded
@@ -29,7 +31,7 @@ from graphwright.ir.files.gguf.configs import config_of
 from graphwright.ir.files.gguf.reader import GgufFile, Stored, read_gguf_file
 from graphwright.ir.files.gguf.tokenizer import write_tokenizer
 from graphwright.ir.files.gguf.writer import write_gguf_file
-from graphwright.ir.files.made import MadeFolder
+from graphwright.ir.files.made import made_folder
 from graphwright.ir.files.pretrained import build_pretrained
 
 
@@ -51,6 +53,10 @@ METADATA = "metadata.gguf"
 """The file's own metadata, without its tensors, in the folder that is made of it."""
 
 
+NOTES = "notes.json"
+"""What was said of the tokenizer when that folder was made."""
+
+
 @dataclass(frozen=True)
 class GgufModel:
     """A model, read.
@@ -59,13 +65,13 @@ class GgufModel:
         module: of transformers, in eval mode; its matrices in blocks are `CodedLinear`s.
         change: what became of the stored dtype.
         folder: config.json, generation_config.json and the tokenizer, as in a folder of
-            transformers; removed with this object.
+            transformers.
         notes: what the user should know, a line each.
     """
 
     module: nn.Module
     change: Change
-    folder: MadeFolder
+    folder: Path
     notes: list[str]
 
 
@@ -96,10 +102,16 @@ def read_gguf(path: Path, choice: DtypeChoice) -> GgufModel:
     with fits({name: tensor.data for name, tensor in file.tensors.items()}, path):
         module, notes = _built(path, config, tensors, dtype)
     _divide_frequencies(module, rotary_factors(file), path)
-    folder = MadeFolder()
-    _write_config(folder.path, config, module)
-    write_gguf_file(folder.path / METADATA, file.entries, {})
-    notes += write_tokenizer(file, folder.path, config["max_position_embeddings"])
+    said = json.dumps([config, file.digest, graphwright.__version__])
+
+    def fill(folder: Path) -> None:
+        _write_config(folder, config, module)
+        write_gguf_file(folder / METADATA, file.entries, {})
+        lines = write_tokenizer(file, folder, config["max_position_embeddings"])
+        (folder / NOTES).write_text(json.dumps(lines), encoding="utf-8")
+
+    folder = made_folder(hashlib.sha256(said.encode()).hexdigest()[:32], fill)
+    notes += json.loads((folder / NOTES).read_text(encoding="utf-8"))
     return GgufModel(module, change, folder, notes)
 
 

@@ -12,6 +12,7 @@ Source: the GGUF specification, versions 2 and 3 (little endian).
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,12 +72,14 @@ class GgufFile:
         entries: metadata by name: numbers, truth values, strings; arrays of strings are lists, of
             numbers NumPy arrays.
         tensors: by name, in the order of the file.
+        digest: of all in front of the data, in hex.
     """
 
     path: Path
     version: int
     entries: Mapping[str, Any]
     tensors: Mapping[str, Stored]
+    digest: str
 
     @property
     def architecture(self) -> str:
@@ -104,7 +107,9 @@ def read_gguf_file(path: Path) -> GgufFile:
     tensors, entries = reader.count("tensors", MOST_TENSORS), reader.count("entries", MOST_ENTRIES)
     found = reader.entries(entries)
     table = reader.table(tensors)
-    return GgufFile(path, version, found, _mapped(reader, found, table))
+    mapped = _mapped(reader, found, table)
+    digest = hashlib.sha256(reader.view[: reader.at]).hexdigest()
+    return GgufFile(path, version, found, mapped, digest)
 
 
 class _Reader:

@@ -1,4 +1,4 @@
-"""Checkpoints of programs with a cache: written in codes, read back, and traced with a cache again."""
+"""Checkpoints of programs with a cache: written in codes, read back, and traced again."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def decoder(module: Any, folder: Path) -> Program:
 
 
 def logits(program: Program) -> torch.Tensor:
-    inputs = program.bind({"input_ids": IDS})
-    found: torch.Tensor = program.module(*inputs)[0]
+    with torch.no_grad():
+        found: torch.Tensor = program.run_flat(program.bind(IDS))[0]
     return found
 
 
@@ -48,7 +48,7 @@ def logits(program: Program) -> torch.Tensor:
 def test_codes_go_out_and_come_back(
     format: Any, folder: Path, program: Program, tmp_path: Path
 ) -> None:
-    coded = gw.passes.quantize.Rtn(bits=4, block=32, modules=["*proj*"])(program)
+    coded = gw.passes.quantize.Rtn(bits=4, block=32, targets=["*_proj"])(program)
     gw.export_checkpoint(coded, tmp_path, format, like=folder)
     module: Any = load_model(tmp_path).module
     layers = [m for m in module.modules() if isinstance(m, BlocksLinear)]
