@@ -48,6 +48,7 @@ class Generation:
         states: (input, output) of every state of fixed size, as a recurrence has.
         cross: (key, value) inputs of a decoder that look at the encoder, or the encoder's outputs
             that they are, per layer.
+        cross_mask: input (batch, source) of such a decoder, 0 where the source is padding.
         context_length: most tokens that a row may have; None where the configuration says none.
         vocab_size: size of the logits.
         bos, pad: token ids, where there are any.
@@ -67,6 +68,7 @@ class Generation:
     layers: tuple[CachedLayer, ...] = ()
     states: tuple[tuple[str, str], ...] = ()
     cross: tuple[tuple[str, str], ...] = ()
+    cross_mask: str | None = None
     context_length: int | None = None
     vocab_size: int = 0
     bos: int | None = None
