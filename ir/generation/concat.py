@@ -5,7 +5,7 @@ For programs run by PyTorch, and for artifacts whose attention does not write it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -36,8 +36,8 @@ class ConcatRunner:
     the mask hides stand in front of them. New tokens, padded on the right, so follow directly, and
     distances between tokens are those between slots: what a sliding window counts.
 
-    A model without a mask, or with states of a recurrence, sees padding; its rows are run one by
-    one wherever they differ in length.
+    A model without a mask, or with states of a recurrence, sees padding; wherever its rows differ
+    in length, those of one length are run as a batch of their own.
 
     Args:
         record: which inputs and outputs are the cache.
@@ -62,6 +62,12 @@ class ConcatRunner:
         self._outputs = [spec.name for spec in signature.outputs]
         self._run_flat = run_flat
         self._past: dict[str, Tensor] = {}
+        self._held: dict[str, Tensor] = {}
+
+    def hold(self, values: Mapping[str, Tensor]) -> None:
+        """Inputs that every step reads beside tokens and cache, a row of each per row of the batch:
+        what an encoder gave. They stay until others are held."""
+        self._held = dict(values)
 
     def start(self, batch: int, capacity: int) -> None:
         """See `Runner.start`."""
@@ -82,7 +88,8 @@ class ConcatRunner:
     def reorder(self, rows: Tensor) -> None:
         """See `Runner.reorder`."""
         self.lengths = self.lengths[rows]
-        self._past = {name: past[rows] for name, past in self._past.items()}
+        self._past = {name: past[rows.to(past.device)] for name, past in self._past.items()}
+        self._held = {name: value[rows.to(value.device)] for name, value in self._held.items()}
 
     def rewind(self, lengths: Tensor) -> None:
         """See `Runner.rewind`."""
@@ -107,7 +114,7 @@ class ConcatRunner:
         """Runs new tokens on top of the cache; logits (batch, tokens or 1, vocabulary)."""
         ragged = int(counts.min()) < ids.shape[1] or int(self.lengths.min()) < self._width
         if ragged and (self.record.mask is None or self.record.states):
-            return self._one_by_one(ids, counts)
+            return self._in_groups(ids, counts)
         outputs = self._call(ids, counts)
         front = self._width - self.lengths
         lengths = self.lengths + counts
@@ -124,7 +131,7 @@ class ConcatRunner:
     def _call(self, ids: Tensor, counts: Tensor) -> dict[str, Tensor]:
         """Outputs by name."""
         record, tokens = self.record, ids.shape[1]
-        feeds = {record.ids: ids, **self._past}
+        feeds = {record.ids: ids, **self._past, **self._held}
         if record.mask is not None:
             slots = torch.arange(self._width) >= (self._width - self.lengths)[:, None]
             # A row without a token has one to look at even so, and nothing divides by zero.
@@ -140,28 +147,35 @@ class ConcatRunner:
         )
         return dict(zip(self._outputs, self._run_flat(given), strict=True))
 
-    def _one_by_one(self, ids: Tensor, counts: Tensor) -> Tensor:
-        """Every row as a batch of its own, without padding."""
-        lengths, past, rows = self.lengths, self._past, []
-        logits: list[Tensor] = []
-        for row, count in enumerate(counts.tolist()):
-            own = slice(row, row + 1)
+    def _in_groups(self, ids: Tensor, counts: Tensor) -> Tensor:
+        """Rows of one length that take as many tokens are a batch of their own, without padding."""
+        lengths, past, held = self.lengths, self._past, self._held
+        groups: dict[tuple[int, int], list[int]] = {}
+        for row, sizes in enumerate(zip(lengths.tolist(), counts.tolist(), strict=True)):
+            groups.setdefault(sizes, []).append(row)
+        rows: dict[int, dict[str, Tensor]] = {}
+        logits: dict[int, Tensor] = {}
+        for (length, count), members in groups.items():
+            own = torch.tensor(members)
             self.lengths = lengths[own]
-            self._past = self._kept(
-                {name: tensor[own] for name, tensor in past.items()},
-                int(lengths.max()) - lengths[own], lengths[own],
-            )  # fmt: skip
+            self._held = {name: value[own.to(value.device)] for name, value in held.items()}
+            front = int(lengths.max()) - self.lengths
+            taken = {name: tensor[own.to(tensor.device)] for name, tensor in past.items()}
+            self._past = self._kept(taken, front, torch.full_like(own, length))
+            found = torch.zeros(len(members), 1, 1)
             if count:
                 found = self._append(ids[own, :count], counts[own])
                 padding = ids.shape[1] - found.shape[1] if self.has_all_logits else 0
-                logits.append(torch.nn.functional.pad(found, (0, 0, 0, padding)))
-            else:
-                logits.append(torch.zeros(1, 1, 1))
-            rows.append(self._past)
-        self.lengths = lengths + counts
-        self._past = {name: self._stacked(name, [r[name] for r in rows]) for name in past}
-        shape = max((found.shape for found in logits), key=lambda shape: shape.numel())
-        return torch.cat([found.expand(shape) for found in logits])
+                found = torch.nn.functional.pad(found, (0, 0, 0, padding))
+            for place, row in enumerate(members):
+                logits[row] = found[place]
+                rows[row] = {n: tensor[place : place + 1] for n, tensor in self._past.items()}
+        self.lengths, self._held = lengths + counts, held
+        order = range(len(lengths))
+        self._past = {name: self._stacked(name, [rows[row][name] for row in order])
+                      for name in past}  # fmt: skip
+        shape = max((found.shape for found in logits.values()), key=lambda shape: shape.numel())
+        return torch.stack([logits[row].expand(shape) for row in order])
 
     def _stacked(self, name: str, rows: list[Tensor]) -> Tensor:
         if self._is_state(name):
