@@ -8,22 +8,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphwright.backends.base import Compiled
+    from graphwright.backends.parts import CompiledParts
     from graphwright.ir.program import Program
     from graphwright.job.pipeline import Outcome
 
 
-def load(path: str | Path) -> Program | Compiled:
-    """Opens a saved program, or an artifact that a backend saved.
+def load(path: str | Path) -> Program | Compiled | CompiledParts:
+    """Opens a saved program, an artifact that a backend saved, or a folder with one per part.
 
     Raises:
         ModelError: there is no such file, it is neither, or it is damaged.
     """
     from graphwright.backends.opening import open_artifact
+    from graphwright.backends.parts import open_parts
     from graphwright.ir.errors import ModelError
     from graphwright.ir.files.archive import load_program
 
     if not Path(path).exists():
         raise ModelError("no such file or folder", where=str(path))
+    if (parts := open_parts(Path(path))) is not None:
+        return parts
     compiled = open_artifact(Path(path))
     return load_program(path) if compiled is None else compiled
 

@@ -16,6 +16,9 @@ from graphwright.ir.errors import ArgumentError
 if TYPE_CHECKING:
     from graphwright.ir.program import Program
 
+INDEX = "parts.json"
+"""File of a folder with an artifact per part, each in a folder of its name: their order."""
+
 
 @dataclass(frozen=True)
 class Parts(Mapping[str, "Program"]):

@@ -27,7 +27,7 @@ def onnx_names(program: Program) -> dict[str, str]:
 
 def place_cache_sizes(e: Emitter, program: Program) -> None:
     """Lets the length of the past be computed from mask and tokens, which are never longer."""
-    record = Generation.of(program)
+    record = Generation.of_decoder(program)
     if record is None or record.mask is None or not record.layers:
         return
     nodes = {str(node.target): node for node in program.graph.find_nodes(op="placeholder")}
@@ -50,7 +50,7 @@ def place_cache_sizes(e: Emitter, program: Program) -> None:
 
 def drop_positions(model: ir.Model, program: Program) -> None:
     """Takes the input of positions out of a model that has them in its attention."""
-    record = Generation.of(program)
+    record = Generation.of_decoder(program)
     if record is None or CACHE_FACT not in program.facts:
         return
     for value in list(model.graph.inputs):

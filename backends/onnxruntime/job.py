@@ -70,7 +70,7 @@ class Job:
         self.folder = folder
         self.settings = SessionSettings(options.provider, options.threads, EXACT)
         self.settings.providers()
-        self.generation = Generation.of(program)
+        self.generation = Generation.of_decoder(program)
         self.cases = self._cases()
         self.bound = tolerance_for(program, options.tolerance)
         self.quantized = quantized_layers(program)

@@ -125,7 +125,7 @@ class Lowering(Backend):
 
     def _asked_logits(self, program: Program) -> tuple[Program, str]:
         """The program with the logits that are asked for, and which it has; empty without any."""
-        if Generation.of(program) is None:
+        if Generation.of_decoder(program) is None:
             return program, ""
         cut = last_logits(program) if self.options.logits == "last" else None
         return (program, "all") if cut is None else (cut, "last")

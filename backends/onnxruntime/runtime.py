@@ -13,7 +13,7 @@ from typing import Any
 import onnxruntime
 import torch
 
-from graphwright.backends.onnxruntime.names import onnx_name
+from graphwright.backends.onnxruntime.names import onnx_forms
 from graphwright.ir.errors import LoweringError
 from graphwright.ir.signature import Signature
 
@@ -106,7 +106,7 @@ def feeds_for(
     return {
         name: tensor.detach().cpu().contiguous().numpy()
         for spec, tensor in zip(signature.inputs, inputs, strict=True)
-        for name in (spec.name, onnx_name(spec.name))
+        for name in onnx_forms(spec.name)
         if name in wanted
     }
 

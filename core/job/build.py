@@ -11,6 +11,7 @@ from graphwright.job.declared import check_declared
 
 if TYPE_CHECKING:
     from graphwright.ir.files import LoadedModel
+    from graphwright.ir.parts import Parts
     from graphwright.ir.program import Program
     from graphwright.specs.sections import InputSection, ModelSection
 
@@ -42,6 +43,32 @@ def build_program(loaded: LoadedModel, section: ModelSection, seed: int) -> Prog
 
         program = in_float32(program)
     return program
+
+
+def build_parts(loaded: LoadedModel, section: ModelSection, seed: int) -> Parts | None:
+    """The programs of a model that is several; None for one that is one program.
+
+    An encoder-decoder of transformers is an encoder and a decoder, unless its inputs are declared
+    or `task: logits` asks for it as a whole.
+
+    Raises:
+        ModelError: it cannot be traced in parts.
+    """
+    from graphwright.ir.generation.decoder import NoCache
+    from graphwright.ir.generation.seq2seq_trace import is_encoder_decoder, trace_encoder_decoder
+
+    declared = bool(section.inputs) or section.state == "explicit"
+    asked = section.task == "generation"
+    if section.task == "logits" or declared or not is_encoder_decoder(loaded.module):
+        return None
+    try:
+        return trace_encoder_decoder(loaded.module, folder=loaded.tokenizer, seed=seed)
+    except NoCache as reason:
+        raise ModelError(
+            f"the model cannot be traced as an encoder and a decoder: {reason}",
+            where="model.task" if asked else str(loaded.source),
+            fix="Declare its inputs in the spec, to compile it as one program without a cache.",
+        ) from reason
 
 
 def _with_cache(loaded: LoadedModel, section: ModelSection, seed: int) -> Program | None:
@@ -115,7 +142,12 @@ def original_runner(loaded: LoadedModel, program: Program, section: ModelSection
     from graphwright.job.pinned import as_arguments, pinned_arguments
 
     assert loaded.module is not None
-    if Generation.of(program) is not None:
+    record = Generation.of(program)
+    if record is not None and record.kind != "decoder":
+        from graphwright.ir.generation.seq2seq_trace import original_half
+
+        return original_half(loaded.module, program)
+    if record is not None:
         from graphwright.ir.generation.trace import original_call
 
         return original_call(loaded.module, program)
@@ -130,6 +162,14 @@ def _following(spec: InputSection, replaced: Mapping[str, str]) -> InputSection:
 
 def _own_inputs(loaded: LoadedModel) -> dict[str, InputSection]:
     """A model file that carries example inputs (or whose kind tells them) needs no section."""
+    from graphwright.ir.generation.seq2seq_trace import is_encoder_decoder
+
+    if loaded.inputs is None and is_encoder_decoder(loaded.module):
+        raise ModelError(
+            "the model is an encoder and a decoder, two programs that `optimize` compiles together",
+            where=str(loaded.source),
+            fix="Declare its inputs in a spec, to look at it as one program without a cache.",
+        )
     if loaded.inputs is None:
         raise ModelError(
             "the file does not say what inputs the model takes",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from graphwright.ir.data.batches import Batches
     from graphwright.ir.program import Program
     from graphwright.job.run import Run
+    from graphwright.passes.base import Pass, Result
 
 CHECK_BATCHES = 2
 """Calibration batches that every pass is checked on, beside the example inputs."""
@@ -129,7 +130,7 @@ def _one_pass(
     run.note_peak()
     begin = time.monotonic()
     with run.progress.stage(call.id):
-        result = step.execute(program, context)
+        result, skipped = _executed(run, step, program, context)
         peak = run.note_peak()
         seconds = time.monotonic() - begin
         try:
@@ -150,9 +151,23 @@ def _one_pass(
         "actions": [[a.layer, a.what, a.reason, a.changed] for a in result.actions],
         "metrics": dict(result.metrics),
         "warnings": said,
+        "skipped": skipped,
     }
     assert context.uncompressed is not None
     return result.program, follow(context.uncompressed, step, program, result), record
+
+
+def _executed(run: Run, step: Pass[Any], program: Program, context: Context) -> tuple[Result, str]:
+    """What the pass made, and why it made nothing: its layers are all in other parts of a model."""
+    from graphwright.ir.layers.selectors import NoLayerError
+    from graphwright.passes.base import Result
+
+    try:
+        return step.execute(program, context), ""
+    except NoLayerError as nothing:
+        if not run.part:
+            raise
+        return Result(program), nothing.message
 
 
 def _with_reproducer(

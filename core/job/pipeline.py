@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from graphwright.ir.data.batches import Batches
     from graphwright.ir.files import LoadedModel
     from graphwright.ir.files.exports import Export
+    from graphwright.ir.parts import Parts
     from graphwright.ir.program import Program
     from graphwright.specs.spec import Spec
 
@@ -45,13 +47,13 @@ class Outcome:
     Attributes:
         folder: the output folder.
         report: contents of `report.json`.
-        program: the program after all passes.
-        compiled: the lowered program per backend.
+        program: the program after all passes; by name of the parts where there are several.
+        compiled: the lowered program per backend, of a part as `encoder.onnxruntime`.
     """
 
     folder: Path
     report: dict[str, Any]
-    program: Program
+    program: Program | Parts
     compiled: dict[str, Compiled] = field(default_factory=dict)
 
 
@@ -72,7 +74,7 @@ def run(source: str | Path, spec: Spec, settings: JobSettings) -> Outcome:
         quiet = settings.quiet or not place.is_main
         progress = Progress(quiet=quiet)
         with progress, watched(no_code=settings.no_code, say=progress.note) as door:
-            job = _Job(Run(spec, settings, place, progress, started, code=door.ran))
+            job = Job(Run(spec, settings, place, progress, started, code=door.ran))
             outcome = job.compile(source)
     if not quiet:
         from graphwright.report.build import print_summary
@@ -81,16 +83,27 @@ def run(source: str | Path, spec: Spec, settings: JobSettings) -> Outcome:
     return outcome
 
 
-class _Job:
+class Job:
+    """The stages of a run; of each part of a model that is several programs, those of `build`."""
+
     def __init__(self, run: Run) -> None:
         self.run = run
         self.spec = run.spec
         self.progress = run.progress
 
     def compile(self, source: str | Path) -> Outcome:
+        """The whole job."""
         reset_peak()
         loaded = self._load(source)
         original = self._trace(loaded)
+        if isinstance(original, Mapping):
+            from graphwright.job.multipart import build_parts
+
+            return self.finish(build_parts(self.run, loaded, original), loaded)
+        return self.finish(self.build(loaded, original), loaded)
+
+    def build(self, loaded: LoadedModel, original: Program) -> Outcome:
+        """Everything but the files of the report; no report in a process that only helps."""
         exports = self._exports(original)
         calibration = self._data(self.spec.calibration, original, loaded)
         training = self._data(self.spec.training, original, loaded)
@@ -112,10 +125,15 @@ class _Job:
             loaded, original, program, records, fidelity, compiled, artifacts,
             evaluation, latency,
         )  # fmt: skip
-        self._write(report, program, staging, loaded)
-        self._require(report)
-        self.run.publish()
         return Outcome(self.run.place.out, report, program, compiled)
+
+    def finish(self, outcome: Outcome, loaded: LoadedModel) -> Outcome:
+        """Writes the report, looks at the bounds, and puts the result in its place."""
+        if self.run.place.is_main:
+            self._write(outcome, loaded)
+            self._require(outcome.report)
+            self.run.publish()
+        return outcome
 
     # ---- stages
 
@@ -133,15 +151,16 @@ class _Job:
             self.run.warn(text)
         return loaded
 
-    def _trace(self, loaded: LoadedModel) -> Program:
+    def _trace(self, loaded: LoadedModel) -> Program | Parts:
         import warnings
 
         from graphwright.ir.trace.capture import TraceWarning
-        from graphwright.job.build import build_program
+        from graphwright.job.build import build_parts, build_program
 
         with self.progress.stage("trace"), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", TraceWarning)
-            program = build_program(loaded, self.spec.model, self.spec.seed)
+            given = (loaded, self.spec.model, self.spec.seed)
+            program = build_parts(*given) or build_program(*given)
         for warning in caught:
             if issubclass(warning.category, TraceWarning):
                 self.run.warn(str(warning.message))
@@ -315,14 +334,13 @@ class _Job:
             seconds=seconds, peak_rss_bytes=self.run.peak, environment=environment(),
         )  # fmt: skip
 
-    def _write(
-        self, report: dict[str, Any], program: Program, staging: Path, loaded: LoadedModel
-    ) -> None:
+    def _write(self, outcome: Outcome, loaded: LoadedModel) -> None:
         from graphwright.report.build import write_report
         from graphwright.specs.spec import write_lock
 
-        report["files"] = self.run.place.files()
-        write_report(report, program, staging)
+        staging = self.run.place.staging
+        outcome.report["files"] = self.run.place.files()
+        write_report(outcome.report, outcome.program, staging)
         lock = {"environment": environment(), "model": {"sha256": loaded.sha256}}
         write_lock(self.spec, lock, staging / "spec.lock.yaml", home=self.run.place.out)
 

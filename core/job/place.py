@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import shutil
@@ -34,6 +35,13 @@ class OutputPlace:
         self.out = Path(os.path.realpath(out)) if out.is_symlink() else out.absolute()
         self.work = self.out.parent / f".{self.out.name}.graphwright"
         self.staging = self.work / "result"
+
+    def part(self, name: str) -> OutputPlace:
+        """The place of one part of a model: a folder of the result, and of the work folder."""
+        found = copy.copy(self)
+        found.work = self.work / "parts" / name
+        found.staging = self.staging / name
+        return found
 
     def pass_work(self, index: int) -> Path:
         """Folder that the pass at this place of the chain may write, for a resume within it."""
@@ -112,7 +120,7 @@ class OutputPlace:
 
     def _tidy(self) -> None:
         """Removes a work folder in which nothing is left that a later run could use."""
-        useful = (self.work / "checkpoints", self.work / "passes", self.staging)
+        useful = [self.work / name for name in ("checkpoints", "passes", "parts", "result")]
         if not any(folder.exists() for folder in useful):
             shutil.rmtree(self.work, ignore_errors=True)
 
@@ -144,7 +152,8 @@ class OutputPlace:
             late = [name for name in self._foreign(old) if name not in known]
             names += carry([old / name for name in late], old, self.out)
             shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(self.work / "checkpoints", ignore_errors=True)
+        for kept in ("checkpoints", "parts"):
+            shutil.rmtree(self.work / kept, ignore_errors=True)
         self.drop_pass_work()
         return names
 

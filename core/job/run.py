@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +51,7 @@ class Run:
         peak: largest resident memory seen so far, in bytes.
         warnings: one line each, for the report.
         code: the user's own code that ran, one line each.
+        part: name of the part of the model that this run is about; empty where it is one program.
     """
 
     spec: Spec
@@ -61,9 +62,15 @@ class Run:
     peak: int = 0
     warnings: list[str] = field(default_factory=list)
     code: list[str] = field(default_factory=list)
+    part: str = ""
+
+    def of_part(self, name: str, spec: Spec) -> Run:
+        """The same run on one part of the model, with a place and a spec of its own."""
+        return replace(self, part=name, place=self.place.part(name), spec=spec)
 
     def warn(self, text: str) -> None:
         """Notes something the user should know, in the report and on the console; once."""
+        text = f"{self.part}: {text}" if self.part else text
         if text in self.warnings:
             return
         self.warnings.append(text)

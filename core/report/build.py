@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from graphwright.ir.check.fidelity import Fidelity
     from graphwright.ir.files import LoadedModel
+    from graphwright.ir.parts import Parts
     from graphwright.ir.program import Program
 
 _PACKAGES = (
@@ -113,10 +115,15 @@ def _layers(original: Program, program: Program, before: Any, after: Any) -> lis
     return rows
 
 
-def write_report(report: dict[str, Any], program: Program, folder: str | Path) -> None:
-    """Writes `report.json` and `report.html` into `folder`, each by renaming a finished file."""
+def write_report(report: dict[str, Any], program: Program | Parts, folder: str | Path) -> None:
+    """Writes `report.json` and `report.html` into `folder`, each by renaming a finished file.
+
+    The page shows the graph of the program, of several parts that of the last one.
+    """
     from graphwright.report.page import render_page
 
+    if isinstance(program, Mapping):
+        program = list(program.values())[-1]
     folder = Path(folder)
     text = json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False)
     page = render_page(report, program)
@@ -193,8 +200,8 @@ def print_summary(
             chain.add_column(title, justify=side)  # type: ignore[arg-type]
         for row in report["passes"]:
             chain.add_row(
-                row["id"], row["contract"], str(changed_layers(row)), time_text(row["seconds"]),
-                error_text(row["error"]),
+                _named(row, row["id"]), row["contract"], str(changed_layers(row)),
+                time_text(row["seconds"]), error_text(row["error"]),
             )  # fmt: skip
         console.print(chain)
         console.print()
@@ -227,7 +234,7 @@ def summary_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
     for row in report["latency"]:
         text = (
             f"{row['before_ms']:.2f} ms -> {row['after_ms']:.2f} ms, {row['speedup']:.2f}x "
-            f"({row['backend']}, {row['device']}, {row['threads']} threads)"
+            f"({_named(row, row['backend'])}, {row['device']}, {row['threads']} threads)"
         )
         lines.append(("latency", text))
     lines += [("warning", text) for text in report["warnings"]]
@@ -246,7 +253,15 @@ def _fidelity_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [row for row in report["result"]["artifacts"] if row.get("fidelity")]
     if len(rows) < 2:
         return [("fidelity", error_text(report["fidelity"]))]
-    return [("fidelity", f"{error_text(row['fidelity'])} ({row['backend']})") for row in rows]
+    return [
+        ("fidelity", f"{error_text(row['fidelity'])} ({_named(row, row['backend'])})")
+        for row in rows
+    ]
+
+
+def _named(row: dict[str, Any], what: str) -> str:
+    """With the part of the model in front, where it has several."""
+    return f"{row['part']}: {what}" if row.get("part") else what
 
 
 def _decode_lines(report: dict[str, Any]) -> list[tuple[str, str]]:

@@ -49,6 +49,10 @@ class PassPart(_Part):
     actions: list[tuple[str, str, str, bool]] = []
     """(layer, what it is now, remark, whether it changed): one per layer looked at."""
     metrics: dict[str, float | None] = {}
+    part: str = ""
+    """Part of a model of several programs; empty otherwise."""
+    skipped: str = ""
+    """Why it did nothing to this part: its layers are in others."""
 
 
 class ArtifactPart(_Part):
@@ -57,6 +61,7 @@ class ArtifactPart(_Part):
     backend: str
     path: str
     file_bytes: int
+    part: str = ""
     fidelity: Figures | None = None
     """Distance of its outputs from the original model's; None for a checkpoint."""
     decode: float | None = None
@@ -87,6 +92,7 @@ class LatencyPart(_Part):
     backend: str
     device: str
     threads: int
+    part: str = ""
     before_ms: float
     after_ms: float
     speedup: float
@@ -107,12 +113,24 @@ class LayerPart(_Part):
     name: str
     kind: str
     node: str
+    part: str = ""
     macs: int | None
     parameters: int
     weight_bytes: int
     weight_bytes_after: int | None
     relative: float | None
     """||a - b|| / ||a|| of its output, everything before it changed too; None if it is gone."""
+
+
+class SizePart(_Part):
+    """One of several programs that a model is, before and after."""
+
+    parameters: int
+    parameters_after: int
+    weight_bytes: int
+    weight_bytes_after: int
+    macs: int | None
+    macs_after: int | None
 
 
 class Report(_Part):
@@ -126,6 +144,8 @@ class Report(_Part):
     evaluation: EvaluationPart | None
     latency: list[LatencyPart]
     layers: list[LayerPart] = []
+    parts: dict[str, SizePart] = {}
+    """Of a model of several programs: sizes of each. The rows above name the part they are of."""
     notes: dict[str, Any] = {}
     """Notes of each backend: fusions, kernel counts, nodes that stayed, with the reason."""
     require: list[RequirePart] = []

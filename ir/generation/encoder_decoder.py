@@ -15,6 +15,8 @@ from graphwright.ir.generation.decode import Completion, generate_rows, search_b
 from graphwright.ir.generation.language_model import LanguageModel
 from graphwright.ir.generation.prompts import read_prompts
 from graphwright.ir.generation.record import Generation
+from graphwright.ir.generation.session import Session
+from graphwright.ir.generation.stops import Stops
 from graphwright.ir.parts import Parts
 from graphwright.ir.program import Program
 from graphwright.ir.signature import Signature
@@ -94,17 +96,36 @@ class EncoderDecoder(LanguageModel):
             )
         if streamer is not None:
             self._refuse_streamer(settings, rows)
-        session = self.session()
-        runner = session.runner
-        assert isinstance(runner, ConcatRunner)
-        runner.hold(self.encode(given))
-        session.start([list(begin)] * rows, room=settings.max_new_tokens)
+        session = self._session(given, begin, settings.max_new_tokens)
         stops = self.stops(settings)
         if settings.num_beams > 1:
             done = search_beams(session, settings, stops)
         else:
             done = generate_rows(session, settings, stops, streamer)
         return done[0] if is_one and len(done) == 1 else done
+
+    def continued(self, given: dict[str, Tensor], begin: Sequence[int], tokens: int) -> Tensor:
+        """The most probable `tokens` tokens behind `begin` for each source, whatever ends a text.
+
+        Args:
+            given: the encoder's inputs by name, a row per source.
+
+        Returns:
+            int64 [sources, len(begin) + tokens], `begin` in front.
+        """
+        greedy = {"max_new_tokens": tokens, "do_sample": False, "num_beams": 1}
+        session = self._session(given, begin, tokens)
+        generate_rows(session, self.settings(greedy), Stops(frozenset(), (), None))
+        return torch.tensor(session.tokens)
+
+    def _session(self, given: dict[str, Tensor], begin: Sequence[int], room: int) -> Session:
+        """Rows that look at what the encoder gives, which runs once."""
+        session = self.session()
+        runner = session.runner
+        assert isinstance(runner, ConcatRunner)
+        runner.hold(self.encode(given))
+        session.start([list(begin)] * len(next(iter(given.values()))), room=room)
+        return session
 
     def encode(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         """What every step of the decoder reads of the encoder: one run of it.

@@ -86,6 +86,12 @@ class Generation:
         found = program.facts.get(FACT)
         return None if found is None else cls.from_json(found)
 
+    @classmethod
+    def of_decoder(cls, program: Program) -> Generation | None:
+        """The record of a decoder that runs alone; None for half of an encoder-decoder too."""
+        found = cls.of(program)
+        return found if found is not None and found.kind == "decoder" else None
+
     def to_json(self) -> dict[str, Any]:
         """Plain dict for JSON, as it is read back: lists, no tuples."""
         found: dict[str, Any] = json.loads(json.dumps(asdict(self)))
@@ -115,6 +121,8 @@ class Generation:
 
         `past_key_values.0.key` and `present.0.value` are what clients of such files look for.
         """
+        if self.kind != "decoder":
+            return self._crossed_names()
         names: dict[str, str] = {}
         for i, layer in enumerate(self.layers):
             names |= {
@@ -122,6 +130,21 @@ class Generation:
                 layer.past_value: f"past_key_values.{i}.value",
                 layer.present_key: f"present.{i}.key",
                 layer.present_value: f"present.{i}.value",
+            }
+        return names
+
+    def _crossed_names(self) -> dict[str, str]:
+        """Names that onnxruntime-genai looks for in Whisper's two models, for every pair."""
+        crossed = "present" if self.kind == "encoder" else "past"
+        names = {"input_features": "audio_features"} if self.ids == "input_features" else {}
+        for i, (key, value) in enumerate(self.cross):
+            names |= {key: f"{crossed}_key_cross_{i}", value: f"{crossed}_value_cross_{i}"}
+        for i, layer in enumerate(self.layers):
+            names |= {
+                layer.past_key: f"past_key_self_{i}",
+                layer.past_value: f"past_value_self_{i}",
+                layer.present_key: f"present_key_self_{i}",
+                layer.present_value: f"present_value_self_{i}",
             }
         return names
 

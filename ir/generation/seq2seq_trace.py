@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from graphwright.ir.edit import Editor
 from graphwright.ir.generation.model_facts import ModelFacts
 from graphwright.ir.generation.record import FACT, Generation
-from graphwright.ir.generation.seq2seq import SOURCE_MASK, Seq2Seq, examine
+from graphwright.ir.generation.seq2seq import (
+    SOURCE_MASK,
+    CrossDecoderCall,
+    EncoderCall,
+    Seq2Seq,
+    examine,
+)
 from graphwright.ir.parts import Parts
 from graphwright.ir.program import Program
 from graphwright.ir.signature import Default, DimRange
@@ -47,6 +56,7 @@ def trace_encoder_decoder(
     facts = ModelFacts.of(model, folder)
     parts = {ENCODER: _encoder(model, found, check), DECODER: _decoder(model, found, check)}
     shared = {**facts.as_fields(), "vocab_size": found.vocabulary,
+              "context_length": _context_length(model),
               "tokenizer": None if folder is None else str(folder)}  # fmt: skip
     start = _decoder_start(model)
     mask = SOURCE_MASK if found.decoder.has_mask else None
@@ -73,6 +83,24 @@ def is_encoder_decoder(model: Any) -> bool:
     )
 
 
+def original_half(model: Any, program: Program) -> Callable[..., Any]:
+    """The model's own half as a function of the program's inputs, in signature order."""
+    record = Generation.of(program)
+    assert record is not None
+    call: EncoderCall | CrossDecoderCall
+    if record.kind == "encoder":
+        call = EncoderCall(record.ids, record.mask is not None, record.cross)
+    else:
+        width = getattr(model.config, "d_model", None) or model.config.hidden_size
+        call = CrossDecoderCall(record.layers, record.cross, width, record.cross_mask is not None)
+    names = [spec.name for spec in program.signature.inputs]
+
+    def run(*inputs: Tensor) -> Any:
+        return call(model, **dict(zip(names, inputs, strict=True)))
+
+    return run
+
+
 def _encoder(model: Any, found: Seq2Seq, check: bool) -> Program:
     main = found.encoder.main
     is_text = found.encoder.has_mask
@@ -86,6 +114,7 @@ def _encoder(model: Any, found: Seq2Seq, check: bool) -> Program:
         check=check,
         call=found.encoder,
     )
+    program = _only_what_is_read(program)
     rules: Mapping[str, Default] = {"attention_mask": "ones"} if is_text else {}
     return program.replace(signature=replace(program.signature, defaults=dict(rules)))
 
@@ -95,8 +124,8 @@ def _decoder(model: Any, found: Seq2Seq, check: bool) -> Program:
     past = [name for layer in call.layers for name in (layer.past_key, layer.past_value)]
     source = {0: "batch", 2: "source"} if call.has_mask else {0: "batch"}
     axes: dict[str, dict[int, str]] = {"input_ids": {0: "batch", 1: "seq"}}
-    axes |= dict.fromkeys(past, {0: "batch", 2: "past"})
-    axes |= dict.fromkeys((name for pair in call.cross for name in pair), source)
+    axes |= {name: {0: "batch", 2: "past"} for name in past}
+    axes |= {name: dict(source) for pair in call.cross for name in pair}
     if call.has_mask:
         axes[SOURCE_MASK] = {0: "batch", 1: "source"}
     program = trace(
@@ -114,8 +143,26 @@ def _decoder(model: Any, found: Seq2Seq, check: bool) -> Program:
     return program.replace(signature=replace(program.signature, defaults=rules))
 
 
+def _only_what_is_read(program: Program) -> Program:
+    """Without the rest of the decoder's call, which torch keeps: it takes every attention for a
+    random one, though none drops anything here."""
+    editor = Editor(program, by="trace")
+    is_kept = ("placeholder", "output")
+    editor.changed = editor.graph.eliminate_dead_code(lambda node: node.op in is_kept)
+    return editor.finish()
+
+
 def _noted(program: Program, record: Generation) -> Program:
     return program.replace(facts={**program.facts, FACT: record.to_json()})
+
+
+def _context_length(model: Any) -> int | None:
+    """Most tokens of the decoder: its table of positions; relative ones have no end."""
+    for key in ("max_target_positions", "max_position_embeddings"):
+        found = getattr(model.config, key, None)
+        if isinstance(found, int):
+            return found
+    return None
 
 
 def _decoder_start(model: Any) -> int | None:

@@ -99,13 +99,23 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0] or name
 
 
+class NoLayerError(ModelError):
+    """Selectors that select nothing of a program."""
+
+
+def matching(program: Program, targets: Sequence[str]) -> list[str]:
+    """Those of the selectors that match a layer of the program."""
+    everything = layers(program)
+    return [p for p in targets if any(_matches(each, p.removeprefix("!")) for each in everything)]
+
+
 def select(
     program: Program, targets: Sequence[str], kinds: Collection[str] | None = None
 ) -> list[Layer]:
     """The layers that `targets` selects among those of the given kinds.
 
     Raises:
-        ModelError: a pattern matches no layer (near misses are named), or nothing is selected.
+        NoLayerError: a pattern matches no layer (near misses are named), or nothing is selected.
     """
     candidates = layers(program, kinds)
     everything = layers(program)
@@ -113,7 +123,7 @@ def select(
         bare = pattern.removeprefix("!")
         if not any(_matches(layer, bare) for layer in everything):
             fix = _near(bare, everything, program)
-            raise ModelError(f"selector {pattern!r} matches no layer", fix=fix)
+            raise NoLayerError(f"selector {pattern!r} matches no layer", fix=fix)
     including = [p for p in targets if not p.startswith("!")]
     if not including:
         raise ModelError(f"targets {list(targets)} only exclude", fix="Put '*' in front.")
@@ -127,7 +137,7 @@ def select(
     if not chosen:
         wanted = f" of kind {', '.join(sorted(kinds))}" if kinds else ""
         others = [x for x in everything if any(_matches(x, p) for p in including)]
-        raise ModelError(
+        raise NoLayerError(
             f"targets {list(targets)} select no layer{wanted}",
             fix=_near(including[0], candidates, program)
             if candidates or not others

@@ -1,0 +1,156 @@
+"""The job on a model of several parts: the same chain on each, one folder, one report.
+
+A pass acts on every part that has layers for it; selectors are names of layers, which tell the
+parts apart. A selector that matches no layer of any part is an error, as in a single program.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graphwright.ir.errors import ModelError, SpecError
+from graphwright.ir.layers.selectors import matching
+from graphwright.ir.parts import Parts
+from graphwright.job.pipeline import Job, Outcome
+
+if TYPE_CHECKING:
+    from graphwright.ir.data.batches import Batches
+    from graphwright.ir.files import LoadedModel
+    from graphwright.ir.program import Program
+    from graphwright.job.run import Run
+    from graphwright.specs.spec import PassCall, Spec
+
+TARGETS = "targets"
+"""Option of passes that selects layers."""
+
+ONE_PROGRAM = ("evaluate", "training", "export")
+"""Sections that have no meaning yet for a model of several programs."""
+
+
+def build_parts(run: Run, loaded: LoadedModel, parts: Parts) -> Outcome:
+    """All parts, with the report of the whole; the files of the report are still to be written.
+
+    Raises:
+        SpecError: a section has no meaning for several programs.
+        ModelError: a pass has nothing to do in any part.
+    """
+    for name in ONE_PROGRAM:
+        if getattr(run.spec, name):
+            raise SpecError(
+                f"{loaded.source} is compiled as {len(parts)} programs ({', '.join(parts)}), and "
+                f"`{name}` is for one",
+                where=name,
+                fix="Leave the section out.",
+            )
+    if run.place.is_main:
+        run.place.fresh_staging()
+    built = {}
+    for name, program in parts.items():
+        part = run.of_part(name, _spec_of(run.spec, parts, name))
+        built[name] = _PartJob(part, parts).build(loaded, program)
+        run.peak = max(run.peak, part.peak)
+    programs = Parts({name: _program(outcome) for name, outcome in built.items()})
+    compiled = {
+        f"{name}.{backend}": lowered
+        for name, outcome in built.items()
+        for backend, lowered in outcome.compiled.items()
+    }
+    if not run.place.is_main:
+        return Outcome(run.place.out, {}, programs, compiled)
+    reports = {name: outcome.report for name, outcome in built.items()}
+    _refuse_idle_passes(reports)
+    report = _report(run, reports, compiled)
+    _write_files(run, programs)
+    return Outcome(run.place.out, report, programs, compiled)
+
+
+class _PartJob(Job):
+    """The stages of one part, whose data may come from the parts in front of it."""
+
+    def __init__(self, run: Run, parts: Parts) -> None:
+        super().__init__(run)
+        self.parts = parts
+
+    def _data(self, section: Any, program: Program, loaded: LoadedModel) -> Batches | None:
+        if section is None or not self.parts.wires(self.run.part):
+            return super()._data(section, program, loaded)
+        from graphwright.ir.generation.seq2seq_data import decoder_data
+
+        source = next(iter(self.parts.values()))
+        batches = super()._data(section, source, loaded)
+        return None if batches is None else decoder_data(self.parts, batches)
+
+    def _save(self, *given: Any) -> list[dict[str, Any]]:
+        part = self.run.part
+        return [{**row, "path": f"{part}/{row['path']}"} for row in super()._save(*given)]
+
+
+def _spec_of(spec: Spec, parts: Parts, name: str) -> Spec:
+    """The spec of one part: selectors of other parts' layers out, bounds left to the whole."""
+    passes = tuple(_call_of(call, parts, name) for call in spec.passes)
+    return replace(spec, passes=passes, require=type(spec.require)())
+
+
+def _call_of(call: PassCall, parts: Parts, name: str) -> PassCall:
+    targets = call.options.get(TARGETS)
+    if not isinstance(targets, list) or not all(isinstance(each, str) for each in targets):
+        return call
+    known = {part: set(matching(program, targets)) for part, program in parts.items()}
+    elsewhere = set().union(*known.values()) - known[name]
+    own = [each for each in targets if each not in elsewhere]
+    if not any(not each.startswith("!") for each in own):
+        return call  # it selects nothing here, and is skipped
+    return replace(call, options={**call.options, TARGETS: own})
+
+
+def _refuse_idle_passes(reports: dict[str, dict[str, Any]]) -> None:
+    for index, rows in enumerate(zip(*(r["passes"] for r in reports.values()), strict=True)):
+        if all(row["skipped"] for row in rows):
+            raise ModelError(rows[0]["skipped"], where=f"passes[{index}] ({rows[0]['id']})")
+
+
+def _report(
+    run: Run, reports: dict[str, dict[str, Any]], compiled: dict[str, Any]
+) -> dict[str, Any]:
+    from graphwright.job.require import check_bounds
+    from graphwright.report.parts import joined
+
+    whole = joined(reports)
+    whole["warnings"] = list(dict.fromkeys([*run.warnings, *whole["warnings"]]))
+    seconds = run.seconds()
+    bounds = check_bounds(
+        run.spec.require,
+        drop=None,
+        latency=whole["latency"],
+        artifacts=whole["result"]["artifacts"],
+        peak_rss_bytes=run.peak,
+        seconds=seconds,
+        notes={name: lowered.notes for name, lowered in compiled.items()},
+    )
+    return {**whole, "require": [bound.to_json() for bound in bounds], "seconds": seconds,
+            "peak_rss_bytes": run.peak}  # fmt: skip
+
+
+def _write_files(run: Run, programs: Parts) -> None:
+    """What belongs to the whole: which parts there are, and the tokenizer."""
+    from graphwright.ir.generation.folder import write_text_files
+    from graphwright.ir.generation.record import Generation
+    from graphwright.ir.parts import INDEX
+
+    staging = run.place.staging
+    index = {"version": 1, "parts": list(programs)}
+    (staging / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    records = [r for p in programs.values() if (r := Generation.of(p)) is not None]
+    if records:
+        folder = records[-1].tokenizer
+        given = None if folder is None else Path(folder)
+        _, notes = write_text_files(given, staging, records[-1].context_length)
+        for text in notes:
+            run.warn(text)
+
+
+def _program(outcome: Outcome) -> Any:
+    return outcome.program
