@@ -8,7 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphwright.backends.base import Compiled, open_artifact
+from graphwright.backends.base import Compiled
+from graphwright.backends.opening import open_artifact
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.generation.text import TOKENIZER
 from graphwright.ir.parts import INDEX

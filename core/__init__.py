@@ -57,6 +57,7 @@ _HOMES = {
     "Rewrite": "graphwright.ir.rewrite",
     "trace": "graphwright.ir.trace.capture",
     "trace_decoder": "graphwright.ir.generation.trace",
+    "trace_encoder_decoder": "graphwright.ir.generation.seq2seq_trace",
     "Action": "graphwright.passes.base",
     "Pass": "graphwright.passes.base",
     "Result": "graphwright.passes.base",
@@ -96,6 +97,7 @@ __all__ = [
     "specs",
     "trace",
     "trace_decoder",
+    "trace_encoder_decoder",
     "zero",
 ]
 

@@ -87,9 +87,10 @@ class ModelSection(Options):
     `_orig_mod.` and `model.` are found by themselves."""
 
     task: Literal["generation", "logits"] | None = None
-    """Program to make of a causal language model: `generation`, with the cache of keys and values
-    as inputs and outputs, or `logits`, the model's output for a whole text. When left out,
-    `generation`, unless `inputs` are declared or the state is explicit."""
+    """Program to make of a language model: `generation`, with the cache of keys and values as
+    inputs and outputs, or `logits`, the model's output for a whole text. An encoder-decoder that
+    generates is two programs, an encoder and a decoder. When left out, `generation`, unless
+    `inputs` are declared or the state is explicit."""
 
     state: Literal["frozen", "explicit"] = "frozen"
     """Treatment of tensors that the model writes as it runs and reads at its next call: `frozen`

@@ -45,6 +45,12 @@ def build_program(loaded: LoadedModel, section: ModelSection, seed: int) -> Prog
     return program
 
 
+def build_traced(loaded: LoadedModel, section: ModelSection, seed: int) -> Program | Parts:
+    """The program of a model, or the programs of one that is several."""
+    parts = build_parts(loaded, section, seed)
+    return build_program(loaded, section, seed) if parts is None else parts
+
+
 def build_parts(loaded: LoadedModel, section: ModelSection, seed: int) -> Parts | None:
     """The programs of a model that is several; None for one that is one program.
 

@@ -7,7 +7,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graphwright.ir.files import LoadedModel
+    from graphwright.ir.program import Program
+    from graphwright.job.run import Run
 
 DEFAULT_BUDGET_S = 3.0
 """Time that measuring may take, in seconds, warm-up included."""
@@ -161,3 +166,28 @@ def _time_once(call: Callable[[], object], wait: Callable[[], object]) -> float:
 def _timing(times: list[float]) -> Timing:
     low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
     return Timing(middle, high - low, len(times))
+
+
+def against_the_original(
+    loaded: LoadedModel,
+    original: Program,
+    compiled: Mapping[str, Any],
+    run: Run,
+) -> list[dict[str, Any]]:
+    """`measure_latency` against the loaded model as it is called, on the example inputs."""
+    from torch import nn
+
+    from graphwright.job.build import original_runner
+    from graphwright.job.decode import timed_inputs
+
+    device = run.settings.device
+    examples = [tensor.to(device) for tensor in timed_inputs(original)]
+    if loaded.module is None or (loaded.is_fixed and loaded.change.dtype is not None):
+        before: Any = original
+    else:
+        loaded.module.to(device)
+        before = original_runner(loaded, original, run.spec.model)
+    for lowered in compiled.values():
+        if isinstance(lowered, nn.Module):
+            lowered.to(device)
+    return measure_latency(before, compiled, examples, device=device, warn=run.warn)

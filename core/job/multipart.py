@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphwright.ir.errors import ModelError, SpecError
+from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.layers.selectors import matching
 from graphwright.ir.parts import Parts
 from graphwright.job.pipeline import Job, Outcome
@@ -34,12 +34,12 @@ def build_parts(run: Run, loaded: LoadedModel, parts: Parts) -> Outcome:
     """All parts, with the report of the whole; the files of the report are still to be written.
 
     Raises:
-        SpecError: a section has no meaning for several programs.
+        ArgumentError: a section has no meaning for several programs.
         ModelError: a pass has nothing to do in any part.
     """
     for name in ONE_PROGRAM:
         if getattr(run.spec, name):
-            raise SpecError(
+            raise ArgumentError(
                 f"{loaded.source} is compiled as {len(parts)} programs ({', '.join(parts)}), and "
                 f"`{name}` is for one",
                 where=name,
@@ -123,7 +123,7 @@ def _report(
     seconds = run.seconds()
     bounds = check_bounds(
         run.spec.require,
-        drop=None,
+        evaluation=None,
         latency=whole["latency"],
         artifacts=whole["result"]["artifacts"],
         peak_rss_bytes=run.peak,

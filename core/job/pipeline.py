@@ -17,7 +17,7 @@ from graphwright.ir.errors import LoweringError, RequirementError
 from graphwright.ir.lack import lacks_told
 from graphwright.ir.user_code import watched
 from graphwright.job.chain import run_chain
-from graphwright.job.decode import decode_error, timed_inputs
+from graphwright.job.decode import decode_error
 from graphwright.job.environment import deterministic, environment
 from graphwright.job.left import left_as_they_are
 from graphwright.job.memory import reset_peak
@@ -155,12 +155,11 @@ class Job:
         import warnings
 
         from graphwright.ir.trace.capture import TraceWarning
-        from graphwright.job.build import build_parts, build_program
+        from graphwright.job.build import build_traced
 
         with self.progress.stage("trace"), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", TraceWarning)
-            given = (loaded, self.spec.model, self.spec.seed)
-            program = build_parts(*given) or build_program(*given)
+            program = build_traced(loaded, self.spec.model, self.spec.seed)
         for warning in caught:
             if issubclass(warning.category, TraceWarning):
                 self.run.warn(str(warning.message))
@@ -281,23 +280,10 @@ class Job:
     def _latency(
         self, original: Program, loaded: LoadedModel, compiled: dict[str, Compiled]
     ) -> list[dict[str, Any]]:
-        from torch import nn
+        from graphwright.job.latency import against_the_original
 
-        from graphwright.job.build import original_runner
-        from graphwright.job.latency import measure_latency
-
-        device = self.run.settings.device
-        examples = [tensor.to(device) for tensor in timed_inputs(original)]
-        if loaded.module is None or (loaded.is_fixed and loaded.change.dtype is not None):
-            before: Any = original
-        else:
-            loaded.module.to(device)
-            before = original_runner(loaded, original, self.spec.model)
-        for lowered in compiled.values():
-            if isinstance(lowered, nn.Module):
-                lowered.to(device)
         with self.progress.stage("latency"):
-            return measure_latency(before, compiled, examples, device=device, warn=self.run.warn)
+            return against_the_original(loaded, original, compiled, self.run)
 
     def _report(
         self,
@@ -345,19 +331,14 @@ class Job:
         write_lock(self.spec, lock, staging / "spec.lock.yaml", home=self.run.place.out)
 
     def _require(self, report: dict[str, Any]) -> None:
-        missed = [row for row in report["require"] if not row["met"]]
-        if missed:
+        from graphwright.job.require import missed
+
+        if lines := missed(report["require"]):
             kept = self.run.place.staging
             raise RequirementError(
-                "; ".join(_missed(row) for row in missed),
+                "; ".join(lines),
                 fix=f"The result stays in {kept}; {self.run.place.out} was not written.",
             )
-
-
-def _missed(row: dict[str, Any]) -> str:
-    from graphwright.job.require import Bound
-
-    return f"require.{Bound(row['name'], row['bound'], row['measured'], row['what'])}"
 
 
 def read_report(folder: str | Path) -> dict[str, Any]:

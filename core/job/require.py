@@ -109,3 +109,12 @@ def _integer_kernels(backend: str, note: Mapping[str, Any]) -> Bound:
     left = ", ".join(counts["float"])
     what = f"{backend}; in float: {left}" if left else backend
     return Bound("integer_kernels", counts["quantized"], counts["integer"], what)
+
+
+def missed(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each bound of a report that does not hold."""
+    return [
+        f"require.{Bound(row['name'], row['bound'], row['measured'], row['what'])}"
+        for row in rows
+        if not row["met"]
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -20,9 +21,10 @@ from graphwright.ir.check.decode import (
 )
 from graphwright.ir.check.precision import roundoff
 from graphwright.ir.generation.concat import runner_of
-from graphwright.ir.generation.decoder import Decoder, DecoderCall, NoCache, examine
+from graphwright.ir.generation.decoder import CACHES, Decoder, DecoderCall, NoCache, examine
 from graphwright.ir.generation.model_facts import ModelFacts
 from graphwright.ir.generation.record import FACT, Generation
+from graphwright.ir.generation.states import State
 from graphwright.ir.program import Program
 from graphwright.ir.signature import Default, DimRange
 from graphwright.ir.trace.capture import TraceWarning, trace
@@ -39,7 +41,8 @@ def trace_decoder(
 
     Inputs are `input_ids` (batch, seq), `attention_mask` (batch, total) and `position_ids` (batch,
     seq) where the model takes them, int64, and per layer i `past_key_i`, `past_value_i` (batch,
-    heads, past, head size). Outputs are `logits` (batch, seq, vocabulary) and `present_key_i`,
+    heads, past, head size), and `past_state_i_conv`, `past_state_i_recurrent` of a layer that keeps
+    a state. Outputs are `logits` (batch, seq, vocabulary) and `present_key_i`,
     `present_value_i` (batch, heads, total, head size). A past of 0 is a prompt: then only the
     token ids have to be given.
 
@@ -63,15 +66,16 @@ def trace_decoder(
         model,
         decoder.examples,
         _free_axes(decoder),
-        dims={"past": DimRange(0), "total": DimRange(1, found.context_length)},
+        dims=_ranges(decoder, found),
         ranges={
             "input_ids": (0, float(decoder.vocabulary)),
             "position_ids": (0, float(found.context_length or decoder.vocabulary)),
         },
         check=check,
-        derived=DERIVED,
+        derived=DERIVED if "attention_mask" in decoder.examples else None,
         call=decoder.call,
     )
+    _refuse_a_fixed_length(program)
     signature = replace(program.signature, defaults=_defaults(decoder))
     record = record_of(decoder, found, folder)
     facts = {**program.facts, FACT: record.to_json()}
@@ -80,6 +84,13 @@ def trace_decoder(
     if found.notes:
         facts["trace"] = _noted(facts.get("trace", {}), found.notes)
     return program.replace(signature=signature, facts=facts)
+
+
+def _refuse_a_fixed_length(program: Program) -> None:
+    """Raises NoCache where the number of tokens is no free dimension, with the trace's reason."""
+    if "seq" not in program.signature.dims:
+        notes = [n for n in program.facts.get("trace", {}).get("notes", ()) if "'seq'" in n]
+        raise NoCache(f"its length cannot be free: {'; '.join(notes) or 'the trace fixes it'}")
 
 
 def _hold_to_model(program: Program, model: nn.Module, record: Generation) -> None:
@@ -113,15 +124,24 @@ def record_of(decoder: Decoder, found: ModelFacts, folder: str | Path | None) ->
         mask="attention_mask" if call.has_mask else None,
         positions="position_ids" if call.has_positions else None,
         layers=call.layers,
+        states=tuple((state.past, state.present) for state in call.states),
         vocab_size=decoder.vocabulary,
         tokenizer=None if folder is None else str(folder),
         **found.as_fields(),
     )
 
 
+def _ranges(decoder: Decoder, found: ModelFacts) -> dict[str, DimRange]:
+    """Of a model of states alone nothing grows, and nothing has an end."""
+    if not decoder.call.layers:
+        return {}
+    return {"past": DimRange(0), "total": DimRange(1, found.context_length)}
+
+
 def _free_axes(decoder: Decoder) -> dict[str, dict[int, str]]:
     axes = {"input_ids": {0: "batch", 1: "seq"}, "attention_mask": {0: "batch", 1: "total"},
             "position_ids": {0: "batch", 1: "seq"}}  # fmt: skip
+    axes |= {state.past: {0: "batch"} for state in decoder.call.states}
     return {name: axes.get(name, {0: "batch", 2: "past"}) for name in decoder.examples}
 
 
@@ -149,7 +169,12 @@ def original_call(model: nn.Module, program: Program) -> Callable[..., Any]:
     """The model itself as a function of the program's inputs, in signature order."""
     record = Generation.of(program)
     assert record is not None
-    call = DecoderCall(record.layers, record.mask is not None, record.positions is not None)
+    takes = inspect.signature(model.forward).parameters
+    call = DecoderCall(
+        record.layers, record.mask is not None, record.positions is not None,
+        tuple(State.of(past) for past, _ in record.states),
+        next(name for name in CACHES if name in takes),
+    )  # fmt: skip
     names = [spec.name for spec in program.signature.inputs]
 
     def run(*inputs: torch.Tensor) -> Any:

@@ -60,17 +60,28 @@ def chunk_state_kernel(
 
 
 @triton.jit
-def carry_state_kernel(states, decays, starts, count, chunks, BLOCK: tl.constexpr):
-    """State in front of every chunk, from the end states of those before it."""
+def carry_state_kernel(
+    states, decays, starts, first, last, count, chunks,
+    HAS_FIRST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """State in front of every chunk, from the end states of those before it.
+
+    With HAS_FIRST the first chunk begins from a state, and the one behind the last is written.
+    """
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     carried = tl.zeros((BLOCK,), tl.float32)
+    own = tl.program_id(0).to(tl.int64) * count + at
+    if HAS_FIRST:
+        carried += tl.load(first + own, mask=inside, other=0.0).to(tl.float32)
     row = tl.program_id(0).to(tl.int64) * chunks
     for k in range(0, chunks):
         here = (row + k) * count + at
         tl.store(starts + here, carried, mask=inside)
         decay = tl.load(decays + here, mask=inside, other=0.0)
         carried = decay * carried + tl.load(states + here, mask=inside, other=0.0)
+    if HAS_FIRST:
+        tl.store(last + own, carried.to(last.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -109,14 +120,30 @@ def tiles_for(size: int) -> tuple[int, int, int]:
 
 
 def _launch(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    return _scanned(x, delta, a, b, c, None)[0]
+
+
+def _launch_state(
+    x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, start: Tensor
+) -> tuple[Tensor, Tensor]:
+    y, last = _scanned(x, delta, a, b, c, start.contiguous())
+    assert last is not None
+    return y, last
+
+
+def _scanned(
+    x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, first: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """y, and the last state where there is a first one."""
     x, delta, a, b, c = (t.contiguous() for t in (x, delta, a, b, c))
     (batch, length, width), size, y = x.shape, a.shape[1], new_like(x)
     chunks = triton.cdiv(length, CHUNK)
     channels, states, warps = tiles_for(size)
     grid = (batch * chunks, triton.cdiv(width, channels))
     sizes = (length, width, size, chunks)
-    starts = y
-    if chunks > 1:
+    starts, last = y, None if first is None else new_like(first)
+    has_start = chunks > 1 or first is not None
+    if has_start:
         shape = (batch * chunks, width, size)
         ends, decays, starts = (x.new_empty(shape, dtype=torch.float32) for _ in range(3))
         chunk_state_kernel[grid](
@@ -125,13 +152,14 @@ def _launch(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor
         )  # fmt: skip
         count = width * size
         carry_state_kernel[(batch, triton.cdiv(count, 512))](
-            ends, decays, starts, count, chunks, BLOCK=512
-        )
+            ends, decays, starts, ends if first is None else first, ends if last is None else last,
+            count, chunks, HAS_FIRST=first is not None, BLOCK=512,
+        )  # fmt: skip
     chunk_output_kernel[grid](
-        x, delta, a, b, c, starts, y, *sizes, HAS_START=chunks > 1, CHUNK=CHUNK, D=channels,
+        x, delta, a, b, c, starts, y, *sizes, HAS_START=has_start, CHUNK=CHUNK, D=channels,
         N=states, num_warps=warps,
     )  # fmt: skip
-    return y
+    return y, last
 
 
 def _fits(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> bool:
@@ -139,3 +167,10 @@ def _fits(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> bool:
 
 
 selective_scan = Kernel(_fits, _launch)
+
+
+def _fits_state(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, start: Tensor) -> bool:
+    return _fits(x, delta, a, b, c) and all_floats(start)
+
+
+selective_scan_state = Kernel(_fits_state, _launch_state)

@@ -30,33 +30,53 @@ SIDE_BY_SIDE = 1 << 16
 
 def recurrence(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """The definition, one step after the other; shapes as `selective_scan`."""
-    x, delta, b, c, a = (_wide(t) for t in (x, delta, b, c, a))
-    state = x.new_zeros(x.shape[0], x.shape[2], a.shape[1])
+    return walked(x, delta, a, b, c, _nothing(x, a))[0]
+
+
+def walked(
+    x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The recurrence from a state (B, D, N) in front of the first step, and its last state."""
+    x, delta, b, c, a, state = (_wide(t) for t in (x, delta, b, c, a, state))
     found = []
     for t in range(x.shape[1]):
         state = _step(state, x[:, t], delta[:, t], a, b[:, t])
         found.append(_read(state, c[:, t]))
-    return torch.stack(found, 1) if found else torch.empty_like(x)
+    return torch.stack(found, 1) if found else torch.empty_like(x), state
 
 
 def chunked(
     x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, chunk: int | None = None
 ) -> Tensor:
-    """The same function of the same tensors, `chunk` steps of every chunk at a time.
+    """The same function of the same tensors, `chunk` steps of every chunk at a time."""
+    return in_chunks(x, delta, a, b, c, _nothing(x, a), chunk)[0]
+
+
+def in_chunks(
+    x: Tensor,
+    delta: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    start: Tensor,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`walked`, `chunk` steps of every chunk at a time.
 
     All chunks are walked through twice side by side: from zero, for the state at their ends, and
     from the state in front of them, for y.
 
     Args:
         x, delta, a, b, c: as `selective_scan`.
+        start: (B, D, N), the state in front of the first step.
         chunk: steps in a chunk; as many as are quickest when None.
     """
     batch, length, width = x.shape
     size = chunk or _steps_in_chunk(length, batch * width * a.shape[1])
     count = -(-length // size)
     if count <= 1:
-        return recurrence(x, delta, a, b, c)
-    x, delta, b, c, a = (_wide(t) for t in (x, delta, b, c, a))
+        return walked(x, delta, a, b, c, start)
+    x, delta, b, c, a, start = (_wide(t) for t in (x, delta, b, c, a, start))
 
     def cut(t: Tensor) -> Tensor:
         # behind the end delta is 0: the state stays as it is
@@ -64,20 +84,24 @@ def chunked(
         return padded.reshape(batch, count, size, t.shape[2])
 
     x, delta, b, c = (cut(t) for t in (x, delta, b, c))
-    zero = x.new_zeros(batch, count, width, a.shape[1])
-    state = zero
+    state = x.new_zeros(batch, count, width, a.shape[1])
     for t in range(size):
         state = _step(state, x[:, :, t], delta[:, :, t], a, b[:, :, t])
     decay = torch.exp(delta.sum(2).unsqueeze(-1) * a)
-    starts = [zero[:, 0]]
-    for k in range(count - 1):
+    starts = [start]
+    for k in range(count):
         starts.append(torch.addcmul(state[:, k], decay[:, k], starts[-1]))
-    state = torch.stack(starts, 1)
+    state = torch.stack(starts[:-1], 1)
     found = []
     for t in range(size):
         state = _step(state, x[:, :, t], delta[:, :, t], a, b[:, :, t])
         found.append(_read(state, c[:, :, t]))
-    return torch.stack(found, 2).reshape(batch, count * size, width)[:, :length]
+    y = torch.stack(found, 2).reshape(batch, count * size, width)[:, :length]
+    return y, starts[-1]
+
+
+def _nothing(x: Tensor, a: Tensor) -> Tensor:
+    return _wide(x).new_zeros(x.shape[0], x.shape[2], a.shape[1])
 
 
 def _steps_in_chunk(length: int, values: int) -> int:
@@ -109,15 +133,23 @@ def _meta(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def _onnx(x: Any, delta: Any, a: Any, b: Any, c: Any) -> Any:
-    """One Scan over the length, whatever it is; exp(delta a) is never stored for all steps."""
+    from onnxscript import opset18 as op
+
+    sizes = op.Concat(op.Shape(x, start=0, end=1), op.Shape(a), axis=0)
+    start = op.Expand(op.Constant(value_float=0.0), sizes)
+    return onnx_scan(x, delta, a, b, c, start)[0]
+
+
+def onnx_scan(x: Any, delta: Any, a: Any, b: Any, c: Any, start: Any) -> tuple[Any, Any]:
+    """One Scan over the length, whatever it is; exp(delta a) is never stored for all steps.
+
+    `start` is float32, as the state at the end is.
+    """
     import onnx_ir as ir
     from onnxscript import FLOAT, evaluator
     from onnxscript import opset18 as op
 
     wide, decays, rates, inputs, readers = (op.Cast(t, to=FLOAT.dtype) for t in (x, delta, a, b, c))
-    sizes = op.Concat(op.Shape(x, start=0, end=1), op.Shape(a), axis=0)
-    start = op.Expand(op.Constant(value_float=0.0), sizes)
-
     kind = ir.TensorType(ir.DataType.FLOAT)
     names = ("state", "x", "delta", "b", "c")
     given = [ir.Value(name=f"selective_scan.{name}", type=kind) for name in names]
@@ -146,7 +178,7 @@ def _onnx(x: Any, delta: Any, a: Any, b: Any, c: Any) -> Any:
     )  # fmt: skip
     recorder: Any = evaluator.default()
     recorder.nodes.append(scan)
-    return op.CastLike(scan.outputs[1], x)
+    return op.CastLike(scan.outputs[1], x), scan.outputs[0]
 
 
 def _samples() -> Iterator[tuple[Any, ...]]:

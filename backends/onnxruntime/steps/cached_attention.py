@@ -83,7 +83,7 @@ class Cached:
 def fuse_cached_attention(editor: Editor) -> int:
     """Replaces every attention over the cache, where the kernel computes all of them."""
     record = Generation.of_decoder(editor.program)
-    if record is None or not record.layers or record.mask is None:
+    if record is None or not record.layers or record.mask is None or record.states:
         return 0
     found, left = find_cached(editor, record)
     if left or not found:

@@ -245,8 +245,8 @@ def scan_cases() -> Iterator[Case]:
     yield Case(
         "carry_state-fp32",
         selective_scan.carry_state_kernel,
-        floats("fp32", "states", "decays", "starts") | sizes("count", "chunks"),
-        {"BLOCK": 512},
+        floats("fp32", "states", "decays", "starts", "first", "last") | sizes("count", "chunks"),
+        {"HAS_FIRST": True, "BLOCK": 512},
     )
 
 
