@@ -79,7 +79,7 @@ def state_layer(given: Mapping[State, Tensor]) -> Any:
         def __init__(self) -> None:
             count = 1 + max(state.index for state in given)
             super().__init__(count)
-            self.recurrent_states = NotedStates(self.recurrent_states)
+            self.recurrent_states: NotedStates = NotedStates(dict.fromkeys(range(count)))
             for state, value in given.items():
                 # a copy: a step of one token writes into it
                 if state.kind == CONV:
