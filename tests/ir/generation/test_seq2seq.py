@@ -93,9 +93,9 @@ def test_rows_that_end_early_leave_the_others_as_they_are() -> None:
     """A row that has ended is run no more, and the others go on as one batch."""
     halves = EncoderDecoder.of(parts("t5"))
     free = ours(halves, "t5")
-    stop = free[1][1]
+    stop = free[0][2]
     wanted = [row[: row.index(stop) + 1] if stop in row else row for row in free]
-    assert len(wanted[1]) == 2 < max(map(len, wanted))
+    assert len(wanted[0]) == 3 < max(map(len, wanted))
     assert ours(halves, "t5", stop=[stop]) == wanted
 
 
