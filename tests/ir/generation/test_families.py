@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conformance.architectures import decoders
+from conformance.architectures import decoders, mixtures
 from conformance.zoo import ZOO, transformers
 
 from graphwright.ir.generation.decoder import NoCache
@@ -24,6 +24,7 @@ FAMILIES = (
 )  # fmt: skip
 
 
+assert mixtures.EXPERTS  # importing it fills the zoo
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [4.0, 8.0],
             "rope_theta": 10000.0, "original_max_position_embeddings": 32}  # fmt: skip
 
