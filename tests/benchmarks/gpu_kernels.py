@@ -88,6 +88,8 @@ class Job:
     peer_call: Callable[..., Any] | None = None
     peer_inputs: Callable[[Arguments], Arguments] = lambda given: given
     compile: bool = True
+    eager_call: Callable[..., Any] | None = None
+    """In the place of the eager face, where that cannot be captured: it asks for lengths."""
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -282,6 +284,65 @@ def low_bit_inputs(name: str, m: int, k: int, n: int) -> Arguments:
     return random(m, k), codes(n // 8, k * 12 // 8), random(1, 4096, 8), *rest, 12, n, "none"
 
 
+HEADS, SHARED, SIZE, BLOCK = 32, 8, 128, 64
+"""Heads of queries, heads of keys that they share, numbers of a head, tokens of a block."""
+
+
+def cache_jobs() -> Iterator[Job]:
+    """Attention over a cache: steps of one token, and a prompt; floats, codes and blocks."""
+    for batch, filled, tokens in [(1, 1024, 1), (1, 16384, 1), (16, 4096, 1), (1, 0, 2048)]:
+        for form, width in [("bf16", 2.0), ("blocks", 2.0), ("int8", 1.0), ("int4", 0.5)]:
+            slots = filled + tokens
+            yield Job(
+                "cached_attention", f"{form} {batch}x{filled}+{tokens}",
+                lambda form=form, batch=batch, filled=filled, tokens=tokens: cache_inputs(
+                    form, batch, filled, tokens
+                ),
+                int(2 * batch * slots * SHARED * SIZE * width),
+                4 * batch * HEADS * tokens * (filled + (tokens + 1) // 2) * SIZE,
+                compile=False,
+                eager_call=attend_by_torch,
+            )  # fmt: skip
+
+
+def cache_inputs(form: str, batch: int, filled: int, tokens: int) -> Arguments:
+    """Buffers as the runner of the triton backend lays them out."""
+    capacity = -(-(filled + tokens) // BLOCK) * BLOCK
+    q = random(batch, HEADS, tokens, SIZE)
+    k, v = (random(batch, SHARED, tokens, SIZE) for _ in range(2))
+    lengths = torch.full((batch,), filled, device="cuda", dtype=torch.int32)
+    rest = (SIZE**-0.5, 0, 0.0, None)
+    if form in ("bf16", "blocks"):
+        blocks, block, table = batch, capacity, None
+        if form == "blocks":
+            blocks, block = 1 + batch * capacity // BLOCK, BLOCK
+            table = (torch.randperm(blocks - 1, device="cuda") + 1).to(torch.int32).view(batch, -1)
+        buffers = (random(blocks, SHARED, block, SIZE) for _ in range(2))
+        return (q, k, v, *buffers, lengths, table, *rest, None, None)
+    shape = (batch, SHARED, capacity, SIZE if form == "int8" else SIZE // 2)
+    codes = (torch.randint(0, 127, shape, device="cuda") for _ in range(2))
+    buffers = (c.to(torch.int8 if form == "int8" else torch.uint8) for c in codes)
+    scales = (random(SHARED, SIZE, dtype=torch.float32).abs() / 64,
+              random(batch, SHARED, capacity, dtype=torch.float32).abs() / 64)  # fmt: skip
+    return (q, k, v, *buffers, lengths, None, *rest, *scales)
+
+
+def attend_by_torch(*given: Any) -> Tensor:
+    """PyTorch's own attention on floats of the same sizes, without the writing."""
+    q, k = given[:2]
+    slots = given[3].shape[2] if given[6] is None else given[6].shape[1] * BLOCK
+    if q.shape[2] > 1:  # a prompt
+        return F.scaled_dot_product_attention(q, k, given[2], is_causal=True, enable_gqa=True)
+    keys = given[3]
+    if given[6] is not None or not keys.is_floating_point():
+        keys = HELD.setdefault((len(q), slots), random(len(q), SHARED, slots, SIZE))
+    return F.scaled_dot_product_attention(q, keys, keys, enable_gqa=True)
+
+
+HELD: dict[tuple[int, int], Tensor] = {}
+"""Floats of the size of a cache of codes or blocks, for PyTorch's attention."""
+
+
 def run_job(job: Job, device: dict[str, Any]) -> Row:
     """Times one job against the eager face, torch.compile of it, and its peer."""
     op = OPS[job.op]
@@ -300,7 +361,7 @@ def run_job(job: Job, device: dict[str, Any]) -> Row:
     )
     return Row(
         job.op, job.shape, floor, time_us(op.load_kernel().launch, inputs),
-        time_us(op.eager, inputs), compiled, peer, job.peer,
+        time_us(job.eager_call or op.eager, inputs), compiled, peer, job.peer,
     )  # fmt: skip
 
 
@@ -422,7 +483,7 @@ def main() -> int:
     skipped: list[str] = []
     models: list[dict[str, Any]] = []
     record: dict[str, Any] = {}
-    jobs = (*norm_jobs(), *elementwise_jobs(), *int8_jobs(), *low_bit_jobs())
+    jobs = (*norm_jobs(), *elementwise_jobs(), *int8_jobs(), *low_bit_jobs(), *cache_jobs())
     for job in (job for job in jobs if arguments.only in job.op):
         if job.op in wrong or time.monotonic() - began > arguments.budget:
             skipped.append(f"{job.op} {job.shape}")

@@ -88,7 +88,6 @@ class StaticRunner:
 
     # ---- one call
 
-    @torch.no_grad()
     def _append(self, ids: Tensor, counts: Tensor, *, last: bool) -> Tensor:
         """Runs new tokens on top of the cache; logits (batch, 1 or tokens, vocabulary)."""
         buffers = self._room(counts)
@@ -97,15 +96,19 @@ class StaticRunner:
         if buffers.tensors is not before:
             self._captured = None
         given = self._inputs(ids, counts)
-        is_step = last and ids.shape[1] == 1 and self._device.type == "cuda"
+        logits = self._logits(given, buffers, last=last)
+        self.lengths = self.lengths + counts
+        return logits.float().cpu().clone()  # the caller may write to it
+
+    @torch.inference_mode()  # unlike no_grad, it takes no step through the ops' gradients
+    def _logits(self, given: list[Tensor], buffers: Buffers, *, last: bool) -> Tensor:
+        is_step = last and given[0].shape[1] == 1 and self._device.type == "cuda"
         if is_step and kernels_enabled(self._device):  # the eager face asks for lengths in Python
             if self._captured is None:
                 self._captured = CapturedStep(self._body(last), given, buffers)
-            logits = self._captured(given)
-        else:
-            (logits,) = self._body(last)(*given, buffers.table, *buffers.tensors)
-        self.lengths = self.lengths + counts
-        return logits.float().cpu()
+            return self._captured(given)
+        (logits,) = self._body(last)(*given, buffers.table, *buffers.tensors)
+        return logits
 
     def _room(self, counts: Tensor) -> Buffers:
         """The buffers; made for the first tokens."""
