@@ -9,6 +9,7 @@ from typing import Any
 
 from graphwright.ir.errors import ModelError
 from graphwright.ir.files.detect import read_json
+from graphwright.ir.generation.rotary import DYNAMIC
 
 LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 """Keys of a configuration under which the longest text stands, by architecture."""
@@ -82,6 +83,12 @@ def _context_length(config: Any) -> tuple[int | None, tuple[str, ...]]:
             "and a cache filled with the first ones would be wrong"
         )
         return int(short), (note,)
+    if DYNAMIC in str(rope.get("rope_type", rope.get("type"))) and found:
+        note = (
+            f"texts are limited to {found} tokens: beyond, the model's rotary frequencies change "
+            "with every length (rope_type: dynamic), and no cache of keys is right"
+        )
+        return int(found), (note,)
     return None if found is None else int(found), ()
 
 

@@ -24,6 +24,7 @@ from graphwright.ir.generation.concat import runner_of
 from graphwright.ir.generation.decoder import CACHES, Decoder, DecoderCall, NoCache, examine
 from graphwright.ir.generation.model_facts import ModelFacts
 from graphwright.ir.generation.record import FACT, Generation
+from graphwright.ir.generation.rotary import fixed_rotary
 from graphwright.ir.generation.states import State
 from graphwright.ir.program import Program
 from graphwright.ir.signature import Default, DimRange
@@ -59,9 +60,15 @@ def trace_decoder(
         NoCache: the model keeps no cache of keys and values, or is another one with it.
         ModelError: it cannot be traced.
     """
+    with fixed_rotary(model):
+        return _traced(model, ModelFacts.of(model, folder), folder, seed, check)
+
+
+def _traced(
+    model: nn.Module, found: ModelFacts, folder: str | Path | None, seed: int, check: bool
+) -> Program:
     with traceable(model):
         decoder = examine(model, seed)
-    found = ModelFacts.of(model, folder)
     program = trace(
         model,
         decoder.examples,
@@ -112,7 +119,7 @@ def _hold_to_model(program: Program, model: nn.Module, record: Generation) -> No
 
 def _noted(traced: Mapping[str, Any], notes: tuple[str, ...]) -> dict[str, Any]:
     for note in notes:
-        warnings.warn(note, TraceWarning, stacklevel=3)
+        warnings.warn(note, TraceWarning, stacklevel=4)
     return {**traced, "notes": [*traced.get("notes", ()), *notes]}
 
 
