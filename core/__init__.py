@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from graphwright.ir.context import Context
     from graphwright.ir.edit import Editor
     from graphwright.ir.files.export_checkpoint import export_checkpoint
+    from graphwright.ir.generation.language_model import language_model
     from graphwright.ir.generation.trace import trace_decoder
     from graphwright.ir.options import Options
     from graphwright.ir.program import Program
@@ -52,6 +53,7 @@ _HOMES = {
     "Context": "graphwright.ir.context",
     "Editor": "graphwright.ir.edit",
     "compare": "graphwright.ir.check.fidelity",
+    "language_model": "graphwright.ir.generation.language_model",
     "Options": "graphwright.ir.options",
     "Program": "graphwright.ir.program",
     "Rewrite": "graphwright.ir.rewrite",
@@ -83,6 +85,7 @@ __all__ = [
     "export_checkpoint",
     "extract_patch",
     "ir",
+    "language_model",
     "load",
     "load_spec",
     "lower",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from graphwright.ir.errors import ArgumentError
+from graphwright.ir.generation.concat import ConcatRunner
 from graphwright.ir.generation.conversation import Conversation
 from graphwright.ir.generation.decode import Completion, generate_rows, search_beams
 from graphwright.ir.generation.prompts import read_prompts
@@ -20,6 +21,28 @@ from graphwright.ir.generation.session import Session
 from graphwright.ir.generation.settings import Settings, resolve, unmet
 from graphwright.ir.generation.stops import Stops
 from graphwright.ir.generation.text import Tokenizer, open_tokenizer
+from graphwright.ir.program import Program
+
+
+def language_model(program: Program) -> LanguageModel:
+    """A program that generates, run by PyTorch: what passes made of a model, before lowering.
+
+    Raises:
+        ArgumentError: it is no decoder with a cache.
+    """
+    record = Generation.of(program)
+    if record is None:
+        raise ArgumentError(
+            "this program has no cache to generate with",
+            fix="Trace the model with `model: {task: generation}`.",
+        )
+
+    def run_flat(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        with torch.inference_mode():
+            return program.run_flat(inputs)
+
+    folder = None if record.tokenizer is None else Path(record.tokenizer)
+    return LanguageModel(record, lambda: ConcatRunner(record, program.signature, run_flat), folder)
 
 
 class LanguageModel:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    import graphwright as gw
+
+ROOT = Path(__file__).parents[2]
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -44,3 +50,23 @@ def folder() -> Path:
         for part in sorted(Path(making).iterdir(), key=lambda p: p.name == "model.safetensors"):
             part.replace(place / part.name)
     return place
+
+
+def program() -> gw.Program:
+    """The folder traced with its cache. Kept for as long as nothing in `ir/` changes."""
+    import graphwright as gw
+    from graphwright.ir.generation.trace import trace_decoder
+
+    sources = b"".join(file.read_bytes() for file in sorted((ROOT / "ir").rglob("*.py")))
+    kept = folder().with_name(f"{folder().name}-{hashlib.sha256(sources).hexdigest()[:12]}.pt2")
+    if not kept.exists():
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(folder())
+        made = trace_decoder(model, folder=folder(), check=False)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as making:
+            made.save(Path(making) / kept.name)
+            (Path(making) / kept.name).replace(kept)
+    found = gw.load(kept)
+    assert isinstance(found, gw.Program)
+    return found

@@ -32,6 +32,23 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Artifact
     return model, out, gw.lower(program, "onnxruntime").save(out)
 
 
+def test_past_a_sliding_window_in_a_ragged_batch(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    config = transformers.MistralConfig(
+        vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, sliding_window=6,
+        max_position_embeddings=64, initializer_range=0.5, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.MistralForCausalLM(config).eval()
+    program = trace_decoder(model, check=False)
+    prompts = [list(range(3, 17)), [5, 9], [40, 2, 7, 7, 1]]
+    expected = [theirs(model, ids) for ids in prompts]
+    for each in (gw.language_model(program), gw.lower(program, "onnxruntime")):
+        done = each.generate(prompts, max_new_tokens=NEW)
+        assert isinstance(done, list)
+        assert [completion.ids for completion in done] == expected
+
+
 @pytest.fixture(scope="module")
 def opened(saved: tuple[Any, Path, Artifact]) -> Compiled:
     found = gw.load(saved[1])
