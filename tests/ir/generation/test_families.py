@@ -17,9 +17,9 @@ PADDING = (0, 3, 5)
 """Tokens of padding in front of each row: a ragged batch."""
 
 FAMILIES = (
-    "llama", "llama3_rope", "qwen2", "qwen3", "mistral_sliding", "phi", "phi3_longrope",
-    "gemma_tied", "gemma2_softcap", "gemma3_text", "gpt2", "gpt_neox", "opt", "mixtral",
-    "qwen3_moe", "falcon_mqa", "bloom_alibi", "stablelm", "olmo2", "cohere_parallel", "granite",
+    "llama3_rope", "qwen2", "qwen3", "mistral_sliding", "phi", "phi3_longrope",
+    "gemma2_softcap", "gemma3_text", "gpt2", "gpt_neox", "opt", "mixtral",
+    "qwen3_moe", "falcon_mqa", "bloom_alibi", "olmo2", "cohere_parallel",
     "starcoder2",
 )  # fmt: skip
 
