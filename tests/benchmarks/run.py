@@ -34,6 +34,7 @@ SCRIPTS = (
     ("surgery.py",),
     ("selective_scan.py",),
     ("sampling.py",),
+    ("kv_cache.py",),
 )
 """Scripts with their arguments. What needs a peer's package of its own says so, and is not here."""
 
