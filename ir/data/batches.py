@@ -157,7 +157,8 @@ def load_data(
 
     Args:
         section: `data`, and optionally `samples`, `batch_size`, `tokenizer`, `max_length`,
-            `window`, `stride`, `chat_template`; with the `metric` perplexity windows have labels.
+            `window`, `stride`, `chat_template`; with the `metric` perplexity windows have labels,
+            and with agreement a conversation ends where the model's answer begins.
         signature: what the batches must fit.
         seed: of synthetic data; other sources do not draw.
         root: folder that relative paths start from.
@@ -192,7 +193,8 @@ def _opened(
         return _synthetic(signature, samples or DEFAULT_SYNTHETIC_SAMPLES, size, seed, sizes)
     chat = bool(section.get("chat_template"))
     folder = section.get("tokenizer") or tokenizer
-    source = open_source(data, root, tokenizer=folder, chat=chat)
+    asks = section.get("metric") == "agreement"
+    source = open_source(data, root, tokenizer=folder, chat=chat, asks=asks)
     given = [name for name in TEXT_OPTIONS if section.get(name)]
     if given and not isinstance(source, TextSource):
         raise ArgumentError(f"{given[0]} is for text, a .txt file", where=data)

@@ -39,7 +39,12 @@ Stream = Callable[[], Iterable[Any]]
 
 
 def open_source(
-    data: str, root: Path, *, tokenizer: str | Path | None = None, chat: bool = False
+    data: str,
+    root: Path,
+    *,
+    tokenizer: str | Path | None = None,
+    chat: bool = False,
+    asks: bool = False,
 ) -> Table | TextSource | Stream:
     """Opens `data`: see `graphwright.ir.data.batches.load_data` for the kinds.
 
@@ -67,7 +72,7 @@ def open_source(
         if path.suffix == ".safetensors":
             return _open_safetensors(path)
         if path.suffix == ".txt":
-            return open_text(path, data, tokenizer, chat=chat)
+            return open_text(path, data, tokenizer, chat=chat, asks=asks)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, struct.error) as error:
         raise ArgumentError(f"cannot be read: {_first_line(error)}", where=data) from error
     raise ArgumentError(

@@ -122,8 +122,12 @@ def _padded(
     }  # fmt: skip
 
 
-def open_text(path: Path, data: str, tokenizer: str | Path | None, *, chat: bool) -> TextSource:
+def open_text(
+    path: Path, data: str, tokenizer: str | Path | None, *, chat: bool, asks: bool = False
+) -> TextSource:
     """A `.txt` file, one text per line; with `chat`, one conversation per line.
+
+    One that `asks` ends where the model's next answer begins.
 
     A line of a chat is a JSON list of messages {"role": ..., "content": ...}, or else what a user
     says. The tokenizer's own template makes the text of it.
@@ -138,7 +142,7 @@ def open_text(path: Path, data: str, tokenizer: str | Path | None, *, chat: bool
         tokenize, pad = open_tokenizer(folder, data)
         return TextSource(texts, tokenize, {"input_ids": pad}, whole)
     loaded = _any_tokenizer(folder, data)
-    texts = [_conversation(loaded, line, folder, data) for line in texts]
+    texts = [_conversation(loaded, line, folder, data, asks) for line in texts]
     pad = loaded.pad_token_id or 0
     return TextSource(texts, _calls(loaded, special=False), {"input_ids": pad}, "".join(texts))
 
@@ -223,7 +227,7 @@ def _calls(loaded: Any, *, special: bool) -> Tokenize:
     return tokenize
 
 
-def _conversation(loaded: Any, line: str, folder: Path, data: str) -> str:
+def _conversation(loaded: Any, line: str, folder: Path, data: str, asks: bool) -> str:
     """A line as the tokenizer's template writes it."""
     if not loaded.chat_template:
         raise ArgumentError(
@@ -238,7 +242,7 @@ def _conversation(loaded: Any, line: str, folder: Path, data: str) -> str:
         except json.JSONDecodeError as error:
             raise ArgumentError(f"a line is no JSON list: {error}", where=data) from error
     try:
-        text: str = loaded.apply_chat_template(messages, tokenize=False)
+        text: str = loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
     except Exception as error:  # whatever the template does with what it is given
         first = _first_line(error)
         raise ArgumentError(f"the chat template refuses a line: {first}", where=data) from error

@@ -1,6 +1,6 @@
 """What each way to make a pretrained language model small costs: perplexity, tokens, bytes.
 
-    python tests/benchmarks/llm_quality.py [--only NAME,...] [--out out/bench-llm]
+    python tests/benchmarks/llm_quality.py [--only NAME,...] [--out out/bench-llm] [--model FOLDER]
 
 SmolLM2-135M-Instruct. Every row is lowered to ONNX Runtime and measured as the artifact runs: its
 perplexity on 8,192 tokens of held-out English (docstrings of Python's modules, READMEs of installed
@@ -86,6 +86,8 @@ ROWS = (
     Row("2:4 + EoRA", (EORA,), "2:4"),
     vptq(3, vector_length=4, centroids=256, residual_centroids=16),
     vptq(2, vector_length=4, centroids=256),
+    Row("cache int8", (("quantize.kv_cache", {"bits": 8}),)),
+    Row("int4 RTN + cache int8", (("quantize.kv_cache", {"bits": 8}),), "int4 RTN"),
     pv("3 bits VPTQ"),
     pv("2 bits VPTQ"),
 )  # fmt: skip
@@ -120,9 +122,8 @@ class Bench:
         return program
 
 
-def bench(out: Path) -> Bench:
-    """SmolLM2 traced, and its texts."""
-    folder = smollm2.folder()
+def bench(folder: Path, out: Path) -> Bench:
+    """The model of a folder traced, and its texts."""
     original = build_program(load_model(folder, section=ModelSection()), ModelSection(), 0)
     learn, test = prose.written(out / "text")
 
@@ -195,11 +196,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="names of rows, comma separated")
     parser.add_argument("--out", type=Path, default=_paths.ROOT / "out" / "bench-llm")
+    parser.add_argument("--model", type=Path, help="another folder of transformers than SmolLM2's")
     options = parser.parse_args()
     rows = {row.name: row for row in ROWS}
-    one = bench(options.out)
+    one = bench(options.model or smollm2.folder(), options.out)
     print(
-        "| SmolLM2-135M | perplexity | agreement | file MB | seconds to make |\n"
+        "| | perplexity | agreement | file MB | seconds to make |\n"
         "| --- | ---: | ---: | ---: | ---: |"
     )
     for name in options.only.split(",") if options.only else rows:

@@ -1,7 +1,7 @@
 """Speed of a pretrained language model on CPUs: prefill of 512 tokens, and decode behind them.
 
     python tests/benchmarks/llm_speed.py [--threads 2,1] [--rounds 7] [--out out/bench-llm-speed]
-        [--genai PYTHON] [--optimum PYTHON] [--llama PYTHON] [--only NAME,...]
+        [--genai PYTHON] [--optimum PYTHON] [--llama PYTHON] [--only NAME,...] [--model FOLDER]
 
 SmolLM2-135M-Instruct compiled in float32 and by the ready-made spec `llm-int4`, beside transformers
 with its own cache, the int4 model of onnxruntime-genai's builder, optimum-onnx's export and
@@ -199,13 +199,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help="names of candidates, comma separated")
     parser.add_argument("--out", type=Path, default=_paths.ROOT / "out" / "bench-llm-speed")
+    parser.add_argument("--model", type=Path, help="another folder of transformers than SmolLM2's")
     for peer in ("genai", "optimum", "llama"):
         parser.add_argument(f"--{peer}", help="Python of the peer's environment")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     modules = {"genai": "onnxruntime_genai", "optimum": "optimum.onnxruntime", "llama": "llama_cpp"}
     pythons = {p: python_of(p, getattr(options, p), m.split(".")[0]) for p, m in modules.items()}
-    folder = smollm2.folder()
+    folder = options.model or smollm2.folder()
     everything = [*ours(folder, options.out), *peers(folder, options.out, pythons)]
     wanted = options.only.split(",") if options.only else [one.name for one in everything]
     for threads in map(int, options.threads.split(",")):

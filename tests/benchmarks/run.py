@@ -35,6 +35,8 @@ SCRIPTS = (
     ("selective_scan.py",),
     ("sampling.py",),
     ("kv_cache.py",),
+    ("llm_quality.py",),
+    ("llm_speed.py",),
 )
 """Scripts with their arguments. What needs a peer's package of its own says so, and is not here."""
 

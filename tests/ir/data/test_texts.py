@@ -130,7 +130,7 @@ def test_lines_are_conversations(folder: Path) -> None:
     pytest.importorskip("transformers")
     template = (
         "{% for m in messages %}[CLS] {{ 'w3' if m['role'] == 'user' else 'w4' }} "
-        "{{ m['content'] }} [SEP] {% endfor %}"
+        "{{ m['content'] }} [SEP] {% endfor %}{% if add_generation_prompt %}w4{% endif %}"
     )
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template})
@@ -143,6 +143,8 @@ def test_lines_are_conversations(folder: Path) -> None:
         second["input_ids"].tolist()[0][:5]
         == [1, 3, 9, CLOSING, 1][:3] + second["input_ids"].tolist()[0][3:5]
     )
+    asked, _ = load(folder, signature(), chat_template=True, batch_size=1, metric="agreement")
+    assert asked["input_ids"].tolist() == [[1, 3, 7, 8, CLOSING, 4]]
 
 
 class Padded(nn.Module):
