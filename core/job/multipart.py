@@ -7,18 +7,17 @@ parts apart. A selector that matches no layer of any part is an error, as in a s
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.layers.selectors import matching
 from graphwright.ir.parts import Parts
-from graphwright.job.pipeline import Job, Outcome
 
 if TYPE_CHECKING:
-    from graphwright.ir.data.batches import Batches
-    from graphwright.ir.files import LoadedModel
+    from graphwright.backends.base import Compiled
     from graphwright.ir.program import Program
     from graphwright.job.run import Run
     from graphwright.specs.spec import PassCall, Spec
@@ -30,8 +29,30 @@ ONE_PROGRAM = ("evaluate", "training", "export")
 """Sections that have no meaning yet for a model of several programs."""
 
 
-def build_parts(run: Run, loaded: LoadedModel, parts: Parts) -> Outcome:
+class Outcome(Protocol):
+    """What `build` gives: `pipeline.Outcome` of one program."""
+
+    report: dict[str, Any]
+    program: Program | Parts
+    compiled: dict[str, Compiled]
+
+
+@dataclass(frozen=True)
+class BuiltParts:
+    """What became of the parts: see `Outcome`."""
+
+    programs: Parts
+    compiled: dict[str, Compiled]
+    report: dict[str, Any]
+
+
+def build_parts(run: Run, parts: Parts, build: Callable[[Run, Program], Outcome]) -> BuiltParts:
     """All parts, with the report of the whole; the files of the report are still to be written.
+
+    Args:
+        run: of the whole.
+        parts: as traced.
+        build: the stages of a run on one program.
 
     Raises:
         ArgumentError: a section has no meaning for several programs.
@@ -40,52 +61,31 @@ def build_parts(run: Run, loaded: LoadedModel, parts: Parts) -> Outcome:
     for name in ONE_PROGRAM:
         if getattr(run.spec, name):
             raise ArgumentError(
-                f"{loaded.source} is compiled as {len(parts)} programs ({', '.join(parts)}), and "
+                f"the model is compiled as {len(parts)} programs ({', '.join(parts)}), and "
                 f"`{name}` is for one",
                 where=name,
                 fix="Leave the section out.",
             )
     if run.place.is_main:
         run.place.fresh_staging()
-    built = {}
+    built: dict[str, Outcome] = {}
     for name, program in parts.items():
         part = run.of_part(name, _spec_of(run.spec, parts, name))
-        built[name] = _PartJob(part, parts).build(loaded, program)
+        built[name] = build(part, program)
         run.peak = max(run.peak, part.peak)
-    programs = Parts({name: _program(outcome) for name, outcome in built.items()})
+    programs = Parts({name: cast("Program", outcome.program) for name, outcome in built.items()})
     compiled = {
         f"{name}.{backend}": lowered
         for name, outcome in built.items()
         for backend, lowered in outcome.compiled.items()
     }
     if not run.place.is_main:
-        return Outcome(run.place.out, {}, programs, compiled)
+        return BuiltParts(programs, compiled, {})
     reports = {name: outcome.report for name, outcome in built.items()}
     _refuse_idle_passes(reports)
     report = _report(run, reports, compiled)
     _write_files(run, programs)
-    return Outcome(run.place.out, report, programs, compiled)
-
-
-class _PartJob(Job):
-    """The stages of one part, whose data may come from the parts in front of it."""
-
-    def __init__(self, run: Run, parts: Parts) -> None:
-        super().__init__(run)
-        self.parts = parts
-
-    def _data(self, section: Any, program: Program, loaded: LoadedModel) -> Batches | None:
-        if section is None or not self.parts.wires(self.run.part):
-            return super()._data(section, program, loaded)
-        from graphwright.ir.generation.seq2seq_data import decoder_data
-
-        source = next(iter(self.parts.values()))
-        batches = super()._data(section, source, loaded)
-        return None if batches is None else decoder_data(self.parts, batches)
-
-    def _save(self, *given: Any) -> list[dict[str, Any]]:
-        part = self.run.part
-        return [{**row, "path": f"{part}/{row['path']}"} for row in super()._save(*given)]
+    return BuiltParts(programs, compiled, report)
 
 
 def _spec_of(spec: Spec, parts: Parts, name: str) -> Spec:
@@ -150,7 +150,3 @@ def _write_files(run: Run, programs: Parts) -> None:
         _, notes = write_text_files(given, staging, records[-1].context_length)
         for text in notes:
             run.warn(text)
-
-
-def _program(outcome: Outcome) -> Any:
-    return outcome.program

@@ -86,8 +86,9 @@ def run(source: str | Path, spec: Spec, settings: JobSettings) -> Outcome:
 class Job:
     """The stages of a run; of each part of a model that is several programs, those of `build`."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, parts: Parts | None = None) -> None:
         self.run = run
+        self.parts = parts
         self.spec = run.spec
         self.progress = run.progress
 
@@ -97,9 +98,7 @@ class Job:
         loaded = self._load(source)
         original = self._trace(loaded)
         if isinstance(original, Mapping):
-            from graphwright.job.multipart import build_parts
-
-            return self.finish(build_parts(self.run, loaded, original), loaded)
+            return self.finish(self._build_parts(loaded, original), loaded)
         return self.finish(self.build(loaded, original), loaded)
 
     def build(self, loaded: LoadedModel, original: Program) -> Outcome:
@@ -126,6 +125,12 @@ class Job:
             evaluation, latency,
         )  # fmt: skip
         return Outcome(self.run.place.out, report, program, compiled)
+
+    def _build_parts(self, loaded: LoadedModel, parts: Parts) -> Outcome:
+        from graphwright.job.multipart import build_parts
+
+        built = build_parts(self.run, parts, lambda run, p: Job(run, parts).build(loaded, p))
+        return Outcome(self.run.place.out, built.report, built.programs, built.compiled)
 
     def finish(self, outcome: Outcome, loaded: LoadedModel) -> Outcome:
         """Writes the report, looks at the bounds, and puts the result in its place."""
@@ -166,19 +171,11 @@ class Job:
         return program
 
     def _data(self, section: Any, program: Program, loaded: LoadedModel) -> Batches | None:
+        from graphwright.job.data import read_data
+
         if section is None:
             return None
-        from graphwright.ir.data.batches import example_sizes, load_data
-
-        return load_data(
-            section.model_dump(exclude_none=True),
-            program.signature,
-            self.spec.seed,
-            root=self.spec.folder,
-            sizes=example_sizes(program.signature, program.examples),
-            tokenizer=loaded.tokenizer,
-            initial=program.initial_state(),
-        )
+        return read_data(self.run, section, program, loaded.tokenizer, self.parts)
 
     def _held_out(self, program: Program, loaded: LoadedModel) -> Any:
         section = self.spec.evaluate

@@ -24,7 +24,11 @@ def joined(reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     whole["result"] = {
         **whole["result"],
         **_totals([r["result"] for r in reports.values()]),
-        "artifacts": _rows({part: r["result"]["artifacts"] for part, r in reports.items()}),
+        "artifacts": [
+            {**row, "part": part, "path": f"{part}/{row['path']}"}
+            for part, report in reports.items()
+            for row in report["result"]["artifacts"]
+        ],
     }
     for key in ("passes", "latency", "layers"):
         whole[key] = _rows({part: report[key] for part, report in reports.items()})
