@@ -57,10 +57,18 @@ def _is_written_out(part: Any) -> bool:
 
 def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, whole_mask)
+
+
+def whole_mask(*args: Any, **settings: Any) -> Tensor | None:
+    """The boolean mask of ATen's attention, never left out: the op has no causal mode."""
+    from transformers.masking_utils import sdpa_mask
+
+    skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    mask: Tensor | None = sdpa_mask(*args, **{**settings, **skips})
+    return mask
 
 
 def attention_forward(
