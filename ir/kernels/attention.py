@@ -66,7 +66,7 @@ def attention_kernel(
                 mask=inside[:, None] & held[None, :], other=0,
             )  # fmt: skip
             if IS_TRUTH:
-                scores = tl.where(given != 0, scores, float("-inf"))
+                scores = tl.where(given != 0, scores, -1e38)
             else:
                 scores += given.to(tl.float32)
         scores = tl.where(held[None, :], scores, float("-inf"))

@@ -21,6 +21,10 @@ from torch import Tensor
 
 from graphwright.ir.ops.registry import declare
 
+CLOSED = -1e38
+"""Score of a key that a boolean mask hides: a query that sees no key at all gets the mean of the
+values, as from the written-out attention of transformers."""
+
 
 def _eager(
     q: Tensor,
@@ -40,9 +44,8 @@ def _eager(
     if softcap > 0:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
-        if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, -torch.inf)
-        scores = scores + mask
+        is_truth = mask.dtype == torch.bool
+        scores = scores.masked_fill(~mask, CLOSED) if is_truth else scores + mask
     column = None if sinks is None else sinks.to(scores.dtype).view(1, heads, 1, 1)
     top = scores.detach().amax(-1, keepdim=True)
     if column is not None:
@@ -51,7 +54,6 @@ def _eager(
     total = shares.sum(-1, keepdim=True)
     if column is not None:
         total = total + torch.exp(column - top)
-    # a query that sees no key gets zeros, as from ATen's attention
     shares = shares / torch.where(total == 0, 1.0, total)
     shares = shares.to(v.dtype).reshape(batch, groups, heads // groups * length, keys)
     return torch.matmul(shares, v).reshape(batch, heads, length, v.shape[3])
@@ -83,7 +85,7 @@ def _onnx(q: Any, k: Any, v: Any, mask: Any, scale: float, softcap: float, sinks
         scores = op.Mul(op.Tanh(op.Div(scores, cap)), cap)
     if mask is not None:
         if str(mask.dtype) in ("BOOL", "DataType.BOOL"):
-            closed = op.CastLike(op.Constant(value_float=float("-inf")), q)
+            closed = op.CastLike(op.Constant(value_float=CLOSED), q)
             mask = op.Where(mask, zero, closed)
         scores = op.Add(scores, op.CastLike(mask, q))
     if sinks is None:
