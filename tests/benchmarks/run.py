@@ -32,6 +32,8 @@ SCRIPTS = (
     ("prune_large.py", "--ours"),
     ("resnet50_pruned.py",),
     ("surgery.py",),
+    ("resize_digits.py", "students"),
+    ("resize_digits.py", "widths"),
     ("selective_scan.py",),
     ("sampling.py",),
     ("kv_cache.py",),
