@@ -14,6 +14,7 @@ import torch
 
 from graphwright.backends.onnxruntime.check import Case
 from graphwright.backends.onnxruntime.drawn import root_mean_square
+from graphwright.ir.check.fidelity import compare
 from graphwright.ir.check.together import run_together
 from graphwright.ir.data.far import far_inputs
 from graphwright.ir.data.synthetic import example_sizes
@@ -49,6 +50,9 @@ def cached_cases(program: Program, record: Generation) -> list[Case]:
             given, expected, example_sizes(program.signature, given), partial(_of, exact, place)
         )
         cases.append(case)
+    losses = cache(partial(_losses, outputs[: len(near)], exact))
+    for place in range(len(near)):
+        cases[place] = replace(cases[place], losses=losses)
     for place, drawn in enumerate(far, len(near)):
         cases[place] = replace(cases[place], drawn=drawn, usual=usual)
     return [c for c in cases if not c.drawn or all(bool(t.isfinite().all()) for t in c.expected)]
@@ -58,6 +62,15 @@ def _of(
     exact: Callable[[], list[tuple[torch.Tensor, ...]]], place: int
 ) -> tuple[torch.Tensor, ...]:
     return exact()[place]
+
+
+def _losses(outputs: list[Flat], exact: Callable[[], list[Flat]]) -> tuple[float, ...]:
+    """The largest relative error of every output over some runs, against float64."""
+    errors = [
+        [compare(wide, own).relative for wide, own in zip(references, run, strict=True)]
+        for references, run in zip(exact()[: len(outputs)], outputs, strict=True)
+    ]
+    return tuple(map(max, zip(*errors, strict=True)))
 
 
 def cached_inputs(program: Program, record: Generation, batch: int, tokens: int, past: int) -> Flat:

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 import graphwright as gw
 from graphwright.backends.onnxruntime import stock, translate
 from graphwright.backends.onnxruntime.aten import TABLE
+from graphwright.backends.onnxruntime.cached_cases import cached_cases
 from graphwright.backends.onnxruntime.check import (
     MOST,
     Differs,
@@ -24,6 +25,8 @@ from graphwright.backends.onnxruntime.check import (
 from graphwright.ir.check.fidelity import compare
 from graphwright.ir.check.precision import run_in_double
 from graphwright.ir.errors import LoweringError
+from graphwright.ir.generation.record import Generation
+from graphwright.ir.generation.trace import trace_decoder
 
 aten = torch.ops.aten
 
@@ -60,6 +63,39 @@ def test_an_output_may_lose_what_the_program_itself_loses() -> None:
     assert error > 1e-4  # what is reported is the distance from the program's own output
     with pytest.raises(Differs, match=r"against float64 .*, where the program itself loses"):
         compare_outputs(made, case, (noisy(exact, 20 * loss),), 1e-4)
+
+
+def test_what_other_runs_lose_counts_where_one_lost_little_by_chance() -> None:
+    made = program(Plain(), 4, 8)
+    case = replace(check_cases(made)[0], losses=lambda: (1e-4,))
+    (exact,) = run_in_double(made, case.inputs)
+    compare_outputs(made, case, (noisy(exact, 7e-4),), 1e-5)
+    with pytest.raises(Differs):
+        compare_outputs(made, case, (noisy(exact, 9e-4),), 1e-5)
+
+
+def test_runs_of_a_decoder_share_the_most_that_one_of_them_loses() -> None:
+    made = trace_decoder(tiny_decoder(), check=False)
+    record = Generation.of(made)
+    assert record is not None
+    cases = [case for case in cached_cases(made, record) if not case.drawn]
+    expected = [0.0] * len(made.signature.outputs)
+    for case in cases:
+        exact = run_in_double(made, case.inputs)
+        own = [compare(a, b).relative for a, b in zip(exact, case.expected, strict=True)]
+        expected = list(map(max, expected, own))
+    assert len(cases) > 5
+    assert cases[0].losses is not None
+    assert cases[0].losses() == pytest.approx(expected, rel=1e-6)
+
+
+def tiny_decoder() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
 
 
 def test_a_net_that_loses_nothing_is_held_to_the_bound() -> None:
