@@ -10,12 +10,7 @@ import torch
 from graphwright.ir.causes import innermost
 from graphwright.ir.check import restated
 from graphwright.ir.check.decode import DecodeCheck
-from graphwright.ir.check.difference import (
-    MOST_NAMED,
-    Difference,
-    difference,
-    first_difference,
-)
+from graphwright.ir.check.difference import MOST_NAMED, Difference, difference, first_difference
 from graphwright.ir.check.exact import disagreements
 from graphwright.ir.check.fidelity import Fidelity, compare, has_finite, merge
 from graphwright.ir.check.interface import check_interface

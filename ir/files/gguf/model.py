@@ -6,13 +6,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import graphwright
 from graphwright.ir.causes import innermost
 from graphwright.ir.errors import ModelError
 from graphwright.ir.files.coded.folder import load_coded
@@ -102,7 +102,7 @@ def read_gguf(path: Path, choice: DtypeChoice) -> GgufModel:
     with fits({name: tensor.data for name, tensor in file.tensors.items()}, path):
         module, notes = _built(path, config, tensors, dtype)
     _divide_frequencies(module, rotary_factors(file), path)
-    said = json.dumps([config, file.digest, graphwright.__version__])
+    said = json.dumps([config, file.digest, version("graphwright")])
 
     def fill(folder: Path) -> None:
         _write_config(folder, config, module)
