@@ -86,7 +86,7 @@ def test_what_a_format_cannot_hold_ends_the_run_before_lowering(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lowered: list[str] = []
-    monkeypatch.setattr("graphwright.job.pipeline._Job._lower", lambda *_: lowered.append("all"))
+    monkeypatch.setattr("graphwright.job.pipeline.Job._lower", lambda *_: lowered.append("all"))
     spec = (
         "version: 1\npasses: [quantize.int8: {activations: dynamic}]\n"
         "export: [gptq]\nlower: [onnxruntime]\n"
