@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from graphwright.ir.options import Rule
+from graphwright.ir.declarations import Rule
 from graphwright.specs.document import CHAINS, Node
 from graphwright.specs.entries import chain_nodes, entry_id
 from graphwright.specs.nearest import nearest

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from graphwright.ir.options import EVERY_DTYPE
+from graphwright.ir.declarations import EVERY_DTYPE
 from graphwright.specs.document import Node
 from graphwright.specs.entries import chain_nodes, entry_id
 from graphwright.specs.schema import PassFacts, Schema

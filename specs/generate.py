@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from graphwright.ir.files.exports import Export
     from graphwright.passes.base import Pass
 
-from graphwright.ir.options import EVERY_DTYPE
+from graphwright.ir.declarations import EVERY_DTYPE
 
 OUTPUT = Path(__file__).with_name("schema.json")
 FACTS = ("contract", "needs", "after", "before", "conflicts", "behind", "takes", "codes",

@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from graphwright.ir.options import EVERY_DTYPE
+from graphwright.ir.declarations import EVERY_DTYPE
 
 FILE = Path(__file__).with_name("schema.json")
 
