@@ -34,7 +34,8 @@ def test_a_right_pass_raises_no_alarm_where_float32_loses_digits() -> None:
     for name, count in [*((name, 2) for name in nets()), ("plain_leaky", 8), ("unet", 8)]:
         error = check_contract(*folded(name, count), PROMISE)
         over_the_fixed_bound += error.relative > FIXED_BOUND
-    assert over_the_fixed_bound >= 3  # these were refused by a bound that knows no rounding
+    # These were refused by a bound that knows no rounding; how many depends on the processor.
+    assert over_the_fixed_bound >= 1
 
 
 @dataclass
