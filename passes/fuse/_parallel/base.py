@@ -33,7 +33,7 @@ class ParallelPass(Pass[Targets]):
 
     def sets(self, graph: fx.Graph) -> Iterable[list[fx.Node]]:
         """Calls of linear layers that belong together, in the order of the joined result."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} defines no sets(graph)")
 
     def run(self, program: Program, context: Context) -> Result:
         editor = Editor(program, by=self.id)

@@ -31,11 +31,11 @@ def norms(graph: torch.fx.Graph) -> list[torch.fx.Node]:
 
 def test_a_right_pass_raises_no_alarm_where_float32_loses_digits() -> None:
     over_the_fixed_bound = 0
-    for name, count in [*((name, 2) for name in nets()), ("plain_leaky", 8), ("unet", 8)]:
+    more = [("plain_leaky", 4), ("plain_leaky", 8), ("plain_leaky", 16), ("unet", 8)]
+    for name, count in [*((name, 2) for name in nets()), *more]:
         error = check_contract(*folded(name, count), PROMISE)
         over_the_fixed_bound += error.relative > FIXED_BOUND
-    # These were refused by a bound that knows no rounding; how many depends on the processor.
-    assert over_the_fixed_bound >= 1
+    assert over_the_fixed_bound >= 3  # these were refused by a bound that knows no rounding
 
 
 @dataclass
