@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import graphwright as gw
 from graphwright.backends.onnxruntime.compiled import OnnxCompiled
 from graphwright.backends.onnxruntime.shared_cache import SharedCacheRunner
+from graphwright.backends.onnxruntime.steps import cached_attention
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.generation.concat import ConcatRunner
 from graphwright.ir.generation.record import Generation
@@ -123,6 +125,26 @@ def llama() -> nn.Module:
 @pytest.fixture(scope="module")
 def program(llama: nn.Module) -> gw.Program:
     return trace_decoder(llama, check=False)
+
+
+@pytest.mark.parametrize(("field", "change"), [("scale", 1 + 1e-4), ("window", 1)])
+def test_a_kernel_that_is_a_little_wrong_is_left_out(
+    field: str, change: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A factor off by a ten-thousandth, a window longer by a token: beyond what rounding loses."""
+    right = cached_attention.find_cached
+
+    def wrong(*arguments: Any) -> Any:
+        found, left = right(*arguments)
+        value = getattr(found[0], field)
+        bad = replace(found[0], **{field: value * change if field == "scale" else value + change})
+        return [bad, *found[1:]], left
+
+    monkeypatch.setattr(cached_attention, "find_cached", wrong)
+    compiled = lowered(build("mistral"))
+    assert "GroupQueryAttention" not in compiled.notes["kernels"]
+    assert compiled.notes["cache"]["form"] == "joined"
+    assert any("cached_attention" in line for line in compiled.notes["warnings"])
 
 
 @pytest.fixture(scope="module")
