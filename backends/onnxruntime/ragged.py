@@ -98,6 +98,9 @@ def check_ragged(
 
 
 def _alone(program: Program, record: Generation, ids: Tensor) -> tuple[Tensor, ...]:
+    """The inputs of a text's beginning: no past, and states that have seen nothing."""
     drawn = cached_inputs(program, record, 1, ids.shape[1], 0)
-    names = [spec.name for spec in program.signature.inputs]
-    return tuple(ids if n == record.ids else t for n, t in zip(names, drawn, strict=True))
+    fresh = {record.ids: ids}
+    named = {spec.name: t for spec, t in zip(program.signature.inputs, drawn, strict=True)}
+    fresh |= {past: torch.zeros_like(named[past]) for past, _ in record.states}
+    return tuple((named | fresh).values())

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from graphwright.ir.errors import ModelError
 from graphwright.ir.ops.attention import attention
 
 NAME = "graphwright"
@@ -99,7 +100,10 @@ def attention_forward(
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         if softcap or s_aux is not None:
-            raise NotImplementedError("capped scores or sinks with dropout or a bias of positions")
+            raise ModelError(
+                "its attention has capped scores or sinks, and dropout or a bias of positions "
+                "besides, which no op of ours computes"
+            )
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **others
         )
