@@ -89,7 +89,8 @@ def test_it_starts_as_the_program_with_the_formula_s_number_of_parameters() -> N
 
 
 def strongly_moved(adapted: gw.Program) -> gw.Program:
-    changed = moved(adapted, size=0.2)
+    """Its outputs stay near 1: far larger moves make sums that cancel, and rounding decides."""
+    changed = moved(adapted, size=0.07)
     cores = matrices(shared_of(changed), torch.tensor([[0.1, 0.9], [0.8, 0.2]]))
     assert float((cores[0] - cores[1]).abs().max()) > 0.1
     return changed
@@ -100,7 +101,7 @@ def test_every_sample_has_the_change_of_its_own_degradation(tmp_path: Path) -> N
     x = torch.randn(3, 3, 6, 8)
     values = degraded.estimator().eval()(x)
     wanted = by_hand(changed, net(), values, x)
-    torch.testing.assert_close(changed(x).detach(), wanted, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(changed(x).detach(), wanted, rtol=1e-4, atol=1e-4)
     other = x.clone()
     other[1] = torch.randn(3, 6, 8)
     assert torch.equal(changed(x)[[0, 2]], changed(other)[[0, 2]])
@@ -108,7 +109,7 @@ def test_every_sample_has_the_change_of_its_own_degradation(tmp_path: Path) -> N
     assert torch.equal(gw.load(tmp_path / "a.pt2")(x), changed(x))
     for backend in ("onnxruntime", "triton"):
         lowered = gw.lower(changed, backend)
-        torch.testing.assert_close(lowered(x).detach(), wanted, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(lowered(x).detach(), wanted, rtol=1e-4, atol=1e-4)
     with pytest.raises(ModelError, match="changes from sample to sample"):
         gw.passes.adapt.Merge()(changed)
     with pytest.raises(ModelError, match="no low-rank form"):
@@ -121,7 +122,7 @@ def test_the_degradation_may_be_an_input() -> None:
     x, values = torch.randn(2, 3, 6, 8), torch.tensor([[0.1, 0.9], [0.8, 0.2]])
     torch.manual_seed(0)
     wanted = by_hand(adapted, degraded.Given().eval(), values, x, values)
-    torch.testing.assert_close(adapted(x, values).detach(), wanted, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(adapted(x, values).detach(), wanted, rtol=1e-4, atol=1e-4)
     other = torch.tensor([[0.1, 0.9], [0.3, 0.3]])
     same = (adapted(x, values) == adapted(x, other)).flatten(1).all(1)
     assert same.tolist() == [True, False]
