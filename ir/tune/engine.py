@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,9 +23,9 @@ from graphwright.ir.tune.average import Average
 from graphwright.ir.tune.best import Best
 from graphwright.ir.tune.checkpoint import Checkpoint, make_key
 from graphwright.ir.tune.feed import Feed, Labelled
-from graphwright.ir.tune.history import History, Tuned
+from graphwright.ir.tune.history import History, Losses, Tuned
 from graphwright.ir.tune.hooks import Hook, Hooks, Moment
-from graphwright.ir.tune.losses import OF_TEACHER, Flat, check_teacher, make_loss
+from graphwright.ir.tune.losses import OF_TEACHER, Flat, Loss, check_teacher, make_loss
 from graphwright.ir.tune.mfac import MfacOptimizer
 from graphwright.ir.tune.optimizers import MakeOptimizer, make_optimizer
 from graphwright.ir.tune.options import TuneOptions
@@ -54,6 +54,7 @@ def tune(
     names: Collection[str] | None = None,
     optimizer: MakeOptimizer | None = None,
     masked: Collection[str] | None = None,
+    loss: Loss | None = None,
 ) -> Tuned:
     """Trains a program's parameters.
 
@@ -73,6 +74,8 @@ def tune(
         names: parameters to train; all trainable ones when None.
         optimizer: makes the optimizer, for a recipe with one of its own.
         masked: parameters whose zeros `keep_zeros` is about; all that are trained when None.
+        loss: of a recipe, in the place of that which the options name; held-out samples are
+            evaluated by it too.
 
     Returns:
         The program in inference mode, and the losses.
@@ -81,62 +84,67 @@ def tune(
         ArgumentError: data, loss and options do not go together, or accelerate is missing.
         ModelError: nothing can be trained, or the loss is no longer a finite number.
     """
-    loop = _Loop(program, data, options, context, hooks, evaluate, teacher, names, optimizer,
-                 masked)  # fmt: skip
+    loop = _Loop(_Run(program, data, options, context, hooks, evaluate, teacher, names, optimizer,
+                      masked, loss))  # fmt: skip
     with own_random_numbers(loop.processes.device):
         return loop.run()
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What `tune` was called with."""
+
+    program: Program
+    data: Iterable[Any]
+    options: TuneOptions
+    context: Context
+    hooks: Sequence[Hook]
+    evaluate: Evaluate | None
+    teacher: Program | None
+    names: Collection[str] | None
+    optimizer: MakeOptimizer | None
+    masked: Collection[str] | None
+    loss: Loss | None
+
+
 class _Loop:
-    def __init__(
-        self,
-        program: Program,
-        data: Iterable[Any],
-        options: TuneOptions,
-        context: Context,
-        hooks: Sequence[Hook],
-        evaluate: Evaluate | None,
-        teacher: Program | None,
-        names: Collection[str] | None,
-        optimizer: MakeOptimizer | None,
-        masked: Collection[str] | None,
-    ) -> None:
+    def __init__(self, run: _Run) -> None:
+        program, options, context, hooks = run.program, run.options, run.context, run.hooks
         self.options, self.context = options, context
         self.processes = Processes(context.device)
         device = self.processes.device
-        batches = as_batches(data, program.signature)
+        batches = as_batches(run.data, program.signature)
         self.feed = Feed(
             batches, self._seed, options.hold_out, self.processes.rank, self.processes.count,
             options.shuffle,
         )  # fmt: skip
         self.total = total_steps(options, self.feed)
-        chosen = choose(program, names, may_be_none=any(hook.own() for hook in hooks))
-        about = chosen if masked is None else [name for name in chosen if name in masked]
+        chosen = choose(program, run.names, may_be_none=any(hook.own() for hook in hooks))
+        about = chosen if run.masked is None else [n for n in chosen if n in run.masked]
         self.zeros = zeros_to_keep(program, about, options.keep_zeros)
         recipes = list(hooks)
         hooks = [*hooks, ZeroKeeper(self.zeros)] if self.zeros else hooks
         self.hooks = Hooks(hooks)
         self.working = Working(program, chosen, self.hooks, device)
-        teacher = (teacher or context.teacher) if options.loss in OF_TEACHER else None
+        teacher = (run.teacher or context.teacher) if options.loss in OF_TEACHER else None
         run_teacher = None if teacher is None else _frozen(teacher, program, device)
         parts = (options.loss, batches, context.folder, run_teacher)
-        self.loss = make_loss(*parts, options.label_smoothing)
-        self.score = make_score(
-            options.select, make_loss(*parts), batches.signature, context.folder
-        )
+        self.loss = run.loss or make_loss(*parts, options.label_smoothing)
+        unsmoothed = run.loss or make_loss(*parts)
+        self.score = make_score(options.select, unsmoothed, batches.signature, context.folder)
         if options.ema is not None and recipes:
             raise ArgumentError("ema averages over steps, and this recipe counts on the last one")
         self.average = None if options.ema is None else Average(self.working, options.ema)
         self.optimizer = (
             make_optimizer(self.working.trained, options, self.zeros)
-            if optimizer is None
-            else optimizer(self.working.trained, options)
+            if run.optimizer is None
+            else run.optimizer(self.working.trained, options)
         )
         self.full_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self.evaluate = evaluate or (self._held_out_score if options.hold_out else None)
+        self.evaluate = run.evaluate or (self._held_out_score if options.hold_out else None)
         self.evaluate_every = self._evaluation_interval()
         self.best = Best(options.patience, options.keep_best)
-        self.losses: list[Tensor | float] = []
+        self.losses = Losses()
         self.step = 0
         self.stopped = ""
         self.checkpoint = self._checkpoint(program, teacher, chosen, batches.source, hooks)
@@ -159,7 +167,7 @@ class _Loop:
             self._evaluate()
             if self.processes.is_main and self.checkpoint.is_due:
                 self._save()
-        self._finite_losses()
+        self.losses.finite()
         if self.processes.is_main and self.checkpoint.folder is not None:
             self._save()
         if self.best.tensors:
@@ -168,7 +176,7 @@ class _Loop:
         elif self.average is not None:
             self.working.load(self.average.values)
         history = History(
-            tuple(self._finite_losses()), tuple(self.best.evaluations), self.best.step,
+            tuple(self.losses.finite()), tuple(self.best.evaluations), self.best.step,
             self.stopped, {name: float(zero.float().mean()) for name, zero in self.zeros.items()},
             self.optimizer.window.nbytes if isinstance(self.optimizer, MfacOptimizer) else 0,
         )  # fmt: skip
@@ -271,27 +279,8 @@ class _Loop:
         if now - self._shown < SHOWN_EVERY and self.step < self.total:
             return
         self._shown = now
-        loss = self._finite_losses()[-1]
+        loss = self.losses.finite()[-1]
         self.context.progress(f"loss {loss:.4g}", self.step, self.total)
-
-    def _finite_losses(self) -> list[float]:
-        """All losses so far as numbers.
-
-        Raises:
-            ModelError: one of them is none; says in which step.
-        """
-        fresh = next(
-            (i for i, loss in enumerate(self.losses) if isinstance(loss, Tensor)), len(self.losses)
-        )
-        self.losses[fresh:] = [float(loss) for loss in self.losses[fresh:]]
-        numbers = [float(loss) for loss in self.losses]
-        for index in range(fresh, len(numbers)):
-            if not math.isfinite(numbers[index]):
-                raise ModelError(
-                    f"the loss is {numbers[index]} in step {index}",
-                    fix="Lower `lr`, add `warmup` or set `clip_norm`.",
-                )
-        return numbers
 
     def _checkpoint(
         self,
@@ -318,7 +307,7 @@ class _Loop:
             {
                 "step": self.step,
                 "stopped": self.stopped,
-                "losses": self._finite_losses(),
+                "losses": self.losses.finite(),
                 "tensors": dict(self.working.tensors()),
                 "optimizer": self.optimizer.state_dict(),
                 "hooks": self.hooks.state_dict(),
@@ -332,7 +321,7 @@ class _Loop:
         if state is None:
             return
         self.step, self.stopped = state["step"], state["stopped"]
-        self.losses = list(state["losses"])
+        self.losses = Losses(state["losses"])
         self.working.load(state["tensors"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.hooks.load_state_dict(state["hooks"])

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
+from graphwright.ir.errors import ModelError
 from graphwright.ir.program import Program
 
 
@@ -40,3 +44,32 @@ class Tuned:
 
     program: Program
     history: History
+
+
+class Losses:
+    """Losses of the steps so far; they stay on the device until they are asked for."""
+
+    def __init__(self, values: Iterable[float] = ()) -> None:
+        self._values: list[Tensor | float] = list(values)
+
+    def append(self, loss: Tensor) -> None:
+        """Adds the loss of a step."""
+        self._values.append(loss)
+
+    def finite(self) -> list[float]:
+        """All of them as numbers.
+
+        Raises:
+            ModelError: one of them is none; says in which step.
+        """
+        values = self._values
+        fresh = next((i for i, v in enumerate(values) if isinstance(v, Tensor)), len(values))
+        values[fresh:] = [float(value) for value in values[fresh:]]
+        numbers = [float(value) for value in values]
+        for index in range(fresh, len(numbers)):
+            if not math.isfinite(numbers[index]):
+                raise ModelError(
+                    f"the loss is {numbers[index]} in step {index}",
+                    fix="Lower `lr`, add `warmup` or set `clip_norm`.",
+                )
+        return numbers

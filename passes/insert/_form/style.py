@@ -10,22 +10,10 @@ from torch import Tensor, fx, nn
 
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.tune.hooks import Hook, Moment
+from graphwright.ir.tune.reversal import reverse_gradient
 from graphwright.passes.insert._form.scopes import scope_output
 
 EPSILON = 1e-6
-
-
-class Reversed(torch.autograd.Function):
-    """The identity, whose gradient is turned around and multiplied."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return -ctx.factor * gradients[0], None
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,8 +63,7 @@ class Style:
             return restyled(x, noises[0] * over_batch(mean), noises[1] * over_batch(deviation))
         if not self.is_set:
             self._set(mean, deviation)
-        turned: Any = Reversed.apply
-        scales = [turned(scale, self.factor) for scale in (self.mean, self.deviation)]
+        scales = [reverse_gradient(scale, self.factor) for scale in (self.mean, self.deviation)]
         return restyled(x, *(noise * scale for noise, scale in zip(noises, scales, strict=True)))
 
     @torch.no_grad()

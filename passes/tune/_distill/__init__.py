@@ -1,0 +1,1 @@
+"""Following teachers: what is compared, and how."""
