@@ -166,7 +166,8 @@ class Editor:
         """
         if not self.changed:
             return self.program
-        self.graph.eliminate_dead_code()
+        # what draws random numbers, as attention may, is dead too where nothing reads it
+        self.graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=False))
         used = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
         state = {name: tensor for name, tensor in self.state.items() if name in used}
         program = self.program.replace(graph=self.graph, state=state, facts=self.facts)

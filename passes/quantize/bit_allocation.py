@@ -15,7 +15,6 @@ from torch import Tensor
 
 from graphwright.ir.context import Context
 from graphwright.ir.data.batches import as_batches
-from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.graph.cost import cost
 from graphwright.ir.layers.kinds import PRODUCTS
@@ -23,9 +22,9 @@ from graphwright.ir.layers.products import weight_key, weight_node
 from graphwright.ir.layers.selectors import Layer, select
 from graphwright.ir.options import Bounded, Rule, Targets
 from graphwright.ir.program import Program
+from graphwright.ir.stored.transplant import mixed
 from graphwright.ir.tune.losses import main_output
 from graphwright.passes.base import MATRICES, WEIGHTS, Action, Pass, Result
-from graphwright.passes.quantize._low_bit.transplant import transplant
 from graphwright.passes.quantize._math.allocate import allocate
 from graphwright.passes.registry import find_pass
 
@@ -136,12 +135,13 @@ class BitAllocation(Pass[BitAllocationOptions]):
         for row, unit in enumerate(units):
             context.progress(f"sensitivity of {unit.name}", row + 1, len(units))
             for column, bits in enumerate(widths[1:], 1):
-                other = mixed(base, [(unit, made[bits].program)], self.id)
+                other = mixed(base, [(unit.nodes, made[bits].program)], self.id)
                 losses[row, column] = max(judge.loss(other) - start, LEAST)
         costs, budget = _costs(program, units, widths, options, context.folder)
         picks = allocate(losses, costs, budget)
         result = mixed(
-            base, [(u, made[widths[p]].program) for u, p in zip(units, picks, strict=True) if p],
+            base,
+            [(u.nodes, made[widths[p]].program) for u, p in zip(units, picks, strict=True) if p],
             self.id,
         )  # fmt: skip
         actions = [a for a in made[widths[0]].actions if a.layer not in
@@ -205,14 +205,6 @@ def _units(chosen: Sequence[Layer], program: Program, base: Program) -> list[Uni
         )
         for group in groups.values()
     ]
-
-
-def mixed(base: Program, parts: Iterable[tuple[Unit, Program]], by: str) -> Program:
-    """The base with some layers of other versions."""
-    editor = Editor(base, by=by)
-    for unit, source in parts:
-        transplant(editor, source, unit.nodes)
-    return editor.finish()
 
 
 def _costs(

@@ -16,7 +16,7 @@ from graphwright.ir.errors import ArgumentError
 from graphwright.ir.layers.products import weight_value
 from graphwright.ir.layers.selectors import layers
 from graphwright.ir.program import Program
-from graphwright.passes.quantize._low_bit.transplant import transplant
+from graphwright.ir.stored.transplant import transplant
 from graphwright.passes.quantize._math.allocate import allocate
 
 CHAIN = ("text", [("quantize.bit_allocation", {"quantizer": "quantize.rtn"})])

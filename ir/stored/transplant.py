@@ -58,3 +58,17 @@ def _belongs_to_layer(node: fx.Node) -> bool:
         return False
     is_ours = getattr(node.target, "namespace", "") == "graphwright"
     return is_ours or all(_belongs_to_layer(part) for part in node.all_input_nodes)
+
+
+def mixed(base: Program, parts: Iterable[tuple[Iterable[str], Program]], by: str) -> Program:
+    """A program with some calls as other versions of it have them.
+
+    Args:
+        base: a version of the program.
+        parts: names of calls, and the version that they are taken from.
+        by: id of the pass that edits.
+    """
+    editor = Editor(base, by=by)
+    for nodes, source in parts:
+        transplant(editor, source, nodes)
+    return editor.finish()
