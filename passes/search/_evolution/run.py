@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -27,7 +27,7 @@ AGREE = 0.05
 class EvolutionOptions(Bounded, Targets):
     """Options of the evolution."""
 
-    rules = (
+    rules: ClassVar[tuple[Rule, ...]] = (
         Rule("tokens", "len(tokens) == len(survivors)",
              "tokens {tokens} and survivors {survivors} are one value per stage of selection each"),
         Rule("survivors",
