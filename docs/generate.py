@@ -121,6 +121,8 @@ def spec_reference(schema: Schema) -> str:
             "",
             *_options(entry, schema),
         ]
+    for key, option in schema["$defs"]["CalibrationSection"]["properties"].items():
+        lines += _nested(key, option, schema)
     lines += ["", "## Options under `tune`", "", "Every pass that trains embeds them.", ""]
     tune = schema["$defs"]["tune.finetune"]["properties"]["tune"]
     lines += _options(_resolve(tune, schema), schema)
@@ -133,6 +135,17 @@ def spec_reference(schema: Schema) -> str:
     lines += [f"| `{name}` | {_cell(entry['description'])} |" for name, entry in formats.items()]
     lines += ["", "Each takes:", "", *_options(next(iter(formats.values())), schema)]
     return "\n".join(lines) + "\n"
+
+
+def _nested(path: str, option: Schema, schema: Schema) -> Iterator[str]:
+    """Tables of options inside an option, at every depth."""
+    if "$ref" not in option:
+        return
+    inside = _resolve(option, schema)
+    yield from ("", f"## Options under `{path}`", "", inside.get("description", ""), "")
+    yield from _options(inside, schema)
+    for key, part in inside["properties"].items():
+        yield from _nested(f"{path}.{key}", part, schema)
 
 
 def _sections(schema: Schema) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Rules between the options of one pass, backend or export, as the passes declare them."""
+"""Rules between the options of one pass, backend, export or section, as these declare them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from graphwright.specs.translate import Finding
 
 def between_findings(root: Node, schema: Schema, sound: Callable[..., bool]) -> Iterator[Finding]:
     """Options that do not go together, each at the option that the rule is about."""
+    yield from _in_sections(root, schema, sound)
     for section in CHAINS:
         for index, node in enumerate(chain_nodes(root, section)):
             name = entry_id(node)
@@ -26,6 +27,18 @@ def between_findings(root: Node, schema: Schema, sound: Callable[..., bool]) -> 
                 yield Finding(
                     (section, index, *((name, *place) if place else ())), message, suggestion
                 )
+
+
+def _in_sections(root: Node, schema: Schema, sound: Callable[..., bool]) -> Iterator[Finding]:
+    document = root.plain()
+    for section, part in schema.document["properties"].items():
+        name = part.get("$ref", "").removeprefix("#/$defs/")
+        written = document.get(section)
+        if not name or not isinstance(written, dict) or not sound(section):
+            continue
+        for at, message, suggestion in _faults(name, written, {}, schema):
+            place = at if at[-1] in _below(written, at[:-1]) else at[:-1]
+            yield Finding((section, *place), message, suggestion)
 
 
 _Fault = tuple[tuple[str, ...], str, str]

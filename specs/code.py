@@ -22,8 +22,9 @@ def named_code(spec: Spec) -> Iterator[tuple[Path, str]]:
         section = getattr(spec, key)
         if section is None:
             continue
-        if _FUNCTION.fullmatch(section.data) and not (spec.folder / section.data).exists():
-            yield (key, "data"), section.data
+        data = section.data or ""
+        if _FUNCTION.fullmatch(data) and not (spec.folder / data).exists():
+            yield (key, "data"), data
         if ":" in getattr(section, "metric", ""):
             yield (key, "metric"), section.metric
     for index, call in enumerate(spec.passes):

@@ -42,7 +42,9 @@ def meant_value(value: Any, expected: str, schema: dict[str, Any]) -> Any:
         return yaml_text(value)
     if expected == "array" and isinstance(value, str | int | float):
         return _items(value)
-    if expected == "object" and value is None and not schema.get("required"):
+    facts = schema.get("x-graphwright", {})
+    is_optional = not schema.get("required") and not facts.get("never_empty")
+    if expected == "object" and value is None and is_optional:
         return {}
     return UNKNOWN
 

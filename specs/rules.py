@@ -28,6 +28,9 @@ def rule_findings(root: Node, schema: Schema, sound: Callable[..., bool]) -> Ite
     yield from _inputs(document.get("model"), sound)
     if sound("passes") and sound("lower") and sound("model", "dtype"):
         yield from _dtype(document, root, schema)
+    for section in ("calibration", "training"):
+        if sound(section):
+            yield from _source(section, document.get(section))
     if sound("require") and sound("evaluate"):
         yield from _drop_without_metric(document)
     if sound("export"):
@@ -62,6 +65,21 @@ def _inputs(model: Any, sound: Callable[..., bool]) -> Iterator[Finding]:
             yield Finding((*path, "range"), message, swapped)
         if tensor.get("example") is not None and tensor.get("shape") is not None:
             yield from _example(path, tensor["shape"], tensor["example"], sizes)
+
+
+def _source(section: str, given: Any) -> Iterator[Finding]:
+    """Samples are read or made; options of how they are made are for those."""
+    if not isinstance(given, dict):
+        return
+    source = given.get("source")
+    if source != "bn_synthesis" and given.get("data") is None:
+        yield Finding(
+            (section,), f"'{section}' needs 'data', or 'source: bn_synthesis'", at_key=True
+        )
+    for key, owner in (("synthesis", "bn_synthesis"),):
+        if given.get(key) and source != owner:
+            message = f"{key} is for 'source: {owner}'"
+            yield Finding((section, key), message, at_key=True)
 
 
 def _scalar(path: Path, tensor: dict[str, Any]) -> Iterator[Finding]:

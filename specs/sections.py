@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field
 
 from graphwright.ir.options import Options, Rule
+from graphwright.ir.synthesis.options import SynthesisOptions
 
 FUNCTION = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 DIM = r"^[A-Za-z_]\w*$"
@@ -97,13 +98,19 @@ class ModelSection(Options):
     as they were before the first call, or `explicit`, inputs and outputs of the artifact."""
 
 
-class CalibrationSection(Options):
-    """Inputs that passes may look at while they change the program."""
+DATA = (
+    "`.npz` or `.safetensors` file or folder of `.npy` files with one array per input, `.txt` file "
+    "with one text per line, `module:function` that gives batches (imported and run, unless "
+    "`--no-code` is given), or `synthetic`. Paths start at the spec's folder."
+)
 
-    data: Text
-    """`.npz` or `.safetensors` file or folder of `.npy` files with one array per input, `.txt` file
-    with one text per line, `module:function` that gives batches (imported and run, unless
-    `--no-code` is given), or `synthetic`. Paths start at the spec's folder."""
+
+class DataSection(Options):
+    """Data, and how it is read."""
+
+    model_config = ConfigDict(json_schema_extra={"x-graphwright": {"never_empty": True}})
+
+    data: Annotated[Text | None, Field(description=DATA)] = None
 
     samples: Size | None = None
     """Number of samples to use, the first ones; all when left out (32 when synthetic)."""
@@ -130,13 +137,34 @@ class CalibrationSection(Options):
     messages with `role` and `content`, or else what a user says."""
 
 
+class CalibrationSection(DataSection):
+    """Inputs that passes may look at while they change the program."""
+
+    source: Literal["bn_synthesis"] | None = None
+    """Where samples come from that are not read: `bn_synthesis` makes images out of the model
+    itself, a classifier as it is before the first pass, by what its batch norms remember of the
+    data it was trained on; from those of `data`, where that is given, else from noise. 256 when
+    `samples` is left out. They have labels."""
+
+    synthesis: SynthesisOptions | None = None
+    """Options of `source: bn_synthesis`."""
+
+    def filled(self) -> Self:
+        """The section with the defaults of the options that its source has."""
+        if self.source != "bn_synthesis" or self.synthesis is not None:
+            return self
+        return self.model_copy(update={"synthesis": SynthesisOptions()})
+
+
 class TrainingSection(CalibrationSection):
     """Data that passes train on: samples with their labels (an array `labels`, or one
     value more in each batch). Batches are per process."""
 
 
-class EvaluateSection(CalibrationSection):
+class EvaluateSection(DataSection):
     """Measures the result on data that no pass has seen."""
+
+    data: Annotated[Text, Field(description=DATA)]
 
     rules = (
         Rule("steps", "steps is None or metric == 'agreement'", "steps are for `agreement`"),

@@ -208,9 +208,9 @@ def resolve(spec: Spec) -> dict[str, Any]:
 
     document: dict[str, Any] = {"version": 1, "model": section(spec.model)}
     if spec.calibration is not None:
-        document["calibration"] = section(spec.calibration)
+        document["calibration"] = section(spec.calibration.filled())
     if spec.training is not None:
-        document["training"] = section(spec.training)
+        document["training"] = section(spec.training.filled())
     if spec.evaluate is not None:
         document["evaluate"] = section(spec.evaluate)
     document["require"] = section(spec.require)

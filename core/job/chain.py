@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from graphwright.ir.errors import ContractError, GraphwrightError
 from graphwright.ir.lack import lack
 from graphwright.job.checkpoint import Checkpoints
+from graphwright.job.data import write_made
 from graphwright.job.keys import chain_keys
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def _one_pass(
         try:
             error = checker.accept(result.program, step.promise())
         except ContractError as failure:
-            raise _with_reproducer(run, failure, program, index) from failure
+            raise _with_reproducer(run, failure, program, index, context) from failure
     said = [f"{call.id}: {text}" for text in result.warnings]
     for text in said:
         run.warn(text)
@@ -171,7 +172,7 @@ def _executed(run: Run, step: Pass[Any], program: Program, context: Context) -> 
 
 
 def _with_reproducer(
-    run: Run, failure: ContractError, program: Program, index: int
+    run: Run, failure: ContractError, program: Program, index: int, context: Context
 ) -> ContractError:
     """The same failure, with the program before the pass and a spec of that pass on disk."""
     from graphwright.specs.emit import to_yaml
@@ -182,13 +183,16 @@ def _with_reproducer(
     for name, given in (("calibration", run.spec.calibration), ("training", run.spec.training)):
         if given is not None:
             section = given.model_dump(mode="json", exclude_none=True)
-            data = Path(run.spec.folder) / section["data"]
-            document[name] = {**section, "data": str(data.absolute())} if data.exists() else section
+            data = Path(run.spec.folder) / section.get("data", "")
+            is_file = "data" in section and data.exists()
+            document[name] = {**section, "data": str(data.absolute())} if is_file else section
     document["lock"] = {"behind": [done.id for done in program.provenance]}
     document["passes"] = [{call.id: call.options} if call.options else call.id]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         program.save(folder / "before.pt2")
+        for name in ("calibration", "training"):
+            write_made(document.get(name, {}), getattr(context, name), folder, name)
         (folder / "spec.yaml").write_text(to_yaml(document), encoding="utf-8")
     except (GraphwrightError, OSError) as error:
         lost = f"no reproducer: {error}"

@@ -62,8 +62,10 @@ def _of_data(folder: Path, section: CalibrationSection | None, batches: Batches 
     """
     if section is None:
         return ""
-    path = folder / section.data
     settings = section.model_dump(mode="json")
+    if section.source is not None or section.data is None:  # made of the model: see the batches
+        return chain_key("" if batches is None else _of_batches(batches), **settings)
+    path = folder / section.data
     if section.data == "synthetic":  # follows from the seed and the program
         return chain_key("", **settings)
     if path.exists() and path.suffix != ".txt":

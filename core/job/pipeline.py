@@ -17,6 +17,7 @@ from graphwright.ir.errors import LoweringError, RequirementError
 from graphwright.ir.lack import lacks_told
 from graphwright.ir.user_code import watched
 from graphwright.job.chain import run_chain
+from graphwright.job.data import read_data, seen_data
 from graphwright.job.decode import decode_error
 from graphwright.job.environment import deterministic, environment
 from graphwright.job.left import left_as_they_are
@@ -104,9 +105,8 @@ class Job:
     def build(self, loaded: LoadedModel, original: Program) -> Outcome:
         """Everything but the files of the report; no report in a process that only helps."""
         exports = self._exports(original)
-        calibration = self._data(self.spec.calibration, original, loaded)
-        training = self._data(self.spec.training, original, loaded)
         held_out = self._held_out(original, loaded)
+        calibration, training = seen_data(self.run, original, loaded.tokenizer, self.parts)
         program, records, checker = run_chain(self.run, original, calibration, training)
         if not self.run.place.is_main:
             return Outcome(self.run.place.out, {}, program)
@@ -171,8 +171,6 @@ class Job:
         return program
 
     def _data(self, section: Any, program: Program, loaded: LoadedModel) -> Batches | None:
-        from graphwright.job.data import read_data
-
         if section is None:
             return None
         return read_data(self.run, section, program, loaded.tokenizer, self.parts)

@@ -47,6 +47,16 @@ class OutputPlace:
         """Folder that the pass at this place of the chain may write, for a resume within it."""
         return self.work / "passes" / f"{index:03d}"
 
+    @property
+    def data_work(self) -> Path:
+        """Folder of data that a run makes, for a resume within it."""
+        return self.work / "data"
+
+    def drop_data_work(self) -> None:
+        """Removes data that an earlier run has made."""
+        if self.is_main:
+            shutil.rmtree(self.data_work, ignore_errors=True)
+
     def drop_pass_work(self) -> None:
         """Removes what passes have written."""
         if self.is_main:
@@ -120,7 +130,7 @@ class OutputPlace:
 
     def _tidy(self) -> None:
         """Removes a work folder in which nothing is left that a later run could use."""
-        useful = [self.work / name for name in ("checkpoints", "passes", "parts", "result")]
+        useful = [self.work / name for name in ("checkpoints", "data", "passes", "parts", "result")]
         if not any(folder.exists() for folder in useful):
             shutil.rmtree(self.work, ignore_errors=True)
 
@@ -152,7 +162,7 @@ class OutputPlace:
             late = [name for name in self._foreign(old) if name not in known]
             names += carry([old / name for name in late], old, self.out)
             shutil.rmtree(old, ignore_errors=True)
-        for kept in ("checkpoints", "parts"):
+        for kept in ("checkpoints", "data", "parts"):
             shutil.rmtree(self.work / kept, ignore_errors=True)
         self.drop_pass_work()
         return names

@@ -52,6 +52,7 @@ class Run:
         warnings: one line each, for the report.
         code: the user's own code that ran, one line each.
         part: name of the part of the model that this run is about; empty where it is one program.
+        made: whether data was made of the model in this run.
     """
 
     spec: Spec
@@ -63,6 +64,7 @@ class Run:
     warnings: list[str] = field(default_factory=list)
     code: list[str] = field(default_factory=list)
     part: str = ""
+    made: bool = False
 
     def of_part(self, name: str, spec: Spec) -> Run:
         """The same run on one part of the model, with a place and a spec of its own."""

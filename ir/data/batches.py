@@ -39,6 +39,7 @@ __all__ = [
     "batch_size",
     "check_batch",
     "example_sizes",
+    "from_table",
     "load_data",
     "synthetic_inputs",
 ]
@@ -200,7 +201,7 @@ def _opened(
         raise ArgumentError(f"{given[0]} is for text, a .txt file", where=data)
     if isinstance(source, dict):
         signature = started(whole, source)
-        return _from_table(data, source, signature, samples, size)
+        return from_table(data, source, signature, samples, size)
     if isinstance(source, TextSource):
         return _from_text(data, source, signature, samples, size, section)
     return _from_stream(data, source, whole, samples)
@@ -234,9 +235,10 @@ def batch_size(inputs: RawBatch, signature: Signature) -> int:
 # --- kinds of source ---------------------------------------------------------------------------
 
 
-def _from_table(
+def from_table(
     data: str, table: Table, signature: Signature, samples: int | None, size: int
 ) -> Batches:
+    """Batches of columns with samples on their first axis: see `load_data`."""
     check_names(list(table), signature, data)
     label = next((n for n in LABEL_NAMES if n in table and not _is_input(n, signature)), None)
     batched = {n: c for n, c in table.items() if n == label or _is_batched(n, c, signature)}
