@@ -28,6 +28,9 @@ from graphwright.passes.base import MATRICES, WEIGHTS, Action, Pass, Result
 from graphwright.passes.quantize._math.allocate import allocate
 from graphwright.passes.registry import find_pass
 
+ERROR_DAG = "analyze.error_dag"
+"""The fact that holds influences by layer."""
+
 LEAST = 1e-6
 """Smallest increase of the loss that a layer counts with (P47, the released code)."""
 
@@ -40,6 +43,8 @@ class BitAllocationOptions(Bounded, Targets):
              "bit_allocation cannot quantize by itself"),
         Rule("measure", "measure != 'latency' or table is not None",
              "measure is latency, and no `table` is given"),
+        Rule("loss", "sensitivity == 'measured' or 'loss' not in given",
+             "loss has no part in sensitivity {sensitivity}"),
     )  # fmt: skip
 
     quantizer: str = "quantize.adaquant"
@@ -69,6 +74,10 @@ class BitAllocationOptions(Bounded, Targets):
     loss: Literal["kl", "mse", "cross_entropy"] = "kl"
     """The measure: `kl` of the outputs, as logits, from the model's own; `mse` of the outputs,
     relative to their size; `cross_entropy` with the labels of the calibration data."""
+
+    sensitivity: Literal["measured", "error_dag"] = "measured"
+    """Where a layer's increase comes from: `measured` one by one, in as many runs as there are
+    layers and smaller widths; `error_dag`, the influences that `analyze.error_dag` has noted."""
 
     @model_validator(mode="after")
     def _quantizer_takes_its_options(self) -> Self:
@@ -106,7 +115,8 @@ class BitAllocation(Pass[BitAllocationOptions]):
     """Quantizes the program once per width, and mixes the layers within a budget at least loss.
 
     The loss of the network on the calibration data is measured with every layer in turn at every
-    smaller width, all others at the largest; an integer program then chooses one width per layer
+    smaller width, all others at the largest (or follows from what `analyze.error_dag` has noted);
+    an integer program then chooses one width per layer
     with the least sum of increases within the budget, and is solved exactly. That increases add up
     is an assumption; the loss of the mix is measured and reported beside their sum.
 
@@ -131,12 +141,10 @@ class BitAllocation(Pass[BitAllocationOptions]):
         units = _units(chosen, program, base)
         judge = Judge(program, context.batches, options.loss)
         start = judge.loss(base)
-        losses = np.zeros((len(units), len(widths)))
-        for row, unit in enumerate(units):
-            context.progress(f"sensitivity of {unit.name}", row + 1, len(units))
-            for column, bits in enumerate(widths[1:], 1):
-                other = mixed(base, [(unit.nodes, made[bits].program)], self.id)
-                losses[row, column] = max(judge.loss(other) - start, LEAST)
+        losses = (
+            noted_losses(program, units, widths) if options.sensitivity == "error_dag"
+            else self._measured(judge, base, made, units, widths, context)
+        )  # fmt: skip
         costs, budget = _costs(program, units, widths, options, context.folder)
         picks = allocate(losses, costs, budget)
         result = mixed(
@@ -159,6 +167,19 @@ class BitAllocation(Pass[BitAllocationOptions]):
             "budget": budget,
         }
         return Result(result, tuple(actions), metrics)
+
+    def _measured(
+        self, judge: Judge, base: Program, made: Mapping[int, Result], units: Sequence[Unit],
+        widths: Sequence[int], context: Context,
+    ) -> np.ndarray:  # fmt: skip
+        start = judge.loss(base)
+        losses = np.zeros((len(units), len(widths)))
+        for row, unit in enumerate(units):
+            context.progress(f"sensitivity of {unit.name}", row + 1, len(units))
+            for column, bits in enumerate(widths[1:], 1):
+                other = mixed(base, [(unit.nodes, made[bits].program)], self.id)
+                losses[row, column] = max(judge.loss(other) - start, LEAST)
+        return losses
 
     def _quantized(self, program: Program, bits: int, context: Context) -> Result:
         quantizer: Pass = self.options.quantizer_of(bits)
@@ -205,6 +226,34 @@ def _units(chosen: Sequence[Layer], program: Program, base: Program) -> list[Uni
         )
         for group in groups.values()
     ]
+
+
+def noted_losses(program: Program, units: Sequence[Unit], widths: Sequence[int]) -> np.ndarray:
+    """(units, widths): growth of the output's squared error, relative to that at the largest width.
+
+    A bit less doubles a layer's error, and the output's grows by 2 ** influence.
+
+    Raises:
+        ArgumentError: no influences are noted, or those of a layer are missing.
+    """
+    noted = program.facts.get(ERROR_DAG)
+    if noted is None:
+        raise ArgumentError(
+            "sensitivity is error_dag, and the program has no influences",
+            fix=f"Put {ERROR_DAG} in front, behind every pass that changes layers.",
+        )
+    known = noted["influence"]
+    rows = []
+    for unit in units:
+        named = [known[name] for name in unit.layers if name in known]
+        if not named:
+            raise ArgumentError(
+                f"{ERROR_DAG} has noted no influence of {unit.name!r}",
+                fix="Give both passes the same `targets`.",
+            )
+        lost = np.array([widths[0] - bits for bits in widths], float)
+        rows.append(np.maximum(4.0 ** (max(named) * lost) - 1, np.where(lost > 0, LEAST, 0)))
+    return np.stack(rows)
 
 
 def _costs(
