@@ -3,7 +3,8 @@
 The file is an export archive (graph as JSON, weights as raw aligned bytes, nothing pickled) with
 two extra texts: `graphwright.json` (signature, state order, node records, aliases, provenance,
 facts) and `examples.b64` (example inputs as base64 of safetensors). Its bytes depend on the
-program alone: no paths, times or file names are in it.
+program alone: no paths, times or file names are in it. Behind `store.entropy` codes are streams
+that only ours reads (`entropy/`); torch's refuses the file, for they are shorter than its tensors.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from graphwright.ir.atomic import replacing
 from graphwright.ir.causes import innermost
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.files.bounds import bounded
+from graphwright.ir.files.entropy.members import PREFIX, Coding
 from graphwright.ir.files.export_file import read_export
 from graphwright.ir.files.exported import from_exported_program, to_exported_program
 from graphwright.ir.files.size_calls import restore, spell
@@ -48,6 +50,7 @@ def save_program(program: Program, path: str | Path) -> None:
 
     Tensors are written from where they are, one at a time: no second copy of the model is made,
     except of tensors that are views of a larger storage (copied one by one) or not on the CPU.
+    Behind `store.entropy` each tensor of codes is coded as it is written.
 
     Raises:
         ArgumentError: a call that torch's format does not know, a tensor of a kind that cannot be
@@ -66,7 +69,7 @@ def save_program(program: Program, path: str | Path) -> None:
     extras = {RECORD: _record(program, sizes), EXAMPLES: _examples_text(program.examples)}
     try:
         with replacing(path) as file:
-            _write(file, exported, extras)
+            _write(file, exported, extras, Coding.of(program.facts))
     except OSError as error:
         raise cannot_write("the program", path, error) from error
 
@@ -185,14 +188,16 @@ def _examples(text: str, count: int) -> tuple[torch.Tensor, ...]:
     return tuple(tensors[str(i)] for i in range(count))
 
 
-def _write(file: IO[bytes], exported: ExportedProgram, extras: dict[str, str]) -> None:
+def _write(
+    file: IO[bytes], exported: ExportedProgram, extras: dict[str, str], coding: Coding | None
+) -> None:
     """The archive layout of `torch.export.save`, weights written without a copy in memory."""
     from torch.export.pt2_archive._package import PT2ArchiveWriter
 
     for node in exported.graph.nodes:
         node.meta.pop("custom", None)  # in our own record, for every kind of node
     with PT2ArchiveWriter(file) as writer:
-        config = _write_weights(writer, exported)
+        config = _write_weights(writer, exported, coding)
         writer.write_string("data/weights/model_weights_config.json", json.dumps(config))
         writer.write_string("data/constants/model_constants_config.json", '{"config": {}}')
         writer.write_bytes("models/model.json", _graph_json(exported))
@@ -261,7 +266,7 @@ def _simplified(expression: str) -> int | str:
     return int(parsed) if parsed.is_Integer else str(sympy.srepr(parsed))
 
 
-def _write_weights(writer: Any, exported: ExportedProgram) -> dict[str, Any]:
+def _write_weights(writer: Any, exported: ExportedProgram, coding: Coding | None) -> dict[str, Any]:
     from torch._export.serde.serialize import _dataclass_to_dict, serialize_tensor_meta
 
     entries: dict[str, Any] = {}
@@ -270,10 +275,7 @@ def _write_weights(writer: Any, exported: ExportedProgram) -> dict[str, Any]:
         compact = _compact(name, tensor)
         member = members.get(id(tensor))
         if member is None:
-            member = members[id(tensor)] = f"weight_{len(members)}"
-            storage = compact.untyped_storage()
-            nbytes = storage.nbytes() if compact.numel() else 0
-            writer.archive_file.write_record(f"data/weights/{member}", storage, nbytes)
+            member = members[id(tensor)] = _write_tensor(writer, len(members), compact, coding)
         meta = _dataclass_to_dict(serialize_tensor_meta(compact))
         meta["requires_grad"] = tensor.requires_grad
         entries[name] = {
@@ -283,6 +285,18 @@ def _write_weights(writer: Any, exported: ExportedProgram) -> dict[str, Any]:
             "tensor_meta": meta,
         }
     return {"config": entries}
+
+
+def _write_tensor(writer: Any, index: int, compact: torch.Tensor, coding: Coding | None) -> str:
+    """The name of the member that now holds the tensor, as it is or as a stream."""
+    stream = coding.stream(compact) if coding else None
+    if stream is not None:
+        writer.write_bytes(f"data/weights/{PREFIX}{index}", stream)
+        return f"{PREFIX}{index}"
+    storage = compact.untyped_storage()
+    nbytes = storage.nbytes() if compact.numel() else 0
+    writer.archive_file.write_record(f"data/weights/weight_{index}", storage, nbytes)
+    return f"weight_{index}"
 
 
 def _compact(name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 from graphwright.ir.causes import innermost
 from graphwright.ir.errors import ModelError
 from graphwright.ir.files.bounds import refuse_name, refuse_repeated
+from graphwright.ir.files.entropy import members as coded
 from graphwright.ir.files.export_scan import scan_model
 from graphwright.ir.files.operators import NAMESPACES
 from graphwright.ir.files.pickles import listed, read_content, refuse_absurd, unsafe
@@ -61,7 +62,6 @@ def read_export(path: Path) -> tuple[ExportedProgram, dict[str, str]]:
     )
     weights = _tensors(archive, storage, "weights", name)
     constants = _tensors(archive, storage, "constants", name)
-    refuse_repeated([weights, constants], path)
     examples = _sample_inputs(archive, name)
     program = _deserialize(model, weights, constants, str(path))
     program.example_inputs = examples
@@ -151,6 +151,8 @@ def _tensors(
     table = _json(archive, f"data/{folder}/{name}_{folder}_config.json")
     seen: dict[tuple[Any, ...], torch.Tensor] = {}
     out: dict[str, torch.Tensor] = {}
+    mapped: dict[str, torch.Tensor] = {}
+    streams: dict[str, torch.Tensor] = {}
     where = str(archive.path)
     try:
         for key, entry in table["config"].items():
@@ -163,17 +165,43 @@ def _tensors(
             member = archive.members.get(f"data/{folder}/{entry['path_name']}")
             if member is None:
                 raise ModelError(f"the bytes of tensor {key!r} are missing", where=where)
+            if entry["path_name"].startswith(coded.PREFIX):
+                out[key] = _decoded(archive, member, entry, streams, f"{where}: tensor {key!r}")
+                continue
             tensor = _tensor(storage, member, entry, f"{where}: tensor {key!r}")
             identity = (member.name, tensor.dtype, tensor.shape, tensor.stride(),
                         tensor.storage_offset(), entry["is_param"])  # fmt: skip
-            out[key] = seen.setdefault(identity, tensor)
+            out[key] = mapped[key] = seen.setdefault(identity, tensor)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ModelError(
             f"the table of {folder} is not what torch.export writes",
             where=where,
             details=(f"{type(error).__name__}: {error}",),
         ) from error
+    refuse_repeated(mapped, archive.path)
     return out
+
+
+def _decoded(
+    archive: Archive, member: Member, entry: dict[str, Any], seen: dict[str, torch.Tensor],
+    where: str,
+) -> torch.Tensor:  # fmt: skip
+    """The tensor of a stream, decoded once for all names of a tied one."""
+    from torch._export.serde.serialize import _SERIALIZE_TO_TORCH_DTYPE
+
+    meta = entry["tensor_meta"]
+    shape = [int(size["as_int"]) for size in meta["sizes"]]
+    dtype = _SERIALIZE_TO_TORCH_DTYPE[meta["dtype"]]
+    strides = [int(stride["as_int"]) for stride in meta["strides"]]
+    dense = torch.empty_strided(shape, strides, device="meta").is_contiguous()
+    if entry["is_param"] or not dense or int(meta["storage_offset"]["as_int"]):
+        raise ModelError("entropy-coded bytes stand for dense codes alone", where=where)
+    if member.name not in seen:
+        data = archive.read(f"data/weights/{entry['path_name']}", member.size)
+        seen[member.name] = coded.read(data, dtype, shape, where)
+    if list(seen[member.name].shape) != shape or seen[member.name].dtype != dtype:
+        raise ModelError("two names of one tensor have different shapes", where=where)
+    return seen[member.name]
 
 
 def _tensor(
