@@ -14,12 +14,13 @@ from torch import Tensor
 
 from graphwright.ir.causes import innermost
 from graphwright.ir.context import Context
-from graphwright.ir.data.batches import as_batches
+from graphwright.ir.data.batches import as_batches, batch_size
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.graph.digest import digest
 from graphwright.ir.program import Program
 from graphwright.ir.signature import rebuild
 from graphwright.ir.tune.average import Average
+from graphwright.ir.tune.batch_size import make_batch_size
 from graphwright.ir.tune.best import Best
 from graphwright.ir.tune.checkpoint import Checkpoint, make_key
 from graphwright.ir.tune.feed import Feed, Labelled
@@ -27,10 +28,11 @@ from graphwright.ir.tune.history import History, Losses, Tuned
 from graphwright.ir.tune.hooks import Hook, Hooks, Moment
 from graphwright.ir.tune.losses import OF_TEACHER, Flat, Loss, check_teacher, make_loss
 from graphwright.ir.tune.mfac import MfacOptimizer
+from graphwright.ir.tune.mix import mixed
 from graphwright.ir.tune.optimizers import MakeOptimizer, make_optimizer
 from graphwright.ir.tune.options import TuneOptions
 from graphwright.ir.tune.processes import Processes
-from graphwright.ir.tune.schedule import lr_factor, total_steps
+from graphwright.ir.tune.schedule import evaluation_interval, lr_factor, total_steps
 from graphwright.ir.tune.select import make_score, mean_score
 from graphwright.ir.tune.working import Working, choose, frozen, own_random_numbers
 from graphwright.ir.tune.zeros import ZeroKeeper, zeros_to_keep
@@ -118,6 +120,7 @@ class _Loop:
             batches, self._seed, options.hold_out, self.processes.rank, self.processes.count,
             options.shuffle,
         )  # fmt: skip
+        self.mixed = mixed(self.feed, options.mix, context.folder)
         self.total = total_steps(options, self.feed)
         chosen = choose(program, run.names, may_be_none=any(hook.own() for hook in hooks))
         about = chosen if run.masked is None else [n for n in chosen if n in run.masked]
@@ -142,10 +145,15 @@ class _Loop:
         )
         self.full_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.evaluate = run.evaluate or (self._held_out_score if options.hold_out else None)
-        self.evaluate_every = self._evaluation_interval()
+        self.evaluate_every = evaluation_interval(
+            options, self.feed, self.total, is_evaluated=self.evaluate is not None
+        )
         self.best = Best(options.patience, options.keep_best)
         self.losses = Losses()
-        self.step = 0
+        self.step = self.read = 0
+        self.budget = self.total * options.accumulate
+        rows = 0 if batches.rows is None else batches.rows.size
+        self.size = make_batch_size(options, recipes, self.processes.count, rows)
         self.stopped = ""
         self.checkpoint = self._checkpoint(program, teacher, chosen, batches.source, hooks)
         self._shown = time.monotonic()
@@ -159,10 +167,11 @@ class _Loop:
                 fix="Let them share one work folder, and start again.",
             )
         model = self.processes.wrap(self.working, self.working.trained_names())
-        batches = self.feed.batches(self.step * self.options.accumulate)
-        while self.step < self.total and not self.stopped:
-            self._one_step(model, [next(batches) for _ in range(self.options.accumulate)])
-            self.step += 1
+        batches = self.mixed.batches(self.read)
+        while not self._is_done() and not self.stopped:
+            count = min(self.size.batches, self.budget - self.read)
+            self._one_step(model, [next(batches) for _ in range(count)])
+            self.step, self.read = self.step + 1, self.read + count
             self._look()
             self._evaluate()
             if self.processes.is_main and self.checkpoint.is_due:
@@ -179,13 +188,14 @@ class _Loop:
             tuple(self.losses.finite()), tuple(self.best.evaluations), self.best.step,
             self.stopped, {name: float(zero.float().mean()) for name, zero in self.zeros.items()},
             self.optimizer.window.nbytes if isinstance(self.optimizer, MfacOptimizer) else 0,
+            tuple(self.size.samples),
         )  # fmt: skip
         return Tuned(self.working.result(), history)
 
     # ---- a step
 
     def _one_step(self, model: torch.nn.Module, batches: list[Labelled]) -> None:
-        factor = lr_factor(self.options, self.step, self.total)
+        factor = lr_factor(self.options, self.read / self.options.accumulate, self.total)
         for group, full in zip(self.optimizer.param_groups, self.full_lr, strict=True):
             group["lr"] = full * factor
         self.optimizer.zero_grad()
@@ -194,7 +204,10 @@ class _Loop:
             last = micro == len(batches) - 1
             alone = self.processes.accelerator.no_sync(model)
             with contextlib.nullcontext() if last else alone:
-                losses.append(self._backward(model, self._moment(micro), batch))
+                losses.append(self._backward(model, self._moment(micro), batch, len(batches)))
+            rows = batch_size(batch, self.working.base.signature)
+            self.size.add(self.working.trained.values(), rows, len(batches))
+        self.size.close(len(batches))
         at = self._moment(len(batches) - 1)
         if self.options.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(at.parameters.values(), self.options.clip_norm)
@@ -207,8 +220,8 @@ class _Loop:
         if self.average is not None:
             self.average.update()
 
-    def _backward(self, model: torch.nn.Module, at: Moment, batch: Labelled) -> Tensor:
-        """Adds the gradients of a batch; returns its loss."""
+    def _backward(self, model: torch.nn.Module, at: Moment, batch: Labelled, count: int) -> Tensor:
+        """Adds the gradients of one of `count` batches; returns its loss."""
         device, signature = self.processes.device, self.working.base.signature
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         torch.manual_seed(self._seed("dropout", at.step, at.micro, self.processes.rank))
@@ -222,7 +235,7 @@ class _Loop:
             loss = self.hooks.on_loss(replace(at, also=tuple(also)), loss, outputs, batch)
             del found, outputs, also  # backward keeps what it needs of them
             self.hooks.before_backward(at, loss)
-            self.processes.accelerator.backward(loss / self.options.accumulate)
+            self.processes.accelerator.backward(loss / count)
         except RuntimeError as error:
             first = innermost(error)
             raise ModelError(f"training step {at.step} failed: {first}") from error
@@ -236,12 +249,15 @@ class _Loop:
         enabled = self.options.precision == "bf16"
         return torch.autocast(self.processes.device.type, torch.bfloat16, enabled=enabled)
 
+    def _is_done(self) -> bool:
+        return self.read >= self.budget
+
     # ---- evaluation
 
     def _evaluate(self) -> None:
         if self.evaluate is None:
             return
-        if self.step % self.evaluate_every and self.step < self.total:
+        if self.step % self.evaluate_every and not self._is_done():
             return
         self.working.at = replace(self._moment(0), is_training=False)
         averaged = contextlib.nullcontext() if self.average is None else self.average.in_place()
@@ -250,37 +266,22 @@ class _Loop:
             is_best = self.best.add(self.step, value, self.working.tensors())
         if is_best:
             self.hooks.keep_best()
-        if self.best.is_out_of_patience and self.step < self.total:
+        if self.best.is_out_of_patience and not self._is_done():
             self.stopped = f"no better evaluation in the last {self.options.patience}"
 
     def _held_out_score(self, program: Program) -> float:
         with self._precision():
             return mean_score(program, self.feed.held_out(), self.score, self.processes.device)
 
-    def _evaluation_interval(self) -> int:
-        options = self.options
-        if self.evaluate is None:
-            if options.patience or options.evaluate_every:
-                given = "patience" if options.patience else "evaluate_every"
-                raise ArgumentError(
-                    f"{given} needs an evaluation", fix="Set hold_out to a share of the samples."
-                )
-            return 0
-        if options.evaluate_every is not None:
-            return options.evaluate_every
-        if self.feed.data.rows is None:
-            return self.total
-        return max(1, self.feed.epoch_batches() // options.accumulate)
-
     # ---- what is seen and kept
 
     def _look(self) -> None:
         now = time.monotonic()
-        if now - self._shown < SHOWN_EVERY and self.step < self.total:
+        if now - self._shown < SHOWN_EVERY and not self._is_done():
             return
         self._shown = now
         loss = self.losses.finite()[-1]
-        self.context.progress(f"loss {loss:.4g}", self.step, self.total)
+        self.context.progress(f"loss {loss:.4g}", self.read // self.options.accumulate, self.total)
 
     def _checkpoint(
         self,
@@ -306,6 +307,9 @@ class _Loop:
         self.checkpoint.save(
             {
                 "step": self.step,
+                "read": self.read,
+                "batches": self.size.batches,
+                "batch_sizes": self.size.samples,
                 "stopped": self.stopped,
                 "losses": self.losses.finite(),
                 "tensors": dict(self.working.tensors()),
@@ -321,6 +325,8 @@ class _Loop:
         if state is None:
             return
         self.step, self.stopped = state["step"], state["stopped"]
+        self.read, self.size.batches = state["read"], state["batches"]
+        self.size.samples = list(state["batch_sizes"])
         self.losses = Losses(state["losses"])
         self.working.load(state["tensors"])
         self.optimizer.load_state_dict(state["optimizer"])

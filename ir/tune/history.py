@@ -22,6 +22,7 @@ class History:
         best_step: steps done at the best evaluation; None where nothing was evaluated.
         stopped: why it ended before the last step; empty when it did not.
         zeros: share of zeros that stayed zero, by the name of each weight that has such.
+        batch_sizes: samples of every step, where `batch_size` lets them grow.
         window_bytes: memory of the gradients that the optimizer `mfac` kept; 0 for the others.
     """
 
@@ -31,6 +32,7 @@ class History:
     stopped: str = ""
     zeros: Mapping[str, float] = field(default_factory=dict)
     window_bytes: int = 0
+    batch_sizes: tuple[int, ...] = ()
 
     @property
     def steps(self) -> int:

@@ -43,7 +43,13 @@ class Hook:
     every other one that is asked for), `on_loss`, `before_backward`, `after_backward`.
     After the last batch of a step: clipping, `before_step`, the optimizer's step, `after_step`.
     What a hook writes, it writes under `torch.no_grad()` and in place.
+
+    Attributes:
+        counts_steps: whether what it does is spread over `Moment.total` steps, so that a run must
+            not end in fewer.
     """
+
+    counts_steps: bool = False
 
     def own(self) -> Mapping[str, nn.Parameter]:
         """Parameters of the recipe's own, trained along with the program's: by names that are not

@@ -88,8 +88,8 @@ def cross_entropy(logits: Tensor, batch: Mapping[str, Tensor], smoothing: float 
 
     Args:
         logits: (batch, ..., classes) or (batch, classes, ...), beside labels (batch, ...).
-        batch: `labels` are class indices, -100 where they do not count; or shares of all classes,
-            in the shape of the logits.
+        batch: `labels` are class indices, -100 where they do not count (the loss is 0 where none
+            does); or shares of all classes, in the shape of the logits.
         smoothing: share of every label that is spread over all classes.
     """
     labels = batch["labels"]
@@ -101,6 +101,8 @@ def cross_entropy(logits: Tensor, batch: Mapping[str, Tensor], smoothing: float 
             f"{tuple(logits.shape)}: cross_entropy takes one class index per prediction"
         )
     labels = labels if labels.is_floating_point() else labels.long()
+    if bool((labels == IGNORED_LABEL).all()):
+        return 0.0 * logits.sum()
     return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, label_smoothing=smoothing)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphwright.ir.tune.adagrad import AdaGradNorm
 from graphwright.ir.tune.mfac import MfacOptimizer
 from graphwright.ir.tune.options import TuneOptions
 
@@ -36,6 +37,10 @@ def make_optimizer(
     ]
     if options.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum)
+    if options.optimizer == "adagrad":
+        return torch.optim.Adagrad(groups, lr=options.lr)
+    if options.optimizer == "adagrad_norm":
+        return AdaGradNorm(groups, options.lr)
     adam = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
     return adam(groups, lr=options.lr, betas=options.betas)
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from graphwright.ir.options import Options, Rule
+from graphwright.ir.options import Options, Rule, only_with
 
 Function = Annotated[
     str,
@@ -16,6 +16,51 @@ Function = Annotated[
     ),
 ]
 Count = Annotated[int, Field(ge=1)]
+
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+class BatchSizeOptions(Options):
+    """Options of batches that grow."""
+
+    rules = (
+        only_with("eta", "policy", ("norm_test", "coordinate")),
+        only_with("theta", "policy", ("inner_product", "augmented")),
+        only_with("nu", "policy", ("augmented",)),
+    )
+
+    policy: Literal["norm_test", "inner_product", "augmented", "coordinate"]
+    """The noise that is held down: of the whole gradient (`norm_test`), of the gradient along
+    itself (`inner_product`), of that and across it (`augmented`), or of every entry by itself
+    (`coordinate`, for AdaGrad)."""
+
+    eta: Positive = 0.1
+    """For `norm_test` and `coordinate`: largest deviation, as a share of the gradient."""
+
+    theta: Positive = 0.1
+    """For `inner_product` and `augmented`: largest deviation along the gradient, as a share."""
+
+    nu: Positive = 0.1
+    """For `augmented`: largest deviation across the gradient, as a share."""
+
+    max: Annotated[int, Field(ge=2)] = 4096
+    """Samples of a step at most. Near a minimum every test asks for more without end."""
+
+
+class MixOptions(Options):
+    """Options of made samples among the real ones."""
+
+    data: Annotated[str, Field(min_length=1, examples=["made.npz"])]
+    """The made samples, with labels where the real ones have some: data as in the section
+    `training`."""
+
+    probability: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Probability of a batch to be all made; otherwise it is all real."""
+
+    background: Annotated[int, Field(ge=0)] | None = None
+    """Class index that does not count in made samples, as the background of made images, where
+    there may be objects without a label; every label counts when absent."""
 
 
 class TuneOptions(Options):
@@ -37,6 +82,11 @@ class TuneOptions(Options):
              "label_smoothing has no part in loss {loss}"),
         Rule("select", "select == 'loss' or hold_out",
              "select chooses among evaluations: set hold_out to a share of the samples"),
+        Rule("batch_size", "batch_size is None or accumulate > 1",
+             "batch_size tells noise by the batches of one step: set accumulate to 2 or more"),
+        Rule("mix", "mix is None or mix.get('background') is None or ':' in loss"
+             " or loss in ('cross_entropy', 'next_token')",
+             "mix.background is a class index, which loss {loss} has none of"),
     )  # fmt: skip
 
     steps: Count | None = None
@@ -49,9 +99,10 @@ class TuneOptions(Options):
     """Whether every epoch draws the samples in a new order (where the data has samples to draw: a
     `module:function` gives its batches in its own order)."""
 
-    optimizer: Literal["sgd", "adam", "adamw", "mfac"] = "adamw"
+    optimizer: Literal["sgd", "adam", "adamw", "mfac", "adagrad", "adagrad_norm"] = "adamw"
     """Rule of the update; `mfac` steps along the inverse Fisher of the last gradients (Frantar et
-    al. 2021)."""
+    al. 2021); `adagrad` divides by the root of all squared gradients so far, `adagrad_norm` by one
+    root for all parameters (Ward et al. 2019)."""
 
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Learning rate after the warm-up, before it decays."""
@@ -112,11 +163,20 @@ class TuneOptions(Options):
     """Decay of an exponential moving average of all that is trained, which is what is evaluated and
     what results; in step t it is (1 + t) / (10 + t) where that is less. Off when absent."""
 
+    mix: MixOptions | None = None
+    """Batches of made samples among the real ones (Suri et al. 2023, "Gen2Det"). An epoch has as
+    many batches as without them. None when absent."""
+
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the forward pass; parameters and optimizer state stay as they are."""
 
     accumulate: Count = 1
-    """Batches whose gradients are averaged for one step."""
+    """Batches whose gradients are averaged for one step; of the first step with `batch_size`."""
+
+    batch_size: BatchSizeOptions | None = None
+    """Growth of the steps' batches with the noise of their gradients, by whole batches of the data
+    (Lau et al. 2024, "AdAdaGrad"). As many samples are read as without it, in fewer steps, and the
+    learning rate goes by the samples. Off when absent."""
 
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     """Largest norm of all gradients together; they are scaled down to it. Off when absent."""

@@ -30,13 +30,34 @@ def total_steps(options: TuneOptions, feed: Feed) -> int:
     return total
 
 
-def lr_factor(options: TuneOptions, step: int, total: int) -> float:
+def evaluation_interval(options: TuneOptions, feed: Feed, total: int, *, is_evaluated: bool) -> int:
+    """Steps between evaluations; 0 where nothing is evaluated.
+
+    Raises:
+        ArgumentError: an option asks for evaluations, and there is nothing to evaluate by.
+    """
+    if not is_evaluated:
+        if options.patience or options.evaluate_every:
+            given = "patience" if options.patience else "evaluate_every"
+            raise ArgumentError(
+                f"{given} needs an evaluation", fix="Set hold_out to a share of the samples."
+            )
+        return 0
+    if options.evaluate_every is not None:
+        return options.evaluate_every
+    if feed.data.rows is None:
+        return total
+    return max(1, feed.epoch_batches() // options.accumulate)
+
+
+def lr_factor(options: TuneOptions, step: float, total: int) -> float:
     """Learning rate of a step as a share of `lr`.
 
     (step + 1) / warmup while warming up. Then, with t from 0 right after the warm-up to 1 at
     `total`: 1; 1 - t or (1 + cos(pi t)) / 2 (Loshchilov & Hutter 2017, without restarts), on the
     way from 1 to min_lr / lr; or gamma to the power of the milestones (or whole `step_share`s) that
-    t has reached, no less than min_lr / lr.
+    t has reached, no less than min_lr / lr. `step` is a fraction where batches grow: then it is the
+    share of the data that has been read, in steps of the first size.
     """
     if step < options.warmup:
         return (step + 1) / options.warmup

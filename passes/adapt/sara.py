@@ -98,6 +98,8 @@ class Progressive(Hook):
     """The penalty of `adapt.sara`, the entries that stay as they are from the middle on, and the
     products that keep no second weight for their gradient."""
 
+    counts_steps = True
+
     def __init__(self, program: Program, adapter: Adapter) -> None:
         options = SaraOptions.model_validate(dict(adapter.options), strict=False)
         self.nuclear, self.reselect = options.nuclear, options.reselect

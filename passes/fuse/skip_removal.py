@@ -120,6 +120,8 @@ def _fade(editor: Editor, skip: Skip) -> fx.Node:
 class _Fading(Hook):
     """Gives the strength of a step; evaluations are without skips."""
 
+    counts_steps = True
+
     def __init__(self, share: float, like: Tensor) -> None:
         self.share, self.like = share, like
 

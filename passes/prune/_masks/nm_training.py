@@ -60,6 +60,8 @@ class NmTraining(Hook):
         total: steps that the run has at most; 0 before it starts.
     """
 
+    counts_steps = True
+
     def __init__(
         self,
         rows: Mapping[str, NmRows],

@@ -24,6 +24,8 @@ class SoftShrinkage(Hook):
         left: entries that left the set from one selection to the next, of all weights together.
     """
 
+    counts_steps = True
+
     def __init__(self, names: Sequence[str], pick: Pick, rho: float, share: float) -> None:
         """Settings of the shrinkage.
 

@@ -78,6 +78,8 @@ def learning_rates(
 class ShrinkHook(Hook):
     """A sparse optimizer on the tuning engine."""
 
+    counts_steps = True
+
     def __init__(self, units: Units, options: Otov2Options) -> None:
         self.units, self.options = units, options
         self.shrink: Shrink | None = None

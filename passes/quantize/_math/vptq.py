@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from graphwright.ir.data.kmeans import kmeans, nearest
 from graphwright.ir.stored.codebook import Lookup, Vectors, narrow
 from graphwright.passes.quantize._math.codebook_fit import fit_codebooks
-from graphwright.passes.quantize._math.kmeans import kmeans, nearest
 
 LAZY = 128
 """Columns whose updates of the columns behind them are collected into one product."""

@@ -76,6 +76,8 @@ def metrics_of(history: History) -> dict[str, float]:
         "first_loss": history.losses[0],
         "last_loss": history.losses[-1],
     }
+    if history.batch_sizes:
+        metrics["last_batch_size"] = float(history.batch_sizes[-1])
     if history.window_bytes:
         metrics["mfac_window_mib"] = history.window_bytes / 2**20
     if history.zeros:

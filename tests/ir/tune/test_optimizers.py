@@ -44,3 +44,26 @@ def test_only_matrices_and_kernels_decay(name: str, kind: type) -> None:
     }
     assert decay == {"w": 0.1, "k": 0.1, "b": 0.0, "s": 0.0}
     assert {group["lr"] for group in optimizer.param_groups} == {0.5}
+
+
+def test_adagrad_norm_is_its_formula() -> None:
+    """One v for all parameters, in a loop over numbers; matrices decay by their gradient."""
+    generator = torch.Generator().manual_seed(0)
+    matrix, vector = (torch.nn.Parameter(torch.randn(*s, generator=generator, dtype=torch.float64))
+                      for s in ((3, 2), (4,)))  # fmt: skip
+    numbers = [float(value) for p in (matrix, vector) for value in p.detach().flatten()]
+    options = TuneOptions(optimizer="adagrad_norm", lr=0.3, weight_decay=0.1)
+    optimizer = make_optimizer({"m": matrix, "v": vector}, options)
+    total = 0.0
+    for _ in range(4):
+        optimizer.zero_grad()
+        ((matrix**3).sum() + (vector**2).sum()).backward()
+        optimizer.step()
+        gradient = [3 * n**2 + 0.1 * n if i < 6 else 2 * n for i, n in enumerate(numbers)]
+        total += sum(g * g for g in gradient)
+        numbers = [n - 0.3 * g / total**0.5 for n, g in zip(numbers, gradient, strict=True)]
+    found = [float(value) for p in (matrix, vector) for value in p.detach().flatten()]
+    assert found == pytest.approx(numbers, rel=1e-9)
+    again = make_optimizer({"m": matrix, "v": vector}, options)
+    again.load_state_dict(optimizer.state_dict())
+    assert again.param_groups[1]["sum"] == pytest.approx(total, rel=1e-9)

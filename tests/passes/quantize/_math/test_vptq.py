@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from graphwright.ir.calibration.hessian import inverse_factor
+from graphwright.ir.data.kmeans import kmeans
 from graphwright.ir.ops.codebook import pack_indices, packed_width, unpack_indices
 from graphwright.ir.stored.codebook import Vectors, index_bits
 from graphwright.passes.quantize._math import vptq
 from graphwright.passes.quantize._math.codebook_fit import fit_codebooks
-from graphwright.passes.quantize._math.kmeans import kmeans
 from graphwright.passes.quantize._math.vptq import Size, VptqSettings
 
 

@@ -1,0 +1,1 @@
+"""Contrast: what belongs together comes near, and what does not stays apart."""
