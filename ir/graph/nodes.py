@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,6 +36,14 @@ def set_gw_meta(node: fx.Node, **entries: Any) -> None:
     record = {**gw_meta(node), **entries}
     record = {key: value for key, value in record.items() if value is not None}
     node.meta["custom"] = {**node.meta.get("custom", {}), "gw": record}
+
+
+def module_paths(node: fx.Node) -> Iterator[str]:
+    """Names of the modules that a node is in, outermost first."""
+    for entry in node.meta.get("nn_module_stack", {}).values():
+        path = str(entry[0] if isinstance(entry, (tuple, list)) else entry)
+        if path:
+            yield path
 
 
 def adapter_of(node: fx.Node) -> str:

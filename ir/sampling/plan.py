@@ -81,6 +81,11 @@ def make_plan(
         own_grid = (chosen or record.default_grid).model_dump(mode="json")
         _check_linear(plan, linear, solver or record.solver, own_grid)
     _check_particles(record, plan, particles, solver or record.solver)
+    if "push" in record.settings and batch < 2:
+        raise ArgumentError(
+            "sample.negtome pushes samples away from the first of the batch, and there is one",
+            fix="Sample two at least.",
+        )
     return replace(plan, linear=linear, particles=particles, seed=seed)
 
 

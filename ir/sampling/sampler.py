@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from graphwright.ir.sampling.record import ALPHA, DENOISED, NOISE, SIGMA, Denois
 from graphwright.ir.sampling.schedule import Level
 from graphwright.ir.sampling.solvers.base import Prediction
 from graphwright.ir.sampling.trajectory import check_noise, draw_noise, shares
-from graphwright.ir.sampling.variants import CONDITIONED, FULL, SHALLOW, variants
+from graphwright.ir.sampling.variants import CONDITIONED, FULL, SHALLOW, STILL, variants
 from graphwright.ir.signature import Signature
 
 Call = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
@@ -259,6 +260,10 @@ class Sampler:
     def _variant(self, plan: Plan, i: int, state: State) -> str:
         """The program that step i asks."""
         name = self._guided(plan, i, state)
+        push = self.record.settings.get("push")
+        # at least one step pushes, however few there are
+        if push is not None and i >= math.ceil(round(push["stop"] * plan.path.steps, 9)):
+            name += STILL
         return name + SHALLOW if self._may_take_over(name, i, state) else name
 
     def _guided(self, plan: Plan, i: int, state: State) -> str:
@@ -280,7 +285,9 @@ class Sampler:
         settings = record.settings
         steps = settings["refresh"]
         fresh = i % settings["interval"] == 0 if steps is None else i in steps
-        wide = state.get(BOTH) is not None or record.guidance is None or name == CONDITIONED
+        wide = (
+            state.get(BOTH) is not None or record.guidance is None or name.startswith(CONDITIONED)
+        )
         return not fresh and wide
 
     def _taken_over(self, name: str, x: Tensor, state: State) -> dict[str, Tensor]:
@@ -288,7 +295,7 @@ class Sampler:
         if not name.endswith(SHALLOW):
             return {}
         found = {n: state[CACHED + n] for n in self.record.cached}
-        if name == CONDITIONED + SHALLOW and BOTH in state:
+        if name.startswith(CONDITIONED) and BOTH in state:
             doubled = {s.name for s in self.parts[FULL + SHALLOW].signature.inputs
                        if s.shape[:1] == (2,)}  # fmt: skip
             found = {n: t[0] if n in doubled else t for n, t in found.items()}

@@ -188,6 +188,12 @@ def _refuse(sampler: Sampler, settings: StreamSettings, noises: Tensor) -> None:
             f"a stream guides by itself, and {record.guidance.by} is in the program",
             fix="Lower the denoiser without it, and choose the stream's `guidance`.",
         )
+    if "push" in record.settings:
+        raise ArgumentError(
+            "sample.negtome pushes rows away from the first one, and the rows of a stream are "
+            "frames at other levels of noise",
+            fix="Lower the denoiser without it.",
+        )
     if settings.guidance not in ("none", "self", "initialize", "full"):
         raise ArgumentError(f"no guidance of a stream is named {settings.guidance!r}")
     if len(noises) != len(settings.steps):

@@ -7,12 +7,16 @@ from graphwright.ir.program import Program
 from graphwright.ir.sampling.cached import handing_out, shallow
 from graphwright.ir.sampling.record import DENOISED, NOISE, Denoiser
 from graphwright.ir.sampling.surgery import half_of, is_joined, with_outputs
+from graphwright.ir.sampling.tokens import without_push
 
 FULL = "full"
 """The whole program."""
 
 CONDITIONED = "conditioned"
 """The network with the condition alone, where guidance is off."""
+
+STILL = "_still"
+"""Behind the name of one without the push of sample.negtome."""
 
 SHALLOW = "_shallow"
 """Behind the name of one that takes over what an earlier step kept."""
@@ -24,6 +28,8 @@ def variants(program: Program) -> dict[str, Program]:
     found = {FULL: program}
     if record is not None and record.guidance is not None and record.guidance.may_rest:
         found[CONDITIONED] = conditioned(program)
+    if record is not None and "push" in record.settings:
+        found |= {name + STILL: without_push(made) for name, made in found.items()}
     if record is None or not record.cached:
         return found
     deep = {name: handing_out(made, record) for name, made in found.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Annotated, ClassVar
 
@@ -12,6 +11,7 @@ from torch import fx
 from graphwright.ir.edit import Editor
 from graphwright.ir.errors import ModelError
 from graphwright.ir.graph.cost import cost
+from graphwright.ir.graph.nodes import module_paths
 from graphwright.ir.options import Options, Rule
 from graphwright.ir.program import Program
 from graphwright.ir.sampling.cached import mark, shallow
@@ -73,7 +73,7 @@ class Reuse(Pass[ReuseOptions]):
         editor = Editor(program, by=self.id)
         inside = {node for node in editor.graph.nodes if self._is_inside(node)}
         if not inside:
-            names = sorted({path for node in editor.graph.nodes for path in _paths(node)})
+            names = sorted({path for node in editor.graph.nodes for path in module_paths(node)})
             raise ModelError(
                 f"{self.id}: no module is named {' or '.join(self.options.modules)}",
                 fix=f"There are {', '.join(names[:MOST_NAMED])}.",
@@ -103,7 +103,9 @@ class Reuse(Pass[ReuseOptions]):
 
     def _is_inside(self, node: fx.Node) -> bool:
         return node.op == "call_function" and any(
-            fnmatchcase(path, pattern) for path in _paths(node) for pattern in self.options.modules
+            fnmatchcase(path, pattern)
+            for path in module_paths(node)
+            for pattern in self.options.modules
         )
 
 
@@ -111,14 +113,6 @@ def _work(program: Program) -> int:
     """Multiplications of a call, or calls of operators where those are not known."""
     calls = sum(node.op == "call_function" for node in program.graph.nodes)
     return cost(program).macs or calls
-
-
-def _paths(node: fx.Node) -> Iterator[str]:
-    """Names of the modules that a node is in, outermost first."""
-    for entry in node.meta.get("nn_module_stack", {}).values():
-        path = str(entry[0] if isinstance(entry, (tuple, list)) else entry)
-        if path:
-            yield path
 
 
 def _leaves(node: fx.Node, inside: set[fx.Node]) -> bool:

@@ -52,6 +52,60 @@ def conv_denoiser(**options: Any) -> gw.Program:
     return gw.passes.sample.Denoiser(**given)(conv())
 
 
+class TokenDenoiser(nn.Module):
+    """Images as 16 tokens of 2 x 2 pixels: attention among them, and one to the label.
+
+    Attributes:
+        behind: called on what the attention among tokens gives, heads side by side.
+    """
+
+    def __init__(self, classes: int = 4, width: int = 16) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(2, width, 2, stride=2)
+        self.label, self.time = nn.Embedding(classes + 1, width), nn.Linear(1, width)
+        self.place = nn.Parameter(torch.randn(16, width))
+        self.own, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.query, self.told = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.leave = nn.ConvTranspose2d(width, 2, 2, stride=2)
+        self.behind = None
+
+    def forward(self, sample: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
+        h = self.enter(sample).flatten(2).transpose(1, 2) + self.place
+        h = h + self.time(timestep[:, None] / 1000)[:, None]
+        tokens = self._attend(*self.own(h).chunk(3, -1))
+        h = h + self.out(tokens if self.behind is None else self.behind(tokens))
+        k, v = self.told(self.label(label)[:, None] + self.place).chunk(2, -1)
+        h = h + self._attend(self.query(h), k, v)
+        return self.leave(h.transpose(1, 2).unflatten(2, (4, 4)))
+
+    def _attend(self, *parts: Tensor) -> Tensor:
+        heads = [part.unflatten(-1, (2, -1)).transpose(1, 2) for part in parts]
+        made = nn.functional.scaled_dot_product_attention(*heads)
+        return made.transpose(1, 2).flatten(2)
+
+
+def token_net() -> TokenDenoiser:
+    """TokenDenoiser with the same weights every time."""
+    torch.manual_seed(0)
+    return TokenDenoiser().eval()
+
+
+def token() -> gw.Program:
+    """It traced with a free batch, as `conv`."""
+    like = conv()
+    names = [spec.name for spec in like.signature.inputs]
+    free = {name: {0: "batch"} for name in names}
+    ranges = {"label": (0, 5), "timestep": (0, 1000)}
+    inputs = dict(zip(names, like.examples, strict=True))
+    return gw.trace(token_net(), inputs, free, ranges=ranges)
+
+
+def token_denoiser(**options: Any) -> gw.Program:
+    """It behind sample.denoiser."""
+    given = {"unconditional": {"label": 4}, "grid": {"spacing": "leading"}, **options}
+    return gw.passes.sample.Denoiser(**given)(token())
+
+
 class LabelledMixture(nn.Module):
     """The oracle as a network of edm levels: sample [batch, 2], sigma [batch], label [batch].
 

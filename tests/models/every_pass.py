@@ -194,6 +194,9 @@ TEXT_NETS: dict[str, type[nn.Module]] = {
 }  # fmt: skip
 
 
+DENOISERS = {"denoiser": denoisers.conv, "token_denoiser": denoisers.token}
+
+
 def _decoder() -> gw.Program:
     """A decoder with its cache as inputs and outputs."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -218,8 +221,8 @@ def traced(kind: str) -> gw.Program:
         return _decoder()
     if kind == "trunk":
         return gw.trace(TrunkNet().eval(), (torch.randn(4, 6),), {"x": {0: "batch"}})
-    if kind == "denoiser":
-        return denoisers.conv()
+    if kind in DENOISERS:
+        return DENOISERS[kind]()
     ids = torch.randint(0, 32, (4, 8))
     net = TEXT_NETS[kind]().eval()
     return gw.trace(net, (ids,), {"ids": {0: "batch", 1: "length"}})
@@ -232,7 +235,7 @@ def batches(kind: str) -> list[dict[str, torch.Tensor]]:
         return [{"x": torch.randn(4, 2, 6, 6, generator=generator)} for _ in range(2)]
     if kind == "trunk":
         return [{"x": torch.randn(4, 6, generator=generator)} for _ in range(2)]
-    if kind == "denoiser":
+    if kind in DENOISERS:
         specs = traced(kind).signature.inputs
         return [dict(zip((s.name for s in specs), traced(kind).examples, strict=True))]
     name = "input_ids" if kind == "decoder" else "ids"
