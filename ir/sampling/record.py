@@ -49,6 +49,7 @@ class Guidance:
         settings: what the driver goes by: intervals, thresholds, coefficients.
         two_directions: D and E are of two predictions, which not every solver takes.
         negatives: names of the inputs with what is led away from.
+        evaluations: of the network, per sample and call.
     """
 
     by: str
@@ -56,6 +57,7 @@ class Guidance:
     settings: dict[str, Any] = field(default_factory=dict)
     two_directions: bool = False
     negatives: tuple[str, ...] = ()
+    evaluations: int = 2
 
     @property
     def may_rest(self) -> bool:

@@ -224,8 +224,9 @@ class Sampler:
         given |= self._taken_over(name, x, state)
         found = part(given)
         self.calls[name] += 1
-        doubled = name.startswith(FULL) and self.record.guidance is not None
-        self.evaluations += 2 if doubled else 1
+        guidance = self.record.guidance
+        doubled = name.startswith(FULL) and guidance is not None
+        self.evaluations += guidance.evaluations if doubled and guidance is not None else 1
         kept = {CACHED + n: found[n] for n in self.record.cached if n in found}
         if kept:
             state.pop(BOTH, None)

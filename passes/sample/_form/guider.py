@@ -25,8 +25,8 @@ from graphwright.passes.base import Action, Context, Result
 from graphwright.passes.sample._form.base import Named, Run, SamplePass
 
 GUIDERS = (
-    "sample.adaptive_guidance", "sample.apg", "sample.cfg", "sample.cfgpp", "sample.feynman_kac",
-    "sample.linear_guidance",
+    "sample.adaptive_guidance", "sample.apg", "sample.cfg", "sample.cfgpp",
+    "sample.classifier_confusion", "sample.feynman_kac", "sample.linear_guidance",
 )  # fmt: skip
 """One of them can be around a denoiser."""
 
