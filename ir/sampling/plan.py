@@ -178,6 +178,7 @@ def _numbers(
     record: Denoiser, given: Mapping[str, Scale], steps: int
 ) -> dict[str, tuple[float, ...]]:
     known = {} if record.guidance is None else record.guidance.parameters
+    counts = {} if record.guidance is None else record.guidance.settings.get("counts", {})
     unknown = [name for name in given if name not in known]
     if unknown:
         raise ArgumentError(f"no parameter named {unknown[0]!r}; there are {list(known)}")
@@ -188,6 +189,9 @@ def _numbers(
         if len(each) != steps:
             raise ArgumentError(f"{name} has {len(each)} values, and there are {steps} steps")
         made[name] = tuple(float(v) for v in each)
+        count = counts.get(name)
+        if count and any(v != int(v) or not 0 <= v < count for v in made[name]):
+            raise ArgumentError(f"{name} is a whole number from 0 to {count - 1}")
     return made
 
 

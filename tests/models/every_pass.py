@@ -237,7 +237,10 @@ def batches(kind: str) -> list[dict[str, torch.Tensor]]:
         return [{"x": torch.randn(4, 6, generator=generator)} for _ in range(2)]
     if kind in DENOISERS:
         specs = traced(kind).signature.inputs
-        return [dict(zip((s.name for s in specs), traced(kind).examples, strict=True))]
+        rows = (x.repeat(10, *[1] * (x.dim() - 1)) for x in traced(kind).examples)
+        found = dict(zip((s.name for s in specs), rows, strict=True))
+        sample = torch.randn(found["sample"].shape, generator=generator)
+        return [{**found, "sample": sample}]
     name = "input_ids" if kind == "decoder" else "ids"
     return [{name: torch.randint(0, 32, (4, 8), generator=generator)} for _ in range(2)]
 

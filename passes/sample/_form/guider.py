@@ -27,6 +27,7 @@ from graphwright.passes.sample._form.base import Named, Run, SamplePass
 GUIDERS = (
     "sample.adaptive_guidance", "sample.apg", "sample.cfg", "sample.cfgpp",
     "sample.classifier_confusion", "sample.feynman_kac", "sample.linear_guidance",
+    "sample.minority",
 )  # fmt: skip
 """One of them can be around a denoiser."""
 
