@@ -15,6 +15,7 @@ from graphwright.ir.atomic import write_atomically
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ModelError
 from graphwright.ir.program import Program, bind_inputs
+from graphwright.ir.sampling.inversion import inverted
 from graphwright.ir.sampling.record import Denoiser
 from graphwright.ir.sampling.sampler import Part, Sampler
 from graphwright.ir.sampling.variants import FULL, variants
@@ -56,6 +57,10 @@ class Bundle(Compiled):
     def sample(self, noise: torch.Tensor, conditions: Any = None, **settings: Any) -> torch.Tensor:
         """Samples; see `Sampler.sample`."""
         return self.sampler.sample(noise, conditions, **settings)
+
+    def invert(self, data: torch.Tensor, conditions: Any = None, **settings: Any) -> torch.Tensor:
+        """The noise that samples come from; see `graphwright.ir.sampling.inversion.inverted`."""
+        return inverted(self.sampler, data, conditions, **settings)
 
     def plan(self, batch: int, conditions: Any = None, **settings: Any) -> Any:
         """A checked trajectory for `step`; see `Sampler.plan`."""

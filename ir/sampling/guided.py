@@ -113,6 +113,12 @@ def _refuse(record: Denoiser, program: Program, by: str) -> str:
             f"{by}: {record.guidance.by} has put guidance around this denoiser already",
             fix="Keep one of the two.",
         )
+    if record.distilled is not None:
+        raise ModelError(
+            f"{by}: the network was distilled from guided predictions and takes their scale as "
+            f"{record.distilled!r}; it has no prediction without the condition to lead away from",
+            fix="Leave the pass out, and give that input when sampling.",
+        )
     if not record.conditions:
         raise ModelError(
             f"{by}: the denoiser has no condition to guide by",

@@ -83,6 +83,8 @@ class Denoiser:
         carried: tensors that go from call to call.
         cached: names of tensors inside that steps may take over from an earlier one.
         settings: what the driver goes by, without guidance.
+        distilled: the condition that is the guidance scale of a network which was distilled from
+            guided predictions; None for any other network.
     """
 
     sample: str
@@ -98,6 +100,7 @@ class Denoiser:
     carried: tuple[Carried, ...] = ()
     cached: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
+    distilled: str | None = None
 
     @classmethod
     def of(cls, program: Program) -> Denoiser | None:

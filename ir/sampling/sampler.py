@@ -192,7 +192,7 @@ class Sampler:
         own = {n.removeprefix(SOLVER): t for n, t in state.items() if n.startswith(SOLVER)}
 
         def denoise(at: Tensor, level: Level) -> Prediction:
-            found = self._ask(plan, i, at, level, kept)
+            found = self.ask(plan, i, at, level, kept)
             if watch is not None:
                 watch(found)
             return Prediction(found[DENOISED], found[NOISE])
@@ -203,7 +203,7 @@ class Sampler:
 
     # ---- one question
 
-    def _ask(self, plan: Plan, i: int, x: Tensor, level: Level, state: State) -> dict[str, Tensor]:
+    def ask(self, plan: Plan, i: int, x: Tensor, level: Level, state: State) -> dict[str, Tensor]:
         """All outputs at a level; what is carried is changed in `state`."""
         name = self._variant(plan, i, state)
         part = self.parts[name]

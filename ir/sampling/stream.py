@@ -14,6 +14,7 @@ from graphwright.ir.sampling.record import ALPHA, DENOISED, NOISE, SIGMA
 from graphwright.ir.sampling.sampler import Part, Sampler
 from graphwright.ir.sampling.schedule import Level
 from graphwright.ir.sampling.solvers.first import Lcm
+from graphwright.ir.sampling.solvers.table import SOLVERS
 from graphwright.ir.sampling.variants import FULL
 
 State = dict[str, Tensor]
@@ -187,6 +188,13 @@ def _refuse(sampler: Sampler, settings: StreamSettings, noises: Tensor) -> None:
         raise ArgumentError(
             f"a stream guides by itself, and {record.guidance.by} is in the program",
             fix="Lower the denoiser without it, and choose the stream's `guidance`.",
+        )
+    carried = SOLVERS[record.solver].state
+    if carried:
+        raise ArgumentError(
+            f"a stream steps as consistency models do, every slot by itself, and {record.solver} "
+            f"carries {', '.join(carried)} from step to step",
+            fix="Say another `solver` in sample.denoiser (lcm, euler).",
         )
     if "push" in record.settings:
         raise ArgumentError(

@@ -26,7 +26,8 @@ class Cfgpp(GuiderPass[CfgppOptions]):
     D and E are then of two predictions, so that every solver that takes two directions (euler,
     ddim, euler_ancestral, dpmpp_2m, dpmpp_2s) is its CFG++ form; the others are refused. For
     solvers of the first order it is sample.cfg with the scale
-    guidance_scale * sigma_i / (sigma_i - sigma_{i+1}) at step i, sigma = s / a.
+    guidance_scale * sigma_i / (sigma_i - sigma_{i+1}) at step i, sigma = s / a. A bundle's `invert`
+    goes the steps backwards, from samples to their noise.
 
     Source: P23, algorithms 1 to 3, and its appendix for DPM-Solver++.
     """

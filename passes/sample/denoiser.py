@@ -63,6 +63,10 @@ class DenoiserOptions(Options):
     """By condition, the number that stands for none (the label that was put in the place of dropped
     ones in training). For a condition that is not named, sampling is given `negative_<name>`."""
 
+    distilled: str | None = None
+    """Of a network that was distilled from guided predictions: the condition that is their scale.
+    Passes that guide by a prediction without the condition are then refused."""
+
     grid: Grid = Grid()
     """Levels of a trajectory that is told no others."""
 
@@ -144,6 +148,8 @@ class Denoiser(SamplePass[DenoiserOptions]):
         for name in options.unconditional:
             if name not in conditions:
                 raise ModelError(f"{self.id}: {name!r} of `unconditional` is no condition")
+        if options.distilled is not None and options.distilled not in conditions:
+            raise ModelError(f"{self.id}: {options.distilled!r} of `distilled` is no condition")
         _refuse_shape(program, sample, self.id)
         return Record(
             sample=sample, time=time,
@@ -151,7 +157,7 @@ class Denoiser(SamplePass[DenoiserOptions]):
             parameterization=said.parameterization,
             schedule=said.schedule.model_dump(mode="json"), sigma_data=options.sigma_data,
             grid=said.grid.model_dump(mode="json"), solver=said.solver,
-            solver_options=said.solver_options,
+            solver_options=said.solver_options, distilled=options.distilled,
         )  # fmt: skip
 
 

@@ -105,6 +105,9 @@ def test_refusals(denoiser: gw.Program) -> None:
     guided = Sampler.of(gw.passes.sample.Cfg()(denoiser))
     with pytest.raises(ArgumentError, match="a stream guides by itself"):
         Stream(guided, StreamSettings(STEPS), drawn(3, 0), LABEL)
+    several = Sampler.of(denoisers.conv_denoiser(solver="dpmpp_2m"))
+    with pytest.raises(ArgumentError, match="dpmpp_2m carries last_denoised from step to step"):
+        Stream(several, StreamSettings(STEPS), drawn(3, 0), LABEL)
     text = Sampler.of(denoisers.conv_denoiser(unconditional={}))
     with pytest.raises(ArgumentError, match="needs `negative` for 'label'"):
         Stream(text, StreamSettings(STEPS, guidance="full"), drawn(3, 0), LABEL)

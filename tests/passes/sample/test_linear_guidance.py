@@ -77,6 +77,26 @@ def test_the_fit_is_nearer_to_cfg_than_the_condition_alone(denoiser: gw.Program)
     assert float((mine - wanted).norm()) < 0.5 * float((without - wanted).norm())
 
 
+def test_the_fit_is_nearer_than_the_last_prediction_on_new_noise(denoiser: gw.Program) -> None:
+    program = linear(denoiser, policy=["full"] * 8)
+    sampler = Sampler.of(program)
+    assert sampler.record.guidance is not None
+    coefficients = sampler.record.guidance.settings["linear"]["coefficients"]
+    given = {"label": torch.arange(64) % 3}
+    plan = sampler.plan(64, given, steps=8)
+    x = sampler.first(plan, torch.randn(64, 2, generator=torch.Generator().manual_seed(9)))
+    state, seen = {}, []
+    for i in range(8):
+        x, state = sampler.step(plan, i, x, state, watch=seen.append)
+    withs, withouts = ([out[f"noise_{kind}"] for out in seen] for kind in ("with", "without"))
+    fitted, last = [], []
+    for i in range(1, 8):
+        parts = regressors(withs[: i + 1], withouts[:i])
+        fitted.append(float((estimated(coefficients[str(i)], parts) - withouts[i]).norm()))
+        last.append(float((withouts[i - 1] - withouts[i]).norm()))
+    assert all(a < b for a, b in zip(fitted, last, strict=True)), (fitted, last)
+
+
 def test_coefficients_are_of_one_trajectory(denoiser: gw.Program) -> None:
     sampler = Sampler.of(linear(denoiser))
     for changes in ({"steps": 6}, {"solver": "dpmpp_2m"}, {"guidance_scale": 3.0},

@@ -83,6 +83,16 @@ def test_a_step_without_guidance_takes_over_its_rows(denoiser: gw.Program) -> No
     }  # fmt: skip
 
 
+def test_guidance_that_ends_by_itself_hands_over_its_rows(denoiser: gw.Program) -> None:
+    adaptive = gw.passes.sample.AdaptiveGuidance(guidance_scale=1.0, threshold=-1.1)(denoiser)
+    ended = Sampler.of(gw.passes.sample.Reuse(modules=DEEP, refresh=[0])(adaptive))
+    mine = ended.sample(noise(), GIVEN, steps=5)
+    assert ended.calls == {"full": 1, "conditioned_shallow": 4}
+    plain = Sampler.of(gw.passes.sample.Reuse(modules=DEEP, refresh=[0])(denoiser))
+    wanted = plain.sample(noise(), GIVEN, steps=5)
+    torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_a_bundle_reuses(denoiser: gw.Program, tmp_path: Path) -> None:
     program = gw.passes.sample.Reuse(modules=DEEP, interval=2)(denoiser)
     program = gw.passes.sample.Cfg(guidance_scale=2.0)(program)
