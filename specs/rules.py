@@ -30,7 +30,9 @@ def rule_findings(root: Node, schema: Schema, sound: Callable[..., bool]) -> Ite
         yield from _dtype(document, root, schema)
     for section in ("calibration", "training"):
         if sound(section):
-            yield from _source(section, document.get(section))
+            yield from _source(
+                section, document.get(section), schema.defaults("CalibrationSection")
+            )
     if sound("require") and sound("evaluate"):
         yield from _drop_without_metric(document)
     if sound("export"):
@@ -67,19 +69,40 @@ def _inputs(model: Any, sound: Callable[..., bool]) -> Iterator[Finding]:
             yield from _example(path, tensor["shape"], tensor["example"], sizes)
 
 
-def _source(section: str, given: Any) -> Iterator[Finding]:
+def _source(section: str, given: Any, defaults: dict[str, Any]) -> Iterator[Finding]:
     """Samples are read or made; options of how they are made are for those."""
     if not isinstance(given, dict):
         return
-    source = given.get("source")
-    if source != "bn_synthesis" and given.get("data") is None:
-        yield Finding(
-            (section,), f"'{section}' needs 'data', or 'source: bn_synthesis'", at_key=True
-        )
-    for key, owner in (("synthesis", "bn_synthesis"),):
-        if given.get(key) and source != owner:
-            message = f"{key} is for 'source: {owner}'"
-            yield Finding((section, key), message, at_key=True)
+    for key, message in _source_faults(section, given, defaults):
+        yield Finding((section, key) if key else (section,), message, at_key=True)
+
+
+def _source_faults(
+    section: str, given: dict[str, Any], defaults: dict[str, Any]
+) -> Iterator[tuple[str, str]]:
+    """(key, what is wrong with it); no key where the section as a whole is meant."""
+    source, method = given.get("source"), given.get("filter")
+    if given.get("data") is None and source is None:
+        yield "", f"'{section}' needs 'data', or 'source: bn_synthesis'"
+    elif given.get("data") is None and source == "domain_shift":
+        yield "source", "domain_shift needs 'data', images of the domain it starts from"
+    if method and source is None:
+        yield "filter", "filter is for images that are made, by a 'source'"
+    elif method in _BESIDE_DATA and source != "bn_synthesis":
+        yield "filter", f"{method} is for 'source: bn_synthesis'"
+    elif method in _BESIDE_DATA and given.get("data") is None:
+        yield "filter", f"{method} needs 'data', real images to compare with"
+    for key, owner, is_owned in (
+        ("synthesis", "source: bn_synthesis", source == "bn_synthesis"),
+        ("shift", "source: domain_shift", source == "domain_shift"),
+        ("threshold", "filter: agreement", method == "agreement"),
+        ("keep", "filter: bidirectional", method == "bidirectional"),
+    ):
+        if given.get(key, defaults.get(key)) != defaults.get(key) and not is_owned:
+            yield key, f"{key} is for '{owner}'"
+
+
+_BESIDE_DATA = ("metropolis_hastings", "bidirectional")
 
 
 def _scalar(path: Path, tensor: dict[str, Any]) -> Iterator[Finding]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field
 
 from graphwright.ir.options import Options, Rule
-from graphwright.ir.synthesis.options import SynthesisOptions
+from graphwright.ir.synthesis.options import ShiftOptions, SynthesisOptions
 
 FUNCTION = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 DIM = r"^[A-Za-z_]\w*$"
@@ -140,20 +140,43 @@ class DataSection(Options):
 class CalibrationSection(DataSection):
     """Inputs that passes may look at while they change the program."""
 
-    source: Literal["bn_synthesis"] | None = None
+    source: Literal["bn_synthesis", "domain_shift"] | None = None
     """Where samples come from that are not read: `bn_synthesis` makes images out of the model
     itself, a classifier as it is before the first pass, by what its batch norms remember of the
     data it was trained on; from those of `data`, where that is given, else from noise. 256 when
-    `samples` is left out. They have labels."""
+    `samples` is left out. They have labels. `domain_shift` takes the images of `data` into another
+    domain: by night, with noise, or as a camera's sensor sees them."""
 
     synthesis: SynthesisOptions | None = None
     """Options of `source: bn_synthesis`."""
 
+    shift: ShiftOptions | None = None
+    """Options of `source: domain_shift`."""
+
+    filter: Literal["agreement", "metropolis_hastings", "bidirectional"] | None = None
+    """Which of the made images are kept: `agreement`, those in which the model sees what they are
+    meant to be (the image that others were made of takes their place, if there is one);
+    `metropolis_hastings`, the states of a chain that accepts by how real images are beside those of
+    `data`; `bidirectional`, those whose features and outputs tell those of `data`, and the other
+    way round. All when left out. The last two are for `source: bn_synthesis` with `data`."""
+
+    threshold: Annotated[float, Field(ge=0, lt=1)] = 0.7
+    """For `agreement`: the probability of the class, or the share of the labelled elements, that a
+    kept image is above."""
+
+    keep: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """For `bidirectional`: share of the images that is kept."""
+
     def filled(self) -> Self:
         """The section with the defaults of the options that its source has."""
-        if self.source != "bn_synthesis" or self.synthesis is not None:
+        own = {
+            "bn_synthesis": ("synthesis", SynthesisOptions),
+            "domain_shift": ("shift", ShiftOptions),
+        }
+        key, options = own.get(self.source or "", ("", Options))
+        if not key or getattr(self, key) is not None:
             return self
-        return self.model_copy(update={"synthesis": SynthesisOptions()})
+        return self.model_copy(update={key: options()})
 
 
 class TrainingSection(CalibrationSection):

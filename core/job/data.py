@@ -87,7 +87,8 @@ def write_made(section: dict[str, Any], batches: Batches | None, folder: Path, n
     if labels:
         tensors["labels"] = torch.cat(labels)
     save_file(tensors, str(folder / f"{name}.safetensors"))
-    section.pop("synthesis", None)
+    for option in ("synthesis", "shift", "filter", "threshold", "keep", "samples"):
+        section.pop(option, None)
     section["data"] = f"{name}.safetensors"
 
 

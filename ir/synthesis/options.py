@@ -85,3 +85,51 @@ class SynthesisOptions(Options):
 
     labels: Literal["hard", "soft"] = "hard"
     """Labels: the class that an image was made for, or the probabilities that the model gives."""
+
+
+class ShiftOptions(Options):
+    """Options of `source: domain_shift`: images of `data` by night, or as a sensor sees them."""
+
+    rules = (
+        Rule("white", "black < white", "black {black:g} is not below white {white:g}"),
+        Rule("dim", "0 < dim[0] <= dim[1]", "dim is a least and a largest factor above 0"),
+        Rule("as_shot", "all(c > 0 for c in as_shot)", "as_shot has to be more than 0"),
+    )
+
+    raw: bool = False
+    """Turns RGB images into a sensor's first, with a camera of random colours and gains for each:
+    an input of 4 channels is a packed Bayer pattern (images of twice its height and width), of 1
+    channel the pattern in its place, of 3 the colours without a pattern."""
+
+    night: bool = True
+    """Dims images and lights them anew."""
+
+    noise: bool = True
+    """Adds a sensor's noise."""
+
+    iso: Annotated[int, Field(ge=50, le=409600)] = 1600
+    """Sensitivity whose noise is added, as 1600 or 3200."""
+
+    black: float = 0.0
+    """Value of black in the model's images."""
+
+    white: float = 1.0
+    """Largest value in the model's images."""
+
+    dim: tuple[float, float] = (0.55, 0.9)
+    """Least and largest factor of the brightness."""
+
+    lights: Annotated[int, Field(ge=0)] = 5
+    """Lights with a colour and a place of their own; the first one is everywhere, and weak."""
+
+    saturated: Annotated[int, Field(ge=0)] = 5
+    """Small lights that are brighter than what the sensor can hold."""
+
+    as_shot: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Colour of the light that images were taken in, which is taken out; red, green, blue."""
+
+    night_mean: tuple[NotNegative, NotNegative, NotNegative] = (1.0, 0.75, 0.45)
+    """Mean colour of a night light; lamps are warm. Set it to your camera's."""
+
+    night_std: tuple[NotNegative, NotNegative, NotNegative] = (0.15, 0.1, 0.15)
+    """Standard deviation of that colour, per channel."""

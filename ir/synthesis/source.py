@@ -16,15 +16,26 @@ from graphwright.ir.data.checks import LABEL_NAMES
 from graphwright.ir.data.sources import Column
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.program import Program
+from graphwright.ir.synthesis.filters import (
+    Made,
+    check_left,
+    keep_accepted,
+    keep_agreeing,
+    keep_predicting,
+)
 from graphwright.ir.synthesis.images import check_channels, synthesize
-from graphwright.ir.synthesis.options import SynthesisOptions
+from graphwright.ir.synthesis.logits import logits_of
+from graphwright.ir.synthesis.options import ShiftOptions, SynthesisOptions
+from graphwright.ir.synthesis.shift import check_shift, shifted
 from graphwright.ir.synthesis.statistics import subject_of
-from graphwright.ir.tune.losses import main_output, wide
+from graphwright.ir.tune.losses import main_output
 
 DEFAULT_SAMPLES = 256
 DEFAULT_BATCH_SIZE = 8
+DEFAULT_THRESHOLD = 0.7
+DEFAULT_KEEP = 0.5
 AT_ONCE = 64
-"""Images that the model labels at a time."""
+"""Images that are read at a time."""
 
 
 def check_source(section: Mapping[str, Any], program: Program) -> None:
@@ -35,9 +46,14 @@ def check_source(section: Mapping[str, Any], program: Program) -> None:
         program: the model.
 
     Raises:
-        ModelError: the model lacks what the source takes.
+        ModelError: the model lacks what the source or the filter takes.
         ArgumentError: too few samples are asked for.
     """
+    if section["source"] == "domain_shift":
+        check_shift(program, shift_options(section))
+        if section.get("filter"):
+            main_output(program.signature)
+        return
     subject = subject_of(program)
     check_channels(subject, synthesis_options(section))
     if (section.get("samples") or DEFAULT_SAMPLES) < 2:
@@ -50,25 +66,59 @@ def make_data(
     """The batches of a section with a `source`, the same in every run with the same seed.
 
     Args:
-        section: `source`, and optionally `data`, `samples`, `batch_size`, `synthesis`.
+        section: `source`, and optionally `data`, `samples`, `batch_size`, `synthesis`, `shift`,
+            `filter` with `threshold` and `keep`.
         program: the model, before the first pass.
-        context: seed, device, progress; what is made is kept in its work folder.
+        context: seed, device, progress; what is made is kept in its work folder. It is warned of
+            images that the filter leaves out.
         root: folder that relative paths start from.
 
     Raises:
-        ModelError, ArgumentError: as `check_source` says; or `data` cannot be read.
+        ModelError, ArgumentError: as `check_source` says; `data` cannot be read, or a filter leaves
+            no two images.
     """
     check_source(section, program)
     context = replace(context, scope=("data", str(section["source"])))
-    made = _synthesized(section, program, context, root)
+    if section["source"] == "domain_shift":
+        images, before, labels = shifted(section, program, shift_options(section), context, root)
+        made = Made(images, labels, before)
+    else:
+        made = _synthesized(section, program, context, root)
+    made = _filtered(section, made, program, context)
+    tensors = {program.signature.inputs[0].name: made.images}
+    if section["source"] == "bn_synthesis" and synthesis_options(section).labels == "soft":
+        tensors[LABEL_NAMES[0]] = logits_of(program, made.images).softmax(-1)
+    elif made.labels is not None:
+        tensors[LABEL_NAMES[0]] = made.labels
     size = section.get("batch_size") or DEFAULT_BATCH_SIZE
-    return as_data(made, program, str(section["source"]), size)
+    return as_data(tensors, program, str(section["source"]), size)
+
+
+def _filtered(section: Mapping[str, Any], made: Made, program: Program, context: Context) -> Made:
+    name, count = section.get("filter"), len(made.images)
+    if name is None:
+        return made
+    if name == "agreement":
+        kept = keep_agreeing(made, program, section.get("threshold", DEFAULT_THRESHOLD))
+    elif name == "metropolis_hastings":
+        kept = keep_accepted(made, program, context)
+    else:
+        kept = keep_predicting(made, program, section.get("keep", DEFAULT_KEEP))
+    check_left(kept, count, name)
+    if len(kept.images) < count:
+        context.warn(f"filter: {name} keeps {len(kept.images)} of {count} images")
+    return kept
 
 
 def synthesis_options(section: Mapping[str, Any]) -> SynthesisOptions:
     """The options of `bn_synthesis`."""
     given = section.get("synthesis") or {}
     return SynthesisOptions.model_validate(given, strict=False)
+
+
+def shift_options(section: Mapping[str, Any]) -> ShiftOptions:
+    """The options of `domain_shift`."""
+    return ShiftOptions.model_validate(section.get("shift") or {}, strict=False)
 
 
 def as_data(tensors: Mapping[str, Tensor], program: Program, source: str, size: int) -> Batches:
@@ -93,18 +143,16 @@ def _column(tensor: Tensor) -> Column:
 
 def _synthesized(
     section: Mapping[str, Any], program: Program, context: Context, root: str | Path
-) -> dict[str, Tensor]:
-    """Images by the input's name, and labels."""
-    options = synthesis_options(section)
+) -> Made:
     samples = section.get("samples") or DEFAULT_SAMPLES
-    start = None
-    if section.get("data"):
-        start = real_images(section, program, context.seed, root)
-        start = (start[0][:samples], start[1][:samples])
+    options = synthesis_options(section)
+    if not section.get("data"):
+        return Made(*synthesize(program, samples, options, context))
+    real, classes = real_images(section, program, context.seed, root)
+    start = (real[:samples], classes[:samples])
     images, labels = synthesize(program, samples, options, context, start)
-    if options.labels == "soft":
-        labels = logits_of(program, images).softmax(-1)
-    return {program.signature.inputs[0].name: images, LABEL_NAMES[0]: labels}
+    rows = torch.arange(samples) % len(start[0])
+    return Made(images, labels, start[0][rows], real)
 
 
 def real_images(
@@ -130,16 +178,3 @@ def real_images(
             fix="Give one whole number per image, or leave `labels` out.",
         )
     return images, labels.long()
-
-
-def logits_of(program: Program, images: Tensor) -> Tensor:
-    """What a classifier says of images, (images, classes), in batches that it takes."""
-    main, fixed = main_output(program.signature), program.signature.inputs[0].shape[0]
-    size = fixed if isinstance(fixed, int) else AT_ONCE
-    found = []
-    with torch.no_grad():
-        for begin in range(0, len(images), size):
-            rows = torch.arange(begin, begin + size) if isinstance(fixed, int) else None
-            part = images[begin : begin + size] if rows is None else images[rows % len(images)]
-            found.append(wide(program.run_flat((part,))[main]))
-    return torch.cat(found)[: len(images)]

@@ -90,8 +90,13 @@ def subject_of(program: Program, why: str = "bn_synthesis") -> Subject:
     return Subject(image, (sizes[0], sizes[1], sizes[2]), batch, classes_of(program, why), norms)
 
 
-def image_input(program: Program, why: str) -> tuple[TensorSpec, int | None]:
+def image_input(program: Program, why: str, least: int = 2) -> tuple[TensorSpec, int | None]:
     """The one input of a program, images, and how many it takes if it is a fixed number.
+
+    Args:
+        program: of the model.
+        why: what asks for it.
+        least: images that it has to take at a time.
 
     Raises:
         ModelError: there are others, or it is none of float images, or in half precision.
@@ -110,7 +115,7 @@ def image_input(program: Program, why: str) -> tuple[TensorSpec, int | None]:
             f"{why} makes float32 images, and input {image.name!r} is {image.dtype}",
             fix="Compile the model in float32, and let cast.dtype follow.",
         )
-    if isinstance(first, int) and first < 2:
+    if isinstance(first, int) and first < least:
         raise ModelError(
             f"{why} matches statistics over images, and the model takes {first} at a time",
             fix="Trace it with a dynamic batch.",

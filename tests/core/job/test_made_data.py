@@ -87,6 +87,14 @@ WRONG = {
     "calibration: {data: synthetic, synthesis: {lr: 0.1}}": "synthesis is for 'source: bn_syn",
     "calibration: {source: bn_synthesis, synthesis: {mean: [0.5]}}": "one value each per channel",
     "calibration: {source: bn_syntesis}": "did you mean 'bn_synthesis'",
+    "calibration: {source: domain_shift}": "domain_shift needs 'data'",
+    "calibration: {data: synthetic, filter: agreement}": "filter is for images that are made",
+    "calibration: {data: synthetic, threshold: 0.5}": "threshold is for 'filter: agreement'",
+    "calibration: {source: bn_synthesis, filter: bidirectional}": "bidirectional needs 'data'",
+    "calibration: {source: domain_shift, data: synthetic, filter: metropolis_hastings}": (
+        "metropolis_hastings is for 'source: bn_synthesis'"
+    ),
+    "calibration: {source: domain_shift, data: synthetic, shift: {black: 2.0}}": "black 2 is not",
     "evaluate: {source: bn_synthesis, data: synthetic}": "'evaluate' has no key 'source'",
     "evaluate: {data: synthetic, steps: 3}": "evaluate.steps: steps are for `agreement`",
 }
