@@ -166,9 +166,23 @@ class ChainNet(nn.Module):
         return self.head(h)
 
 
+class ClassesNet(nn.Module):
+    """A classifier that halves its image once, by a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 3, 2, 1)
+        self.third, self.last = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (self.first, self.second, self.third):
+            x = torch.relu(layer(x))
+        return self.last(x.mean((2, 3)))
+
+
 IMAGE_NETS: dict[str, type[nn.Module]] = {
-    "conv": ConvNet, "filter": FilterNet, "residual": ResidualNet, "stages": StagesNet,
-    "unet": UpNet,
+    "classes": ClassesNet, "conv": ConvNet, "filter": FilterNet, "residual": ResidualNet,
+    "stages": StagesNet, "unet": UpNet,
 }  # fmt: skip
 
 
@@ -265,8 +279,7 @@ def run(
 ) -> gw.Program:
     """One pass of a chain, as the main job runs it."""
     data = batches(kind)
-    has_text = "ids" in data[0]
-    labelled = [{**batch, "labels": batch["ids"]} if has_text else batch for batch in data]
+    labelled = [{**batch, **_labels(kind, batch)} for batch in data]
     teacher = traced(kind)
     context = Context(
         calibration=data,
@@ -276,3 +289,12 @@ def run(
         scope=(index, step),
     )
     return gw.passes.registry.find_pass(step)(**options).execute(program, context).program
+
+
+def _labels(kind: str, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The text itself, or classes; none for nets of neither."""
+    if "ids" in batch:
+        return {"labels": batch["ids"]}
+    if kind == "classes":
+        return {"labels": (batch["x"].sum((1, 2, 3)) > 0).long()}
+    return {}

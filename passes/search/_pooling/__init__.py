@@ -1,0 +1,1 @@
+"""Where a convolutional network makes its image smaller: the choices, and their judges."""
