@@ -18,7 +18,8 @@ from graphwright.ir.program import Program, bind_inputs
 from graphwright.ir.sampling.inversion import inverted
 from graphwright.ir.sampling.record import Denoiser
 from graphwright.ir.sampling.sampler import Part, Sampler
-from graphwright.ir.sampling.variants import FULL, variants
+from graphwright.ir.sampling.stream import Stream
+from graphwright.ir.sampling.variants import BESIDE, FULL, variants, whole
 from graphwright.ir.signature import rebuild
 
 FILE = "program.json"
@@ -41,7 +42,7 @@ class Bundle(Compiled):
         notes = {**main.notes, "programs": {n: dict(p.notes) for n, p in parts.items()}}
         super().__init__(notes)
         self.record, self.parts = record, dict(parts)
-        self.signature = main.signature
+        self.signature = whole(record, {n: p.signature for n, p in self.parts.items()})
 
     @property
     def made_by(self) -> str:
@@ -70,14 +71,24 @@ class Bundle(Compiled):
         """(sample, state) behind one step; see `Sampler.step`."""
         return self.sampler.step(plan, i, x, state, noise)
 
+    def stream(self, noises: torch.Tensor, conditions: Any = None, negative: Any = None) -> Stream:
+        """The driver of a stream (sample.stream); see `Sampler.stream`."""
+        return self.sampler.stream(noises, conditions, negative)
+
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """One call of the whole program: D, E and what it carries, by name."""
         flat = bind_inputs(self.signature, inputs, named)
         return rebuild(self.signature.structure, self.run_flat(flat))
 
     def run_flat(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """The whole program on flat inputs."""
-        return self.parts[FULL].run_flat(inputs)
+        """The whole program on flat inputs, with what was put beside it."""
+        names = [spec.name for spec in self.signature.inputs]
+        given = dict(zip(names, inputs, strict=True))
+        found: tuple[torch.Tensor, ...] = ()
+        beside = (BESIDE[name] for name in self.record.settings if name in BESIDE)
+        for part in (self.parts[name] for name in (FULL, *beside)):
+            found += tuple(part.run_flat(tuple(given[s.name] for s in part.signature.inputs)))
+        return found
 
     def save(self, folder: str | Path) -> Artifact:
         """Writes `program.json`, and the programs with their weights once."""

@@ -184,7 +184,7 @@ class _Forced(fx.Interpreter):
             step = cache_step(*args)
             most_moved = MOST_MOVED_HALF if args[2] == 16 else MOST_MOVED
         elif len(args) == 1:
-            step = (theirs.amax() - theirs.amin()) / 255
+            step = (theirs.amax().clamp(min=0) - theirs.amin().clamp(max=0)) / 255  # as it is coded
         else:
             step = torch.tensor(args[1])
         return self._accepted(n, value, theirs, step, most_moved)

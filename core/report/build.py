@@ -93,7 +93,8 @@ def _layers(original: Program, program: Program, before: Any, after: Any) -> lis
     from graphwright.ir.check.layer_errors import layer_errors
 
     errors = {}
-    if len(original.signature.outputs) == len(program.signature.outputs):
+    names = [[spec.name for spec in p.signature.outputs] for p in (original, program)]
+    if names[0] == names[1]:
         # where a pass has restated the program, its layers see other inputs
         errors = {e.node: e.error for e in layer_errors(original, program, counted=before)}
     left = {layer.node: layer for layer in after.layers}

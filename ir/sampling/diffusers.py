@@ -16,19 +16,17 @@ _SOLVERS = {
     "EulerAncestralDiscreteScheduler": ("euler_ancestral", "linspace"),
     "HeunDiscreteScheduler": ("heun", "linspace"),
     "DPMSolverMultistepScheduler": ("dpmpp_2m", "linspace"),
-    "DPMSolverSinglestepScheduler": ("dpmpp_2s", "linspace"),
+    "DPMSolverSinglestepScheduler": ("dpmpp_singlestep", "linspace"),
     "UniPCMultistepScheduler": ("unipc", "linspace"),
     "LCMScheduler": ("lcm", "leading"),
     "FlowMatchEulerDiscreteScheduler": ("euler", "uniform"),
 }
-_MULTISTEP = ("dpmpp_2m", "dpmpp_2s", "unipc")
+_MULTISTEP = ("dpmpp_2m", "dpmpp_singlestep", "unipc")
 _PREDICTIONS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
 _MUST_BE: dict[str, tuple[Any, ...]] = {
     "clip_sample": (False,),
     "thresholding": (False,),
     "rescale_betas_zero_snr": (False,),
-    "use_karras_sigmas": (False, None),
-    "use_exponential_sigmas": (False, None),
     "use_beta_sigmas": (False, None),
     "use_lu_lambdas": (False, None),
     "use_flow_sigmas": (False, None),
@@ -48,6 +46,10 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "solver_p": (None,),
 }
 """Options whose other values are not what our solvers compute; a value outside is refused."""
+
+_SET_BY_ITSELF = {"DPMSolverSinglestepScheduler": ("lower_order_final",)}
+"""Options that a scheduler sets to what ours compute, whatever its configuration says: here because
+it ends without noise."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,11 @@ def read_scheduler(config: Mapping[str, Any]) -> Scheduler:
         )
     solver, spacing = _SOLVERS[kind]
     for option, allowed in _MUST_BE.items():
-        if option in config and config[option] not in allowed:
+        if (
+            option not in _SET_BY_ITSELF.get(kind, ())
+            and option in config
+            and config[option] not in allowed
+        ):
             raise ArgumentError(
                 f"{kind} with {option} = {config[option]!r} is not what our {solver} computes",
                 fix=f"It has to be {' or '.join(repr(v) for v in allowed)}.",
@@ -93,6 +99,8 @@ def read_scheduler(config: Mapping[str, Any]) -> Scheduler:
     spacing = str(config.get("timestep_spacing", spacing))
     if kind == "LCMScheduler":
         spacing = "lcm"
+    elif by_sigma := _by_sigma(config, solver, spacing):
+        return Scheduler(_prediction(config), _table(config), by_sigma, solver)
     elif solver in _MULTISTEP:
         spacing = _multistep(spacing)
     first = solver in ("ddim", "lcm") and not config.get("set_alpha_to_one", True)
@@ -106,6 +114,35 @@ def read_scheduler(config: Mapping[str, Any]) -> Scheduler:
     if kind == "LCMScheduler":
         options = {"timestep_scaling": float(config.get("timestep_scaling", 10.0))}
     return Scheduler(_prediction(config), _table(config), grid, solver, options)
+
+
+def _by_sigma(config: Mapping[str, Any], solver: str, spacing: str) -> Grid | None:
+    """The grid of Karras or of exponential levels; None for one of steps.
+
+    Multistep schedulers run between the ends of the table and tell the network whole steps: the
+    nearest one on Karras' levels (but for 2M on cosine tables), the one below on exponential ones.
+    Of the first exponential level they tell the step before the last of the table, because rounding
+    leaves the last one a hair above; here it is told the last one.
+    """
+    karras, exponential = (
+        bool(config.get(f"use_{name}_sigmas")) for name in ("karras", "exponential")
+    )
+    if not (karras or exponential):
+        return None
+    if karras and exponential:
+        raise ArgumentError("levels are Karras' or exponential, and both are asked for")
+    if solver not in _MULTISTEP:
+        if spacing != "linspace":
+            raise ArgumentError(
+                f"Karras' and exponential levels of {solver} between the steps of the spacing "
+                f"{spacing} are not known to us",
+                fix="Set `timestep_spacing: linspace`, whose ends are those of the table.",
+            )
+        return Grid(spacing="karras" if karras else "log_snr")
+    if exponential:
+        return Grid(spacing="log_snr", told="floored")
+    cosine = config.get("beta_schedule") == "squaredcos_cap_v2" and solver == "dpmpp_2m"
+    return Grid(spacing="karras", told="floored" if cosine else "rounded")
 
 
 def _multistep(spacing: str) -> str:

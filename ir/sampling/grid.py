@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -27,7 +28,8 @@ class Grid(Options):
     spacing: Spacing = "linspace"
     """`linspace`, `leading` and `trailing` choose steps of a table as diffusers does, `multistep`
     is its linspace for multistep solvers; `lcm` takes every k-th of `original_steps`; `karras` is
-    the power law in s / a; `log_snr` is uniform in ln(a / s); `uniform` is uniform in t."""
+    the power law in s / a; `log_snr` is uniform in ln(a / s), exponential in s / a; `uniform` is
+    uniform in t."""
 
     steps_offset: int = 0
     """Of leading: added to every step."""
@@ -44,6 +46,10 @@ class Grid(Options):
     end: float | None = None
     """Of karras, log_snr and uniform: t of the last level that the network is asked about; the
     schedule's other end when absent."""
+
+    told: Literal["exact", "rounded", "floored"] = "exact"
+    """Of karras and log_snr on a table: what the network is told of a level between two steps. The
+    multistep schedulers of diffusers tell it a whole step, whatever the level."""
 
     final: Literal["zero", "first", "none"] = "zero"
     """The level behind the last: no noise; the table's first step; or none, so that the last level
@@ -97,8 +103,15 @@ class Grid(Options):
             sigmas = (big + i * (small - big)) ** self.rho
         else:
             sigmas = np.exp(math.log(first.sigma) + i * math.log(last.sigma / first.sigma))
-        inner = [schedule.at_sigma(float(sigma)) for sigma in sigmas[1:-1]]
+        inner = [self._whole(schedule, schedule.at_sigma(float(sigma))) for sigma in sigmas[1:-1]]
         return (first, *inner, last)[:n] if n > 1 else (first,)
+
+    def _whole(self, schedule: NoiseSchedule, level: Level) -> Level:
+        """A level with the time of a whole step."""
+        if self.told == "exact":
+            return level
+        step = float(round(level.t) if self.told == "rounded" else math.floor(level.t))
+        return replace(level, time=schedule.level(step).time)
 
     def _steps(self, total: int, n: int) -> np.ndarray:
         if n > total:

@@ -21,8 +21,8 @@ from graphwright.ir.sampling.parameterization import canonical, output_of
 
 
 def over(level: Tensor, x: Tensor) -> Tensor:
-    """[batch] shaped to broadcast over x."""
-    return level.reshape(-1, *[1] * (x.dim() - 1))
+    """[batch], or [batch, 2] of a pair, shaped to broadcast over x."""
+    return level.reshape(*level.shape, *[1] * (x.dim() - level.dim()))
 
 
 def dot(u: Tensor, v: Tensor) -> Tensor:

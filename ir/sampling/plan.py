@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.sampling.grid import Grid
+from graphwright.ir.sampling.joint import Both, Task, in_pairs
 from graphwright.ir.sampling.parameterization import check_levels
-from graphwright.ir.sampling.record import NEGATIVE, Denoiser
+from graphwright.ir.sampling.record import ALPHA, NEGATIVE, PAIR, SIGMA, STREAM, Denoiser
+from graphwright.ir.sampling.schedule import Level
 from graphwright.ir.sampling.solvers.base import Path, Solver
 from graphwright.ir.sampling.solvers.table import SOLVERS, make_solver
 from graphwright.ir.signature import Signature
@@ -34,6 +36,7 @@ class Plan:
         linear: policy and coefficients of LinearAG; None elsewhere.
         particles: rows that share one target; 1 where rows have no weights.
         seed: of resampling.
+        known: data of the pictures of a pair that do not begin as noise.
     """
 
     path: Path
@@ -44,6 +47,7 @@ class Plan:
     linear: Mapping[str, Any] | None = None
     particles: int = 1
     seed: int = 0
+    known: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def make_plan(
@@ -59,19 +63,32 @@ def make_plan(
     parameters: Mapping[str, Scale],
     particles: int = 1,
     seed: int = 0,
+    task: Task | None = None,
+    known: Mapping[str, Tensor] | None = None,
 ) -> Plan:
     """The plan of a trajectory.
 
     Raises:
         ArgumentError: anything that would go wrong on the way, before it starts.
     """
+    if record.guidance is not None and STREAM in record.guidance.settings:
+        raise ArgumentError(
+            "a stream has no trajectories: its program is one tick",
+            fix="Drive it with `stream(noises, conditions)` and `run(frames)` or `tick`.",
+        )
     schedule = record.noise_schedule
     chosen = Grid.model_validate(dict(grid)) if isinstance(grid, Mapping) else grid
     path = Path(schedule, (chosen or record.default_grid).levels(schedule, steps))
     check_levels(record.parameterization, path.levels[:-1])
+    chosen_solver = _solver(record, solver, solver_options)
+    if PAIR in record.settings:
+        name = solver or record.solver
+        path, chosen_solver = in_pairs(record, path, chosen_solver, name, task)
+    elif task is not None or known:
+        raise ArgumentError("a task and known data are for programs of sample.joint")
     plan = Plan(
         path,
-        _solver(record, solver, solver_options),
+        chosen_solver,
         _given(record, signature, batch, conditions, negative),
         _numbers(record, parameters, path.steps),
         batch,
@@ -86,7 +103,7 @@ def make_plan(
             "sample.negtome pushes samples away from the first of the batch, and there is one",
             fix="Sample two at least.",
         )
-    return replace(plan, linear=linear, particles=particles, seed=seed)
+    return replace(plan, linear=linear, particles=particles, seed=seed, known=known or {})
 
 
 def _check_particles(record: Denoiser, plan: Plan, particles: int, solver: str) -> None:
@@ -193,6 +210,29 @@ def _numbers(
         if count and any(v != int(v) or not 0 <= v < count for v in made[name]):
             raise ArgumentError(f"{name} is a whole number from 0 to {count - 1}")
     return made
+
+
+def told(
+    record: Denoiser, signature: Signature, level: Level | Both, batch: int
+) -> dict[str, Tensor]:
+    """The levels and the time of a question, by name of the input.
+
+    Raises:
+        ArgumentError: the network takes whole steps, and this is none.
+    """
+    if isinstance(level, Both):  # [batch, 2], a column for each picture
+        one, two = (told(record, signature, part, batch) for part in level.levels)
+        both = {n: torch.stack([one[n], two[n]], 1) for n in (ALPHA, SIGMA)}
+        times = [part[record.time] for part in (one, two)] if record.time is not None else []
+        columns = [tensor[:, k] for k, tensor in enumerate(times)]
+        return {**both, **({str(record.time): torch.stack(columns, 1)} if columns else {})}
+    found = {
+        ALPHA: torch.full((batch,), level.a, dtype=torch.float32),
+        SIGMA: torch.full((batch,), level.s, dtype=torch.float32),
+    }
+    if record.time is not None:
+        found[record.time] = time_tensor(record, signature, level.time, batch)
+    return found
 
 
 def time_tensor(record: Denoiser, signature: Signature, time: float, batch: int) -> Tensor:

@@ -25,6 +25,15 @@ DENOISED, NOISE = "denoised", "noise"
 NEGATIVE = "negative_"
 """Prefix of the inputs with the conditions that guidance leads away from."""
 
+STREAM = "stream"
+"""Entry of the settings of the guidance of a program that is one tick of a stream."""
+
+JOINT_FACT = "sampling.pair"
+"""Entry of `Program.facts` of a network whose sample is a pair of pictures."""
+
+PAIR = "pair"
+"""Entry of the settings of its denoiser: the names of the two pictures."""
+
 
 @dataclass(frozen=True)
 class Carried:
@@ -155,6 +164,19 @@ class Denoiser:
         carried = tuple(Carried(**item) for item in data.get("carried", ()))
         cached = tuple(data.get("cached", ()))
         return cls(**{**data, "guidance": guidance, "carried": carried, "cached": cached})
+
+
+def refuse_stream(record: Denoiser, by: str) -> None:
+    """Refuses the tick of a stream, whose driver goes by no other pass.
+
+    Raises:
+        ModelError: it is one.
+    """
+    if record.guidance is not None and STREAM in record.guidance.settings:
+        raise ModelError(
+            f"{by}: a tick of a stream is all steps at once, and this changes steps",
+            fix="Leave one of the two out.",
+        )
 
 
 def _lists(value: Any) -> Any:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,15 +13,28 @@ from torch import Tensor
 
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.program import Program
+from graphwright.ir.sampling.choice import BOTH, CACHED, OFF, variant
 from graphwright.ir.sampling.grid import Grid
-from graphwright.ir.sampling.linear import estimated, regressors
+from graphwright.ir.sampling.history import completed
+from graphwright.ir.sampling.joint import Both, Paired, Task, started
 from graphwright.ir.sampling.particles import RATE, WEIGHTS, reweighted
-from graphwright.ir.sampling.plan import Plan, Scale, make_plan, time_tensor
-from graphwright.ir.sampling.record import ALPHA, DENOISED, NOISE, SIGMA, Denoiser
+from graphwright.ir.sampling.plan import Plan, Scale, make_plan, told
+from graphwright.ir.sampling.record import DENOISED, NOISE, PAIR, Denoiser
+from graphwright.ir.sampling.retrieval import Retriever
 from graphwright.ir.sampling.schedule import Level
 from graphwright.ir.sampling.solvers.base import Prediction
+from graphwright.ir.sampling.stream import Stream
 from graphwright.ir.sampling.trajectory import check_noise, draw_noise, shares
-from graphwright.ir.sampling.variants import CONDITIONED, FULL, SHALLOW, STILL, variants
+from graphwright.ir.sampling.variants import (
+    CONDITIONED,
+    FULL,
+    LOOK_UP,
+    NEIGHBOURS,
+    RETRIEVE,
+    SHALLOW,
+    VECTORS,
+    variants,
+)
 from graphwright.ir.signature import Signature
 
 Call = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
@@ -31,9 +44,7 @@ State = dict[str, Tensor]
 """What goes from step to step: `solver.<name>`, `carried.<input>`, `history.<kind>.<step>`, and
 whether guidance has ended."""
 
-SOLVER, CARRIED, OFF = "solver.", "carried.", "guidance_off"
-WITH, WITHOUT = "history.with.", "history.without."
-CACHED, BOTH = "cached.", "cached_rows_of_both"
+SOLVER, CARRIED = "solver.", "carried."
 
 
 @dataclass(frozen=True)
@@ -95,6 +106,9 @@ class Sampler:
         negative: Mapping[str, Tensor] | None = None,
         particles: int = 1,
         resampling_seed: int = 0,
+        queries: Tensor | None = None,
+        task: Task | None = None,
+        known: Mapping[str, Tensor] | None = None,
         **parameters: Scale,
     ) -> Plan:
         """A trajectory, checked as a whole.
@@ -108,15 +122,37 @@ class Sampler:
             negative: what guidance leads away from, by name of the condition.
             particles: neighbouring rows that share one target (sample.feynman_kac).
             resampling_seed: of their resampling.
+            queries: [batch, width], whose neighbours in the index are the condition
+                (sample.retrieve).
+            task: of a pair of pictures (sample.joint): the name of the one to make, or segments.
+            known: data of the pictures that it does not make from noise, by name.
             parameters: of the guidance: `guidance_scale=3.0`, or one number for every step.
 
         Raises:
             ArgumentError: what does not fit the denoiser, its guidance, schedule or solver.
         """
+        given = dict(conditions or {})
+        if queries is not None:
+            name = self._retrieve_setting()["condition"]
+            given[name] = self.retriever.context(queries)
         return make_plan(
-            self.record, self.parts[FULL].signature, batch, conditions or {}, negative or {},
+            self.record, self.parts[FULL].signature, batch, given, negative or {},
             steps, solver, solver_options, grid, parameters, particles, resampling_seed,
+            task, known,
         )  # fmt: skip
+
+    def stream(
+        self,
+        noises: Tensor,
+        conditions: Mapping[str, Tensor] | None = None,
+        negative: Mapping[str, Tensor] | None = None,
+    ) -> Stream:
+        """The driver of a program of sample.stream; see `Stream`.
+
+        Raises:
+            ArgumentError: the program is no stream, or what is given does not fit it.
+        """
+        return Stream(self.record, self.parts[FULL], noises, conditions, negative)
 
     def sample(
         self,
@@ -161,6 +197,8 @@ class Sampler:
     def first(self, plan: Plan, noise: Tensor) -> Tensor:
         """The sample at the first level."""
         wide = plan.path.schedule.kind in ("ve", "edm")
+        if isinstance(plan.solver, Paired):
+            return started(plan.solver, self.record.settings[PAIR], noise, plan.known, wide)
         return noise * plan.path.levels[0].s if wide else noise
 
     @torch.no_grad()
@@ -191,7 +229,7 @@ class Sampler:
         kept = {n: t for n, t in state.items() if not n.startswith(SOLVER)}
         own = {n.removeprefix(SOLVER): t for n, t in state.items() if n.startswith(SOLVER)}
 
-        def denoise(at: Tensor, level: Level) -> Prediction:
+        def denoise(at: Tensor, level: Level | Both) -> Prediction:
             found = self.ask(plan, i, at, level, kept)
             if watch is not None:
                 watch(found)
@@ -201,22 +239,43 @@ class Sampler:
         state = {**kept, **{SOLVER + name: tensor for name, tensor in own.items()}}
         return reweighted(plan, self.record, i, x, state) if plan.particles > 1 else (x, state)
 
+    # ---- retrieval
+
+    @cached_property
+    def retriever(self) -> Retriever:
+        """Finds neighbours in the index of a program of sample.retrieve.
+
+        Raises:
+            ArgumentError: the program has no index.
+        """
+        said = self._retrieve_setting()
+        k, items = said["neighbours"], said["items"]
+        numbers = torch.arange(-(-items // k) * k).clamp_max(items - 1).reshape(-1, k)
+        vectors = self.parts[LOOK_UP]({NEIGHBOURS: numbers})[VECTORS]
+        return Retriever(vectors.flatten(0, 1)[:items], k)
+
+    def _retrieve_setting(self) -> dict[str, Any]:
+        if RETRIEVE not in self.record.settings:
+            raise ArgumentError(
+                "queries are for a program with an index, and this has none",
+                fix="Put `sample.retrieve` behind the guidance, or give the condition itself.",
+            )
+        found: dict[str, Any] = self.record.settings[RETRIEVE]
+        return found
+
     # ---- one question
 
-    def ask(self, plan: Plan, i: int, x: Tensor, level: Level, state: State) -> dict[str, Tensor]:
+    def ask(
+        self, plan: Plan, i: int, x: Tensor, level: Level | Both, state: State
+    ) -> dict[str, Tensor]:
         """All outputs at a level; what is carried is changed in `state`."""
-        name = self._variant(plan, i, state)
+        name = variant(self.record, plan, i, state)
         part = self.parts[name]
-        rows = (plan.batch,)
         given = {
             self.record.sample: x,
-            ALPHA: torch.full(rows, level.a, dtype=torch.float32),
-            SIGMA: torch.full(rows, level.s, dtype=torch.float32),
+            **told(self.record, self.parts[FULL].signature, level, plan.batch),
             **plan.given,
         }
-        if self.record.time is not None:
-            full = self.parts[FULL].signature
-            given[self.record.time] = time_tensor(self.record, full, level.time, plan.batch)
         given |= {n: torch.tensor(each[i]) for n, each in plan.parameters.items()}
         for item in self.record.carried:
             held = state.get(CARRIED + item.input)
@@ -225,7 +284,7 @@ class Sampler:
         found = part(given)
         self.calls[name] += 1
         guidance = self.record.guidance
-        doubled = name.startswith(FULL) and guidance is not None
+        doubled = FULL in name and guidance is not None
         self.evaluations += guidance.evaluations if doubled and guidance is not None else 1
         kept = {CACHED + n: found[n] for n in self.record.cached if n in found}
         if kept:
@@ -237,59 +296,7 @@ class Sampler:
         self._look(found, state)
         if self.record.guidance is not None and "weights" in self.record.guidance.settings:
             state[RATE] = found[self.record.guidance.settings["weights"]["output"]]
-        return self._estimated(plan, i, x, level, found, state)
-
-    def _estimated(
-        self, plan: Plan, i: int, x: Tensor, level: Level, found: dict[str, Tensor], state: State
-    ) -> dict[str, Tensor]:
-        """LinearAG: keeps the history, and at linear steps estimates what was not asked."""
-        linear = plan.linear
-        if linear is None or linear["policy"][i] == CONDITIONED:
-            return found
-        withs, withouts = ([state[f"{part}{k}"] for k in range(i)] for part in (WITH, WITHOUT))
-        own = found.get(linear["with"], found[NOISE])
-        other = found.get(linear["without"])
-        if other is None:
-            parts = regressors([*withs, own], withouts)
-            other = estimated(linear["coefficients"][str(i)], parts)
-            scale = plan.parameters["guidance_scale"][i]
-            noise = other + scale * (own - other)
-            found = {**found, DENOISED: (x - level.s * noise) / level.a, NOISE: noise}
-        state |= {f"{WITH}{i}": own, f"{WITHOUT}{i}": other}
-        return found
-
-    def _variant(self, plan: Plan, i: int, state: State) -> str:
-        """The program that step i asks."""
-        name = self._guided(plan, i, state)
-        push = self.record.settings.get("push")
-        # at least one step pushes, however few there are
-        if push is not None and i >= math.ceil(round(push["stop"] * plan.path.steps, 9)):
-            name += STILL
-        return name + SHALLOW if self._may_take_over(name, i, state) else name
-
-    def _guided(self, plan: Plan, i: int, state: State) -> str:
-        guidance = self.record.guidance
-        if guidance is None:
-            return FULL
-        if plan.linear is not None:
-            return FULL if plan.linear["policy"][i] == FULL else CONDITIONED
-        steps, settings = plan.path.steps, guidance.settings
-        first = int(settings.get("start", 0.0) * steps)
-        last = int(settings.get("stop", 1.0) * steps)
-        return FULL if first <= i < last and OFF not in state else CONDITIONED
-
-    def _may_take_over(self, name: str, i: int, state: State) -> bool:
-        """Whether a step need not compute what was kept, and enough rows of it were."""
-        record = self.record
-        if not record.cached or CACHED + record.cached[0] not in state:
-            return False
-        settings = record.settings
-        steps = settings["refresh"]
-        fresh = i % settings["interval"] == 0 if steps is None else i in steps
-        wide = (
-            state.get(BOTH) is not None or record.guidance is None or name.startswith(CONDITIONED)
-        )
-        return not fresh and wide
+        return completed(plan, i, x, level, found, state)
 
     def _taken_over(self, name: str, x: Tensor, state: State) -> dict[str, Tensor]:
         """What was kept; rows with the condition of it where there are no others."""
@@ -331,10 +338,11 @@ def _check_state(plan: Plan, x: Tensor, state: State) -> None:
             f"the batch is {len(x)}, and the trajectory was begun with {plan.batch}"
         )
     for name, tensor in state.items():
+        paired = isinstance(plan.solver, Paired) and name.startswith(SOLVER)
         if (
             name not in (OFF, BOTH, RATE, WEIGHTS)
             and not name.startswith(CACHED)
-            and tensor.shape != x.shape
+            and tensor.shape != (x[:, 0].shape if paired else x.shape)
         ):
             raise ArgumentError(
                 f"the state {name!r} has the shape {tuple(tensor.shape)}, the sample "

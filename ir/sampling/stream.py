@@ -1,157 +1,196 @@
-"""A stream of frames (P87): every call of the network moves each of the last n frames one step."""
+"""The driver of a stream of frames (P87): ticks, a filter of similar frames, and queues."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from graphwright.ir.errors import ArgumentError
-from graphwright.ir.sampling.record import ALPHA, DENOISED, NOISE, SIGMA
-from graphwright.ir.sampling.sampler import Part, Sampler
-from graphwright.ir.sampling.schedule import Level
-from graphwright.ir.sampling.solvers.first import Lcm
-from graphwright.ir.sampling.solvers.table import SOLVERS
-from graphwright.ir.sampling.variants import FULL
+from graphwright.ir.sampling.record import DENOISED, NEGATIVE, STREAM, Denoiser
+from graphwright.ir.sampling.slots import NOISES
+from graphwright.ir.signature import Signature
 
 State = dict[str, Tensor]
-"""`waiting`, the frames in slots 1 to n - 1, `reference`, their unguided data, and `filled`, how
-many of the slots hold a frame."""
+"""What a tick hands to the next one, by name of the input, and `filled`, how many of the slots hold
+a frame."""
+
+FILLED, NEXT = "filled", "next_"
+ItemT = TypeVar("ItemT")
+MadeT = TypeVar("MadeT")
 
 
-@dataclass(frozen=True)
-class StreamSettings:
-    """How a stream denoises.
+class Ticking(Protocol):
+    """A program that is one tick."""
 
-    Attributes:
-        steps: places on the schedule of the slots, noisiest first.
-        guidance: `none`; `self`, residual guidance by the frame's own noise, without further rows;
-            `initialize`, by one prediction without the condition when a frame enters; `full`, by
-            one in every slot.
-        guidance_scale: of it.
-        delta: factor on the residual noise.
-        boundary: the scaling of consistency models on the data.
-    """
+    @property
+    def signature(self) -> Signature:
+        """Its inputs and outputs."""
 
-    steps: tuple[float, ...]
-    guidance: str = "none"
-    guidance_scale: float = 1.2
-    delta: float = 1.0
-    boundary: bool = True
+    def __call__(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Runs it by names."""
 
 
 class Stream:
     """Frames in, frames out, one call of the network per frame.
 
-    Slot k holds the frame that came k ticks ago, at its k-th level. Noises are fixed per slot, so
-    that a still picture stays still.
-
     Args:
-        sampler: of a denoiser without guidance, told the time of every row.
-        settings: of the stream.
-        noises: [slots, ...], standard normal.
-        conditions: of the frames, [1, ...] each.
-        negative: what guidance leads away from, for `initialize` and `full`; a number of the record
-            stands in for those that are not given.
+        record: of a program of sample.stream.
+        part: the program.
+        noises: [slots, ...] or [slots, batch, ...], standard normal, fixed for the whole stream.
+        conditions: of the frames, a row for each of those that enter together.
+        negative: what guidance leads away from, by name of the condition, where no number stands
+            for it.
 
     Raises:
-        ArgumentError: guidance in the program already, one time for all rows, noises of another
-            number, or a negative that is missing.
-
-    Source: P87, sections 3.1 (stream batch) and 3.2 (residual guidance), with the residual noise by
-    its definition v = (x - a x0) / s.
+        ArgumentError: the program is no tick, noises of another number or shape, or conditions
+            that do not fit.
     """
 
     def __init__(
         self,
-        sampler: Sampler,
-        settings: StreamSettings,
+        record: Denoiser,
+        part: Ticking,
         noises: Tensor,
-        conditions: Mapping[str, Tensor],
+        conditions: Mapping[str, Tensor] | None = None,
         negative: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.record, self.part = sampler.record, sampler.parts[FULL]
-        self.settings, self.noises = settings, noises
-        _refuse(sampler, settings, noises)
-        schedule = self.record.noise_schedule
-        self.levels = [schedule.level(step) for step in settings.steps]
-        self.given = dict(conditions)
-        self.away = dict(conditions) if settings.guidance in ("none", "self") else {
-            name: _negative(name, fill, conditions, negative or {})
-            for name, fill in self.record.conditions.items()
-        }  # fmt: skip
+        guidance = record.guidance
+        if guidance is None or STREAM not in guidance.settings:
+            raise ArgumentError(
+                "this program is no stream",
+                fix="Put `sample.stream` behind `sample.denoiser` in the spec.",
+            )
+        self.record, self.part = record, part
+        self.parameters = dict(guidance.parameters)
+        self.slots = len(guidance.settings[STREAM]["steps"])
+        self._specs = {spec.name: spec for spec in part.signature.inputs}
+        self.noises = self._noises(noises)
+        self.given = self._conditions(conditions or {}, negative or {})
 
     @property
-    def rows(self) -> int:
-        """Rows of the network per tick."""
-        n = len(self.levels)
-        return {"full": 2 * n, "initialize": n + 1}.get(self.settings.guidance, n)
+    def batch(self) -> int:
+        """Frames that enter together."""
+        return self.noises.shape[1]
 
     @torch.no_grad()
-    def tick(self, frame: Tensor, state: State) -> tuple[Tensor | None, State]:
-        """(frame that is done, state) behind one call.
+    def tick(self, frame: Tensor, state: State, **parameters: float) -> tuple[Tensor | None, State]:
+        """(frames that are done, state) behind one call.
 
         Args:
-            frame: [1, ...], data.
+            frame: [batch, ...], data.
             state: empty at first, then what the tick before returned.
+            parameters: of the guidance, in the place of the program's.
 
         Returns:
-            the frame that came n - 1 ticks ago, denoised; None while the slots fill.
+            the frames that came slots - 1 ticks ago, denoised; None while the slots fill.
+
+        Raises:
+            ArgumentError: a frame of another shape, or a parameter that the guidance has not.
         """
-        n, z = len(self.levels), self.noises
-        first = self.levels[0].a * frame + self.levels[0].s * z[:1]
-        waiting = state.get("waiting", torch.zeros_like(z[1:]))
-        x = torch.cat([first, waiting])
-        reference = torch.cat([frame, state.get("reference", torch.zeros_like(z[1:]))])
-        a, s = (_column([getattr(v, k) for v in self.levels], x) for k in ("a", "s"))
-        noise, reference = self._guided(x, reference, a, s)
-        data = (x - s * noise) / a
-        if self.settings.boundary:
-            skip, out = zip(*(Lcm().boundary(level.t) for level in self.levels), strict=True)
-            data = _column(out, x) * data + _column(skip, x) * x
-        filled = int(state.get("filled", torch.zeros((), dtype=torch.int64))) + 1
-        after = {
-            "waiting": a[1:] * data[:-1] + s[1:] * z[1:],
-            "reference": reference[:-1],
-            "filled": torch.tensor(min(filled, n)),
-        }
-        return (data[-1:] if filled >= n else None), after
-
-    def _guided(self, x: Tensor, reference: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """The noise of every slot, and the data that residual guidance leads away from."""
-        mode, n = self.settings.guidance, len(x)
-        more = {"full": n, "initialize": 1}.get(mode, 0)
-        found = self._ask(torch.cat([x, x[:more]]), [*self.levels, *self.levels[:more]], more)
-        own, other = found[:n], found[n:]
-        if mode == "none":
-            return own, reference
-        if mode == "initialize":
-            entered = (x[:1] - s[:1] * other) / a[:1]
-            reference = torch.cat([entered, reference[1:]])
-        if mode != "full":
-            other = self.settings.delta * (x - a * reference) / s
-        return other + self.settings.guidance_scale * (own - other), reference
-
-    def _ask(self, x: Tensor, levels: Sequence[Level], more: int) -> Tensor:
-        """E of every row; the last ones without the condition."""
-        rows = len(x)
-        given: dict[str, Tensor] = {
-            self.record.sample: x,
-            ALPHA: torch.tensor([level.a for level in levels]),
-            SIGMA: torch.tensor([level.s for level in levels]),
-        }
-        if self.record.time is not None:
-            dtype = next(getattr(torch, spec.dtype) for spec in self.part.signature.inputs
-                         if spec.name == self.record.time)  # fmt: skip
-            given[self.record.time] = torch.tensor([level.time for level in levels]).to(dtype)
-        for name, tensor in self.given.items():
-            given[name] = torch.cat([_rows(tensor, rows - more), _rows(self.away[name], more)])
+        if frame.shape != self.noises.shape[1:]:
+            raise ArgumentError(
+                f"the frame has the shape {tuple(frame.shape)}, and the noise of a slot "
+                f"{tuple(self.noises.shape[1:])}"
+            )
+        unknown = [name for name in parameters if name not in self.parameters]
+        if unknown:
+            known = list(self.parameters)
+            raise ArgumentError(f"no parameter named {unknown[0]!r}; there are {known}")
+        numbers = {n: torch.tensor(float(v)) for n, v in {**self.parameters, **parameters}.items()}
+        given = {self.record.sample: frame, NOISES: self.noises, **self.given, **numbers}
+        for name, spec in self._specs.items():
+            if name not in given:  # a state: slots that hold no frame yet are zeros
+                held = state.get(name)
+                given[name] = torch.zeros_like(self.noises[1:]) if held is None else held
+            given[name] = given[name].to(getattr(torch, spec.dtype))
         found = self.part(given)
-        assert DENOISED in found
-        return found[NOISE]
+        filled = min(int(state.get(FILLED, torch.tensor(0))) + 1, self.slots)
+        after = {n.removeprefix(NEXT): t for n, t in found.items() if n.startswith(NEXT)}
+        after[FILLED] = torch.tensor(filled)
+        return (found[DENOISED] if filled >= self.slots else None), after
+
+    def run(
+        self,
+        frames: Iterable[Any],
+        *,
+        before: Callable[[Any], Tensor] | None = None,
+        after: Callable[[Tensor | None], Any] | None = None,
+        similar: SimilarityFilter | None = None,
+        seed: int = 0,
+        ahead: int = 4,
+    ) -> Iterator[Any]:
+        """One result per frame, the newest picture that is done; None while the slots fill.
+
+        Reading and preparing frames, the network, and what is done with pictures each have a
+        thread, so that none of them waits for another.
+
+        Args:
+            frames: what is streamed, such as a camera; may never end.
+            before: makes a frame [batch, ...] of an item.
+            after: is given every result.
+            similar: leaves frames out that are like the last one: their result is the picture
+                before.
+            seed: of what the filter draws.
+            ahead: items at most that wait between two threads.
+        """
+        prepared = in_thread(before or _same, frames, ahead)
+        ticked = in_thread(_same, self._ticked(prepared, similar, seed), ahead)
+        return in_thread(after or _same, ticked, ahead)
+
+    def _ticked(
+        self, frames: Iterable[Tensor], similar: SimilarityFilter | None, seed: int
+    ) -> Iterator[Tensor | None]:
+        state: State = {}
+        shown: Tensor | None = None
+        generator = torch.Generator().manual_seed(seed)
+        for frame in frames:
+            draw = float(torch.rand((), generator=generator))
+            if similar is None or not similar.skips(frame, draw):
+                done, state = self.tick(frame, state)
+                shown = shown if done is None else done
+            yield shown
+
+    def _noises(self, noises: Tensor) -> Tensor:
+        """[slots, batch, ...]."""
+        spec = self._specs[NOISES]
+        if noises.dim() == len(spec.shape) - 1:
+            noises = noises[:, None]
+        fits = noises.dim() == len(spec.shape) and all(
+            isinstance(wanted, str) or wanted == size
+            for wanted, size in zip(spec.shape, noises.shape, strict=True)
+        )
+        if not fits:
+            raise ArgumentError(
+                f"the noise has the shape {tuple(noises.shape)}, and the stream takes "
+                f"{spec.shape}: {self.slots} slots"
+            )
+        return noises
+
+    def _conditions(
+        self, conditions: Mapping[str, Tensor], negative: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        assert self.record.guidance is not None
+        wanted = [*self.record.conditions, *self.record.guidance.negatives]
+        given = {**conditions, **{NEGATIVE + name: tensor for name, tensor in negative.items()}}
+        missing = [name for name in wanted if name not in given]
+        unknown = [name for name in given if name not in wanted]
+        if missing or unknown:
+            raise ArgumentError(
+                f"the stream takes {wanted}: missing {missing}, unknown {unknown}",
+                fix="Names with `negative_` are given as `negative={name: tensor}`.",
+            )
+        for name, tensor in given.items():
+            if tensor.shape[0] != self.batch:
+                raise ArgumentError(
+                    f"the condition {name!r} has {tensor.shape[0]} rows, and {self.batch} frames "
+                    "enter together"
+                )
+        return given
 
 
 class SimilarityFilter:
@@ -159,12 +198,20 @@ class SimilarityFilter:
 
     Args:
         threshold: cosine up to which no frame is skipped.
-        most: frames skipped in a row at most.
+        most: frames skipped in a row at most (the released code counts all that it ever skipped).
+
+    Raises:
+        ArgumentError: a threshold that is no cosine, or a negative number of frames.
 
     Source: P87, section 3.5.
     """
 
     def __init__(self, threshold: float = 0.98, most: int = 10) -> None:
+        if not -1 <= threshold <= 1 or most < 0:
+            raise ArgumentError(
+                f"a threshold of {threshold} and {most} frames: a cosine is -1 to 1, and frames "
+                "are counted from 0"
+            )
         self.threshold, self.most = threshold, most
         self.last: Tensor | None = None
         self.skipped = 0
@@ -182,54 +229,23 @@ class SimilarityFilter:
         return False
 
 
-def _refuse(sampler: Sampler, settings: StreamSettings, noises: Tensor) -> None:
-    record, part = sampler.record, sampler.parts[FULL]
-    if record.guidance is not None:
-        raise ArgumentError(
-            f"a stream guides by itself, and {record.guidance.by} is in the program",
-            fix="Lower the denoiser without it, and choose the stream's `guidance`.",
-        )
-    carried = SOLVERS[record.solver].state
-    if carried:
-        raise ArgumentError(
-            f"a stream steps as consistency models do, every slot by itself, and {record.solver} "
-            f"carries {', '.join(carried)} from step to step",
-            fix="Say another `solver` in sample.denoiser (lcm, euler).",
-        )
-    if "push" in record.settings:
-        raise ArgumentError(
-            "sample.negtome pushes rows away from the first one, and the rows of a stream are "
-            "frames at other levels of noise",
-            fix="Lower the denoiser without it.",
-        )
-    if settings.guidance not in ("none", "self", "initialize", "full"):
-        raise ArgumentError(f"no guidance of a stream is named {settings.guidance!r}")
-    if len(noises) != len(settings.steps):
-        raise ArgumentError(f"{len(settings.steps)} slots, and noise for {len(noises)}")
-    if record.time is not None and not _time_rows(part, record.time):
-        raise ArgumentError("the network is told one time for all rows, and slots have their own",
-                            fix="Trace it with a time of shape [batch].")  # fmt: skip
+def in_thread(
+    function: Callable[[ItemT], MadeT], items: Iterable[ItemT], ahead: int
+) -> Iterator[MadeT]:
+    """`map` in a thread of its own, at most `ahead` results before they are asked for."""
+    source = iter(items)
+    ended = object()
+
+    def one() -> Any:
+        item = next(source, ended)
+        return ended if item is ended else function(item)  # type: ignore[arg-type]  # no end
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = deque(pool.submit(one) for _ in range(max(ahead, 1)))
+        while (made := waiting.popleft().result()) is not ended:
+            waiting.append(pool.submit(one))
+            yield made
 
 
-def _time_rows(part: Part, time: str) -> bool:
-    (spec,) = (spec for spec in part.signature.inputs if spec.name == time)
-    return bool(spec.shape) and isinstance(spec.shape[0], str)
-
-
-def _negative(
-    name: str, fill: float | None, conditions: Mapping[str, Any], negative: Mapping[str, Any]
-) -> Tensor:
-    if name in negative:
-        found: Tensor = negative[name]
-        return found
-    if fill is None:
-        raise ArgumentError(f"guidance of the stream needs `negative` for {name!r}")
-    return torch.full_like(conditions[name], fill)
-
-
-def _rows(tensor: Tensor, count: int) -> Tensor:
-    return tensor.expand(count, *tensor.shape[1:])
-
-
-def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype).reshape(-1, *[1] * (like.dim() - 1))
+def _same(item: Any) -> Any:
+    return item

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 from graphwright.ir.edit import Editor
 from graphwright.ir.program import Program
+from graphwright.ir.sampling.beside import apart
 from graphwright.ir.sampling.cached import handing_out, shallow
-from graphwright.ir.sampling.record import DENOISED, NOISE, Denoiser
+from graphwright.ir.sampling.record import DENOISED, FACT, NOISE, Denoiser
 from graphwright.ir.sampling.surgery import half_of, is_joined, with_outputs
 from graphwright.ir.sampling.tokens import without_push
+from graphwright.ir.signature import Signature
 
 FULL = "full"
 """The whole program."""
@@ -18,13 +23,53 @@ CONDITIONED = "conditioned"
 STILL = "_still"
 """Behind the name of one without the push of sample.negtome."""
 
+OTHER = "other_"
+"""In front of the names of the programs of the network that takes the first steps."""
+
+SWITCH = "switch"
+"""Entry of the settings of a program with two networks."""
+
+LOOK_UP = "look_up"
+"""The table of an index: numbers of items to their vectors."""
+
+RETRIEVE = "retrieve"
+"""Entry of the settings of a program with an index."""
+
+NEIGHBOURS, VECTORS = "neighbours", "vectors"
+"""Input [batch, neighbours] and output [batch, neighbours, width] of its table."""
+
 SHALLOW = "_shallow"
 """Behind the name of one that takes over what an earlier step kept."""
+
+
+BESIDE = {SWITCH: OTHER + FULL, RETRIEVE: LOOK_UP}
+"""By entry of the settings, the program that was put beside another one."""
+
+
+def whole(record: Denoiser, signatures: Mapping[str, Signature]) -> Signature:
+    """The interface of the one program that these were cut out of, by their names."""
+    main = signatures[FULL]
+    inputs, outputs = list(main.inputs), list(main.outputs)
+    for setting in (name for name in record.settings if name in BESIDE):
+        other = signatures[BESIDE[setting]]
+        known = {spec.name for spec in inputs}
+        inputs += [spec for spec in other.inputs if spec.name not in known]
+        outputs += [replace(spec, name=f"{setting}_{spec.name}") for spec in other.outputs]
+    if len(outputs) == len(main.outputs):
+        return main
+    structure = {"dict": {spec.name: {"leaf": i} for i, spec in enumerate(outputs)}}
+    return replace(main, inputs=tuple(inputs), outputs=tuple(outputs), structure=structure)
 
 
 def variants(program: Program) -> dict[str, Program]:
     """Programs by name; the whole one alone where every step is guided and nothing reused."""
     record = Denoiser.of(program)
+    if record is not None and RETRIEVE in record.settings:
+        own, table = apart(program, RETRIEVE)
+        return {**variants(_without(own, record, RETRIEVE)), LOOK_UP: table}
+    if record is not None and SWITCH in record.settings:
+        own, other = networks(program)
+        return {**variants(own), **{OTHER + n: made for n, made in variants(other).items()}}
     found = {FULL: program}
     if record is not None and record.guidance is not None and record.guidance.may_rest:
         found[CONDITIONED] = conditioned(program)
@@ -34,6 +79,21 @@ def variants(program: Program) -> dict[str, Program]:
         return found
     deep = {name: handing_out(made, record) for name, made in found.items()}
     return {**deep, **{name + SHALLOW: shallow(made, record) for name, made in found.items()}}
+
+
+def networks(program: Program) -> tuple[Program, Program]:
+    """The two denoisers of a program of sample.switch: its own, and that of the first steps."""
+    record = Denoiser.required(program, "sampling")
+    own, other = apart(program, SWITCH)
+    theirs = {**other.facts, FACT: record.settings[SWITCH]["record"]}
+    return _without(own, record, SWITCH), other.replace(facts=theirs)
+
+
+def _without(program: Program, record: Denoiser, setting: str) -> Program:
+    """The program with a record that lacks a setting."""
+    settings = {name: value for name, value in record.settings.items() if name != setting}
+    facts = {**program.facts, FACT: record.replace(settings=settings).to_json()}
+    return program.replace(facts=facts)
 
 
 def conditioned(program: Program) -> Program:

@@ -23,7 +23,15 @@ from graphwright.ir.sampling.parameterization import (
     check_pair,
     network_input,
 )
-from graphwright.ir.sampling.record import ALPHA, DENOISED, FACT, NOISE, SIGMA
+from graphwright.ir.sampling.record import (
+    ALPHA,
+    DENOISED,
+    FACT,
+    JOINT_FACT,
+    NOISE,
+    PAIR,
+    SIGMA,
+)  # fmt: skip
 from graphwright.ir.sampling.record import Denoiser as Record
 from graphwright.ir.sampling.schedule import NoiseSchedule
 from graphwright.ir.sampling.solvers.table import make_solver
@@ -101,11 +109,12 @@ class Denoiser(SamplePass[DenoiserOptions]):
         batch = edit.spec(record.sample).shape[0]
         rows = edit.example(record.sample).shape[0]
         kind, spread = record.parameterization, self.options.sigma_data
+        pair = (2,) if PAIR in record.settings else ()  # each picture has its own level
         example = said.schedule.level(sum(said.schedule.ends()) / 2)
         levels = [
             edit.add_input(
-                NewInput(TensorSpec(name, "float32", (batch,), (0.25, 0.75)),
-                         torch.full((rows,), value)), x
+                NewInput(TensorSpec(name, "float32", (batch, *pair), (0.25, 0.75)),
+                         torch.full((rows, *pair), value)), x
             )
             for name, value in ((ALPHA, example.a), (SIGMA, example.s))
         ]  # fmt: skip
@@ -137,8 +146,9 @@ class Denoiser(SamplePass[DenoiserOptions]):
     def _record(self, program: Program, said: _Said) -> Record:
         options = self.options
         names = [spec.name for spec in program.signature.inputs]
-        sample = options.sample or names[0]
-        time = options.time or (names[1] if len(names) > 1 else None)
+        joint = program.facts.get(JOINT_FACT, {})
+        sample = options.sample or joint.get("sample", names[0])
+        time = options.time or joint.get("time", names[1] if len(names) > 1 else None)
         rest = tuple(name for name in names if name not in (sample, time))
         conditions = rest if options.conditions is None else options.conditions
         asked = (sample, *conditions, *options.unconditional, *([time] if time else []))
@@ -158,6 +168,7 @@ class Denoiser(SamplePass[DenoiserOptions]):
             schedule=said.schedule.model_dump(mode="json"), sigma_data=options.sigma_data,
             grid=said.grid.model_dump(mode="json"), solver=said.solver,
             solver_options=said.solver_options, distilled=options.distilled,
+            settings={PAIR: joint["names"]} if joint else {},
         )  # fmt: skip
 
 

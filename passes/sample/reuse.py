@@ -15,7 +15,7 @@ from graphwright.ir.graph.nodes import module_paths
 from graphwright.ir.options import Options, Rule
 from graphwright.ir.program import Program
 from graphwright.ir.sampling.cached import mark, shallow
-from graphwright.ir.sampling.record import FACT, Denoiser
+from graphwright.ir.sampling.record import FACT, Denoiser, refuse_stream
 from graphwright.passes.base import Action, Context, Contract, Effect, Pass, Result
 from graphwright.passes.sample._form.base import OTHER_FAMILIES
 
@@ -70,6 +70,7 @@ class Reuse(Pass[ReuseOptions]):
             ModelError: no such module, nothing leaves them, or a cut there saves nothing.
         """
         record = Denoiser.required(program, self.id)
+        refuse_stream(record, self.id)
         editor = Editor(program, by=self.id)
         inside = {node for node in editor.graph.nodes if self._is_inside(node)}
         if not inside:

@@ -139,3 +139,61 @@ def labelled() -> gw.Program:
     return gw.passes.sample.Denoiser(
         parameterization="epsilon", schedule=schedule, grid=grid, unconditional={"label": 3}
     )(program)
+
+
+SPREAD = 0.01
+"""Variance of a spot of `Around`."""
+
+
+class Around(nn.Module):
+    """The noise of a mixture with a spot around every neighbour: [batch, k, 2], in no order."""
+
+    def forward(self, x: Tensor, sigma_in: Tensor, context: Tensor) -> Tensor:
+        s = sigma_in[:, None]
+        off = x[:, None] - context
+        spread = SPREAD + s**2
+        share = (-(off**2).sum(-1) / (2 * spread)).softmax(1)[:, :, None]
+        data = (share * (context + SPREAD / spread[:, :, None] * off)).sum(1)
+        return (x - data) / s
+
+
+def around() -> gw.Program:
+    """It, with a free batch and free neighbours."""
+    inputs = {
+        "x": torch.randn(3, 2), "sigma_in": torch.tensor([0.3, 1.0, 4.0]),
+        "context": torch.randn(3, 4, 2),
+    }  # fmt: skip
+    free = {"x": {0: "batch"}, "sigma_in": {0: "batch"}, "context": {0: "batch", 1: "tokens"}}
+    return gw.trace(Around().eval(), inputs, free, ranges={"sigma_in": (0.1, 10.0)})
+
+
+RHO = 0.8
+"""Correlation of the two pictures of `TwoPictures`."""
+
+
+class TwoPictures(nn.Module):
+    """The noise of two correlated normal numbers, in closed form, at a level of edm for each.
+
+    Both have variance 1 and a mean of 1 with the label 0, of 0 with the label 1.
+    """
+
+    def forward(
+        self, image: Tensor, depth: Tensor, image_sigma: Tensor, depth_sigma: Tensor, label: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        s, t, mean = image_sigma[:, None], depth_sigma[:, None], (1 - label.float())[:, None]
+        dx, dy = image - mean, depth - mean
+        det = (1 + s**2) * (1 + t**2) - RHO**2
+        wx, wy = ((1 + t**2) * dx - RHO * dy) / det, ((1 + s**2) * dy - RHO * dx) / det
+        return s * wx, t * wy
+
+
+def pair() -> gw.Program:
+    """It, with a free batch."""
+    inputs = {
+        "image": torch.randn(3, 1), "depth": torch.randn(3, 1),
+        "image_sigma": torch.tensor([0.2, 1.0, 5.0]),
+        "depth_sigma": torch.tensor([0.3, 2.0, 1.0]), "label": torch.tensor([0, 1, 0]),
+    }  # fmt: skip
+    ranges = {"label": (0, 2), "image_sigma": (0.1, 10.0), "depth_sigma": (0.1, 10.0)}
+    free = {name: {0: "batch"} for name in inputs}
+    return gw.trace(TwoPictures().eval(), inputs, free, ranges=ranges)

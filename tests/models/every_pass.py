@@ -224,6 +224,10 @@ def _decoder() -> gw.Program:
     return trace_decoder(LlamaForCausalLM(config).eval(), check=False)
 
 
+DENOISERS = {"denoiser": denoisers.conv, "neighbours": denoisers.around, "pair": denoisers.pair}
+"""Networks of the passes of sample."""
+
+
 @cache
 def traced(kind: str) -> gw.Program:
     """The network of a kind, with free dimensions."""

@@ -81,3 +81,32 @@ class Dpmpp2s(Stochastic):
         back = renoised(q, halfway, middle)
         moved = down / here.s * x + there.a * (q.denoised - math.exp(-h) * back)
         return moved + fresh * noise[0] if fresh else moved, state
+
+
+class DpmppSinglestep(Solver):
+    """2S whose middle points are levels of the grid, one question per step.
+
+    Of two steps the second one starts anew from where the first began. A step without a partner and
+    the last one are Euler's.
+
+    Source: Lu et al. 2022 (DPM-Solver++), algorithm 1 with r from the grid, as in diffusers'
+    DPMSolverSinglestepScheduler.
+    """
+
+    state: ClassVar[tuple[str, ...]] = ("start_sample", "start_denoised")
+
+    def step(
+        self, denoise: Denoise, x: Tensor, path: Path, i: int, state: State, noise: list[Tensor]
+    ) -> tuple[Tensor, State]:
+        """One step."""
+        here, there = path.levels[i], path.levels[i + 1]
+        p = denoise(x, here)
+        last = i + 1 == path.steps or there.s <= SMALLEST
+        if not state or last:
+            kept = {} if last else {"start_sample": x, "start_denoised": p.denoised}
+            return first_order(p, there, 0.0, noise), kept if here.a > SMALLEST else {}
+        begin, first = path.levels[i - 1], state["start_denoised"]
+        h = there.log_snr - begin.log_snr
+        slope = (p.denoised - first) * h / (here.log_snr - begin.log_snr)
+        moved = there.s / begin.s * state["start_sample"]
+        return moved - there.a * math.expm1(-h) * (first + slope / 2), {}

@@ -6,7 +6,7 @@ from typing import Any
 
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.sampling.solvers.base import Solver
-from graphwright.ir.sampling.solvers.dpm import Dpmpp2m, Dpmpp2s
+from graphwright.ir.sampling.solvers.dpm import Dpmpp2m, Dpmpp2s, DpmppSinglestep
 from graphwright.ir.sampling.solvers.first import Euler, EulerAncestral, Lcm
 from graphwright.ir.sampling.solvers.heun import Heun
 from graphwright.ir.sampling.solvers.sde import PredictorCorrector, ReverseSde
@@ -19,6 +19,7 @@ SOLVERS: dict[str, type[Solver]] = {
     "heun": Heun,
     "dpmpp_2m": Dpmpp2m,
     "dpmpp_2s": Dpmpp2s,
+    "dpmpp_singlestep": DpmppSinglestep,
     "unipc": Unipc,
     "lcm": Lcm,
     "reverse_sde": ReverseSde,

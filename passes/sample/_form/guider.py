@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from typing_extensions import TypeVar
 
+from graphwright.ir.errors import ModelError
 from graphwright.ir.options import Options
 from graphwright.ir.program import Program
 from graphwright.ir.sampling.guided import guided
@@ -17,6 +18,7 @@ from graphwright.ir.sampling.record import (
     DENOISED,
     NEGATIVE,
     NOISE,
+    PAIR,
     SIGMA,
     Carried,
     Denoiser,
@@ -30,6 +32,9 @@ GUIDERS = (
     "sample.minority",
 )  # fmt: skip
 """One of them can be around a denoiser."""
+
+OF_PAIRS = ("sample.cfg", "sample.cfgpp")
+"""Those that go by no length of a sample: behind sample.joint it is two pictures."""
 
 OptionsT = TypeVar("OptionsT", bound=Options, default=Options)
 
@@ -64,6 +69,11 @@ class GuiderPass(SamplePass[OptionsT]):
     def run(self, program: Program, context: Context) -> Result:
         """Puts the guider around the denoiser."""
         record = Denoiser.required(program, self.id)
+        if PAIR in record.settings and self.id not in OF_PAIRS:
+            raise ModelError(
+                f"{self.id} goes by lengths of a sample, and this one is two pictures",
+                fix=f"Guide a pair by {' or '.join(OF_PAIRS)}.",
+            )
         made = guided(
             program, self.guider(record), self.id,
             parameters=self.parameters(), carried=self.carried, looked_at=self.looked_at,

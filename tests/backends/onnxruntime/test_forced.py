@@ -58,3 +58,27 @@ def test_half_precision_in_front_is_what_moves_the_further_codes(programs) -> No
     with pytest.raises(Differs, match="codes differ"):
         shown(programs["float32"], 2**-10)
     shown(programs["float16"], 2**-10)
+
+
+class Timed(nn.Module):
+    """A layer that reads one number per row, as the time of a denoiser."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time, self.last = nn.Linear(1, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return x + self.last(torch.nn.functional.silu(self.time(timestep[:, None] / 10)))
+
+
+@pytest.mark.parametrize("times", [[500.0, 500.0], [-3.0, -3.0], [0.0, 0.0], [500.0, 100.0]])
+def test_the_codes_of_one_number_are_steps_from_zero(times: list[float]) -> None:
+    """A range of no width without the zero that it is coded with had an endless number of steps."""
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(2, 4), "timestep": torch.tensor(times)}
+    free = {name: {0: "batch"} for name in inputs}
+    program = gw.trace(Timed().eval(), inputs, free)
+    made = gw.passes.quantize.Int8(activations="dynamic")(program)
+    compiled = gw.lower(made, "onnxruntime")
+    found, wanted = (f(*made.examples).detach() for f in (compiled, made))
+    assert float((found - wanted).abs().max()) < 0.02 * float(wanted.abs().max())

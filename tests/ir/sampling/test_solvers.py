@@ -34,7 +34,15 @@ def start(n: int = 16, scale: float = 1.0) -> torch.Tensor:
 
 @pytest.mark.parametrize("schedule", [VP, EDM], ids=lambda s: s.kind)
 @pytest.mark.parametrize(
-    ("name", "order"), [("euler", 1), ("heun", 2), ("dpmpp_2m", 2), ("dpmpp_2s", 2), ("unipc", 2)]
+    ("name", "order"),
+    [
+        ("euler", 1),
+        ("heun", 2),
+        ("dpmpp_2m", 2),
+        ("dpmpp_2s", 2),
+        ("dpmpp_singlestep", 2),
+        ("unipc", 2),
+    ],
 )
 def test_order_of_convergence(
     oracle: Mixture, schedule: NoiseSchedule, name: str, order: int
