@@ -16,7 +16,6 @@ from graphwright.ir.errors import ArgumentError, ModelError, SpecError
 from graphwright.ir.sampling import tokens as tokens_module
 from graphwright.ir.sampling.parameterization import canonical
 from graphwright.ir.sampling.sampler import Sampler
-from graphwright.ir.sampling.stream import Stream, StreamSettings
 
 DENOISER = ("sample.denoiser", {"unconditional": {"label": 4}})
 CHAIN = ("token_denoiser", [DENOISER, ("sample.negtome", {"threshold": 0.2})])
@@ -200,8 +199,9 @@ def test_refusals(denoiser: gw.Program, tmp_path: Path) -> None:
     sampler = Sampler.of(made)
     with pytest.raises(ArgumentError, match="away from the first of the batch, and there is one"):
         sampler.sample(noise(1), {"label": torch.tensor([0])}, steps=4)
-    with pytest.raises(ArgumentError, match="the rows of a stream are frames"):
-        Stream(sampler, StreamSettings((900.0, 100.0)), noise(2), {"label": torch.tensor([0])})
+    pushed = gw.passes.sample.Negtome()(denoiser, check=False)
+    with pytest.raises(ModelError, match="makes some steps differ here, and a tick does all"):
+        gw.passes.sample.Stream(steps=[900, 100])(pushed)
     with pytest.raises(ModelError, match="nothing says that this program is a denoiser"):
         gw.passes.sample.Negtome()(denoisers.token())
     alone = gw.trace(denoisers.token_net(), tuple(x[:1] for x in denoisers.token().examples))
