@@ -227,6 +227,7 @@ class _Loop:
         torch.manual_seed(self._seed("dropout", at.step, at.micro, self.processes.rank))
         self.working.at = at
         try:
+            batch = dict(self.hooks.on_batch(at, batch))
             runs = [batch, *self.hooks.also_run(at, batch)]
             with self._precision():
                 found = model(*(tuple(run[s.name] for s in signature.inputs) for run in runs))
@@ -237,8 +238,7 @@ class _Loop:
             self.hooks.before_backward(at, loss)
             self.processes.accelerator.backward(loss / count)
         except RuntimeError as error:
-            first = innermost(error)
-            raise ModelError(f"training step {at.step} failed: {first}") from error
+            raise ModelError(f"training step {at.step} failed: {innermost(error)}") from error
         self.hooks.after_backward(at)
         return loss.detach()
 

@@ -39,8 +39,9 @@ class Moment:
 class Hook:
     """Does nothing; a recipe overrides what it needs. Several are called in the order given.
 
-    In every batch: `also_run`, `on_parameters` and a forward pass (for the batch, and once more for
-    every other one that is asked for), `on_loss`, `before_backward`, `after_backward`.
+    In every batch: `on_batch`, `also_run`, `on_parameters` and a forward pass (for the batch, and
+    once more for every other one that is asked for), `on_loss`, `before_backward`,
+    `after_backward`.
     After the last batch of a step: clipping, `before_step`, the optimizer's step, `after_step`.
     What a hook writes, it writes under `torch.no_grad()` and in place.
 
@@ -76,6 +77,15 @@ class Hook:
             values: parameters by name, or what the hook before made of them; not to be changed.
         """
         return values
+
+    def on_batch(self, at: Moment, batch: Values) -> Values:
+        """The batch that the step trains on: the one that was read, or one made from it.
+
+        Args:
+            at: where the loop stands.
+            batch: inputs by name, and `labels` if there are any; not to be changed.
+        """
+        return batch
 
     def also_run(self, at: Moment, batch: Values) -> Sequence[Values]:
         """Further batches that the program runs on in this step: the same once more (dropout and
@@ -148,6 +158,11 @@ class Hooks(Hook):
         for hook in self.hooks:
             values = hook.on_parameters(at, values)
         return values
+
+    def on_batch(self, at: Moment, batch: Values) -> Values:
+        for hook in self.hooks:
+            batch = hook.on_batch(at, batch)
+        return batch
 
     def also_run(self, at: Moment, batch: Values) -> list[Values]:
         asked = [list(hook.also_run(at, batch)) for hook in self.hooks]

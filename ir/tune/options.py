@@ -203,3 +203,18 @@ class TuneOptions(Options):
 
     keep_best: bool = True
     """Whether the result is that of the best evaluation instead of the last step."""
+
+
+class OwnLoss(TuneOptions):
+    """Options of training for a recipe whose hooks make the whole loss."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"epochs": 3, "lr": 1e-3}]})
+
+    rules = (
+        Rule("hold_out", "not hold_out or select != 'loss'",
+             "the loss of this recipe is of training alone: set select to a metric of held-out "
+             "samples, or leave hold_out out"),
+    )  # fmt: skip
+
+    loss: Literal["own"] = "own"
+    """The recipe's own loss, and nothing else."""

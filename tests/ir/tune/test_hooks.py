@@ -14,7 +14,7 @@ from torch import Tensor
 import graphwright as gw
 from graphwright.ir.context import Context
 from graphwright.ir.data.batches import Batches
-from graphwright.ir.tune import Hook, Moment, TuneOptions, tune
+from graphwright.ir.tune import Hook, Moment, OwnLoss, TuneOptions, tune
 
 Data = Callable[[int], Batches]
 
@@ -31,6 +31,10 @@ class Log(Hook):
     def on_parameters(self, at, values):
         self._note(at, "on_parameters")
         return values
+
+    def on_batch(self, at, batch):
+        self._note(at, "on_batch")
+        return batch
 
     def also_run(self, at, batch):
         self._note(at, "also_run")
@@ -57,10 +61,53 @@ def test_every_point_is_called_in_order(program: gw.Program, data: Data) -> None
     log: list[str] = []
     options = TuneOptions(steps=1, accumulate=2)
     tune(program, data(8), options, Context(), hooks=[Log("a", log), Log("b", log)])
-    batch = ["also_run", "on_parameters", "on_loss", "before_backward", "after_backward"]
+    batch = [
+        "on_batch",
+        "also_run",
+        "on_parameters",
+        "on_loss",
+        "before_backward",
+        "after_backward",
+    ]
     expected = [f"0.{micro} {n} {what}" for micro in (0, 1) for what in batch for n in "ab"]
     expected += [f"0.1 {n} {what}" for what in ("before_step", "after_step") for n in "ab"]
     assert log == expected
+
+
+class Halved(Hook):
+    """Trains on half of the values."""
+
+    def on_batch(self, at, batch):
+        return {**batch, "x": batch["x"] / 2}
+
+
+def test_the_batch_that_a_hook_makes_is_the_one_that_is_trained_on(
+    program: gw.Program, data: Data
+) -> None:
+    x, labels = lab.images()
+    halved = lab.table(program.signature, x / 2, labels, 8)
+    options = TuneOptions(steps=3, lr=0.1)
+    found = tune(program, data(8), options, Context(), hooks=[Halved()])
+    wanted = tune(program, halved, options, Context())
+    assert found.history.losses == wanted.history.losses
+    assert torch.equal(found.program.state["fc.weight"], wanted.program.state["fc.weight"])
+
+
+class Shrinks(Hook):
+    """A loss of its own, without labels."""
+
+    def on_loss(self, at, loss, outputs, batch):
+        assert loss == 0
+        return loss + outputs.square().mean()
+
+
+def test_a_recipes_own_loss_needs_no_labels(program: gw.Program) -> None:
+    x, _ = lab.images()
+    tuned = tune(program, [(x,)], OwnLoss(steps=20, lr=0.01), Context(), hooks=[Shrinks()])
+    assert tuned.history.losses[-1] < tuned.history.losses[0] / 2
+    with pytest.raises(ValueError, match="the loss of this recipe is of training alone"):
+        OwnLoss(hold_out=0.5)
+    assert OwnLoss(hold_out=0.5, select="accuracy").loss == "own"
 
 
 class Mask(Hook):
