@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -68,7 +68,7 @@ class TuneOptions(Options):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"epochs": 3, "lr": 1e-3}]})
 
-    rules = (
+    rules: ClassVar[tuple[Rule, ...]] = (
         Rule("milestones", "bool(milestones) == (schedule == 'multistep')",
              "milestones belong to schedule multistep, and it needs them"),
         Rule("milestones", "all(a < b for a, b in zip(milestones, milestones[1:]))",

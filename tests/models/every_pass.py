@@ -186,6 +186,17 @@ IMAGE_NETS: dict[str, type[nn.Module]] = {
 }  # fmt: skip
 
 
+class EnergyNet(nn.Module):
+    """One number per sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = nn.Linear(6, 8), nn.Linear(8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.inner(x)))
+
+
 class TrunkNet(nn.Module):
     """Four residual blocks, of which each can go."""
 
@@ -202,6 +213,11 @@ class TrunkNet(nn.Module):
             x = x + block(x)
         return self.head(x)
 
+
+VECTOR_NETS: dict[str, type[nn.Module]] = {
+    "classifier": TrunkNet, "energy": EnergyNet, "trunk": TrunkNet,
+}  # fmt: skip
+"""`classifier` comes with labels."""
 
 TEXT_NETS: dict[str, type[nn.Module]] = {
     "chain": ChainNet, "gated": GatedNet, "text": TextNet,
@@ -235,10 +251,14 @@ def traced(kind: str) -> gw.Program:
     if kind in IMAGE_NETS:
         net = IMAGE_NETS[kind]().eval()
         return gw.trace(net, (torch.randn(4, 2, 6, 6),), {"x": {0: "batch"}})
+    if kind == "restorer":
+        free = {"x": {0: "batch", 2: "height", 3: "width"}}
+        return gw.trace(FilterNet().eval(), (torch.randn(4, 2, 12, 12),), free)
     if kind == "decoder":
         return _decoder()
-    if kind == "trunk":
-        return gw.trace(TrunkNet().eval(), (torch.randn(4, 6),), {"x": {0: "batch"}})
+    if kind in VECTOR_NETS:
+        net = VECTOR_NETS[kind]().eval()
+        return gw.trace(net, (torch.randn(4, 6),), {"x": {0: "batch"}})
     if kind in DENOISERS:
         return DENOISERS[kind]()
     ids = torch.randint(0, 32, (4, 8))
@@ -251,7 +271,9 @@ def batches(kind: str) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
     if kind in IMAGE_NETS:
         return [{"x": torch.randn(4, 2, 6, 6, generator=generator)} for _ in range(2)]
-    if kind == "trunk":
+    if kind == "restorer":
+        return [{"x": torch.randn(4, 2, 12, 12, generator=generator)} for _ in range(2)]
+    if kind in VECTOR_NETS:
         return [{"x": torch.randn(4, 6, generator=generator)} for _ in range(2)]
     if kind in DENOISERS:
         specs = traced(kind).signature.inputs

@@ -1,0 +1,1 @@
+"""Parts of images that recipes train on: sub-images, patches, windows of noise."""
