@@ -31,3 +31,24 @@ def features() -> nn.Module:
 def of_hidden() -> nn.Module:
     """Features that do not fit."""
     return nn.Linear(7, 3)
+
+
+def of_three() -> nn.Module:
+    """An encoder of three numbers."""
+    torch.manual_seed(4)
+    return nn.Linear(3, 6)
+
+
+def few_threes() -> Tensor:
+    """References of a domain."""
+    return torch.tensor([[1.0, 0, 2], [1.0, 1, 2], [1.0, -1, 2]])
+
+
+def numbers() -> nn.Module:
+    """An encoder that sees every number as it is."""
+    return nn.Identity()
+
+
+def flat_numbers() -> nn.Module:
+    """Gives no embeddings."""
+    return nn.Flatten(0)

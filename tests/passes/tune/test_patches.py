@@ -102,7 +102,7 @@ SPEC = """
 version: 1
 training: {data: train.npz, batch_size: 8}
 passes:
-  - tune.patches: {resolution: 8, tune: {steps: 150, lr: 0.05, loss: mse}}
+  - tune.patches: {resolution: 8, tune: {steps: 150, lr: 0.2, optimizer: adam, loss: mse}}
 lower: []
 """
 
