@@ -1,12 +1,13 @@
 """What entropy coding of integer weights saves, and how fast they are decoded.
 
-    python tests/benchmarks/entropy.py [--only resnet,gpt,encoder]
+    python tests/benchmarks/entropy.py [--only resnet,gpt,encoder] [--most MB]
 
 Codes of the digits ResNet, the small GPT and the sentence encoder in int8 (a scale per channel)
 and int4 (blocks of 32), tensors of 4 KiB and more together, as bits per weight: the fixed width,
 zlib and LZMA at their strongest (the standard library has no zstd before Python 3.14), the order-0
 entropy of each tensor without tables, and `store.entropy` with 1 and with up to 8 row types, all
-counted. The last rows are the ResNet with one scale per tensor, where rows are unlike.
+counted. `--most` leaves out tensors, in order, beyond so many megabytes of each case. The last
+rows of the ResNet have one scale per tensor, where rows are unlike.
 """
 
 from __future__ import annotations
@@ -66,6 +67,16 @@ def cases(model: str) -> Iterator[tuple[str, list[np.ndarray], int]]:
         )
 
 
+def first(values: list[np.ndarray], most: float) -> list[np.ndarray]:
+    """Tensors in order, as long as they go into so many megabytes together."""
+    kept, size = [], 0
+    for one in values:
+        if size + one.nbytes <= most * 1e6:
+            kept.append(one)
+            size += one.nbytes
+    return kept
+
+
 def row(name: str, values: list[np.ndarray], width: int) -> str:
     size = sum(v.nbytes for v in values)
     weights = size * 8 / width
@@ -100,12 +111,14 @@ def row(name: str, values: list[np.ndarray], width: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="resnet,gpt,encoder")
+    parser.add_argument("--most", type=float, default=float("inf"))
+    given = parser.parse_args()
     print("| codes | MB | fixed | zlib | LZMA | order 0 | 1 type | up to 8 types | MB/s to code / "
           "to decode, 1 type | up to 8 |")  # fmt: skip
     print("| --- " * 10 + "|")
-    for model in parser.parse_args().only.split(","):
+    for model in given.only.split(","):
         for name, values, width in cases(model):
-            print(row(name, values, width), flush=True)
+            print(row(name, first(values, given.most), width), flush=True)
 
 
 if __name__ == "__main__":
