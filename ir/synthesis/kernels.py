@@ -28,7 +28,8 @@ def forward_losses(features: Tensor, outputs: Tensor, made: Tensor, targets: Ten
     ridge = RIDGE * float(kernel.diagonal().mean())
     identity = torch.eye(len(kernel), dtype=torch.float64)
     alpha = torch.linalg.solve(kernel + ridge * identity, outputs)
-    return (made @ features.T @ alpha - targets).square().mean(1)
+    losses: Tensor = (made @ features.T @ alpha - targets).square().mean(1)
+    return losses
 
 
 def backward_losses(features: Tensor, outputs: Tensor, made: Tensor, targets: Tensor) -> Tensor:
