@@ -49,5 +49,5 @@ def _may_take_over(record: Denoiser, name: str, i: int, state: Mapping[str, Any]
     settings = record.settings
     steps = settings["refresh"]
     fresh = i % settings["interval"] == 0 if steps is None else i in steps
-    wide = state.get(BOTH) is not None or record.guidance is None or name.startswith(CONDITIONED)
+    wide = state.get(BOTH) is not None or not record.doubles or name.startswith(CONDITIONED)
     return not fresh and wide

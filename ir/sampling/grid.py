@@ -55,6 +55,10 @@ class Grid(Options):
     """The level behind the last: no noise; the table's first step; or none, so that the last level
     of the grid is where the trajectory ends."""
 
+    stride: Annotated[int, Field(ge=1)] = 1
+    """Takes every so many-th level of the grid of so many times the steps: a student that walks on
+    the levels of its teacher."""
+
     def levels(self, schedule: NoiseSchedule, steps: int) -> tuple[Level, ...]:
         """The levels of a trajectory of `steps` steps, one more than those.
 
@@ -63,11 +67,12 @@ class Grid(Options):
         """
         if steps < 1:
             raise ArgumentError(f"a trajectory has at least one step, not {steps}")
-        count = steps + 1 if self.final == "none" else steps
-        found = self._asked(schedule, count)
-        if self.final == "none":
-            return found
-        return (*found, END if self.final == "zero" else schedule.level(schedule.ends()[0]))
+        total = steps * self.stride
+        found = self._asked(schedule, total + 1 if self.final == "none" else total)
+        if self.final != "none":
+            last = END if self.final == "zero" else schedule.level(schedule.ends()[0])
+            found = (*found, last)
+        return found[:: self.stride]
 
     def _asked(self, schedule: NoiseSchedule, n: int) -> tuple[Level, ...]:
         low, high = schedule.ends()

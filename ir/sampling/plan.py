@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -56,7 +57,7 @@ def make_plan(
     batch: int,
     conditions: Mapping[str, Tensor],
     negative: Mapping[str, Tensor],
-    steps: int,
+    steps: int | None,
     solver: str | None,
     solver_options: Mapping[str, Any] | None,
     grid: Grid | Mapping[str, Any] | None,
@@ -78,7 +79,8 @@ def make_plan(
         )
     schedule = record.noise_schedule
     chosen = Grid.model_validate(dict(grid)) if isinstance(grid, Mapping) else grid
-    path = Path(schedule, (chosen or record.default_grid).levels(schedule, steps))
+    count = _steps(record, steps, solver, chosen)
+    path = Path(schedule, (chosen or record.default_grid).levels(schedule, count))
     check_levels(record.parameterization, path.levels[:-1])
     chosen_solver = _solver(record, solver, solver_options)
     if PAIR in record.settings:
@@ -95,8 +97,7 @@ def make_plan(
     )
     linear = None if record.guidance is None else record.guidance.settings.get("linear")
     if linear is not None:
-        own_grid = (chosen or record.default_grid).model_dump(mode="json")
-        _check_linear(plan, linear, solver or record.solver, own_grid)
+        _check_linear(plan, linear, solver or record.solver, chosen or record.default_grid)
     _check_particles(record, plan, particles, solver or record.solver)
     if "push" in record.settings and batch < 2:
         raise ArgumentError(
@@ -104,6 +105,23 @@ def make_plan(
             fix="Sample two at least.",
         )
     return replace(plan, linear=linear, particles=particles, seed=seed, known=known or {})
+
+
+def _steps(record: Denoiser, given: int | None, solver: str | None, grid: Grid | None) -> int:
+    """The number of steps; warns where they are not those that the denoiser was trained for."""
+    trained = record.steps
+    if trained is None:
+        if given is None:
+            raise ArgumentError("a trajectory of how many steps?", fix="Give `steps`.")
+        return given
+    asked = given or trained, solver or record.solver, grid or record.default_grid
+    if asked != (trained, record.solver, record.default_grid):
+        warnings.warn(
+            f"this denoiser was trained to be sampled in {trained} steps of {record.solver} on its "
+            "own grid, and is asked in others",
+            stacklevel=4,
+        )
+    return asked[0]
 
 
 def _check_particles(record: Denoiser, plan: Plan, particles: int, solver: str) -> None:
@@ -125,15 +143,13 @@ def _check_particles(record: Denoiser, plan: Plan, particles: int, solver: str) 
     plan.path.schedule.slopes(plan.path.levels[0].t)
 
 
-def _check_linear(
-    plan: Plan, linear: Mapping[str, Any], solver: str, grid: Mapping[str, Any]
-) -> None:
+def _check_linear(plan: Plan, linear: Mapping[str, Any], solver: str, grid: Grid) -> None:
     """Coefficients are of one trajectory."""
     scales = set(plan.parameters["guidance_scale"])
     pairs = {
         "steps": (plan.path.steps, linear["steps"]),
         "solver": (solver, linear["solver"]),
-        "grid": (grid, linear["grid"]),
+        "grid": (grid, Grid.model_validate(linear["grid"])),
         "guidance_scale": (scales, {linear["guidance_scale"]}),
     }
     for name, (mine, fitted) in pairs.items():
@@ -209,6 +225,11 @@ def _numbers(
         count = counts.get(name)
         if count and any(v != int(v) or not 0 <= v < count for v in made[name]):
             raise ArgumentError(f"{name} is a whole number from 0 to {count - 1}")
+    learned = {} if record.guidance is None else record.guidance.settings.get("learned", {})
+    for name, (low, high) in learned.items():
+        if any(not low <= value <= high for value in made[name]):
+            warnings.warn(f"{name} was learned from {low:g} to {high:g} and is asked outside of it",
+                          stacklevel=4)  # fmt: skip
     return made
 
 

@@ -94,6 +94,8 @@ class Denoiser:
         settings: what the driver goes by, without guidance.
         distilled: the condition that is the guidance scale of a network which was distilled from
             guided predictions; None for any other network.
+        steps: what it was trained to be sampled in, with its grid and solver; None for a denoiser
+            that any number of steps will do for.
     """
 
     sample: str
@@ -110,6 +112,7 @@ class Denoiser:
     cached: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     distilled: str | None = None
+    steps: int | None = None
 
     @classmethod
     def of(cls, program: Program) -> Denoiser | None:
@@ -132,6 +135,11 @@ class Denoiser:
                 "schedule.",
             )
         return found
+
+    @property
+    def doubles(self) -> bool:
+        """Whether a guided call runs the network on twice the rows."""
+        return self.guidance is not None and self.guidance.evaluations > 1
 
     @property
     def noise_schedule(self) -> NoiseSchedule:

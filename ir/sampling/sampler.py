@@ -99,7 +99,7 @@ class Sampler:
         batch: int,
         conditions: Mapping[str, Tensor] | None = None,
         *,
-        steps: int,
+        steps: int | None = None,
         solver: str | None = None,
         solver_options: Mapping[str, Any] | None = None,
         grid: Grid | Mapping[str, Any] | None = None,
@@ -116,7 +116,7 @@ class Sampler:
         Args:
             batch: number of samples.
             conditions: tensors of the network's conditions by name, a row per sample.
-            steps: number of steps.
+            steps: number of steps; those that the denoiser was trained for when absent.
             solver, solver_options: in the place of the record's.
             grid: choice of the levels, in the place of the record's.
             negative: what guidance leads away from, by name of the condition.
@@ -159,7 +159,7 @@ class Sampler:
         noise: Tensor,
         conditions: Mapping[str, Tensor] | None = None,
         *,
-        steps: int,
+        steps: int | None = None,
         step_noise: Sequence[Tensor] | None = None,
         seed: int | None = None,
         progress: Callable[[int, int], object] | None = None,
@@ -171,7 +171,7 @@ class Sampler:
             noise: [batch, ...] standard normal; multiplied by the first level's noise on schedules
                 whose data is not shrunk (ve, edm), and taken as it is on all others.
             conditions: as in `plan`.
-            steps: number of steps.
+            steps: number of steps; those that the denoiser was trained for when absent.
             step_noise: what the solver puts in on the way, `solver.draws` tensors per step.
             seed: of that noise, in its place.
             progress: called with the steps done and their number.
@@ -284,8 +284,9 @@ class Sampler:
         found = part(given)
         self.calls[name] += 1
         guidance = self.record.guidance
-        doubled = FULL in name and guidance is not None
-        self.evaluations += guidance.evaluations if doubled and guidance is not None else 1
+        guided = FULL in name and guidance is not None
+        self.evaluations += guidance.evaluations if guided and guidance is not None else 1
+        doubled = guided and self.record.doubles
         kept = {CACHED + n: found[n] for n in self.record.cached if n in found}
         if kept:
             state.pop(BOTH, None)

@@ -135,7 +135,7 @@ class _Loop:
         self.loss = run.loss or make_loss(*parts, options.label_smoothing)
         unsmoothed = run.loss or make_loss(*parts)
         self.score = make_score(options.select, unsmoothed, batches.signature, context.folder)
-        if options.ema is not None and recipes:
+        if options.ema is not None and any(hook.counts_on_last_step for hook in recipes):
             raise ArgumentError("ema averages over steps, and this recipe counts on the last one")
         self.average = None if options.ema is None else Average(self.working, options.ema)
         self.optimizer = (

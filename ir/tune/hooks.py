@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -48,9 +48,12 @@ class Hook:
     Attributes:
         counts_steps: whether what it does is spread over `Moment.total` steps, so that a run must
             not end in fewer.
+        counts_on_last_step: whether it needs the values of the last step (a mask that closes, a
+            penalty that rises), which an average over steps (`ema`) is not.
     """
 
     counts_steps: bool = False
+    counts_on_last_step: ClassVar[bool] = True
 
     def own(self) -> Mapping[str, nn.Parameter]:
         """Parameters of the recipe's own, trained along with the program's: by names that are not

@@ -42,6 +42,32 @@ class EulerAncestral(Euler):
     """Share of fresh noise."""
 
 
+class DoubleStep(Solver):
+    """A step of twice the length without noise, and half of the way back by fresh noise.
+
+    The last step goes to the last level without noise. For denoisers that were trained for it.
+
+    Source: P15 (Meng et al. 2023), section 3.2.
+    """
+
+    @property
+    def draws(self) -> int:
+        """One tensor per step."""
+        return 1
+
+    def step(
+        self, denoise: Denoise, x: Tensor, path: Path, i: int, state: State, noise: list[Tensor]
+    ) -> tuple[Tensor, State]:
+        """One step."""
+        far, there = path.levels[min(i + 2, path.steps)], path.levels[i + 1]
+        moved = first_order(denoise(x, path.levels[i]), far, 0.0, noise)
+        if i + 1 == path.steps:
+            return moved, state
+        kept = there.a / far.a
+        fresh = max(there.s**2 - kept**2 * far.s**2, 0.0) ** 0.5
+        return kept * moved + fresh * noise[0], state
+
+
 class Lcm(Solver):
     """Steps of a consistency model: its data, and all noise anew.
 
