@@ -45,8 +45,8 @@ class Corrected(nn.Module):
 
 
 @cache
-def corrected() -> gw.Program:
-    """Corrected behind sample.denoiser."""
+def network() -> gw.Program:
+    """Corrected, traced."""
     torch.manual_seed(0)
     inputs = {
         "sample": torch.randn(4, 2),
@@ -55,11 +55,16 @@ def corrected() -> gw.Program:
     }
     free = {name: {0: "batch"} for name in inputs}
     ranges = {"label": (0, WHOLE + 1), "sigma_in": (0.1, 10.0)}
-    program = gw.trace(Corrected().eval(), inputs, free, ranges=ranges)
+    return gw.trace(Corrected().eval(), inputs, free, ranges=ranges)
+
+
+@cache
+def corrected() -> gw.Program:
+    """It behind sample.denoiser."""
     made = gw.passes.sample.Denoiser(
         parameterization="x0", schedule=SCHEDULE, grid=GRID, unconditional={"label": WHOLE}
     )
-    return made(program)
+    return made(network())
 
 
 def otherwise(program: gw.Program, **changes: Any) -> gw.Program:
