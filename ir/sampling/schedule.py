@@ -16,6 +16,9 @@ from graphwright.ir.options import Options, Rule
 Kind = Literal["vp", "subvp", "ve", "edm", "flow", "table"]
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 
+FAR = 10.0
+"""What ln(s / a) is cut to, on both sides, where a network is told it."""
+
 SMALLEST = 1e-12
 """Least signal or noise that is not taken for zero."""
 
@@ -47,6 +50,11 @@ class Level:
         if self.s <= SMALLEST:
             return math.inf
         return math.log(self.a / self.s) if self.a > SMALLEST else -math.inf
+
+    @property
+    def told(self) -> float:
+        """ln(s / a) / 4, as networks are told levels besides their own time; cut at 10 / 4."""
+        return -min(max(self.log_snr, -FAR), FAR) / 4
 
 
 class NoiseSchedule(Options):

@@ -89,7 +89,7 @@ class Critic(nn.Module):
     ) -> Tensor:
         """Logits [batch] of samples [batch, *shape], levels [batch, levels], conditions by name."""
         told = None if self.told is None else self.told(levels, conditions or {})
-        h = self.first(x)
+        h = self.first(x.float())
         for block in self.blocks:
             h = block(h, told)
         h = F.leaky_relu(h, SLOPE)
@@ -159,7 +159,7 @@ class Told(nn.Module):
         if self.waves is not None:
             assert levels is not None  # made with levels
             rates = torch.exp2(torch.linspace(-3, 5, WAVES, device=levels.device))
-            angles = (levels[:, :, None] * rates).flatten(1)
+            angles = (levels.float()[:, :, None] * rates).flatten(1)
             parts.append(self.waves(torch.cat([angles.sin(), angles.cos()], 1)))
         h = F.leaky_relu(torch.stack(parts).sum(0), SLOPE)
         return F.leaky_relu(self.last(h), SLOPE)
@@ -173,7 +173,7 @@ class _Flat(nn.Module):
         self.layer = nn.Linear(features, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = self.layer(x.reshape(len(x), -1))
+        made: Tensor = self.layer(x.float().reshape(len(x), -1))
         return made
 
 

@@ -173,6 +173,22 @@ def frozen(program: Program, device: torch.device) -> Program:
     return program.replace(graph=_on(program.graph, device), state=state)
 
 
+def copied(program: Program, device: torch.device) -> fx.GraphModule:
+    """A program in inference mode as a module to train, with tensors of its own.
+
+    It takes and returns flat tensors; what the program does not train it does not either.
+    """
+    program = program.eval()
+    trainable = program.trainable()
+    state = {
+        name: _parameter(t, device, trained=name in trainable)
+        if isinstance(t, nn.Parameter)
+        else _copy(t, device)
+        for name, t in program.state.items()
+    }
+    return fx.GraphModule(state, _on(program.graph, device), class_name="Copied")
+
+
 @contextmanager
 def own_random_numbers(device: torch.device) -> Iterator[None]:
     """Dropout draws from torch's global generators: the caller's state is put back."""
