@@ -24,7 +24,7 @@ from graphwright.ir.sampling.minority import (
 )
 from graphwright.ir.sampling.plan import time_tensor
 from graphwright.ir.sampling.record import ALPHA, DENOISED, FACT, NOISE, SIGMA, Denoiser, Guidance
-from graphwright.ir.sampling.schedule import Level
+from graphwright.ir.sampling.schedule import Level, NoiseSchedule
 from graphwright.ir.sampling.surgery import Interface, NewInput
 from graphwright.ir.signature import TensorSpec
 from graphwright.ir.tune import TuneOptions, tune
@@ -162,7 +162,7 @@ class Minority(SamplePass[MinorityOptions]):
         self, program: Program, record: Denoiser, data: dict[str, Tensor], context: Context
     ) -> tuple[Tensor, Tensor]:
         """Bins and scores of all samples."""
-        level = _level(record, self.options.score_time)
+        level = _level(record.noise_schedule, self.options.score_time)
         names = [spec.name for spec in program.signature.inputs]
         generator = context.generator("scores")
 
@@ -192,8 +192,10 @@ class Minority(SamplePass[MinorityOptions]):
         kept_out = torch.zeros(len(x0), dtype=torch.bool)
         kept_out[order[HELD_OUT // 2 :: HELD_OUT]] = True
 
+        schedule = record.noise_schedule
+
         def level(share: float) -> tuple[float, float]:
-            found = _level(record, share)
+            found = _level(schedule, share)
             return found.a, found.s
 
         net = self._net(x0)
@@ -247,9 +249,8 @@ class Minority(SamplePass[MinorityOptions]):
         return edit.finish()
 
 
-def _level(record: Denoiser, share: float) -> Level:
+def _level(schedule: NoiseSchedule, share: float) -> Level:
     """The level at a share of the schedule's times."""
-    schedule = record.noise_schedule
     low, high = schedule.ends()
     if schedule.kind == "edm":
         return schedule.level(low * (high / low) ** share)
