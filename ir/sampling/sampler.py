@@ -41,8 +41,7 @@ Call = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
 """Flat inputs of a program to its flat outputs."""
 
 State = dict[str, Tensor]
-"""What goes from step to step: `solver.<name>`, `carried.<input>`, `history.<kind>.<step>`, and
-whether guidance has ended."""
+"""From step to step: `solver.<name>`, `carried.<input>`, `history.<kind>.<step>`, guidance over."""
 
 SOLVER, CARRIED = "solver.", "carried."
 
