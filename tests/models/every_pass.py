@@ -279,8 +279,8 @@ def batches(kind: str) -> list[dict[str, torch.Tensor]]:
         specs = traced(kind).signature.inputs
         rows = (x.repeat(10, *[1] * (x.dim() - 1)) for x in traced(kind).examples)
         found = dict(zip((s.name for s in specs), rows, strict=True))
-        sample = torch.randn(found["sample"].shape, generator=generator)
-        return [{**found, "sample": sample}]
+        first = specs[0].name  # the sample, of normal numbers
+        return [{**found, first: torch.randn(found[first].shape, generator=generator)}]
     name = "input_ids" if kind == "decoder" else "ids"
     return [{name: torch.randint(0, 32, (4, 8), generator=generator)} for _ in range(2)]
 
