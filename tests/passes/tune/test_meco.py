@@ -84,7 +84,7 @@ def test_learns_a_normal_density_and_its_partition_function() -> None:
     result = Meco(targets=["a", "b"], tune=tune).execute(
         parabola(), Context(training=[(part,) for part in data.split(256)])
     )
-    a, b = (float(result.program.state[name]) for name in "ab")
+    a, b = (result.program.state[name].item() for name in "ab")
     mean, variance = float(data.mean()), float(data.var(correction=0))
     assert b == pytest.approx(1 / variance, rel=0.05)
     assert a / b == pytest.approx(mean, rel=0.02)
