@@ -283,9 +283,8 @@ class Sampler:
         found = part(given)
         self.calls[name] += 1
         guidance = self.record.guidance
-        guided = FULL in name and guidance is not None
-        self.evaluations += guidance.evaluations if guided and guidance is not None else 1
-        doubled = guided and self.record.doubles
+        doubled = FULL in name and self.record.doubles
+        self.evaluations += guidance.evaluations if FULL in name and guidance is not None else 1
         kept = {CACHED + n: found[n] for n in self.record.cached if n in found}
         if kept:
             state.pop(BOTH, None)

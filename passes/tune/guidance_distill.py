@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from graphwright.ir.errors import ModelError
 from graphwright.ir.options import Options, Rule
 from graphwright.ir.program import Program
 from graphwright.ir.sampling.guidance import over
@@ -87,6 +88,8 @@ class GuidanceDistill(DenoiserRecipe[GuidanceDistillOptions]):
         """
         o = self.options
         training = Training(program, self.id)
+        if training.record.distilled is not None or training.record.guidance is not None:
+            raise ModelError(f"{self.id}: this network guides by itself already")
         training.without({n: torch.zeros(1) for n in training.record.conditions})  # or refuses
         student = self._student(program, training.record)
         tuned = tune(

@@ -131,6 +131,7 @@ def test_no_guidance_goes_around_it() -> None:
 def test_refusals() -> None:
     for changes, said in (
         ({"conditions": {"label": None}}, "no number stands for the lack of 'label'"),
+        ({"distilled": "label"}, "guides by itself already"),
         ({"conditions": {}}, "no condition to guide by"),
         ({"time": None}, "no linear layer of this network sees the time alone"),
     ):
