@@ -233,7 +233,8 @@ def reachable(program: Program, chosen: list[Layer]) -> np.ndarray:
 def suggested(influence: Array, mean: float) -> np.ndarray:
     """Whole bits per layer: `mean` and half the binary logarithm of each influence above theirs."""
     spread = np.log2(np.maximum(influence, LEAST)) / 2
-    return np.clip(np.round(mean + spread - spread.mean()), *SUGGESTED).astype(int)
+    found: np.ndarray = np.clip(np.round(mean + spread - spread.mean()), *SUGGESTED).astype(int)
+    return found
 
 
 def order_metrics(c: Array, support: np.ndarray, penalty: float, variance: Any) -> dict[str, float]:

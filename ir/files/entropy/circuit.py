@@ -86,7 +86,7 @@ def updated(weights: Array, seen: Array) -> Array:
     """
     types = weights.shape[1]
     product = weights * seen
-    new = 1 + product * (WEIGHT - types) // product.sum(1, keepdims=True)
+    new: Array = 1 + product * (WEIGHT - types) // product.sum(1, keepdims=True)
     new[np.arange(len(new)), new.argmax(1)] += WEIGHT - new.sum(1)
     return new
 
@@ -130,6 +130,6 @@ def _spread(counts: Array) -> Array:
 def integers(mass: Array, total: int) -> Array:
     """Whole numbers of at least 1 that sum to `total`, about in proportion to `mass` (n,)."""
     spare = total - len(mass)
-    found = 1 + np.floor(mass / mass.sum() * spare).astype(np.int64)
+    found: Array = 1 + np.floor(mass / mass.sum() * spare).astype(np.int64)
     found[int(np.argmax(mass))] += total - int(found.sum())
     return found

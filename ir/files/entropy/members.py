@@ -41,7 +41,7 @@ class Coding:
                 "`smallest`",
                 fix=f"Run {FACT} again.",
             )
-        return cls(*values)
+        return cls(record["latent"], record["smallest"])
 
     def stream(self, tensor: Tensor) -> bytes | None:
         """The stream of a tensor; None where it is written as it is."""

@@ -67,7 +67,7 @@ def score_gradient(c: Array, w: Array, sigma: Array, penalty: float) -> Array:
 def acyclicity(w: Array, s: float) -> tuple[float, Array, Array]:
     """H, its gradient, and (s I - W o W)^-1, which has no negative entry in the domain of H."""
     d = len(w)
-    inverse = np.linalg.inv(s * np.eye(d) - w * w)
+    inverse: Array = np.asarray(np.linalg.inv(s * np.eye(d) - w * w), np.float64)
     _, logdet = np.linalg.slogdet(s * np.eye(d) - w * w)
     return float(d * np.log(s) - logdet), 2 * w * inverse.T, inverse
 
@@ -165,5 +165,5 @@ def has_cycle(w: Array) -> bool:
 
 def total_effects(w: Array) -> Array:
     """(d, d): the effect of a change of i on j over all ways, (I - W)^-1; the diagonal is 1."""
-    found: Array = np.linalg.inv(np.eye(len(w)) - w)
+    found: Array = np.asarray(np.linalg.inv(np.eye(len(w)) - w), np.float64)
     return found

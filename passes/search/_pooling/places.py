@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -67,14 +68,14 @@ def find_places(program: Program, targets: Sequence[str]) -> list[Place]:
                 inside.setdefault(node, skip)
     found, seen = [], set()
     for layer in convolutions[1:]:
-        skip = inside.get(layer.node)
-        if skip is None:
+        beside = inside.get(layer.node)
+        if beside is None:
             if layer.node in chosen and _is_wide(layer.node) and _stride(layer.node):
                 found.append(_alone(layer))
-        elif skip.join not in seen:
-            seen.add(skip.join)
-            place = _of_block(skip, names)
-            found += [place] if place is not None and _node(skip, place) in chosen else []
+        elif beside.join not in seen:
+            seen.add(beside.join)
+            place = _of_block(beside, names)
+            found += [place] if place is not None and _node(beside, place) in chosen else []
     count = sum(place.halves for place in found)
     if count in (0, len(found)):
         what = "none of them halves" if count == 0 else "every one halves"
@@ -124,15 +125,19 @@ def restrided(program: Program, places: Sequence[Place], path: Path, by: str) ->
         elif place.join:
             _halve_skip(editor, nodes[place.join], nodes[place.source])
     result = editor.finish(propagate=True) if editor.changed else program
-    shapes = [[tuple(n.meta["val"].shape) for n in p.graph.output_node().args[0]]
-              for p in (program, result)]  # fmt: skip
-    if shapes[0] != shapes[1]:
+    before, after = _output_shapes(program), _output_shapes(result)
+    if before != after:
         raise ModelError(
-            f"{by}: outputs of {shapes[0]} would be of {shapes[1]} with strides at "
+            f"{by}: outputs of {before} would be of {after} with strides at "
             f"{[place.name for place, bit in zip(places, path, strict=True) if bit]}",
             fix="Narrow `targets` to layers of one path through the network.",
         )
     return result
+
+
+def _output_shapes(program: Program) -> list[tuple[Any, ...]]:
+    outputs: Any = program.graph.output_node().args[0]
+    return [tuple(node.meta["val"].shape) for node in outputs]
 
 
 def _alone(layer: Layer) -> Place:
@@ -165,7 +170,9 @@ def _node(skip: Skip, place: Place) -> fx.Node:
 
 def _is_wide(node: fx.Node) -> bool:
     """Whether a convolution looks at neighbours."""
-    return max(node.args[1].meta["val"].shape[2:]) > 1  # type: ignore[union-attr]
+    weight = node.args[1]
+    assert isinstance(weight, fx.Node)
+    return bool(max(weight.meta["val"].shape[2:]) > 1)
 
 
 def _stride(node: fx.Node) -> int:

@@ -159,7 +159,8 @@ class Supernets:
     def _logits(self, path: int, model: int, batch: Labelled, *, training: bool) -> Tensor:
         module = self._module(path, training)
         inputs = tuple(batch[name] for name in self.names)
-        found: Tensor = functional_call(module, self.weights[model], inputs)[self.output]
+        weights: dict[str, Tensor] = dict(self.weights[model])
+        found: Tensor = functional_call(module, weights, inputs)[self.output]
         return found
 
     def _module(self, path: int, training: bool) -> fx.GraphModule:
