@@ -224,9 +224,6 @@ TEXT_NETS: dict[str, type[nn.Module]] = {
 }  # fmt: skip
 
 
-DENOISERS = {"denoiser": denoisers.conv, "token_denoiser": denoisers.token}
-
-
 def _decoder() -> gw.Program:
     """A decoder with its cache as inputs and outputs."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -240,7 +237,10 @@ def _decoder() -> gw.Program:
     return trace_decoder(LlamaForCausalLM(config).eval(), check=False)
 
 
-DENOISERS = {"denoiser": denoisers.conv, "neighbours": denoisers.around, "pair": denoisers.pair}
+DENOISERS = {
+    "denoiser": denoisers.conv, "neighbours": denoisers.around, "pair": denoisers.pair,
+    "token_denoiser": denoisers.token,
+}  # fmt: skip
 """Networks of the passes of sample."""
 
 
