@@ -41,7 +41,8 @@ class CriticOptions(PlayerOptions):
 
 
 class Critic(nn.Module):
-    """One logit per sample, from convolutions with residual sums at falling sizes.
+    """One logit per sample, or several numbers, from convolutions with residual sums at falling
+    sizes.
 
     Vectors go through layers instead. There are no norms: R1's gradient is that of a sample alone.
 
@@ -55,6 +56,7 @@ class Critic(nn.Module):
         width: int = 64,
         levels: int = 0,
         conditions: Sequence[TensorSpec] = (),
+        outputs: int | None = None,
     ) -> None:
         """
         Args:
@@ -63,6 +65,7 @@ class Critic(nn.Module):
             levels: numbers, of the order of one, that say how noisy a sample is; 0 where it is told
                 none.
             conditions: inputs that it is told besides.
+            outputs: numbers that it gives for a sample; when None one, without an axis for it.
 
         Raises:
             ModelError: samples of another form, or a condition of whole numbers without a range.
@@ -79,7 +82,8 @@ class Critic(nn.Module):
         self.first = first
         make = VectorBlock if self.dims == 0 else self._block
         self.blocks = nn.ModuleList(make(i, o, told) for i, o in pairwise(widths))
-        self.last = nn.Linear(widths[-1], 1)
+        self.outputs = outputs
+        self.last = nn.Linear(widths[-1], outputs or 1)
 
     def forward(
         self,
@@ -87,14 +91,15 @@ class Critic(nn.Module):
         levels: Tensor | None = None,
         conditions: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """Logits [batch] of samples [batch, *shape], levels [batch, levels], conditions by name."""
+        """Logits [batch], or [batch, outputs], of samples [batch, *shape], levels [batch, levels],
+        conditions by name."""
         told = None if self.told is None else self.told(levels, conditions or {})
         h = self.first(x.float())
         for block in self.blocks:
             h = block(h, told)
         h = F.leaky_relu(h, SLOPE)
         logits: Tensor = self.last(h.flatten(2).mean(2) if self.dims else h)
-        return logits[:, 0]
+        return logits[:, 0] if self.outputs is None else logits
 
     def _conv(self, inputs: int, outputs: int, side: int = 3) -> nn.Module:
         return CONVOLUTIONS[self.dims - 1](inputs, outputs, side, padding=side // 2)

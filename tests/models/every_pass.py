@@ -215,9 +215,9 @@ class TrunkNet(nn.Module):
 
 
 VECTOR_NETS: dict[str, type[nn.Module]] = {
-    "classifier": TrunkNet, "energy": EnergyNet, "trunk": TrunkNet,
+    "classifier": TrunkNet, "energy": EnergyNet, "generator": TrunkNet, "trunk": TrunkNet,
 }  # fmt: skip
-"""`classifier` comes with labels."""
+"""`classifier` comes with labels, `generator` with real samples."""
 
 TEXT_NETS: dict[str, type[nn.Module]] = {
     "chain": ChainNet, "gated": GatedNet, "text": TextNet,
@@ -318,11 +318,13 @@ def run(
 
 
 def _labels(kind: str, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The text itself, classes or images; none for nets of neither."""
+    """The text itself, classes, images or samples; none for other nets."""
     if "ids" in batch:
         return {"labels": batch["ids"]}
     if kind == "classifier":
         return {"labels": torch.arange(4) % 3}
+    if kind == "generator":
+        return {"labels": batch["x"][:, :3].clamp(-1, 1)}
     if kind == "restorer":
         return {"labels": batch["x"].clamp(-1, 1)}
     if kind == "classes":

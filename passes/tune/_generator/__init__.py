@@ -1,0 +1,1 @@
+"""What recipes for generators with a latent share."""
