@@ -95,7 +95,9 @@ class Program:
         left_out = self.signature.inputs[len(inputs) :]
         if not left_out:
             return inputs
-        defaults = self.initial_state()
+        names = [spec.name for spec in self.signature.inputs]
+        given = dict(zip(names, inputs, strict=False))
+        defaults = {**self.initial_state(), **with_defaults(self.signature, given)}
         return (*inputs, *(defaults[spec.name] for spec in left_out if spec.name in defaults))
 
     def bind(self, *inputs: Any, **named: Any) -> tuple[torch.Tensor, ...]:

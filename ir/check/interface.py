@@ -16,7 +16,7 @@ def check_interface(before: Program, after: Program, by: str, *, declared: bool 
         by: id of the pass.
         declared: the pass says that it changes the interface; then only what a comparison needs
             has to stay, the names of the inputs and the number of the outputs; inputs may come to
-            the end that have a default (`Signature.state`).
+            the end that have a default (`Signature.state` and `defaults`).
 
     Raises:
         ContractError: they are not, or the graph has others than the signature says.
@@ -33,7 +33,7 @@ def check_interface(before: Program, after: Program, by: str, *, declared: bool 
         _check_examples(before, after, by)
     names, more = ([s.name for s in signature.inputs] for signature in (old, new))
     added = more[len(names) :]
-    if names != more[: len(names)] or not set(added) <= set(new.state):
+    if names != more[: len(names)] or not set(added) <= {*new.state, *new.defaults}:
         raise ContractError(f"{by} changed the program's inputs")
     if len(old.outputs) != len(new.outputs):
         raise ContractError(f"{by} changed the number of outputs")

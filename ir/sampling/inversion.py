@@ -69,6 +69,8 @@ def inverted(
 
 def _refuse_state(record: Denoiser) -> None:
     settings = {} if record.guidance is None else record.guidance.settings
+    if record.latent:
+        raise ArgumentError("a step of this denoiser draws a latent, and backwards there is none")
     kept = [name for name in ("ends_at", "linear", "weights") if name in settings]
     if record.carried or record.cached or kept:
         by = "sample.reuse" if record.guidance is None or record.cached else record.guidance.by

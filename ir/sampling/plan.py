@@ -14,9 +14,10 @@ from graphwright.ir.errors import ArgumentError
 from graphwright.ir.sampling.grid import Grid
 from graphwright.ir.sampling.joint import Both, Task, in_pairs
 from graphwright.ir.sampling.parameterization import check_levels
-from graphwright.ir.sampling.record import ALPHA, NEGATIVE, PAIR, SIGMA, STREAM, Denoiser
+from graphwright.ir.sampling.record import ALPHA, NEGATIVE, PAIR, SIGMA, STREAM, TARGET, Denoiser
 from graphwright.ir.sampling.schedule import Level
 from graphwright.ir.sampling.solvers.base import Path, Solver
+from graphwright.ir.sampling.solvers.jump import Jump
 from graphwright.ir.sampling.solvers.table import SOLVERS, make_solver
 from graphwright.ir.signature import Signature
 
@@ -174,7 +175,17 @@ def _solver(record: Denoiser, name: str | None, options: Mapping[str, Any] | Non
             "two predictions",
             fix=f"Take one of {able}.",
         )
+    _check_jumps(record, name or record.solver, made)
     return made
+
+
+def _check_jumps(record: Denoiser, solver: str, made: Solver) -> None:
+    """A denoiser that is told where it jumps to goes there, and no other is told."""
+    if (TARGET in record.settings) != isinstance(made, Jump):
+        raise ArgumentError(
+            f"{solver} is no solver of this denoiser: `jump` is that of programs of "
+            "tune.trajectory, and they take no other"
+        )
 
 
 def _given(
@@ -231,6 +242,21 @@ def _numbers(
             warnings.warn(f"{name} was learned from {low:g} to {high:g} and is asked outside of it",
                           stacklevel=4)  # fmt: skip
     return made
+
+
+def question(
+    record: Denoiser, signature: Signature, plan: Plan, i: int, level: Level | Both
+) -> dict[str, Tensor]:
+    """All that a program is told in step i besides the sample: level, conditions and numbers.
+
+    Raises:
+        ArgumentError: the network takes whole steps, and this is none.
+    """
+    given = {**told(record, signature, level, plan.batch), **plan.given}
+    given |= {n: torch.tensor(each[i]) for n, each in plan.parameters.items()}
+    if TARGET in record.settings:
+        given[TARGET] = torch.tensor(plan.solver.target(plan.path, i).told)
+    return given
 
 
 def told(

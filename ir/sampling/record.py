@@ -22,6 +22,13 @@ ALPHA, SIGMA = "alpha", "sigma"
 DENOISED, NOISE = "denoised", "noise"
 """Its outputs: where the trajectory heads, and the direction that noise is put back in."""
 
+LATENT = "latent"
+"""Input with noise of a call's own, [batch, size], of denoisers that have one."""
+
+TARGET = "target"
+"""Input of a denoiser that jumps: ln(s / a) / 4 of the level that its next sample is at. Its record
+says so in `settings`."""
+
 NEGATIVE = "negative_"
 """Prefix of the inputs with the conditions that guidance leads away from."""
 
@@ -96,6 +103,7 @@ class Denoiser:
             guided predictions; None for any other network.
         steps: what it was trained to be sampled in, with its grid and solver; None for a denoiser
             that any number of steps will do for.
+        latent: size of the input `latent`, noise that is drawn for every step; 0 without one.
     """
 
     sample: str
@@ -113,6 +121,7 @@ class Denoiser:
     settings: dict[str, Any] = field(default_factory=dict)
     distilled: str | None = None
     steps: int | None = None
+    latent: int = 0
 
     @classmethod
     def of(cls, program: Program) -> Denoiser | None:

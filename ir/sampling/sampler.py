@@ -18,13 +18,13 @@ from graphwright.ir.sampling.grid import Grid
 from graphwright.ir.sampling.history import completed
 from graphwright.ir.sampling.joint import Both, Paired, Task, started
 from graphwright.ir.sampling.particles import RATE, WEIGHTS, reweighted
-from graphwright.ir.sampling.plan import Plan, Scale, make_plan, told
-from graphwright.ir.sampling.record import DENOISED, NOISE, PAIR, Denoiser
+from graphwright.ir.sampling.plan import Plan, Scale, make_plan, question
+from graphwright.ir.sampling.record import DENOISED, LATENT, NOISE, PAIR, Denoiser
 from graphwright.ir.sampling.retrieval import Retriever
 from graphwright.ir.sampling.schedule import Level
 from graphwright.ir.sampling.solvers.base import Prediction
 from graphwright.ir.sampling.stream import Stream
-from graphwright.ir.sampling.trajectory import check_noise, draw_noise, shares
+from graphwright.ir.sampling.trajectory import check_noise, noise_of_steps, shares, split_latent
 from graphwright.ir.sampling.variants import (
     CONDITIONED,
     FULL,
@@ -171,7 +171,8 @@ class Sampler:
                 whose data is not shrunk (ve, edm), and taken as it is on all others.
             conditions: as in `plan`.
             steps: number of steps; those that the denoiser was trained for when absent.
-            step_noise: what the solver puts in on the way, `solver.draws` tensors per step.
+            step_noise: what the solver puts in on the way, `solver.draws` tensors per step, with
+                the latent of the step behind them where the denoiser has one.
             seed: of that noise, in its place.
             progress: called with the steps done and their number.
             settings: of the plan.
@@ -184,10 +185,11 @@ class Sampler:
                 seed.
         """
         plan = self.plan(len(noise), conditions, steps=steps, **settings)
-        drawn = self._step_noise(plan, noise, step_noise, seed)
+        latent, each_step = self.record.latent, plan.solver.draws + bool(self.record.latent)
+        drawn = noise_of_steps(noise, plan.path.steps, plan.solver, latent, step_noise, seed)
         self.evaluations, self.calls = 0, Counter()
         x, state = self.first(plan, noise), State()
-        for i, each in enumerate(shares(drawn, plan.path.steps, plan.solver.draws)):
+        for i, each in enumerate(shares(drawn, plan.path.steps, each_step)):
             x, state = self.step(plan, i, x, state, each)
             if progress is not None:
                 progress(i + 1, plan.path.steps)
@@ -217,19 +219,21 @@ class Sampler:
             i: number of the step.
             x: [batch, ...] at level i.
             state: empty at the first step, then what the step before returned.
-            noise: `plan.solver.draws` tensors of standard normal noise in the shape of x.
+            noise: `plan.solver.draws` tensors of standard normal noise in the shape of x, and the
+                latent [batch, size] of a denoiser that has one.
             watch: told of all outputs of the program, at every question.
 
         Raises:
             ArgumentError: the batch is not the plan's, or a tensor of the state has another shape.
         """
         _check_state(plan, x, state)
+        noise, latent = split_latent(x, noise, self.record.latent)
         check_noise(x, plan.solver.draws, noise)
         kept = {n: t for n, t in state.items() if not n.startswith(SOLVER)}
         own = {n.removeprefix(SOLVER): t for n, t in state.items() if n.startswith(SOLVER)}
 
         def denoise(at: Tensor, level: Level | Both) -> Prediction:
-            found = self.ask(plan, i, at, level, kept)
+            found = self.ask(plan, i, at, level, kept, latent)
             if watch is not None:
                 watch(found)
             return Prediction(found[DENOISED], found[NOISE])
@@ -265,22 +269,18 @@ class Sampler:
     # ---- one question
 
     def ask(
-        self, plan: Plan, i: int, x: Tensor, level: Level | Both, state: State
-    ) -> dict[str, Tensor]:
+        self, plan: Plan, i: int, x: Tensor, level: Level | Both, state: State,
+        latent: Tensor | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """All outputs at a level; what is carried is changed in `state`."""
         name = variant(self.record, plan, i, state)
-        part = self.parts[name]
-        given = {
-            self.record.sample: x,
-            **told(self.record, self.parts[FULL].signature, level, plan.batch),
-            **plan.given,
-        }
-        given |= {n: torch.tensor(each[i]) for n, each in plan.parameters.items()}
+        given = question(self.record, self.parts[FULL].signature, plan, i, level)
+        given |= {self.record.sample: x, **({} if latent is None else {LATENT: latent})}
         for item in self.record.carried:
             held = state.get(CARRIED + item.input)
             given[item.input] = torch.zeros_like(x) if held is None else held
         given |= self._taken_over(name, x, state)
-        found = part(given)
+        found = self.parts[name](given)
         self.calls[name] += 1
         guidance = self.record.guidance
         doubled = FULL in name and self.record.doubles
@@ -315,20 +315,6 @@ class Sampler:
         if ends and ends["output"] in found:
             least = float(found[ends["output"]].min())
             state |= {OFF: torch.ones((), dtype=torch.bool)} if least >= ends["threshold"] else {}
-
-    def _step_noise(
-        self, plan: Plan, noise: Tensor, given: Sequence[Tensor] | None, seed: int | None
-    ) -> Sequence[Tensor]:
-        wanted = plan.path.steps * plan.solver.draws
-        if given is None and wanted:
-            if seed is None:
-                raise ArgumentError(
-                    f"the solver puts in fresh noise, {wanted} tensors in all",
-                    fix="Give `step_noise`, or a `seed` to draw it by.",
-                )
-            given = draw_noise(noise, plan.path.steps, plan.solver, seed)
-        check_noise(noise, wanted, given or ())
-        return given or ()
 
 
 def _check_state(plan: Plan, x: Tensor, state: State) -> None:

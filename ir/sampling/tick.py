@@ -113,24 +113,7 @@ def _without_unread(program: Program, outputs: list[str], by: str) -> Program:
 
 
 def _refuse(program: Program, record: Denoiser, slots: Slots, by: str) -> None:
-    if record.guidance is not None:
-        raise ModelError(
-            f"{by}: a stream guides by itself, and {record.guidance.by} is in the program",
-            fix="Leave it out, and choose the stream's `guidance`.",
-        )
-    if record.settings:
-        raise ModelError(
-            f"{by}: a pass of sample makes some steps differ here, and a tick does all at once",
-            details=tuple(record.settings),
-            fix="Leave that pass out.",
-        )
-    carried = SOLVERS[record.solver].state
-    if carried:
-        raise ModelError(
-            f"{by}: a stream steps as consistency models do, every slot by itself, and "
-            f"{record.solver} carries {', '.join(carried)} from step to step",
-            fix="Say another `solver` in sample.denoiser (lcm, euler).",
-        )
+    _refuse_steps(record, by)
     specs = {spec.name: spec for spec in program.signature.inputs}
     batch = specs[record.sample].shape[0]
     if not isinstance(batch, str):
@@ -160,6 +143,31 @@ def _refuse(program: Program, record: Denoiser, slots: Slots, by: str) -> None:
         part = [t for t in slots.time if abs(t - round(t)) > SMALLEST]
         if part:
             raise ModelError(f"{by}: the network takes whole steps, and {part[0]:g} is none")
+
+
+def _refuse_steps(record: Denoiser, by: str) -> None:
+    """A tick does all steps at once, each by itself."""
+    if record.guidance is not None:
+        raise ModelError(
+            f"{by}: a stream guides by itself, and {record.guidance.by} is in the program",
+            fix="Leave it out, and choose the stream's `guidance`.",
+        )
+    if record.settings:
+        raise ModelError(
+            f"{by}: a pass of sample makes some steps differ here, and a tick does all at once",
+            details=tuple(record.settings),
+            fix="Leave that pass out.",
+        )
+    if record.latent:
+        raise ModelError(f"{by}: this denoiser has a latent in every call, and a stream draws none",
+                         fix="Leave tune.ddgan out.")  # fmt: skip
+    carried = SOLVERS[record.solver].state
+    if carried:
+        raise ModelError(
+            f"{by}: a stream steps as consistency models do, every slot by itself, and "
+            f"{record.solver} carries {', '.join(carried)} from step to step",
+            fix="Say another `solver` in sample.denoiser (lcm, euler).",
+        )
 
 
 def _time_dtype(program: Program, record: Denoiser) -> torch.dtype | None:

@@ -77,8 +77,8 @@ class Training:
         """Takes a denoiser that is one network with one row per sample.
 
         Raises:
-            ModelError: it is no denoiser, has guidance around it or parts that steps reuse, or is
-                told one time for all samples.
+            ModelError: it is no denoiser, has guidance around it, parts that steps reuse or inputs
+                of its own for a step, or is told one time for all samples.
         """
         self.program, self.by = program, by
         self.record = Denoiser.required(program, by)
@@ -290,3 +290,10 @@ def _refuse(record: Denoiser, by: str) -> None:
     if record.cached:
         raise ModelError(f"{by}: steps of this denoiser take over parts of earlier ones",
                          fix="Put sample.reuse behind this pass.")  # fmt: skip
+    if record.latent or record.settings:
+        raise ModelError(
+            f"{by}: training asks a network of one sample, its level and its conditions, and this "
+            "denoiser is told more",
+            details=(*(("latent",) if record.latent else ()), *record.settings),
+            fix="Put this pass right behind sample.denoiser.",
+        )

@@ -56,11 +56,7 @@ def check_noise(x: Tensor, wanted: int, noise: Sequence[Tensor]) -> None:
     Raises:
         ArgumentError: another number of tensors, or of another shape.
     """
-    if len(noise) != wanted:
-        raise ArgumentError(
-            f"the steps use {wanted} tensors of noise, and {len(noise)} are given",
-            fix="Draw them with `draw_noise`, or choose a solver without fresh noise (eta = 0).",
-        )
+    _check_count(wanted, noise)
     for place, tensor in enumerate(noise):
         if tensor.shape != x.shape:
             raise ArgumentError(
@@ -68,10 +64,89 @@ def check_noise(x: Tensor, wanted: int, noise: Sequence[Tensor]) -> None:
             )
 
 
-def draw_noise(x: Tensor, steps: int, solver: Solver, seed: int) -> list[Tensor]:
-    """The noise that `steps` steps use: the same for the same seed."""
+def noise_of_steps(
+    x: Tensor,
+    steps: int,
+    solver: Solver,
+    latent: int,
+    given: Sequence[Tensor] | None,
+    seed: int | None,
+) -> Sequence[Tensor]:
+    """The noise of a whole trajectory: that which is given, or drawn by a seed.
+
+    Args:
+        x: the sample, [batch, ...].
+        steps: their number.
+        solver: says how many tensors a step uses.
+        latent: size of the latent behind those of every step; 0 for none.
+        given: tensors in the order of use.
+        seed: in their place.
+
+    Raises:
+        ArgumentError: neither is there and noise is needed; another number of tensors, or of
+            another shape.
+    """
+    each = solver.draws + bool(latent)
+    if given is None and each:
+        if seed is None:
+            raise ArgumentError(
+                f"the solver puts in fresh noise, {steps * each} tensors in all",
+                fix="Give `step_noise`, or a `seed` to draw it by.",
+            )
+        given = draw_noise(x, steps, solver, seed, latent)
+    found = given or ()
+    _check_count(steps * each, found)
+    for drawn in shares(found, steps, each):
+        check_noise(x, solver.draws, split_latent(x, drawn, latent)[0])
+    return found
+
+
+def _check_count(wanted: int, noise: Sequence[Tensor]) -> None:
+    if len(noise) != wanted:
+        raise ArgumentError(
+            f"the steps use {wanted} tensors of noise, and {len(noise)} are given",
+            fix="Draw them with `draw_noise`, or choose a solver without fresh noise (eta = 0).",
+        )
+
+
+def split_latent(
+    x: Tensor, noise: Sequence[Tensor], size: int
+) -> tuple[Sequence[Tensor], Tensor | None]:
+    """The noise of a step's solver, and the latent of its calls, which is the last tensor.
+
+    Args:
+        x: the sample, [batch, ...].
+        noise: of one step.
+        size: of the latent; 0 where there is none.
+
+    Raises:
+        ArgumentError: the latent is missing, or of another shape.
+    """
+    if not size:
+        return noise, None
+    shape = tuple(noise[-1].shape) if noise else ()
+    if shape != (len(x), size):
+        raise ArgumentError(
+            f"the latent has the shape {shape}, and ({len(x)}, {size}) is wanted",
+            fix="Give it as the last tensor of the noise of every step.",
+        )
+    return noise[:-1], noise[-1]
+
+
+def draw_noise(x: Tensor, steps: int, solver: Solver, seed: int, latent: int = 0) -> list[Tensor]:
+    """The noise that `steps` steps use: the same for the same seed.
+
+    Args:
+        x: the sample, [batch, ...].
+        steps: their number.
+        solver: says how many tensors it uses.
+        seed: of the noise.
+        latent: size of the latent behind the solver's tensors of every step; 0 for none.
+    """
     generator = torch.Generator().manual_seed(seed)
+    shapes = [x.shape] * solver.draws + [torch.Size((len(x), latent))] * (latent > 0)
     return [
-        torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-        for _ in range(steps * solver.draws)
+        torch.randn(shape, generator=generator, dtype=x.dtype).to(x.device)
+        for _ in range(steps)
+        for shape in shapes
     ]

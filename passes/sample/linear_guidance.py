@@ -17,6 +17,7 @@ from graphwright.ir.sampling.guidance import Recorded
 from graphwright.ir.sampling.linear import LinearFit, check_policy, default_policy, regressors
 from graphwright.ir.sampling.record import FACT, NOISE, Denoiser
 from graphwright.ir.sampling.sampler import Sampler, State
+from graphwright.ir.sampling.trajectory import draw_noise, shares
 from graphwright.passes.base import Context, Result
 from graphwright.passes.sample._form.guider import GuiderPass
 
@@ -108,10 +109,10 @@ class LinearGuidance(GuiderPass[LinearGuidanceOptions]):
                 fits[len(withs) - 1].add(regressors(withs, withouts), found[WITHOUT])
             withouts.append(found[WITHOUT])
 
-        fresh = torch.Generator().manual_seed(context.seed)
-        for i in range(steps):
-            drawn = [torch.randn(x.shape, generator=fresh) for _ in range(plan.solver.draws)]
-            x, state = sampler.step(plan, i, x, state, drawn, watch=look)
+        latent = sampler.record.latent
+        drawn = draw_noise(x, steps, plan.solver, context.seed, latent)
+        for i, each in enumerate(shares(drawn, steps, plan.solver.draws + bool(latent))):
+            x, state = sampler.step(plan, i, x, state, each, watch=look)
         solved = {i: fit.solved() for i, fit in fits.items()}
         errors = {i: fits[i].residual(c) for i, c in solved.items()}
         return {str(i): c.tolist() for i, c in solved.items()}, errors

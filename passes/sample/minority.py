@@ -108,8 +108,9 @@ class Minority(SamplePass[MinorityOptions]):
         """Scores, trains, and puts the gradient behind the denoiser.
 
         Raises:
-            ModelError: guidance is there already, the data lacks an input, there are too few
-                samples for the bins, or samples have more than three axes behind the channels.
+            ModelError: guidance or a latent is there already, the data lacks an input, there are
+                too few samples for the bins, or samples have more than three axes behind the
+                channels.
         """
         record, options = Denoiser.required(program, self.id), self.options
         if record.guidance is not None:
@@ -117,6 +118,9 @@ class Minority(SamplePass[MinorityOptions]):
                 f"{self.id}: {record.guidance.by} has put guidance around this denoiser already",
                 fix="Keep one of the two.",
             )
+        if record.latent:
+            raise ModelError(f"{self.id}: samples of a denoiser with a latent have no scores",
+                             fix="Leave tune.ddgan out.")  # fmt: skip
         data = self._data(record, context)
         x0 = data[record.sample]
         _refuse_data(x0, options.classes, self.id)

@@ -67,6 +67,10 @@ class Solver(Options):
         """Tensors of noise that a step uses."""
         return 0
 
+    def target(self, path: Path, i: int) -> Level:
+        """The level that step i heads for, of a denoiser that is told it."""
+        return path.levels[i + 1]
+
     def step(
         self, denoise: Denoise, x: Tensor, path: Path, i: int, state: State, noise: list[Tensor]
     ) -> tuple[Tensor, State]:

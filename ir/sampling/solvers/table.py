@@ -9,6 +9,7 @@ from graphwright.ir.sampling.solvers.base import Solver
 from graphwright.ir.sampling.solvers.dpm import Dpmpp2m, Dpmpp2s, DpmppSinglestep
 from graphwright.ir.sampling.solvers.first import DoubleStep, Euler, EulerAncestral, Lcm
 from graphwright.ir.sampling.solvers.heun import Heun
+from graphwright.ir.sampling.solvers.jump import Jump
 from graphwright.ir.sampling.solvers.sde import PredictorCorrector, ReverseSde
 from graphwright.ir.sampling.solvers.unipc import Unipc
 
@@ -22,6 +23,7 @@ SOLVERS: dict[str, type[Solver]] = {
     "dpmpp_singlestep": DpmppSinglestep,
     "unipc": Unipc,
     "lcm": Lcm,
+    "jump": Jump,
     "double_step": DoubleStep,
     "reverse_sde": ReverseSde,
     "predictor_corrector": PredictorCorrector,

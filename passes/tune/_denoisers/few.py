@@ -16,6 +16,10 @@ RHO = 7.0
 FAINT = 0.05
 """Signal at the first level below which a network that is divided by it is warned about."""
 
+NEAR = 1e-3
+"""Share of a closed schedule between its end without noise and the least level of a jump; and
+between its beginning without signal and the first."""
+
 
 def jumps(training: Training, steps: int) -> Grid:
     """The first levels of `steps` equal jumps from pure noise to data.
@@ -31,6 +35,22 @@ def jumps(training: Training, steps: int) -> Grid:
         ends = low ** (1 / RHO), high ** (1 / RHO)
         return Grid(spacing="karras", end=(ends[0] + (ends[1] - ends[0]) / steps) ** RHO)
     return Grid(spacing="uniform", end=low + (high - low) / steps)
+
+
+def between(training: Training) -> Grid:
+    """Levels that jumps start and end at, from pure noise to next to none, which is where samples
+    end: equal in the time of the schedule, and of edm in sigma^(1/7)."""
+    schedule = training.schedule
+    if schedule.kind == "table":
+        return Grid(spacing="trailing", final="first")
+    if schedule.kind == "edm":
+        return Grid(spacing="karras", final="none")
+    low, high = schedule.ends()
+    if schedule.kind == "ve":
+        return Grid(spacing="uniform", final="none")
+    share = NEAR * (high - low)
+    start = high - share if schedule.kind == "flow" else high
+    return Grid(spacing="uniform", start=start, end=low + share, final="none")
 
 
 def spread_levels(

@@ -17,7 +17,7 @@ from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.sampling.sampler import Sampler
 from graphwright.ir.sampling.training import Training
 from graphwright.ir.tune import Moment
-from graphwright.passes.tune import FDistill, GuidanceDistill
+from graphwright.passes.tune import Ddgan, FDistill, GuidanceDistill
 from graphwright.passes.tune._denoisers.divergences import SECOND, Ratios, matched, weights
 from graphwright.passes.tune._denoisers.few import jumps
 from graphwright.passes.tune.f_distill import Game
@@ -177,6 +177,8 @@ def test_a_denoiser_that_guides_by_itself_is_followed_at_its_scales() -> None:
     assert Sampler.of(made).sample(noise, labels, guidance_scale=3.0).shape == (2, 2)
     with pytest.raises(ModelError, match="guides by itself"):
         FDistill(guidance_scale=2.0)(wide, training=planar.data(1, 16))
+    with pytest.raises(ModelError, match="would train it away"):
+        Ddgan()(wide, training=planar.data(1, 16))
 
 
 def test_a_killed_run_goes_on(tmp_path, monkeypatch) -> None:
