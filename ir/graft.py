@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,12 @@ from graphwright.ir.graph.sizes import dimension_names, expression_of
 
 
 def graft(
-    editor: Editor, module: nn.Module, *reads: fx.Node, name: str, before: fx.Node
+    editor: Editor,
+    module: nn.Module,
+    *reads: fx.Node,
+    name: str,
+    before: fx.Node,
+    shared: Callable[[str], str | None] = lambda _: None,
 ) -> tuple[fx.Node, ...]:
     """Adds the calls that `module` makes on the values of `reads`; returns those of its outputs.
 
@@ -28,6 +33,8 @@ def graft(
         reads: nodes whose values it is given, in order.
         name: prefix of its tensors.
         before: node to insert before; behind all that is read.
+        shared: of the name that a tensor has in the module, the one under which the program has it
+            already; None for a tensor of the module's own.
 
     Raises:
         ModelError: the module cannot be traced at these sizes, or fixes one that is free.
@@ -45,7 +52,8 @@ def graft(
             made[node] = next(given)
         elif node.op == "get_attr":
             stored = program.state[str(node.target)]
-            made[node] = editor.get(_stored(editor, f"{name}.{node.target}", stored))
+            there = shared(str(node.target))
+            made[node] = editor.get(there or _stored(editor, f"{name}.{node.target}", stored))
         elif node.op == "call_function":
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: made[n])
             made[node] = editor.call(node.target, *args, before=before, **kwargs)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from graphwright.ir.graph.gradient import forward_calls
 from graphwright.ir.sampling.guidance import over
 
 
@@ -64,8 +65,7 @@ def log_probability(logits: Tensor, target: Tensor) -> Tensor:
 def gradient_graph(classifier: nn.Module, shape: Sequence[int]) -> fx.GraphModule:
     """The gradient of log p(target | sample) by the sample as a module of forward calls.
 
-    An exporter does not take autograd. So the gradient is traced through it, backward calls are
-    decomposed to plain ones, and the batch stays free. Parameters keep their names.
+    The batch stays free, and parameters keep their names.
 
     Args:
         classifier: in inference mode; called with sample, alpha and sigma.
@@ -74,9 +74,6 @@ def gradient_graph(classifier: nn.Module, shape: Sequence[int]) -> fx.GraphModul
     Returns:
         a module of (sample, alpha, sigma, target); target has no dimension.
     """
-    from torch._decomp import core_aten_decompositions
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     frozen = {name: t.requires_grad for name, t in classifier.named_parameters()}
     classifier.requires_grad_(False)
 
@@ -86,12 +83,8 @@ def gradient_graph(classifier: nn.Module, shape: Sequence[int]) -> fx.GraphModul
             value = log_probability(classifier(x, alpha, sigma), target)
             return torch.autograd.grad(value, x)[0]
 
-    table = {
-        **core_aten_decompositions(),
-        torch.ops.aten.convolution_backward.default: _convolution_backward,
-    }
     dtype = next(classifier.parameters()).dtype
-    # equal sizes get one symbol in the trace, so the batch is one that the sample has nowhere
+    # the batch is a size that the sample has nowhere, for equal ones get one symbol
     rows = next(n for n in range(2, len(shape) + 3) if n not in shape)
     levels = torch.full((rows,), 0.5, dtype=dtype)
     examples = (
@@ -100,37 +93,10 @@ def gradient_graph(classifier: nn.Module, shape: Sequence[int]) -> fx.GraphModul
         levels.clone(),
         levels.new_zeros(()),
     )
-    traced = make_fx(
-        gradient, decomposition_table=table, tracing_mode="symbolic", _allow_non_fake_inputs=True
-    )(*examples)
+    traced = forward_calls(gradient, examples, dict(classifier.named_parameters()))
     for name, parameter in classifier.named_parameters():
         parameter.requires_grad_(frozen[name])
-    names = {id(t): name for name, t in classifier.named_parameters()}
-    for node in traced.graph.find_nodes(op="get_attr"):
-        node.target = names[id(getattr(traced, str(node.target)))]
-    for node in list(traced.graph.nodes):
-        if node.target is torch.ops.aten.alias.default:
-            node.replace_all_uses_with(node.args[0])
-            traced.graph.erase_node(node)
     return fx.GraphModule(classifier, traced.graph)
-
-
-def _convolution_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias_sizes: list[int] | None, stride: list[int],
-    padding: list[int], dilation: list[int], transposed: bool, output_padding: list[int],
-    groups: int, output_mask: list[bool],
-) -> tuple[Tensor, None, None]:  # fmt: skip
-    """The part by the input of a convolution's backward call: a transposed convolution."""
-    kernel = weight.shape[2:]
-    missing = [
-        x.shape[2 + i]
-        - ((grad.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (kernel[i] - 1) + 1)
-        for i in range(len(kernel))
-    ]
-    made = torch.ops.aten.convolution.default(
-        grad, weight, None, stride, padding, dilation, True, missing, groups
-    )
-    return made, None, None
 
 
 class TowardsClass(nn.Module):

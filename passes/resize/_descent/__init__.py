@@ -1,0 +1,1 @@
+"""Gradient descent on images, unrolled into a graph."""
