@@ -100,8 +100,11 @@ def _convolution_backward(
 def _avg_pool2d_backward(
     grad: Tensor, x: Tensor, kernel_size: list[int], stride: list[int], padding: list[int],
     ceil_mode: bool, count_include_pad: bool, divisor_override: int | None,
-) -> Tensor:  # fmt: skip
-    """A transposed convolution with equal weights, channel by channel."""
+) -> Any:  # fmt: skip
+    """A transposed convolution with equal weights, channel by channel.
+
+    torch asks for `NotImplemented` where there is no such form.
+    """
     if ceil_mode or (any(padding) and not count_include_pad):
         return NotImplemented
     height, width = kernel_size if len(kernel_size) == 2 else kernel_size * 2
