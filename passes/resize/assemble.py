@@ -9,12 +9,12 @@ from pydantic import Field
 from graphwright.ir.errors import ModelError
 from graphwright.ir.options import Bounded, Rule, Selector
 from graphwright.ir.program import Program
+from graphwright.ir.trunk.units import Unit, chosen_units, find_units, without
 from graphwright.ir.tune import TuneOptions, tune
 from graphwright.ir.tune.features import Features
 from graphwright.ir.tune.losses import OF_TEACHER
 from graphwright.passes.base import Action, Context, Pass, Result
 from graphwright.passes.resize._units.conditional import add_experts
-from graphwright.passes.resize._units.units import Unit, chosen_units, find_units, without
 
 Factor = Annotated[float, Field(ge=0)]
 

@@ -11,9 +11,10 @@ from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.layers.selectors import layers
 from graphwright.ir.options import Bounded
 from graphwright.ir.program import Program
+from graphwright.ir.trunk.slot import Slot
+from graphwright.ir.trunk.trunk import Trunk, split_trunk, spread
 from graphwright.ir.tune import TuneOptions, tune
 from graphwright.passes.base import Action, Context, Pass, Result
-from graphwright.passes.resize._units.slots import Slot, Trunk, split_trunk, spread
 
 Count = Annotated[int, Field(ge=1)]
 

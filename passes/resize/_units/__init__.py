@@ -1,1 +1,1 @@
-"""Residual units of a network, and networks with fewer of them."""
+"""Convolutions that choose their kernel for every sample."""

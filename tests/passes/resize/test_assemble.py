@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import graphwright as gw
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ArgumentError, ModelError
+from graphwright.ir.trunk.units import chosen_units, find_units, without
 from graphwright.passes.resize import Assemble
 from graphwright.passes.resize._units.conditional import add_experts
-from graphwright.passes.resize._units.units import chosen_units, find_units, without
 
 CHAIN = (
     "trunk",

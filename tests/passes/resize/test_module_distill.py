@@ -13,9 +13,10 @@ import graphwright as gw
 from graphwright.ir.context import Context
 from graphwright.ir.data.batches import Batches
 from graphwright.ir.errors import ArgumentError, ModelError
+from graphwright.ir.trunk.slot import Slot, imitation
+from graphwright.ir.trunk.trunk import split_trunk, spread
 from graphwright.ir.tune import TuneOptions, tune
 from graphwright.passes.resize import ModuleDistill
-from graphwright.passes.resize._units.slots import Slot, imitation, split_trunk, spread
 
 CHAIN = (
     "trunk",

@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, fx
 
 from graphwright.ir.errors import ModelError
-from graphwright.ir.graph.nodes import op_name
 from graphwright.ir.program import Program
-from graphwright.ir.signature import leaf_of
-from graphwright.ir.tune.features import reading
-from graphwright.ir.tune.hooks import Hook, Moment, Values
-from graphwright.ir.tune.losses import main_output, wide
-from graphwright.passes.resize._units.units import Unit, blocks, find_units, without
-
-BATCH_NORM = torch.ops.aten.batch_norm.default
-DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout")
+from graphwright.ir.trunk.units import Unit, blocks, find_units, without
 
 
 @dataclass(frozen=True)
@@ -59,6 +46,20 @@ class Trunk:
         }
         return graph.replace(state=state)
 
+    def ends(self, depths: Sequence[int] | None = None) -> list[str]:
+        """Nodes whose values go from module to module, of `reduced(depths)` or of the program."""
+        gone: dict[str, str] = {}
+        for module, depth in zip(self.modules, depths or map(len, self.modules), strict=True):
+            kept = spread(len(module), depth)
+            gone |= {u.join: u.source for i, b in enumerate(module) if i not in kept for u in b}
+        found = []
+        for module in self.modules[:-1]:
+            name = module[-1][-1].join
+            while name in gone:
+                name = gone[name]
+            found.append(name)
+        return found
+
     def names(self, program: Program, place: int) -> list[str]:
         """Tensors of a program that belong to a module."""
         return [name for name in program.state if self.owner[name] == place]
@@ -82,7 +83,30 @@ def split_trunk(program: Program, count: int) -> Trunk:
             fix="Lower modules.",
         )
     edges = [number * len(found) // count for number in range(count + 1)]
-    modules = tuple(tuple(found[a:b]) for a, b in itertools.pairwise(edges))
+    return _trunk(program, tuple(tuple(found[a:b]) for a, b in itertools.pairwise(edges)))
+
+
+def split_like(program: Program, other: Trunk) -> Trunk:
+    """The blocks of a program in modules that end with the same blocks as those of another.
+
+    Where blocks have names that the other has not, or none of a module is left, they are split by
+    number.
+
+    Raises:
+        ModelError: there are fewer blocks than modules.
+    """
+    where = {block[0].block: n for n, module in enumerate(other.modules) for block in module}
+    found = [tuple(units) for units in blocks(find_units(program)).values()]
+    modules = tuple(
+        tuple(block for block in found if where.get(block[0].block) == number)
+        for number in range(len(other.modules))
+    )
+    if not all(modules) or sum(map(len, modules)) < len(found):
+        return split_trunk(program, len(other.modules))
+    return _trunk(program, modules)
+
+
+def _trunk(program: Program, modules: tuple[tuple[tuple[Unit, ...], ...], ...]) -> Trunk:
     order = {node.name: number for number, node in enumerate(program.graph.nodes)}
     ends = [order[module[-1][-1].join] for module in modules[:-1]]
     owner: dict[str, int] = {}
@@ -91,54 +115,3 @@ def split_trunk(program: Program, count: int) -> Trunk:
             first = min((order[user.name] for user in node.users), default=0)
             owner[str(node.target)] = sum(first > end for end in ends)
     return Trunk(program, modules, owner)
-
-
-class Slot(Hook):
-    """Trains the module in one place of the meta model to imitate the teacher's in that place.
-
-    (1 - alpha) loss + alpha t^2 / (rows * classes) * sum of KL(teacher || student), at temperature
-    t.
-    The rest of the meta model runs as in inference: its norms and dropouts are switched off, and
-    gradients pass through it.
-
-    Source: P44 (Lo et al. 2024, "m2mKD"), whose mean is over all logits, as in the released code.
-    """
-
-    def __init__(
-        self, teacher: Program, own: Collection[str], alpha: float, temperature: float
-    ) -> None:
-        self.alpha, self.temperature = alpha, temperature
-        self.tensors = frozenset(own)
-        self.structure = teacher.signature.structure
-        self.teach = reading(teacher.eval(), ())
-        self.main = main_output(teacher.signature)
-        self.inputs = [spec.name for spec in teacher.signature.inputs]
-
-    def on_graph(self, graph: fx.Graph) -> None:
-        behind: set[fx.Node] = set()
-        for node in graph.nodes:
-            reads = {str(n.target) for n in node.all_input_nodes if n.op == "get_attr"}
-            within = bool(reads & self.tensors)
-            if within or (not reads and any(n in behind for n in node.all_input_nodes)):
-                behind.add(node)
-            elif node.target is BATCH_NORM and isinstance(node.args[3], fx.Node):
-                node.args = (*node.args[:5], False, *node.args[6:])
-            if node not in behind and op_name(node) in DROPOUTS:
-                node.args = (*node.args[:2], False)
-
-    def on_loss(self, at: Moment, loss: Tensor, outputs: Any, batch: Values) -> Tensor:
-        own = wide(leaf_of(self.structure, outputs, self.main))
-        with torch.no_grad():
-            flat = self.teach(*(batch[name] for name in self.inputs))[-1]
-        return (1 - self.alpha) * loss + self.alpha * imitation(
-            own, wide(flat[self.main]), self.temperature
-        )
-
-
-def imitation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """t^2 times the mean over all logits of the terms of KL(teacher || student)."""
-    divergence = F.kl_div(
-        F.log_softmax(student / temperature, -1), F.log_softmax(teacher / temperature, -1),
-        reduction="sum", log_target=True,
-    )  # fmt: skip
-    return divergence * (temperature**2 / student.numel())

@@ -1,0 +1,1 @@
+"""The trunk of a network: residual units, modules made of them, and modules put elsewhere."""
