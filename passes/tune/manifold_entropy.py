@@ -210,7 +210,7 @@ class Spread(InTurns):
         if self.is_at_rest(at):
             return self.resting(value, output)
         with self.critic.fixed() as critic:
-            f = critic(output, None, given)
+            f: Tensor = critic(output, None, given)
         distance = nearest(f, self.made)
         self.last_distance = float(distance.detach())
         self.made = pushed(self.made, f)
