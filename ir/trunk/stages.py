@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -159,7 +160,7 @@ def transplanted(
             value = border.enter.put(editor, "stitch.enter", value, border.axis, before)
         made[theirs[border.node]] = value
     inputs = {node.name: node for node in editor.graph.find_nodes(op="placeholder")}
-    wanted = list(student.graph.output_node().args[0]) if is_last else [theirs[borders[place].node]]
+    wanted = _outputs(student) if is_last else [theirs[borders[place].node]]
     _copy(editor, student, wanted, made, inputs, before)
     if is_last:
         editor.set_args(end, tuple(made[node] for node in wanted))
@@ -188,7 +189,7 @@ def refuse_other_ways(
     for place in range(1, len(borders) + 1):
         start = nodes[borders[place - 1].node]
         last = place == len(borders)
-        wanted = list(student.graph.output_node().args[0]) if last else [nodes[borders[place].node]]
+        wanted = _outputs(student) if last else [nodes[borders[place].node]]
         for node in _needed(wanted, {start}):
             tensor = student.state.get(str(node.target)) if node.op == "get_attr" else None
             if isinstance(tensor, nn.Parameter) and owner[str(node.target)] < place:
@@ -212,6 +213,12 @@ def stitched(student: Program, borders: Sequence[Border], by: str) -> Program:
         layer = both.put(editor, f"stitch.{number}", node, border.axis, node.next)
         editor.replace(node, layer)
     return editor.finish(propagate=True)
+
+
+def _outputs(program: Program) -> list[fx.Node]:
+    """What the program gives."""
+    flat: Any = program.graph.output_node().args[0]
+    return list(flat)
 
 
 def _needed(wanted: Sequence[fx.Node], stop: set[fx.Node]) -> set[fx.Node]:

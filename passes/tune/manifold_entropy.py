@@ -214,7 +214,8 @@ class Spread(InTurns):
         distance = nearest(f, self.made)
         self.last_distance = float(distance.detach())
         self.made = pushed(self.made, f)
-        return loss - f.mean() - factor * log(distance)
+        moved: Tensor = loss - f.mean() - factor * log(distance)
+        return moved
 
     def _judged(self, real: Tensor, made: Tensor, given: Values, factor: float) -> Tensor:
         """The discriminator's loss."""

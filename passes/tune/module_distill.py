@@ -110,7 +110,7 @@ class ModuleDistill(Pass[ModuleDistillOptions]):
             trained = self._module(trunk, meta, program, borders, place, within, metrics)
             found |= own_tensors(trained)
             borders = moved(borders, place, trained)
-        result = program.replace(state=program.state | found)
+        result = program.replace(state={**program.state, **found})
         if o.stitches == "folded":
             result = stitched(result, borders, self.id)
         return Result(result, tuple(self._actions(student, borders)), metrics)
@@ -229,5 +229,8 @@ def moved(borders: list[Border], place: int, trained: Program) -> list[Border]:
         if f"{name}.weight" in trained.state:
             weight = trained.state[f"{name}.weight"].detach().flatten(1)
             stitch = Stitch(weight, trained.state[f"{name}.bias"].detach())
-            found[number] = replace(found[number], **{field: stitch})
+            border = found[number]
+            found[number] = (
+                replace(border, enter=stitch) if is_entered else replace(border, leave=stitch)
+            )
     return found

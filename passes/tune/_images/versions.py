@@ -87,4 +87,6 @@ def _filtered(images: Tensor, kernels: Tensor, padding: int) -> Tensor:
     batch, channels = images.shape[:2]
     whole = F.pad(images, [padding] * 4, mode="replicate").flatten(0, 1)[None]
     weight = kernels.repeat_interleave(channels, 0)[:, None]
-    return F.conv2d(whole, weight, groups=batch * channels)[0].unflatten(0, (batch, channels))
+    filtered = F.conv2d(whole, weight, groups=batch * channels)[0]
+    found: Tensor = filtered.unflatten(0, (batch, channels))
+    return found
