@@ -229,8 +229,7 @@ def moved(borders: list[Border], place: int, trained: Program) -> list[Border]:
         if f"{name}.weight" in trained.state:
             weight = trained.state[f"{name}.weight"].detach().flatten(1)
             stitch = Stitch(weight, trained.state[f"{name}.bias"].detach())
-            border = found[number]
-            found[number] = (
-                replace(border, enter=stitch) if is_entered else replace(border, leave=stitch)
-            )
+            entered = replace(found[number], enter=stitch)
+            left = replace(found[number], leave=stitch)
+            found[number] = entered if field == "enter" else left
     return found
