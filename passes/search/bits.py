@@ -52,9 +52,15 @@ class BitsOptions(EvolutionOptions):
     """Generations of the evolution."""
 
     offspring: Annotated[int, Field(ge=1)] = 128
+    """Candidates made in every generation."""
+
     survivors: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (16, 4, 1)
+    """Candidates that are left behind every stage of selection."""
+
     tokens: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (
         2048, 16384, 131072)  # fmt: skip
+    """Rows of the output (tokens of text, else samples) that a stage looks at: drawn anew from the
+    calibration data in every generation, all of it where there is less."""
 
     @model_validator(mode="after")
     def _quantizer_takes_its_options(self) -> Self:

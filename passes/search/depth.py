@@ -30,8 +30,14 @@ class DepthOptions(EvolutionOptions):
     """Generations of the evolution; k (n - k) / 1.5 for k of n branches when absent."""
 
     offspring: Annotated[int, Field(ge=1)] = 32
+    """Candidates made in every generation."""
+
     survivors: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (2, 1)
+    """Candidates that are left behind every stage of selection."""
+
     tokens: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (2048, 32768)
+    """Rows of the output (tokens of text, else samples) that a stage looks at: drawn anew from the
+    calibration data in every generation, all of it where there is less."""
 
 
 class Depth(Pass[DepthOptions]):
