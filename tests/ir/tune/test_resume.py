@@ -44,15 +44,17 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
     """Dropout, Adam's moments, a hook's state and the best evaluation survive SIGKILL."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     straight.mkdir(), killed.mkdir()
-    process = start(killed)
     tune_jobs.resume(straight)
-    deadline = time.monotonic() + 120
-    while saved_step(killed) < 10:
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process = start(killed)
+    try:
+        deadline = time.monotonic() + 120
+        while saved_step(killed) < 10:
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
     assert 10 <= saved_step(killed) < 40
     tune_jobs.resume(killed)
     assert result(killed) == result(straight)
