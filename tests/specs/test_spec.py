@@ -166,8 +166,8 @@ def test_options_inside_options_are_filled_in_and_read_again(tmp_path):
         ("{stpes: 7}",
          "28: passes[0].tune.stpes: 'passes[0].tune' has no key 'stpes'; did you mean 'steps'?"),
         ("{optimizer: adamww}",
-         "39: passes[0].tune.optimizer: expected one of sgd, adam, adamw, mfac, got 'adamww'; "
-         "did you mean 'adamw'?"),
+         "39: passes[0].tune.optimizer: expected one of sgd, adam, adamw, mfac, adagrad, "
+         "adagrad_norm, got 'adamww'; did you mean 'adamw'?"),
         ("{loss: mine}",
          "34: passes[0].tune.loss: expected one of cross_entropy, next_token, mse, kl, "
          "teacher_mse or module:function, got 'mine'"),
