@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import signal
 import subprocess
@@ -34,8 +35,10 @@ def result(folder: Path) -> tuple[str, str]:
 
 
 def saved_step(folder: Path) -> int:
+    """The step of the last checkpoint; 0 where there is none, or the next one just replaced it."""
     for file in (folder / "work").glob("tune-*.pt"):
-        return int(torch.load(file, weights_only=True)["state"]["step"])
+        with contextlib.suppress(FileNotFoundError):
+            return int(torch.load(file, weights_only=True)["state"]["step"])
     return 0
 
 
