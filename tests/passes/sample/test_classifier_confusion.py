@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -67,7 +68,7 @@ def noise(rows: int = 3) -> Tensor:
 @pytest.mark.parametrize("measure", ["missing", "against_reference"])
 def test_it_is_the_formula_row_by_row(denoiser: gw.Program, measure: str) -> None:
     made = guided(denoiser, gfcg_reconstruction_h=measure, input_scale=0.5, input_shift=0.25)
-    judge = net().double()
+    judge = copy.deepcopy(net()).double()
     for rows in (1, 2, 5):
         g = torch.Generator().manual_seed(rows)
         levels = torch.rand(2, rows, generator=g) / 2 + 0.25
@@ -91,8 +92,8 @@ def test_it_is_the_formula_row_by_row(denoiser: gw.Program, measure: str) -> Non
             other = asked(reference)
             for k in (0, 1):
                 right = other[k] + (1 + 4 * h) * (own[k] - other[k])
-                torch.testing.assert_close(found[k][i : i + 1], right, rtol=1e-10, atol=1e-10)
-    net.cache_clear()
+                # times are float32, and their sines differ between vector and scalar kernels
+                torch.testing.assert_close(found[k][i : i + 1], right, rtol=2e-6, atol=2e-6)
 
 
 def test_the_reference_is_never_the_label_and_confusion_is_a_share() -> None:
