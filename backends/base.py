@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -122,7 +121,7 @@ class Backend:
 
     def __init__(self, **options: Any) -> None:
         try:
-            self.options: Any = self.Options.model_validate_json(json.dumps(options))
+            self.options: Any = self.Options.from_plain(options)
         except ValidationError as error:
             lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
             raise ArgumentError(f"{self.name}: {'; '.join(lines)}") from None

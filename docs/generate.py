@@ -166,16 +166,22 @@ def _options(entry: Schema, schema: Schema) -> list[str]:
     required = entry.get("required", [])
     # The bound on the whole result comes last, wherever it is declared.
     for key, option in sorted(entry["properties"].items(), key=lambda item: item[0] == "max_error"):
-        default = "required" if key in required else _default(option)
+        default = "required" if key in required else _default(option, schema)
         meaning = option.get("description") or _resolve(option, schema).get("description", "")
         rows.append(f"| `{key}` | {type_text(option, schema)} | {default} | {_cell(meaning)} |")
     return rows
 
 
-def _default(option: Schema) -> str:
-    if option.get("default") in (None, [], {}) or isinstance(option.get("default"), dict):
+def _default(option: Schema, schema: Schema) -> str:
+    """Of a set of options, what differs from that set's own defaults."""
+    value = option.get("default")
+    if isinstance(value, dict):
+        inside = next((p for p in option.get("anyOf", ()) if "$ref" in p), option)
+        known = _resolve(inside, schema).get("properties", {})
+        value = {k: v for k, v in value.items() if v != known.get(k, {}).get("default")}
+    if value in (None, [], {}):
         return "-"
-    return f"`{json.dumps(option['default'])}`".replace('"', "")
+    return f"`{json.dumps(value)}`".replace('"', "")
 
 
 def type_text(option: Schema, schema: Schema) -> str:

@@ -45,6 +45,20 @@ class Rule(NamedTuple):
         return self.message.format(**values)
 
 
+def completed(
+    default: Mapping[str, Any], given: Mapping[str, Any], displaces: Mapping[str, Collection[str]]
+) -> dict[str, Any]:
+    """A set of options within another one: what is given, and the other one's default for the rest.
+
+    Args:
+        default: the values that the other set of options gives it where nothing is said.
+        given: values by option.
+        displaces: for an option that is given, those whose `default` says nothing any more.
+    """
+    gone = {name for option in given for name in displaces.get(option, ())}
+    return {**{name: value for name, value in default.items() if name not in gone}, **given}
+
+
 def only_with(option: str, by: str, owners: Collection[str]) -> Rule:
     """The rule that an option has a part only where option `by` is one of `owners`."""
     holds = f"{option!r} not in given or {by} in {list(owners)!r}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Self
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
     AliasChoices,
@@ -17,6 +19,7 @@ from pydantic_core import CoreSchema
 
 from graphwright.ir.declarations import EVERY_DTYPE as EVERY_DTYPE
 from graphwright.ir.declarations import Rule as Rule
+from graphwright.ir.declarations import completed
 from graphwright.ir.declarations import only_with as only_with
 
 
@@ -26,11 +29,17 @@ class Options(BaseModel):
     Strict and closed: an unknown key or a value of another type is an error. The string under a
     field is its description, so a default, a unit or a bound is written in no second place.
 
+    Out of plain data (`from_plain`), a set of options within another one keeps what the other
+    one's default says of what is left out: `tune: {steps: 3}` of a pass that trains with sgd
+    trains with sgd.
+
     Class attributes:
         rules: rules between options; those of the bases hold too.
+        displaces: by option, other ones of which such a default says nothing once it is given.
     """
 
     rules: ClassVar[tuple[Rule, ...]] = ()
+    displaces: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     model_config = ConfigDict(
         extra="forbid",
@@ -46,6 +55,26 @@ class Options(BaseModel):
         """Rules of the class and its bases."""
         found = [rule for base in cls.__mro__ for rule in base.__dict__.get("rules", ())]
         return tuple(found)
+
+    @classmethod
+    def from_plain(cls, given: Mapping[str, Any]) -> Self:
+        """Options out of plain data: numbers, texts, and lists and mappings of them.
+
+        Raises:
+            ValidationError: they are none.
+            TypeError: something in them is not plain data.
+        """
+        return cls.model_validate_json(json.dumps(cls._completed(given)))
+
+    @classmethod
+    def _completed(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        whole = dict(given)
+        for name, field in cls.model_fields.items():
+            default, part = field.default, whole.get(name)
+            if isinstance(default, Options) and isinstance(part, Mapping):
+                own = default.model_dump(mode="json", exclude_unset=True)
+                whole[name] = default._completed(completed(own, part, default.displaces))
+        return whole
 
     @model_validator(mode="after")
     def _keep_rules(self) -> Self:
@@ -69,7 +98,10 @@ class Options(BaseModel):
         made = handler(core_schema)
         whole = handler.resolve_ref_schema(made)
         if rules := [rule._asdict() for rule in cls.all_rules()]:
-            whole["x-graphwright"] = {"rules": rules}
+            whole.setdefault("x-graphwright", {})["rules"] = rules
+        if cls.displaces:
+            displaced = {option: list(names) for option, names in cls.displaces.items()}
+            whole.setdefault("x-graphwright", {})["displaces"] = displaced
         properties, twice = whole.get("properties", {}), []
         for name, field in cls.model_fields.items():
             choices = getattr(field.validation_alias, "choices", [])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -135,7 +134,7 @@ class Pass(Generic[OptionsT]):
 
     def __init__(self, **options: Any) -> None:
         try:
-            made = self.Options.model_validate_json(json.dumps(options))
+            made = self.Options.from_plain(options)
         except ValidationError as error:
             raise ArgumentError(_readable(self.id or type(self).__name__, error)) from None
         except TypeError as error:

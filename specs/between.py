@@ -60,11 +60,11 @@ def _faults(
     written = {own.get(option, option): value for option, value in written.items()}
     defaults = schema.defaults(name)
     values = {**dict.fromkeys(schema.options(name)), **defaults, **preset, **written}
-    for option, part in schema.options(name).items():
-        if isinstance(written.get(option), dict) and "$ref" in part:
-            inside = part["$ref"].removeprefix("#/$defs/")
-            start = part.get("default", {})
-            values[option] = {**start, **written[option]}
+    for option in schema.options(name):
+        inside = schema.inside(name, option)
+        if isinstance(written.get(option), dict) and inside:
+            start = schema.completed(name, option, written[option])
+            values[option] = start
             for at, message, instead in _faults(inside, written[option], start, schema):
                 yield (option, *at), message, instead
     given = {option for option, value in values.items() if value != defaults.get(option)}

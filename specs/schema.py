@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from graphwright.ir.declarations import EVERY_DTYPE
+from graphwright.ir.declarations import EVERY_DTYPE, completed
 
 FILE = Path(__file__).with_name("schema.json")
 
@@ -73,6 +73,26 @@ class Schema:
         """Default of each option that has one."""
         options = self.options(name).items()
         return {key: copy.deepcopy(opt["default"]) for key, opt in options if "default" in opt}
+
+    def inside(self, name: str, option: str) -> str:
+        """The definition of an option that is a set of options; empty for any other."""
+        part = self.options(name).get(option, {})
+        refs = [p["$ref"] for p in (part, *part.get("anyOf", ())) if "$ref" in p]
+        return str(refs[0]).removeprefix("#/$defs/") if refs else ""
+
+    def completed(self, name: str, option: str, given: dict[str, Any]) -> dict[str, Any]:
+        """A set of options inside those of `name`, with their default for what it leaves out."""
+        default = self.options(name)[option].get("default") or {}
+        facts = self.definitions[self.inside(name, option)].get("x-graphwright", {})
+        return completed(default, given, facts.get("displaces", {}))
+
+    def filled(self, name: str, given: dict[str, Any]) -> dict[str, Any]:
+        """Options with the defaults of what is not given, at every depth."""
+        whole = {**self.defaults(name), **given}
+        for option, value in given.items():
+            if isinstance(value, dict) and (inside := self.inside(name, option)):
+                whole[option] = self.filled(inside, self.completed(name, option, value))
+        return whole
 
     def facts(self, name: str) -> PassFacts | None:
         """The facts about a pass, or None when there is no such pass."""

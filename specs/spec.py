@@ -199,7 +199,7 @@ def resolve(spec: Spec) -> dict[str, Any]:
     """The spec as plain data with every default filled in; without the lock section."""
 
     def call(item: PassCall | BackendCall | ExportCall) -> Any:
-        options = _filled(spec.schema.defaults(item.id), item.options)
+        options = spec.schema.filled(item.id, item.options)
         ordered = {k: options[k] for k in spec.schema.options(item.id) if k in options}
         return {item.id: ordered} if ordered else item.id
 
@@ -220,15 +220,6 @@ def resolve(spec: Spec) -> dict[str, Any]:
     if spec.export:
         document["export"] = [call(item) for item in spec.export]
     return document
-
-
-def _filled(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Options with the defaults of what is not given, at every depth."""
-    filled = {**defaults, **given}
-    for key, value in given.items():
-        if isinstance(value, dict) and isinstance(defaults.get(key), dict):
-            filled[key] = _filled(defaults[key], value)
-    return filled
 
 
 def write_lock(

@@ -6,7 +6,6 @@ rules are imported for it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +53,7 @@ def _problems(spec: Spec) -> Iterator[Problem]:
             if not facts.get("coded_rules") or not call.options:
                 continue
             try:
-                _options(section, call.id).model_validate_json(json.dumps(call.options))
+                _options(section, call.id).from_plain(call.options)
             except ValidationError as error:
                 for item in error.errors():
                     message = item["msg"].removeprefix("Value error, ")

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from graphwright.ir.errors import ModelError
@@ -34,6 +34,8 @@ POOLS = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 
 class CriticOptions(PlayerOptions):
     """Options of a discriminator and of its training."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"width": 64}]})
 
     width: Annotated[int, Field(ge=4)] = 64
     """Channels of its first layer; they double whenever an image is halved. Of vectors, the

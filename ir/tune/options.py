@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
@@ -67,6 +68,11 @@ class TuneOptions(Options):
     """Options of training; the data is the spec's `training` section."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"epochs": 3, "lr": 1e-3}]})
+
+    displaces: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "steps": ("epochs",), "epochs": ("steps",), "loss": ("label_smoothing",),
+        "schedule": ("milestones", "step_share", "gamma"),
+    }  # fmt: skip
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule("milestones", "bool(milestones) == (schedule == 'multistep')",

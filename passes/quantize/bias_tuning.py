@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from pydantic import field_validator
 from torch import Tensor, fx, nn
 
 from graphwright.ir.edit import Editor
@@ -40,14 +39,6 @@ class BiasTuningOptions(Bounded):
     """Options of training. What is left out is as in the paper's code: SGD at a constant 0.1, 800
     steps, KL divergence from the original's outputs. 0.1 is for logits of a classifier with folded
     norms; give a smaller `lr` where the loss rises."""
-
-    @field_validator("tune", mode="before")
-    @classmethod
-    def _on_recipe(cls, given: object) -> object:
-        if not isinstance(given, Mapping):
-            return given
-        recipe = {k: v for k, v in RECIPE.items() if k != "steps" or "epochs" not in given}
-        return {**recipe, **given}
 
 
 class BiasTuning(Pass[BiasTuningOptions]):

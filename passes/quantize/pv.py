@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import fx
 
 from graphwright.ir.edit import Editor
@@ -75,11 +74,6 @@ class PvOptions(Bounded):
     `lamb`, a share of their norm); with another `optimizer`, or with `weight_decay`, what is not
     quantized moves by that rule. What is not given is as in the released code: kl, Adam at a
     constant rate of 3e-4."""
-
-    @field_validator("tune", mode="before")
-    @classmethod
-    def _rest_of_the_recipe(cls, given: Any) -> Any:
-        return {**RECIPE, **given} if isinstance(given, Mapping) else given
 
 
 class Pv(Pass[PvOptions]):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 import graphwright.ir.ops  # noqa: F401  registers graphwright::dequantize_codebook
@@ -120,11 +120,6 @@ class VptqOptions(Bounded, Targets):
 
     tune: TuneOptions = TuneOptions(**RECIPE)
     """Options of this training. What is left out is as in `quantize.pv`."""
-
-    @field_validator("tune", mode="before")
-    @classmethod
-    def _on_recipe(cls, given: object) -> object:
-        return {**RECIPE, **given} if isinstance(given, Mapping) else given
 
     def size(self, rows: int, columns: int) -> Size | None:
         """Of the codebooks of a matrix; None where `bits` are too few for any."""

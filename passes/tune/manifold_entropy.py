@@ -39,13 +39,6 @@ AIM_NOISE = 0.05
 """Deviation of the noise on the embeddings that those of mixed samples are drawn to."""
 
 
-class EmbeddingCritic(CriticOptions):
-    """Options of the discriminator and of its training."""
-
-    lr: Annotated[float, Field(gt=0)] = 2e-4
-    """Learning rate; it follows the course of that of `tune` (warm-up and schedule)."""
-
-
 class ManifoldEntropyOptions(Bounded):
     """Options of tune.manifold_entropy."""
 
@@ -90,7 +83,7 @@ class ManifoldEntropyOptions(Bounded):
     generator_every: Annotated[int, Field(ge=1)] = 5
     """Steps of which the generator takes one; the discriminator takes them all."""
 
-    critic: EmbeddingCritic = EmbeddingCritic()
+    critic: CriticOptions = CriticOptions(lr=2e-4)
     """The discriminator and its training."""
 
     tune: OwnLoss = OwnLoss(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from graphwright.ir.data.batches import Batches
@@ -21,22 +21,10 @@ from graphwright.ir.tune.critic import Critic, CriticOptions
 from graphwright.ir.tune.hooks import Values
 from graphwright.ir.tune.losses import main_of, wide
 from graphwright.ir.tune.options import Function
-from graphwright.ir.tune.player import Beta, InTurns, Player, drawn_from
+from graphwright.ir.tune.player import InTurns, Player, drawn_from
 from graphwright.ir.tune.working import frozen
 from graphwright.passes.base import Context
 from graphwright.passes.tune._generator.latents import drawn, latents_of, shape_made
-
-
-class StageCritic(CriticOptions):
-    """Options of the discriminator and of its training."""
-
-    model_config = ConfigDict(json_schema_extra={"examples": [{"width": 64}]})
-
-    lr: Annotated[float, Field(gt=0)] = 2e-3
-    """Learning rate; it follows the course of that of `tune` (warm-up and schedule)."""
-
-    betas: tuple[Beta, Beta] = (0.0, 0.99)
-    """Decay rates of Adam's two moments."""
 
 
 class StageOptions(Bounded):
@@ -55,7 +43,7 @@ class StageOptions(Bounded):
     (batch,) or (batch, 1), high for what is real; copies of it are trained. When absent, a new one
     is."""
 
-    critic: StageCritic = StageCritic()
+    critic: CriticOptions = CriticOptions(lr=2e-3, betas=(0.0, 0.99))
     """A new discriminator (`width`), and the training of either."""
 
     head_start: Annotated[float, Field(ge=0, lt=1)] = 0.1

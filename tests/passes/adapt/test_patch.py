@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from models.shown_file import shown_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -23,8 +23,8 @@ from graphwright.ir.adapters.patch import (
 )
 from graphwright.ir.errors import ArgumentError, ModelError
 
-FILE = Path(tempfile.gettempdir()) / "graphwright-text-patch.safetensors"
-save_patch(Patch({"up.weight": torch.linspace(-0.1, 0.1, 512).reshape(32, 16)}), FILE)
+PATCH = Patch({"up.weight": torch.linspace(-0.1, 0.1, 512).reshape(32, 16)})
+FILE = shown_file("text-patch.safetensors", lambda path: save_patch(PATCH, path))
 CHAIN = ("text", [("adapt.patch", {"patches": {str(FILE): 0.5}})])
 
 

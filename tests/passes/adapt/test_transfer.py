@@ -12,6 +12,7 @@ import torch
 from models import every_pass
 from models.adapters import moved
 from models.every_pass import UNTIED, run
+from models.shown_file import shown_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -55,14 +56,13 @@ def shifted(x: Tensor) -> Tensor:
     return 1 - x.reshape(-1, 8, 8).roll(3, 1).flatten(1)
 
 
-FILES = Path(tempfile.gettempdir()) / "graphwright-transfer-chain"
-FILES.mkdir(exist_ok=True)
 _lora = ("adapt.lora", {"targets": UNTIED, "rank": 2})
-if not (FILES / "seeds.npz").exists():
-    moved(run(*_lora, every_pass.traced("text"), "text", 0)).save(FILES / "source.pt2")
-    np.savez(FILES / "seeds.npz", ids=np.arange(16).reshape(2, 8))
+SOURCE = shown_file("transfer-source.pt2", lambda path: moved(
+    run(*_lora, every_pass.traced("text"), "text", 0)).save(path))  # fmt: skip
+SEEDS = shown_file("transfer-seeds.npz", lambda path: np.savez(
+    path, ids=np.arange(16).reshape(2, 8)))  # fmt: skip
 CHAIN = ("text", [_lora, ("adapt.transfer", {
-    "source": str(FILES / "source.pt2"), "seeds": str(FILES / "seeds.npz"),
+    "source": str(SOURCE), "seeds": str(SEEDS),
     "generator": "models.adapters:made_ids", "samples": 8, "batch_size": 4,
     "tune": {"epochs": 1, "loss": "kl"}})])  # fmt: skip
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from models import denoisers
 from models.mixture import Mixture
+from models.shown_file import shown_file
 from torch import Tensor, nn
 
 import graphwright as gw
@@ -18,8 +18,6 @@ from graphwright.ir.check.precision import run_in_double
 from graphwright.ir.errors import ModelError, SpecError
 from graphwright.ir.sampling.confusion import Confusion
 from graphwright.ir.sampling.sampler import Sampler
-
-FILES = Path(tempfile.gettempdir()) / "graphwright-confusion"
 
 
 class Classifier(nn.Module):
@@ -43,10 +41,7 @@ def traced(model: nn.Module, shape: tuple[int, ...], name: str = "image") -> gw.
     return gw.trace(model, {name: torch.randn(3, *shape)}, {name: {0: "batch"}})
 
 
-FILES.mkdir(exist_ok=True)
-FILE = FILES / "classifier.pt2"
-if not FILE.exists():
-    traced(net(), (2, 8, 8)).save(FILE)
+FILE = shown_file("classifier.pt2", lambda path: traced(net(), (2, 8, 8)).save(path))
 DENOISER = ("sample.denoiser", {"unconditional": {"label": 4}})
 CHAIN = ("denoiser", [DENOISER, ("sample.classifier_confusion", {"classifier": str(FILE)})])
 GIVEN = {"label": torch.tensor([0, 1, 3])}
@@ -92,8 +87,7 @@ def test_it_is_the_formula_row_by_row(denoiser: gw.Program, measure: str) -> Non
             other = asked(reference)
             for k in (0, 1):
                 right = other[k] + (1 + 4 * h) * (own[k] - other[k])
-                # times are float32, and their sines differ between vector and scalar kernels
-                torch.testing.assert_close(found[k][i : i + 1], right, rtol=2e-6, atol=2e-6)
+                torch.testing.assert_close(found[k][i : i + 1], right, rtol=1e-10, atol=1e-10)
 
 
 def test_the_reference_is_never_the_label_and_confusion_is_a_share() -> None:

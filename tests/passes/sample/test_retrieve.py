@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from models import denoisers
+from models.shown_file import shown_file
 from torch import Tensor
 
 import graphwright as gw
@@ -22,10 +22,7 @@ NET = {
     "grid": {"spacing": "karras"}, "unconditional": {"context": 0.0},
 }  # fmt: skip
 ITEMS = torch.randn(60, 2, generator=torch.Generator().manual_seed(3)) * 2
-FILE = Path(tempfile.gettempdir()) / "graphwright-index.npy"
-np.save(FILE, ITEMS.numpy())
-
-
+FILE = shown_file("index.npy", lambda path: np.save(path, ITEMS.numpy()))
 CHAIN = ("neighbours", [("sample.denoiser", NET), ("sample.retrieve", {"index": str(FILE)})])
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import denoisers
+from models.shown_file import shown_file
 
 import graphwright as gw
 from graphwright.ir.errors import ArgumentError, ContractError, ModelError
@@ -28,8 +28,7 @@ def small() -> gw.Program:
     return gw.trace(net, program.examples, free, ranges=ranges)
 
 
-FILE = Path(tempfile.gettempdir()) / "graphwright-small-denoiser.pt2"
-small().save(FILE)
+FILE = shown_file("small-denoiser.pt2", lambda path: small().save(path))
 CHAIN = ("denoiser", [("sample.denoiser", NET), ("sample.switch", {"network": str(FILE)})])
 
 
