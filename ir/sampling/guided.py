@@ -61,8 +61,8 @@ def guided(
     edit = Interface(program, by)
     editor = edit.editor
     sample = edit.input(record.sample)
-    negatives = {n: _negative(edit, n, v) for n, v in record.conditions.items()}
-    numbers = [_number(edit, name, value) for name, value in parameters.items()]
+    negatives = {n: edit.add_negative(n, v) for n, v in record.conditions.items()}
+    numbers = [edit.add_number(name, value) for name, value in parameters.items()]
     states = [_state(edit, record, item.input) for item in carried]
     first = next(n for n in editor.graph.nodes if n.op == "call_function")
     rows = editor.call(aten.sym_size.int, sample, 0, before=first)
@@ -135,19 +135,6 @@ def _refuse(record: Denoiser, program: Program, by: str) -> str:
         if spec.shape[:1] != (batch,):
             raise ModelError(f"{by}: the condition {name!r} has no row per sample")
     return batch
-
-
-def _negative(edit: Interface, name: str, fill: float | None) -> fx.Node | None:
-    """The input with what is led away from; None where a number stands for it."""
-    if fill is not None:
-        return None
-    spec = edit.spec(name)
-    new = TensorSpec(NEGATIVE + name, spec.dtype, spec.shape, spec.range)
-    return edit.add_input(NewInput(new, edit.example(name).roll(1, 0)), edit.input(name))
-
-
-def _number(edit: Interface, name: str, value: float) -> fx.Node:
-    return edit.add_input(NewInput(TensorSpec(name, "float32", ()), torch.tensor(value)))
 
 
 def _state(edit: Interface, record: Denoiser, name: str) -> fx.Node:

@@ -14,6 +14,7 @@ from graphwright.ir.errors import ModelError
 from graphwright.ir.graph.nodes import gw_meta, set_gw_meta
 from graphwright.ir.graph.shapes import propagate_shapes
 from graphwright.ir.program import Program
+from graphwright.ir.sampling.record import NEGATIVE
 from graphwright.ir.signature import Dim, TensorSpec
 
 aten = torch.ops.aten
@@ -105,6 +106,18 @@ class Interface:
         self.editor.changed = True
         self._inputs.append(new)
         return node
+
+    def add_number(self, name: str, value: float) -> fx.Node:
+        """Adds a number that may change from call to call."""
+        return self.add_input(NewInput(TensorSpec(name, "float32", ()), torch.tensor(value)))
+
+    def add_negative(self, name: str, fill: float | None) -> fx.Node | None:
+        """Adds the input with what is led away from; None where the number `fill` stands for it."""
+        if fill is not None:
+            return None
+        spec = self.spec(name)
+        new = TensorSpec(NEGATIVE + name, spec.dtype, spec.shape, spec.range)
+        return self.add_input(NewInput(new, self.example(name).roll(1, 0)), self.input(name))
 
     def set_outputs(self, outputs: Sequence[tuple[str, fx.Node, tuple[Dim, ...]]]) -> None:
         """Makes these nodes, by name and shape, the outputs of the program."""

@@ -45,11 +45,7 @@ def ticking(
     record = Denoiser.required(program, by)
     _refuse(program, record, slots, by)
     edit = Interface(program, by)
-    editor = edit.editor
     frame, spec = edit.input(record.sample), edit.spec(record.sample)
-    read = [record.sample, ALPHA, SIGMA, *([record.time] if record.time else [])]
-    readers = {name: list(edit.input(name).users) for name in read}
-    asked = {name: list(edit.input(name).users) for name in record.conditions}
 
     def more(name: str, count: int) -> fx.Node:
         shape = (count, *frame.meta["val"].shape)
@@ -58,42 +54,19 @@ def ticking(
         return edit.add_input(NewInput(new, example.to(frame.meta["val"].dtype)), sizes=shape)
 
     negatives = {
-        name: _negative(edit, name, fill) if slots.more else None
+        name: edit.add_negative(name, fill) if slots.more else None
         for name, fill in record.conditions.items()
     }
     noises = more(NOISES, slots.count)
     states = [more(name, slots.count - 1) for name in slots.states]
-    given = [
-        edit.add_input(NewInput(TensorSpec(n, "float32", ()), torch.tensor(numbers[n])))
-        for n in slots.parameters
-    ]
-    first = next(n for n in editor.graph.nodes if n.op == "call_function")
-    enter = Enter(slots, _time_dtype(program, record), frame.meta["val"].dtype)
-    made = graft(editor, enter, frame, noises, *states[:1], name=f"{by}.enter", before=first)
-    for name, new in zip(read, made, strict=True):
-        for reader in readers[name]:
-            reader.replace_input_with(edit.input(name), new)
-    for name, users in asked.items():
-        node = edit.input(name)
-        other = _away(edit, record, name, negatives[name], first) if slots.more else node
-        parts = [node] * slots.count + [other] * slots.more
-        joined = editor.call(aten.cat.default, parts, 0, before=first)
-        for user in users:
-            user.replace_input_with(node, joined)
+    given = [edit.add_number(name, numbers[name]) for name in slots.parameters]
+    _enter(edit, record, slots, negatives, [noises, *states[:1]], by)
     edit.propagate()
-    sizes = [editor.call(aten.sym_size.int, frame, axis, before=edit.output)
-             if isinstance(size, str) else int(size)
-             for axis, size in enumerate(spec.shape)]  # fmt: skip
-    (out,) = edit.outputs[1:]
-    noise = editor.call(aten.reshape.default, out, [slots.count + slots.more, *sizes],
-                        before=edit.output)  # fmt: skip
-    leave = Leave(slots, len(spec.shape), frame.meta["val"].dtype)
-    done = graft(editor, leave, noise, frame, noises, *states, *given, name=f"{by}.leave",
-                 before=edit.output)  # fmt: skip
+    done = _leave(edit, slots, spec, [frame, noises, *states, *given], by)
     shapes = [spec.shape, *((slots.count - 1, *spec.shape) for _ in states)]
     names = [DENOISED, *(f"next_{name}" for name in slots.states)]
     edit.set_outputs(list(zip(names, done, shapes, strict=True)))
-    editor.facts[FACT] = record.replace(
+    edit.editor.facts[FACT] = record.replace(
         guidance=Guidance(
             by, {n: numbers[n] for n in slots.parameters},
             {STREAM: {"steps": list(steps), "guidance": slots.mode}}, False,
@@ -101,6 +74,45 @@ def ticking(
         )
     ).to_json()  # fmt: skip
     return _without_unread(edit.finish(), names, by)
+
+
+def _enter(
+    edit: Interface, record: Denoiser, slots: Slots, negatives: dict[str, fx.Node | None],
+    held: list[fx.Node], by: str,
+) -> None:  # fmt: skip
+    """Gives the network the rows of all slots in the place of the frame, its levels and time, and
+    every condition once for each of them, what is led away from behind them."""
+    editor, frame = edit.editor, edit.input(record.sample)
+    read = [record.sample, ALPHA, SIGMA, *([record.time] if record.time else [])]
+    readers = {name: list(edit.input(name).users) for name in (*read, *record.conditions)}
+    first = next(n for n in editor.graph.nodes if n.op == "call_function")
+    enter = Enter(slots, _time_dtype(edit.program, record), frame.meta["val"].dtype)
+    made = graft(editor, enter, frame, *held, name=f"{by}.enter", before=first)
+    for name, node in zip(read, made, strict=True):
+        for reader in readers[name]:
+            reader.replace_input_with(edit.input(name), node)
+    for name in record.conditions:
+        node = edit.input(name)
+        other = _away(edit, record, name, negatives[name], first) if slots.more else node
+        parts = [node] * slots.count + [other] * slots.more
+        joined = editor.call(aten.cat.default, parts, 0, before=first)
+        for reader in readers[name]:
+            reader.replace_input_with(node, joined)
+
+
+def _leave(
+    edit: Interface, slots: Slots, spec: TensorSpec, held: list[fx.Node], by: str
+) -> tuple[fx.Node, ...]:
+    """The frame that is done, and the next states, out of the network's rows."""
+    editor, frame = edit.editor, held[0]
+    sizes = [editor.call(aten.sym_size.int, frame, axis, before=edit.output)
+             if isinstance(size, str) else int(size)
+             for axis, size in enumerate(spec.shape)]  # fmt: skip
+    (out,) = edit.outputs[1:]
+    noise = editor.call(aten.reshape.default, out, [slots.count + slots.more, *sizes],
+                        before=edit.output)  # fmt: skip
+    leave = Leave(slots, len(spec.shape), frame.meta["val"].dtype)
+    return tuple(graft(editor, leave, noise, *held, name=f"{by}.leave", before=edit.output))
 
 
 def _without_unread(program: Program, outputs: list[str], by: str) -> Program:
@@ -176,15 +188,6 @@ def _time_dtype(program: Program, record: Denoiser) -> torch.dtype | None:
     spec = next(spec for spec in program.signature.inputs if spec.name == record.time)
     found: torch.dtype = getattr(torch, spec.dtype)
     return found
-
-
-def _negative(edit: Interface, name: str, fill: float | None) -> fx.Node | None:
-    """The input with what is led away from; None where a number stands for it."""
-    if fill is not None:
-        return None
-    spec = edit.spec(name)
-    new = TensorSpec(NEGATIVE + name, spec.dtype, spec.shape, spec.range)
-    return edit.add_input(NewInput(new, edit.example(name).roll(1, 0)), edit.input(name))
 
 
 def _away(

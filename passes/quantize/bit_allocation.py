@@ -25,6 +25,7 @@ from graphwright.ir.program import Program
 from graphwright.ir.stored.transplant import mixed
 from graphwright.ir.tune.losses import main_output
 from graphwright.passes.base import MATRICES, WEIGHTS, Action, Pass, Result
+from graphwright.passes.inner import fits, inner_pass
 from graphwright.passes.quantize._math.allocate import allocate
 from graphwright.passes.registry import find_pass
 
@@ -81,10 +82,7 @@ class BitAllocationOptions(Bounded, Targets):
 
     @model_validator(mode="after")
     def _quantizer_takes_its_options(self) -> Self:
-        try:
-            self.quantizer_of(self.bits[0])
-        except ArgumentError as error:
-            raise ValueError(f"quantizer: {error}") from None
+        fits("quantizer", lambda: self.quantizer_of(self.bits[0]))
         return self
 
     def quantizer_of(self, bits: int) -> Pass:
@@ -93,22 +91,16 @@ class BitAllocationOptions(Bounded, Targets):
         Raises:
             ArgumentError: there is none of that name, or it does not take the options.
         """
-        quantizer = find_pass(self.quantizer)
-        fields = quantizer.Options.model_fields
-        if not {"bits", "targets"} <= set(fields):
-            raise ArgumentError(
-                f"{self.quantizer} has no options `bits` and `targets`",
-                fix="Use quantize.adaquant, quantize.gptq or quantize.rtn.",
-            )
         given = {**self.options, "bits": bits, "targets": list(self.targets)}
         if self.activations:
-            if "activation_bits" not in fields:
+            if "activation_bits" not in find_pass(self.quantizer).Options.model_fields:
                 raise ArgumentError(
                     f"{self.quantizer} quantizes no inputs",
                     fix="Leave `activations` out, or use quantize.adaquant.",
                 )
             given["activation_bits"] = bits
-        return quantizer(**given)
+        return inner_pass(self.quantizer, ("bits", "targets"), given,
+                          "Use quantize.adaquant, quantize.gptq or quantize.rtn.")  # fmt: skip
 
 
 class BitAllocation(Pass[BitAllocationOptions]):

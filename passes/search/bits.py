@@ -8,11 +8,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from graphwright.ir.context import Context
-from graphwright.ir.errors import ArgumentError
 from graphwright.ir.options import Rule
 from graphwright.ir.program import Program
 from graphwright.passes.base import MATRICES, Action, Pass, Result
-from graphwright.passes.registry import find_pass
+from graphwright.passes.inner import fits, inner_pass
 from graphwright.passes.search._evolution.bits import Bits as Database
 from graphwright.passes.search._evolution.levels import Levels, lowered, rebalanced, switched
 from graphwright.passes.search._evolution.run import EvolutionOptions, Search
@@ -64,10 +63,7 @@ class BitsOptions(EvolutionOptions):
 
     @model_validator(mode="after")
     def _quantizer_takes_its_options(self) -> Self:
-        try:
-            self.quantizer_of(self.bits[0])
-        except ArgumentError as error:
-            raise ValueError(f"quantizer: {error}") from None
+        fits("quantizer", lambda: self.quantizer_of(self.bits[0]))
         return self
 
     def quantizer_of(self, bits: int) -> Pass:
@@ -76,13 +72,9 @@ class BitsOptions(EvolutionOptions):
         Raises:
             ArgumentError: there is none of that name, or it does not take the options.
         """
-        quantizer = find_pass(self.quantizer)
-        if not {"bits", "targets"} <= set(quantizer.Options.model_fields):
-            raise ArgumentError(
-                f"{self.quantizer} has no options `bits` and `targets`",
-                fix="Use quantize.gptq, quantize.rtn or quantize.awq.",
-            )
-        return quantizer(**{**self.options, "bits": bits, "targets": list(self.targets)})
+        given = {**self.options, "bits": bits, "targets": list(self.targets)}
+        return inner_pass(self.quantizer, ("bits", "targets"), given,
+                          "Use quantize.gptq, quantize.rtn or quantize.awq.")  # fmt: skip
 
 
 class Bits(Pass[BitsOptions]):

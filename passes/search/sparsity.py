@@ -8,10 +8,9 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from graphwright.ir.context import Context
-from graphwright.ir.errors import ArgumentError
 from graphwright.ir.program import Program
 from graphwright.passes.base import MATRICES, Action, Pass, Result
-from graphwright.passes.registry import find_pass
+from graphwright.passes.inner import fits, inner_pass
 from graphwright.passes.search._evolution.levels import switched
 from graphwright.passes.search._evolution.run import EvolutionOptions, Search
 from graphwright.passes.search._evolution.sparsity import Sparsity as Database
@@ -42,10 +41,7 @@ class SparsityOptions(EvolutionOptions):
 
     @model_validator(mode="after")
     def _pruner_takes_its_options(self) -> Self:
-        try:
-            self.pruner_of(self.target, ["*"])
-        except ArgumentError as error:
-            raise ValueError(f"pruner: {error}") from None
+        fits("pruner", lambda: self.pruner_of(self.target, ["*"]))
         return self
 
     def pruner_of(self, sparsity: float, targets: Sequence[str]) -> Pass:
@@ -54,13 +50,9 @@ class SparsityOptions(EvolutionOptions):
         Raises:
             ArgumentError: there is none of that name, or it does not take the options.
         """
-        pruner = find_pass(self.pruner)
-        if not {"sparsity", "targets", "pattern"} <= set(pruner.Options.model_fields):
-            raise ArgumentError(
-                f"{self.pruner} has no options `sparsity`, `pattern` and `targets`",
-                fix="Use prune.sparsegpt, prune.wanda or prune.magnitude.",
-            )
-        return pruner(**{**self.options, "sparsity": sparsity, "targets": list(targets)})
+        given = {**self.options, "sparsity": sparsity, "targets": list(targets)}
+        return inner_pass(self.pruner, ("sparsity", "pattern", "targets"), given,
+                          "Use prune.sparsegpt, prune.wanda or prune.magnitude.")  # fmt: skip
 
 
 class Sparsity(Pass[SparsityOptions]):

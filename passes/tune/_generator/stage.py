@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
@@ -56,7 +57,7 @@ class StageOptions(Bounded):
     """Steps of which one has the penalty, that many times."""
 
 
-class Stage(InTurns):
+class Stage(InTurns, ABC):
     """The generator against a discriminator whose real samples are rows of its own.
 
     Attributes:
@@ -106,9 +107,9 @@ class Stage(InTurns):
             logits = logits_of(critic, output)
         return loss + generator_loss(logits) + self.on_weights(at)
 
+    @abstractmethod
     def on_weights(self, at: Moment) -> Tensor:
         """The loss of the weights in training."""
-        raise NotImplementedError
 
     def _judged(self, at: Moment, real: Tensor, made: Tensor) -> Tensor:
         """The discriminator's loss."""
