@@ -97,11 +97,13 @@ class Options(BaseModel):
         """The schema of every option under all its names (`also`), and the rules between them."""
         made = handler(core_schema)
         whole = handler.resolve_ref_schema(made)
+        facts: dict[str, object] = {}
         if rules := [rule._asdict() for rule in cls.all_rules()]:
-            whole.setdefault("x-graphwright", {})["rules"] = rules
+            facts["rules"] = rules
         if cls.displaces:
-            displaced = {option: list(names) for option, names in cls.displaces.items()}
-            whole.setdefault("x-graphwright", {})["displaces"] = displaced
+            facts["displaces"] = {option: list(names) for option, names in cls.displaces.items()}
+        if facts:  # a new mapping: the one that is there may belong to several classes
+            whole["x-graphwright"] = {**whole.get("x-graphwright", {}), **facts}
         properties, twice = whole.get("properties", {}), []
         for name, field in cls.model_fields.items():
             choices = getattr(field.validation_alias, "choices", [])
