@@ -137,7 +137,6 @@ def load_model(
     kind = detect(path)
     wanted = Wanted.of(section, refusal)
     wanted.check(path, kind)
-    files = _files(path, kind)
     if kind in (Kind.EXPORT, Kind.EXPORT_OLD):
         parts = _load_export(path, kind, allow_pickle, device)
     elif kind is Kind.TORCHSCRIPT:
@@ -157,7 +156,7 @@ def load_model(
     parts["is_fixed"] = kind in WITH_GRAPH
     if parts.get("module") is not None and "exported" not in parts:
         parts["module"] = parts["module"].to(device).eval()
-    sha256, size = _identity(files)
+    sha256, size = _identity(parts.pop("files", None) or _files(path, kind))
     return LoadedModel(
         source=path, kind=kind.value, sha256=sha256, file_bytes=size, **parts,
         warnings=[*notes, *not_finite(_tensors(parts))],
@@ -253,6 +252,7 @@ def _load_gguf(path: Path, wanted: Wanted) -> dict[str, Any]:
     return {
         "module": found.module, "inputs": input_hints(found.module), "warnings": found.notes,
         "tokenizer": found.folder, "made": found.folder, "change": found.change,
+        "files": found.files,
     }  # fmt: skip
 
 

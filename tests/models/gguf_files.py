@@ -55,8 +55,9 @@ def tiny(name: str) -> Any:
 
 
 def write(
-    model: Any, name: str, path: Path, encode: Any = None, more: Mapping[str, Any] | None = None
-) -> Path:
+    model: Any, name: str, path: Path, encode: Any = None, more: Mapping[str, Any] | None = None,
+    split: int = 0,
+) -> Path:  # fmt: skip
     """Writes a model as `name` (a key of KINDS) says.
 
     Args:
@@ -65,12 +66,13 @@ def write(
         path: of the file.
         encode: type of a matrix by its tensor's name; F32 when left out.
         more: further entries, by their name below the architecture.
+        split: tensors in one file at most; 0 for one file, at `path` itself.
     """
     import gguf
 
     kind = name.split()[0]
     config = model.config
-    writer = gguf.GGUFWriter(str(path), kind)
+    writer = gguf.GGUFWriter(str(path), kind, split_max_tensors=split)
     entries = {**_entries(config, kind), **(more or {})}
     for key, value in entries.items():
         (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(

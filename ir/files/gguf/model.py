@@ -1,4 +1,4 @@
-"""The model of a GGUF file: configuration, weights as codes, tokenizer, all from the one file."""
+"""The model of a GGUF file: configuration, weights as codes, tokenizer, all from what it holds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from graphwright.ir.files.gguf.architectures import (
 )
 from graphwright.ir.files.gguf.blocks import form_of
 from graphwright.ir.files.gguf.configs import config_of
-from graphwright.ir.files.gguf.reader import GgufFile, Stored, read_gguf_file
+from graphwright.ir.files.gguf.reader import Stored
+from graphwright.ir.files.gguf.split import read_gguf_parts
 from graphwright.ir.files.gguf.tokenizer import write_tokenizer
 from graphwright.ir.files.gguf.writer import write_gguf_file
 from graphwright.ir.files.made import made_folder
@@ -66,12 +67,14 @@ class GgufModel:
         change: what became of the stored dtype.
         folder: config.json, generation_config.json and the tokenizer, as in a folder of
             transformers.
+        files: that were read.
         notes: what the user should know, a line each.
     """
 
     module: nn.Module
     change: Change
     folder: Path
+    files: list[Path]
     notes: list[str]
 
 
@@ -79,15 +82,14 @@ def read_gguf(path: Path, choice: DtypeChoice) -> GgufModel:
     """The model of a file.
 
     Args:
-        path: of the file.
+        path: of the file, or of one of several that a model is split into.
         choice: of the dtype. Matrices in blocks compute in float32 where none is asked for.
 
     Raises:
         ModelError: a damaged file, an architecture or a variant that is not read, tensors that are
             missing or too many, or transformers is not installed.
     """
-    file = read_gguf_file(path)
-    _refuse_part(file)
+    file, files = read_gguf_parts(path)
     architecture = architecture_of(file)
     config = config_of(file, architecture)
     refuse_counts(config, path)
@@ -112,17 +114,7 @@ def read_gguf(path: Path, choice: DtypeChoice) -> GgufModel:
 
     folder = made_folder(hashlib.sha256(said.encode()).hexdigest()[:32], fill)
     notes += json.loads((folder / NOTES).read_text(encoding="utf-8"))
-    return GgufModel(module, change, folder, notes)
-
-
-def _refuse_part(file: GgufFile) -> None:
-    count = file.entries.get("split.count", 1)
-    if isinstance(count, int) and count > 1:
-        raise ModelError(
-            f"this is one of {count} files of a model",
-            where=str(file.path),
-            fix="Join them with `llama-gguf-split --merge`.",
-        )
+    return GgufModel(module, change, folder, files, notes)
 
 
 def _built(

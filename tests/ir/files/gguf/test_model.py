@@ -161,3 +161,40 @@ def test_what_is_no_tensor_of_the_architecture_is_refused(tmp_path: Path) -> Non
     path.write_bytes(data.replace(b"general.architecture", b"general.architecturf"))
     with pytest.raises(ModelError, match="of the architecture '' are not read"):
         load_model(path)
+
+
+def test_several_files_are_one_model(tmp_path: Path) -> None:
+    model = tiny("llama")
+    write(model, "llama", tmp_path / "model.gguf", mixed, split=5)
+    parts = sorted(tmp_path.iterdir())
+    assert len(parts) > 2
+    whole = load_model(write(model, "llama", tmp_path / "whole.gguf", mixed))
+    loaded = [load_model(parts[0]), load_model(parts[-1])]
+    assert loaded[0].sha256 == loaded[1].sha256
+    assert loaded[0].file_bytes == sum(part.stat().st_size for part in parts)
+    assert all(torch.equal(logits(m.module), logits(whole.module)) for m in loaded)
+    changed = bytearray(parts[-1].read_bytes())
+    changed[-1] ^= 1
+    parts[-1].write_bytes(changed)
+    assert load_model(parts[0]).sha256 != loaded[0].sha256
+
+
+def test_parts_that_are_no_model_are_refused(tmp_path: Path) -> None:
+    for seed, name in enumerate(("one", "other")):
+        (tmp_path / name).mkdir()
+        write(tiny("llama"), "llama", tmp_path / name / "m.gguf", split=5 + 2 * seed)
+    first, second, *_ = parts = sorted((tmp_path / "one").iterdir())
+    kept = second.read_bytes()
+    second.write_bytes(parts[2].read_bytes())
+    with pytest.raises(ModelError, match=r"'split.no' is 2, not 1"):
+        load_model(first)
+    second.write_bytes(next(iter(sorted((tmp_path / "other").iterdir()))).read_bytes())
+    with pytest.raises(ModelError, match="part of another model"):
+        load_model(first)
+    second.unlink()
+    with pytest.raises(ModelError, match=f"{second.name} is not beside it"):
+        load_model(first)
+    second.write_bytes(kept)
+    renamed = first.rename(tmp_path / "one" / "first.gguf")
+    with pytest.raises(ModelError, match="its name does not say which"):
+        load_model(renamed)
