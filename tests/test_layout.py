@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -45,6 +45,17 @@ FILES = {_name(path): path for folder in PACKAGES for path in sorted((ROOT / fol
 @cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def found_in(
+    rule: Callable[[ast.Module], Iterable[str]],
+    but: Iterable[Path],
+    folders: Iterable[str] = PACKAGES,
+) -> dict[str, list[str]]:
+    """What a rule finds in the files of some folders, by module; `but` some files."""
+    files = {n: p for n, p in FILES.items() if p.relative_to(ROOT).parts[0] in folders}
+    found = {name: list(rule(tree(path))) for name, path in files.items() if path not in but}
+    return {name: wrong for name, wrong in found.items() if wrong}
 
 
 def imports(source: ast.Module, known: set[str]) -> set[str]:
@@ -104,10 +115,9 @@ def layer_tables(source: ast.Module, words: set[str]) -> Iterator[str]:
             yield ast.unparse(node)
 
 
-@pytest.mark.parametrize("path", FILES.values(), ids=FILES)
-def test_facts_about_layers_have_one_home(path: Path) -> None:
-    if path != KINDS_HOME:
-        assert list(layer_tables(tree(path), layer_words())) == []
+def test_facts_about_layers_have_one_home() -> None:
+    words = layer_words()
+    assert found_in(lambda source: layer_tables(source, words), but=(KINDS_HOME,)) == {}
 
 
 @pytest.mark.parametrize(
@@ -136,10 +146,8 @@ def own_constants(source: ast.Module) -> Iterator[str]:
                 yield node.name
 
 
-@pytest.mark.parametrize("path", FILES.values(), ids=FILES)
-def test_constants_have_one_home(path: Path) -> None:
-    if path != CONSTANTS_HOME:
-        assert list(own_constants(tree(path))) == []
+def test_constants_have_one_home() -> None:
+    assert found_in(own_constants, but=(CONSTANTS_HOME,)) == {}
 
 
 def test_a_second_analysis_is_seen() -> None:
@@ -161,13 +169,9 @@ def own_insertions(source: ast.Module) -> Iterator[str]:
                 yield ast.unparse(node)
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in FILES.values() if path.parts[-3:-1] != ("ir", "stored")],
-    ids=lambda path: _name(path),
-)  # fmt: skip
-def test_weights_are_inserted_in_one_place(path: Path) -> None:
-    if path.relative_to(ROOT).parts[0] in ("passes", "ir") and INSERTION_HOME not in path.parents:
-        assert list(own_insertions(tree(path))) == []
+def test_weights_are_inserted_in_one_place() -> None:
+    home = [path for path in FILES.values() if INSERTION_HOME in path.parents]
+    assert found_in(own_insertions, but=home, folders=("passes", "ir")) == {}
 
 
 def test_a_second_insertion_is_seen() -> None:
@@ -199,6 +203,6 @@ def test_there_is_one_circle() -> None:
     assert all(circle <= CIRCLE for circle in circles), circles
 
 
-@pytest.mark.parametrize("path", FILES.values(), ids=FILES)
-def test_files_are_short(path: Path) -> None:
-    assert path.read_text(encoding="utf-8").count("\n") <= LONGEST
+def test_files_are_short() -> None:
+    lines = {name: path.read_bytes().count(b"\n") for name, path in FILES.items()}
+    assert {name: count for name, count in lines.items() if count > LONGEST} == {}
