@@ -37,8 +37,10 @@ def _guided(record: Denoiser, plan: Plan, i: int, state: Mapping[str, Any]) -> s
     if plan.linear is not None:
         return FULL if plan.linear["policy"][i] == FULL else CONDITIONED
     steps, settings = plan.path.steps, guidance.settings
-    first = int(settings.get("start", 0.0) * steps)
-    last = int(settings.get("stop", 1.0) * steps)
+    # rounded first: 0.29 of 100 steps is 28.999999999999996
+    first, last = (
+        int(round(settings.get(*end) * steps, 9)) for end in (("start", 0.0), ("stop", 1.0))
+    )
     return FULL if first <= i < last and OFF not in state else CONDITIONED
 
 

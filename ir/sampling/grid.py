@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Annotated, Literal
@@ -69,6 +70,7 @@ class Grid(Options):
             raise ArgumentError(f"a trajectory has at least one step, not {steps}")
         total = steps * self.stride
         found = self._asked(schedule, total + 1 if self.final == "none" else total)
+        _check_falling(found, schedule)
         if self.final != "none":
             last = END if self.final == "zero" else schedule.level(schedule.ends()[0])
             found = (*found, last)
@@ -121,6 +123,12 @@ class Grid(Options):
     def _steps(self, total: int, n: int) -> np.ndarray:
         if n > total:
             raise ArgumentError(f"{n} steps of a table of {total}")
+        if self.spacing == "lcm" and not n <= self.original_steps <= total:
+            raise ArgumentError(
+                f"the spacing lcm takes {n} of {self.original_steps} original_steps of a table of "
+                f"{total}",
+                fix="Give `original_steps` from the number of steps to the length of the table.",
+            )
         if self.spacing == "linspace":
             return np.linspace(0, total - 1, n)[::-1]
         if self.spacing == "leading":
@@ -132,3 +140,24 @@ class Grid(Options):
         known = np.arange(1, self.original_steps + 1) * (total // self.original_steps) - 1
         picked = np.floor(np.linspace(0, len(known), num=n, endpoint=False)).astype(int)
         return np.asarray(known[::-1][picked])
+
+
+def _check_falling(levels: tuple[Level, ...], schedule: NoiseSchedule) -> None:
+    """Refuses levels that are off the schedule, or that do not fall from step to step."""
+    low, high = schedule.ends() if schedule.kind != "edm" else (0.0, math.inf)
+    for level in levels:
+        if not math.isfinite(level.time):
+            raise ArgumentError(f"the network cannot be told the level at t = {level.t:g}: its "
+                                f"time is {level.time:g}",
+                                fix="Choose `start` and `end` inside the schedule.")  # fmt: skip
+        if not low - 1e-9 <= level.t <= high + 1e-9:
+            raise ArgumentError(
+                f"the grid goes to t = {level.t:g}, and the schedule from {low:g} to {high:g}",
+                fix="Choose `start`, `end` and `steps_offset` inside the schedule.",
+            )
+    for one, two in itertools.pairwise(levels):
+        if two.t >= one.t:
+            raise ArgumentError(
+                f"the grid goes from t = {one.t:g} to {two.t:g}, and noise has to fall",
+                fix="Take fewer steps, or a `start` above `end`.",
+            )

@@ -123,11 +123,16 @@ class Adaptive(nn.Module):
             "x0": (data, other),
             "velocity": (noise - data, other_noise - other),
         }
-        one, two = pairs[self.space]
-        cosine = dot(one / length(one), two / length(two)).flatten()
+        # 0, which ends nothing, where a prediction is all zeros
+        one, two = (each / length(each).clamp_min(1e-30) for each in pairs[self.space])
+        cosine = dot(one, two).flatten()
         return (
             other + scale * (data - other), other_noise + scale * (noise - other_noise), cosine
         )  # fmt: skip
+
+
+EXPONENTS = ("exponent", "other_exponent")
+"""Parameters of `Weighted`: b and c of p_with^b p_without^c."""
 
 
 class Weighted(nn.Module):
@@ -140,10 +145,17 @@ class Weighted(nn.Module):
         self, data: Tensor, other: Tensor, noise: Tensor, other_noise: Tensor,
         x: Tensor, a: Tensor, s: Tensor, exponent: Tensor, other_exponent: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        """(D, E, (|S|^2 - sum b |s|^2) / 2 [batch])."""
+        """(D, E, (|S|^2 - sum b |s|^2) / 2 [batch]).
+
+        In the form (b + c - 1) (b |s|^2 + c |s'|^2) - b c |s - s'|^2: that of the two squares
+        loses all digits where the predictions are alike, as most guided ones are.
+        """
         mixed = exponent * noise + other_exponent * other_noise
+        apart = noise - other_noise
         squares = exponent * dot(noise, noise) + other_exponent * dot(other_noise, other_noise)
-        rate = (dot(mixed, mixed) - squares).flatten() / (2 * s * s)
+        excess = exponent + other_exponent - 1
+        rate = (excess * squares - exponent * other_exponent * dot(apart, apart)).flatten()
+        rate = rate / (2 * s * s)
         return (x - over(s, x) * mixed) / over(a, x), mixed, rate
 
 

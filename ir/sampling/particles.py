@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -141,6 +141,9 @@ def resampled(
     return {name: tensor[index] for name, tensor in state.items()}, left
 
 
+ALWAYS = 2.0
+"""Share of the particles that never is left."""
+
 RATE, WEIGHTS = "weight_rate", "log_weights"
 """Entries of the driver's state, [batch]."""
 
@@ -157,9 +160,22 @@ def reweighted(
     assert record.guidance is not None
     least = float(record.guidance.settings["weights"]["least"])
     if i + 1 < plan.path.steps:
-        generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + i)
-        offsets = torch.rand(len(x) // plan.particles, generator=generator, dtype=torch.float64)
-        moved, weights = resampled({**rest, "x": x}, weights, plan.particles, offsets, least)
+        moved, weights = resampled(
+            {**rest, "x": x}, weights, plan.particles, _offsets(plan, i), least
+        )
         x = moved.pop("x")
         rest = moved
     return x, {**rest, WEIGHTS: weights}
+
+
+def settled(plan: Plan, x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    """Samples of the target: the last particles, resampled by the weights that are left."""
+    offsets = _offsets(plan, plan.path.steps)
+    moved, _ = resampled({"x": x}, state[WEIGHTS], plan.particles, offsets, ALWAYS)
+    return moved["x"]
+
+
+def _offsets(plan: Plan, i: int) -> Tensor:
+    """Uniform numbers of every group, for the resampling behind step i."""
+    generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + i)
+    return torch.rand(plan.batch // plan.particles, generator=generator, dtype=torch.float64)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.sampling.grid import Grid
+from graphwright.ir.sampling.guidance import EXPONENTS
 from graphwright.ir.sampling.joint import Both, Task, in_pairs
 from graphwright.ir.sampling.parameterization import check_levels
 from graphwright.ir.sampling.record import ALPHA, NEGATIVE, PAIR, SIGMA, STREAM, TARGET, Denoiser
@@ -50,6 +51,12 @@ class Plan:
     particles: int = 1
     seed: int = 0
     known: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def spread(self) -> float:
+        """Factor on the noise that it begins with: a density N(0, s^2)^b is N(0, s^2 / b)."""
+        total = sum(self.parameters[n][0] for n in EXPONENTS) if self.particles > 1 else 1.0
+        return float(total**-0.5)
 
 
 def make_plan(
@@ -142,6 +149,18 @@ def _check_particles(record: Denoiser, plan: Plan, particles: int, solver: str) 
             fix='Sample with `solver="reverse_sde"` on a schedule in closed form.',
         )
     plan.path.schedule.slopes(plan.path.levels[0].t)
+    given = [plan.parameters[name] for name in EXPONENTS]
+    if any(len(set(each)) > 1 for each in given):
+        raise ArgumentError(
+            f"{' and '.join(EXPONENTS)} are those of one target, and cannot change on the way",
+            fix="Give each of them one number.",
+        )
+    if sum(each[0] for each in given) <= 0:
+        raise ArgumentError(
+            f"the sum of {' and '.join(EXPONENTS)} is {sum(each[0] for each in given):g}, and a "
+            "density to that power has no integral",
+            fix="Choose them so that they add up to more than 0; guidance has the sum 1.",
+        )
 
 
 def _check_linear(plan: Plan, linear: Mapping[str, Any], solver: str, grid: Grid) -> None:

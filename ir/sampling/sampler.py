@@ -17,7 +17,7 @@ from graphwright.ir.sampling.choice import BOTH, CACHED, OFF, variant
 from graphwright.ir.sampling.grid import Grid
 from graphwright.ir.sampling.history import completed
 from graphwright.ir.sampling.joint import Both, Paired, Task, started
-from graphwright.ir.sampling.particles import RATE, WEIGHTS, reweighted
+from graphwright.ir.sampling.particles import RATE, WEIGHTS, reweighted, settled
 from graphwright.ir.sampling.plan import Plan, Scale, make_plan, question
 from graphwright.ir.sampling.record import DENOISED, LATENT, NOISE, PAIR, Denoiser
 from graphwright.ir.sampling.retrieval import Retriever
@@ -193,14 +193,14 @@ class Sampler:
             x, state = self.step(plan, i, x, state, each)
             if progress is not None:
                 progress(i + 1, plan.path.steps)
-        return x
+        return settled(plan, x, state) if plan.particles > 1 else x
 
     def first(self, plan: Plan, noise: Tensor) -> Tensor:
         """The sample at the first level."""
         wide = plan.path.schedule.kind in ("ve", "edm")
         if isinstance(plan.solver, Paired):
             return started(plan.solver, self.record.settings[PAIR], noise, plan.known, wide)
-        return noise * plan.path.levels[0].s if wide else noise
+        return noise * (plan.path.levels[0].s if wide else 1.0) * plan.spread
 
     @torch.no_grad()
     def step(

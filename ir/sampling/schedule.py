@@ -91,13 +91,15 @@ class NoiseSchedule(Options):
     beta_schedule: BetaSchedule = "linear"
     """Of a table: how its betas run from start to end."""
 
-    beta_start: Annotated[float, Field(gt=0)] = 0.0001
+    beta_start: Annotated[float, Field(gt=0, lt=1)] = 0.0001
     """Of a table: the first beta."""
 
     beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.02
     """Of a table: the last beta."""
 
-    trained_betas: tuple[float, ...] | None = None
+    trained_betas: (
+        Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=2)] | None
+    ) = None
     """Of a table: all betas, in place of a formula."""
 
     shift: Annotated[float, Field(gt=0)] = 1.0
@@ -187,10 +189,15 @@ class NoiseSchedule(Options):
         if self.time == "t":
             return self.time_scale * t
         sigma = s / a if a > SMALLEST else math.inf
-        return self.time_scale * (sigma if self.time == "sigma" else math.log(sigma) / 4)
+        if self.time == "c_noise":
+            sigma = math.log(sigma) / 4 if sigma > 0 else -math.inf
+        return self.time_scale * sigma
 
     def _from_table(self, t: float) -> tuple[float, float]:
         table = self.alphas_cumprod()
+        if not 0 <= t <= len(table) - 1:
+            raise ArgumentError(f"t = {t:g} is not on the table, whose steps are 0 to "
+                                f"{len(table) - 1}")  # fmt: skip
         if t == int(t):
             value = float(table[int(t)])
             return math.sqrt(value), math.sqrt(1 - value)

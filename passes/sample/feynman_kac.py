@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 from torch import nn
 
-from graphwright.ir.options import Options
+from graphwright.ir.options import Options, Rule
 from graphwright.ir.program import Program
 from graphwright.ir.sampling.guidance import Weighted
 from graphwright.ir.sampling.record import Denoiser
@@ -20,6 +20,12 @@ RATE = "weight_rate"
 
 class FeynmanKacOptions(Options):
     """Options of sample.feynman_kac."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule("other_exponent", "exponent + other_exponent > 0",
+             "exponent ({exponent}) and other_exponent ({other_exponent}) have to add up to more "
+             "than 0, or the target has no integral"),
+    )  # fmt: skip
 
     exponent: float = 2.0
     """b of p_with^b p_without^c, the target."""
@@ -38,7 +44,9 @@ class FeynmanKac(GuiderPass[FeynmanKacOptions]):
     A guided score is not that of p_with^b p_without^(1-b) at any level of noise but the last. The
     program returns, beside D and E of the mixed score, the rate of every particle's log-weight; the
     driver adds it up along the reverse SDE and resamples the `particles` of a sample, together with
-    all that they carry. The log-weights at the end are in the state (`log_weights`).
+    all that they carry. Particles begin with the variance of the target, that of the noise over the
+    sum of the exponents. `sample` resamples what it returns by the log-weights that are left; a
+    loop of one's own finds them in the state (`log_weights`).
 
     Source: P35. The rate for any exponents follows from the Fokker-Planck equations of the scores;
     its special cases are the paper's guidance, annealing and product of experts. The noise scaling

@@ -8,7 +8,15 @@ from pydantic import Field
 from torch import Tensor
 
 from graphwright.ir.sampling.schedule import SMALLEST
-from graphwright.ir.sampling.solvers.base import Denoise, Path, Prediction, Solver, State
+from graphwright.ir.sampling.solvers.base import (
+    Denoise,
+    Path,
+    Prediction,
+    Solver,
+    State,
+    first_order,
+    refuse_infinite,
+)
 
 
 def euler_maruyama(
@@ -16,9 +24,14 @@ def euler_maruyama(
 ) -> tuple[Tensor, Tensor]:
     """(mean, sample) of one step of dx = (f x - g^2 score) dt + g dw, backwards in time.
 
-    With f = a'/a and g^2 = 2 s s' - 2 f s^2; the score is -E / s.
+    With f = a'/a and g^2 = 2 s s' - 2 f s^2; the score is -E / s. A step at the schedule's end has
+    no length in time, and goes to its level of noise by the data.
     """
+    refuse_infinite(path, "the reverse SDE")
     here, there = path.levels[i], path.levels[i + 1]
+    if here.t == there.t:
+        moved = first_order(p, there, 0.0, [noise])
+        return moved, moved
     da, ds = path.schedule.slopes(here.t)
     f = da / here.a
     g2 = max(2 * here.s * ds - 2 * f * here.s**2, 0.0)
@@ -70,11 +83,13 @@ class PredictorCorrector(Solver):
         self, denoise: Denoise, x: Tensor, path: Path, i: int, state: State, noise: list[Tensor]
     ) -> tuple[Tensor, State]:
         """One step; the last one returns the mean."""
+        refuse_infinite(path, "predictor_corrector")
         here = path.levels[i]
-        score = -denoise(x, here).noise / max(here.s, SMALLEST)
-        shrink = (path.levels[i + 1].a / here.a) ** -2 if here.a < 1 else 1.0
-        size = 2 * shrink * (self.snr * self._norm(noise[0]) / self._norm(score)) ** 2
-        x = x + size * score + (2 * size) ** 0.5 * noise[0]
+        if here.s > SMALLEST:  # without noise there is nothing to correct
+            score = -denoise(x, here).noise / here.s
+            shrink = (path.levels[i + 1].a / here.a) ** -2 if here.a < 1 else 1.0
+            size = 2 * shrink * (self.snr * self._norm(noise[0]) / self._norm(score)) ** 2
+            x = x + size * score + (2 * size) ** 0.5 * noise[0]
         mean, sample = euler_maruyama(denoise(x, here), x, path, i, noise[1])
         return mean if i + 1 == path.steps else sample, state
 

@@ -8,7 +8,14 @@ from typing import ClassVar
 from torch import Tensor
 
 from graphwright.ir.sampling.schedule import SMALLEST, Level
-from graphwright.ir.sampling.solvers.base import Denoise, Path, Solver, State, refuse_infinite
+from graphwright.ir.sampling.solvers.base import (
+    Denoise,
+    Path,
+    Solver,
+    State,
+    first_order,
+    refuse_infinite,
+)
 
 
 class Unipc(Solver):
@@ -25,7 +32,10 @@ class Unipc(Solver):
         """One step: the data at x corrects x, and predicts the next sample."""
         refuse_infinite(path, "unipc")
         here, there = path.levels[i], path.levels[i + 1]
-        data = denoise(x, here).denoised
+        p = denoise(x, here)
+        if here.s <= SMALLEST:  # x is the data already
+            return first_order(p, there, 0.0, noise), state
+        data = p.denoised
         if state:
             x = _corrected(path.levels, i, data, state)
         order = 2 if state and i + 1 < path.steps else 1

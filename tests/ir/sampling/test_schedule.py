@@ -112,3 +112,33 @@ def test_grids() -> None:
         Grid().levels(NoiseSchedule(), 0)
     with pytest.raises(ArgumentError, match="no place for noise of 0"):
         Grid(spacing="karras").levels(CLOSED[4], 4)
+
+
+@pytest.mark.parametrize(
+    ("grid", "schedule", "steps", "said"),
+    [
+        ({"spacing": "leading", "steps_offset": 1}, {}, 1000, "t = 1000 is not on the table"),
+        ({"spacing": "leading", "steps_offset": -1}, {}, 4, "not on the table"),
+        ({"spacing": "lcm"}, {"num_train_timesteps": 20}, 4, "original_steps of a table of 20"),
+        ({"spacing": "lcm", "original_steps": 4}, {}, 8, "takes 8 of 4 original_steps"),
+        ({"spacing": "multistep"}, {"num_train_timesteps": 6}, 6, "noise has to fall"),
+        ({"spacing": "karras", "start": 10.0, "end": 900.0}, {}, 4, "noise has to fall"),
+        ({"spacing": "karras", "start": 1500.5}, {}, 4, "not on the table"),
+        ({"spacing": "uniform", "start": 1.5}, {"kind": "flow"}, 2, "the schedule from 0 to 1"),
+        ({"spacing": "uniform"}, {"kind": "flow", "time": "c_noise"}, 2, "its time is inf"),
+    ],
+)
+def test_a_grid_stays_on_the_schedule_and_falls(
+    grid: dict[str, object], schedule: dict[str, object], steps: int, said: str
+) -> None:
+    with pytest.raises(ArgumentError, match=said):
+        Grid(**grid).levels(NoiseSchedule(**schedule), steps)  # type: ignore[arg-type]
+
+
+def test_betas_are_shares() -> None:
+    for betas in ((), (0.1,), (0.1, 1.5), (-0.1, 0.5)):
+        with pytest.raises(ValueError, match="trained_betas"):
+            NoiseSchedule(trained_betas=betas)
+    with pytest.raises(ValueError, match="beta_start"):
+        NoiseSchedule(beta_start=2.0)
+    assert NoiseSchedule(trained_betas=(0.1, 1.0)).level(1.0).a == 0.0  # zero signal at the end

@@ -13,7 +13,7 @@ from graphwright.ir.errors import ArgumentError
 from graphwright.ir.sampling.grid import Grid
 from graphwright.ir.sampling.ode import bits_per_dimension, flow_ode, likelihood
 from graphwright.ir.sampling.parameterization import NAMES
-from graphwright.ir.sampling.schedule import NoiseSchedule
+from graphwright.ir.sampling.schedule import Level, NoiseSchedule
 from graphwright.ir.sampling.solvers.base import Path, Prediction
 from graphwright.ir.sampling.solvers.table import SOLVERS, make_solver
 from graphwright.ir.sampling.trajectory import draw_noise, trajectory
@@ -169,3 +169,29 @@ def test_two_directions_that_agree_change_nothing(oracle: Mixture, name: str) ->
     one, other = (trajectory(d, x, path, make_solver(name)) for d in (plain, twice))
     torch.testing.assert_close(one, other)
     assert math.isfinite(float(one.sum()))
+
+
+@pytest.mark.parametrize("name", ["reverse_sde", "predictor_corrector", "unipc", "heun"])
+def test_a_path_that_ends_or_begins_without_noise_or_signal(name: str) -> None:
+    """The last asked level of `uniform` has no noise: the data is there already. VE's has some, and
+    the step behind it goes to the data."""
+
+    def standard_normal(x: torch.Tensor, level: Level) -> Prediction:
+        square = level.a**2 + level.s**2
+        return Prediction(level.a * x / square, level.s * x / square)
+
+    solver = make_solver(name)
+    for kind in ("vp", "ve"):
+        schedule = NoiseSchedule(kind=kind, sigma_min=0.5, sigma_max=5.0)
+        levels = Grid(spacing="uniform").levels(schedule, 3)
+        x = torch.randn(4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        noise = draw_noise(x, 1, solver, 0)
+        made = trajectory(standard_normal, x, Path(schedule, levels[2:]), solver, noise)
+        if name != "predictor_corrector" or kind == "vp":
+            level = levels[2]
+            torch.testing.assert_close(made, level.a * x / (level.a**2 + level.s**2))
+        assert torch.isfinite(made).all()
+    flow = NoiseSchedule(kind="flow")
+    path = Path(flow, Grid(spacing="uniform").levels(flow, 2))
+    with pytest.raises(ArgumentError, match="infinite at the first level"):
+        trajectory(standard_normal, x, path, solver, draw_noise(x, 2, solver, 0))

@@ -7,6 +7,7 @@ import torch
 from models import denoisers
 
 import graphwright as gw
+from graphwright.ir.sampling.guidance import Adaptive
 from graphwright.ir.sampling.sampler import Sampler
 
 DENOISER = ("sample.denoiser", {"unconditional": {"label": 4}})
@@ -68,3 +69,10 @@ def test_the_program_returns_the_cosine(denoiser: gw.Program) -> None:
     x, t, label, a, s = denoiser.examples
     one, two = (denoiser(x, t, y, a, s)["noise"] for y in (label, torch.full_like(label, 3)))
     torch.testing.assert_close(found, torch.cosine_similarity(one, two), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("space", ["epsilon", "x0", "velocity"])
+def test_predictions_of_zeros_end_nothing(space: str) -> None:
+    zeros, x, level = torch.zeros(2, 3), torch.ones(2, 3), torch.full((2,), 0.5)
+    *_, cosine = Adaptive(space)(zeros, zeros, zeros, zeros, x, level, level, torch.tensor(2.0))
+    assert torch.equal(cosine, torch.zeros(2))

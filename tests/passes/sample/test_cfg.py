@@ -8,6 +8,9 @@ from models import denoisers
 
 import graphwright as gw
 from graphwright.ir.errors import ArgumentError, ModelError
+from graphwright.ir.sampling.choice import variant
+from graphwright.ir.sampling.sampler import Sampler
+from graphwright.ir.sampling.variants import FULL
 
 DENOISER = ("sample.denoiser", {"unconditional": {"label": 4}})
 CHAIN = ("denoiser", [DENOISER, ("sample.cfg", {"guidance_scale": 3.0})])
@@ -80,3 +83,11 @@ def test_refusals(denoiser: gw.Program) -> None:
     fixed = gw.passes.sample.Denoiser(unconditional={"label": 4})(gw.trace(net, examples))
     with pytest.raises(ModelError, match="the batch is fixed at 2"):
         gw.passes.sample.Cfg()(fixed)
+
+
+def test_an_interval_ends_at_its_step_whatever_floats_make_of_it(denoiser: gw.Program) -> None:
+    made = gw.passes.sample.Cfg(stop=0.29)(denoiser)  # 0.29 * 100 is 28.999999999999996
+    sampler = Sampler.of(made)
+    plan = sampler.plan(2, {"label": torch.tensor([0, 1])}, steps=100)
+    names = [variant(sampler.record, plan, i, {}) for i in range(100)]
+    assert names.count(FULL) == 29

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import graphwright as gw
 from graphwright.ir.errors import ArgumentError
+from graphwright.ir.sampling.guidance import Weighted
 from graphwright.ir.sampling.sampler import Sampler
 
 DENOISER = ("sample.denoiser", {"unconditional": {"label": 4}})
@@ -89,3 +90,34 @@ def test_refusals(denoiser: gw.Program) -> None:
     cfg = Sampler.of(gw.passes.sample.Cfg()(denoiser))
     with pytest.raises(ArgumentError, match=r"particles are for programs of sample\.feynman_kac"):
         cfg.sample(noise(6), labels(6), steps=4, seed=0, particles=3)
+
+
+def test_a_product_begins_with_its_own_variance(denoiser: gw.Program) -> None:
+    """N(1.5, 0.25) N(0, 1) is N(1.2, 0.2); in noise of 1 it begins with half of the variance."""
+    product = gw.passes.sample.FeynmanKac(exponent=1.0, other_exponent=1.0)(denoiser)
+    sampler, rows = Sampler.of(product), 3000
+    plan = sampler.plan(rows, labels(rows), steps=100, particles=rows, grid={
+        "spacing": "log_snr", "final": "none", "start": 1.0})  # fmt: skip
+    x = sampler.first(plan, noise(rows))
+    torch.testing.assert_close(x, noise(rows) / 2**0.5)
+    x = sampler.sample(noise(rows), labels(rows), steps=200, seed=1, particles=rows)
+    assert abs(float(x.mean()) - 1.2) < 0.05
+    assert abs(float(x.var()) - 0.2) < 0.03
+    with pytest.raises(ArgumentError, match="cannot change on the way"):
+        sampler.plan(4, labels(4), steps=2, particles=4, exponent=[1.0, 2.0])
+    with pytest.raises(ArgumentError, match="no integral"):
+        sampler.plan(4, labels(4), steps=2, particles=4, other_exponent=-1.0)
+    with pytest.raises(ArgumentError, match="add up to more than 0"):
+        gw.passes.sample.FeynmanKac(exponent=1.0, other_exponent=-1.0)
+
+
+def test_rates_keep_their_digits_where_predictions_are_alike() -> None:
+    """w (w - 1) |s - s'|^2 / 2 of guidance, in float32."""
+    g = torch.Generator().manual_seed(0)
+    with_, apart = (torch.randn(2, 3, 32, 32, generator=g) for _ in range(2))
+    without = with_ - 1e-4 * apart
+    levels = torch.full((2,), 0.6), torch.full((2,), 0.8)
+    numbers = torch.tensor(2.5), torch.tensor(-1.5)
+    *_, rate = Weighted()(with_, with_, with_, without, with_, *levels, *numbers)
+    square = (with_.double() - without.double()).flatten(1).square().sum(1)
+    torch.testing.assert_close(rate.double(), 2.5 * 1.5 / 2 * square / 0.64, rtol=1e-4, atol=0)
