@@ -35,6 +35,13 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron": ("nemotron", {"partial_rotary_factor": 0.5}),
     "starcoder2": ("starcoder2", {"sliding_window": None, "tie_word_embeddings": True}),
     "gpt2": ("gpt2", {"n_inner": 128}),
+    "llama with experts": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2,
+                                       "head_dim": 16}),
+    "qwen2moe": ("qwen2_moe", {"num_experts": 4, "num_experts_per_tok": 2, "qkv_bias": True,
+                               "moe_intermediate_size": 32,
+                               "shared_expert_intermediate_size": 96}),
+    "qwen3moe": ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 32,
+                               "moe_intermediate_size": 32, "norm_topk_prob": True}),
 }  # fmt: skip
 """By a name: transformers' kind of model, and entries of its configuration."""
 
@@ -96,7 +103,7 @@ def write(
 def _add(writer: Any, name: str, tensor: Tensor, encode: Any) -> None:
     import gguf
 
-    kind = encode(name) if encode is not None and tensor.dim() == 2 else "F32"
+    kind = encode(name) if encode is not None and tensor.dim() > 1 else "F32"
     quantization = gguf.GGMLQuantizationType[kind]
     values = np.ascontiguousarray(tensor.numpy())
     if kind == "F32":
@@ -131,6 +138,13 @@ def _entries(config: Any, kind: str) -> dict[str, Any]:
         if getattr(config, theirs, None) is not None:
             entry = "layer_norm_rms_epsilon" if "rms" in theirs else "layer_norm_epsilon"
             found[f"attention.{entry}"] = float(getattr(config, theirs))
+    for theirs, ours in (
+        ("num_experts", "count"), ("num_local_experts", "count"),
+        ("num_experts_per_tok", "used_count"), ("moe_intermediate_size", "feed_forward_length"),
+        ("shared_expert_intermediate_size", "shared_feed_forward_length"),
+    ):  # fmt: skip
+        if getattr(config, theirs, None) is not None:
+            found[f"expert_{ours}"] = getattr(config, theirs)
     if kind.startswith("gemma"):
         found["attention.sliding_window"] = config.sliding_window
     if kind == "gemma2":
@@ -152,5 +166,12 @@ def _tensors(model: Any, kind: str) -> list[tuple[str, Tensor]]:
             tensor = tensor + 1
         if kind == "gpt2" and tensor.dim() == 2 and ".h." in key:
             tensor = tensor.t()
-        found.append((key, tensor))
+        if key.endswith("shared_expert_gate.weight"):
+            tensor = tensor[0]
+        if key.endswith("experts.gate_up_proj"):  # transformers' own stack of both
+            stem = key.removesuffix("gate_up_proj")
+            gate, up = tensor.chunk(2, 1)
+            found += [(f"{stem}gate_proj.weight", gate), (f"{stem}up_proj.weight", up)]
+            continue
+        found.append((f"{key}.weight" if key.endswith("experts.down_proj") else key, tensor))
     return found

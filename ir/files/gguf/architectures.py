@@ -47,6 +47,8 @@ class Architecture:
         rotated: query and key rows lie in pairs that are rotated together.
         centred: weights of norms are stored with 1 added.
         turned: modules of a layer whose weight transformers stores as (in, out).
+        experts: names of one expert's modules, `{}` for its number, by llama.cpp's name of the
+            tensor that holds those of all experts, (experts, out, in).
         fixed: further entries of the configuration.
     """
 
@@ -58,6 +60,7 @@ class Architecture:
     rotated: bool = False
     centred: bool = False
     turned: tuple[str, ...] = ()
+    experts: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -66,10 +69,31 @@ _GPT2 = {
     "ffn_norm": "ln_2", "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj",
 }  # fmt: skip
 
+_EXPERTS = {f"ffn_{part}_exps": f"mlp.experts.{{}}.{part}_proj" for part in ("gate", "up", "down")}
+_SHARED = {
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    **{f"ffn_{part}_shexp": f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")},
+}
+
+MIXTRAL = Architecture(
+    "mixtral", {**_ATTENTION, "ffn_norm": "post_attention_layernorm",
+                "ffn_gate_inp": "block_sparse_moe.gate"},
+    rotated=True,
+    experts={f"ffn_{part}_exps": f"block_sparse_moe.experts.{{}}.{theirs}"
+             for part, theirs in (("gate", "w1"), ("down", "w2"), ("up", "w3"))},
+)  # fmt: skip
+"""What llama.cpp calls llama too, and has experts."""
+
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("llama", _DENSE, rotated=True),
     "qwen2": Architecture("qwen2", _DENSE),
     "qwen3": Architecture("qwen3", {**_DENSE, **_NORMED}),
+    "qwen2moe": Architecture(
+        "qwen2_moe", {**_DENSE, "ffn_gate_inp": "mlp.gate", **_SHARED}, experts=_EXPERTS
+    ),
+    "qwen3moe": Architecture(
+        "qwen3_moe", {**_DENSE, **_NORMED, "ffn_gate_inp": "mlp.gate"}, experts=_EXPERTS
+    ),
     "gemma2": Architecture("gemma2", _SANDWICH, centred=True),
     "gemma3": Architecture("gemma3_text", {**_SANDWICH, **_NORMED}, centred=True),
     "phi3": Architecture(
@@ -134,6 +158,8 @@ def architecture_of(file: GgufFile) -> Architecture:
         ModelError: it is none of those above.
     """
     found = ARCHITECTURES.get(file.architecture)
+    if file.architecture == "llama" and file.entries.get("llama.expert_count", 0):
+        return MIXTRAL
     if found is None:
         raise ModelError(
             f"GGUF files of the architecture {file.architecture!r} are not read",
@@ -160,6 +186,9 @@ def placed(file: GgufFile, heads: tuple[int, int]) -> Placed:
         if name.partition(".")[0] in _IGNORED:
             continue
         leaf, owner, part = _place(architecture, name, file)
+        if leaf in architecture.experts and part == "weight":
+            _place_experts(result, owner, name, stored, file)
+            continue
         if architecture.rotated and leaf in ("attn_q", "attn_k"):
             stored = _unrotated(stored, heads[leaf == "attn_k"], name, file)
         values = values_of(stored)
@@ -175,15 +204,34 @@ def placed(file: GgufFile, heads: tuple[int, int]) -> Placed:
             values = values.float() - 1
         if leaf in architecture.turned and part == "weight":
             values = values.t()
+        if leaf == "ffn_gate_inp_shexp" and values.dim() == 1:
+            values = values.unsqueeze(0)  # a layer of one output, which llama.cpp stores as a row
         result.floats[f"{owner}.{part}"] = values
     return result
+
+
+def _place_experts(result: Placed, owner: str, name: str, stored: Stored, file: GgufFile) -> None:
+    """Puts the matrix of each expert in the place of a stack of them, (experts, out, in)."""
+    if len(stored.shape) != 3:
+        raise ModelError(
+            f"{name!r} has the sizes {stored.shape}, and should have one for the experts too",
+            where=str(file.path),
+        )
+    for number, rows in enumerate(stored.data.split(stored.shape[1])):
+        one = Stored(stored.type, stored.shape[1:], rows)
+        values = values_of(one)
+        if values is None:
+            result.codes[owner.format(number)] = one
+        else:
+            result.floats[f"{owner.format(number)}.weight"] = values
 
 
 def _place(architecture: Architecture, name: str, file: GgufFile) -> tuple[str, str, str]:
     """llama.cpp's name of a tensor's module, transformers', and which of its tensors it is."""
     inside = _LAYER.fullmatch(name)
-    if inside is not None and inside[2] in architecture.names:
-        owner = f"{architecture.layers}.{int(inside[1])}.{architecture.names[inside[2]]}"
+    names = {**architecture.names, **architecture.experts}
+    if inside is not None and inside[2] in names:
+        owner = f"{architecture.layers}.{int(inside[1])}.{names[inside[2]]}"
         return inside[2], owner, inside[3]
     outside = _OUTSIDE.fullmatch(name)
     if outside is not None and outside[1] in architecture.outer:

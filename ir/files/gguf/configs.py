@@ -68,7 +68,7 @@ def config_of(file: GgufFile, architecture: Architecture) -> dict[str, Any]:
         ModelError: an entry is missing or has no meaning here.
     """
     entry = Metadata(file)
-    if entry.get("expert_count", 0):
+    if entry.get("expert_count", 0) and not architecture.experts:
         raise ModelError(
             f"GGUF files of {file.architecture!r} with experts are not read",
             where=str(file.path),
@@ -113,7 +113,7 @@ def config_of(file: GgufFile, architecture: Architecture) -> dict[str, Any]:
     if scaling is not None:
         config["rope_scaling"] = scaling
     config |= architecture.fixed
-    own = _OWN.get(file.architecture)
+    own = _OWN.get(architecture.model_type)
     return config if own is None else config | own(entry, config)
 
 
@@ -202,11 +202,36 @@ def _starcoder2(entry: Metadata, config: dict[str, Any]) -> dict[str, Any]:
             "sliding_window": entry.whole("attention.sliding_window", 0) or None}  # fmt: skip
 
 
+def _mixtral(entry: Metadata, config: dict[str, Any]) -> dict[str, Any]:
+    return {"num_local_experts": entry.whole("expert_count"),
+            "num_experts_per_tok": entry.whole("expert_used_count")}  # fmt: skip
+
+
+def _qwen_moe(entry: Metadata, config: dict[str, Any]) -> dict[str, Any]:
+    """llama.cpp scales the chosen experts' weights to a sum of 1 for qwen3 alone, by its name."""
+    found = {
+        "num_experts": entry.whole("expert_count"),
+        "num_experts_per_tok": entry.whole("expert_used_count"),
+        "moe_intermediate_size": entry.whole("expert_feed_forward_length"),
+        "norm_topk_prob": config["model_type"] == "qwen3_moe",
+        "mlp_only_layers": [],
+        "decoder_sparse_step": 1,
+    }
+    if config["model_type"] == "qwen2_moe":
+        shared = "expert_shared_feed_forward_length"
+        found |= {"shared_expert_intermediate_size": entry.whole(shared),
+                  "qkv_bias": config["attention_bias"]}  # fmt: skip
+    return found
+
+
 _OWN = {
     "gemma2": _gemma2,
-    "gemma3": _gemma3,
+    "gemma3_text": _gemma3,
+    "mixtral": _mixtral,
     "phi3": _phi3,
+    "qwen2_moe": _qwen_moe,
+    "qwen3_moe": _qwen_moe,
     "stablelm": _stablelm,
     "starcoder2": _starcoder2,
 }
-"""Entries of one architecture alone."""
+"""Entries of one architecture alone, by transformers' name."""

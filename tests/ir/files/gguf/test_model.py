@@ -31,6 +31,16 @@ def dequantized(path: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
 
 
+def rounded(values: torch.Tensor, kind: str) -> torch.Tensor:
+    """Values as llama.cpp's own package stores them in blocks, and reads them back."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize, quantize
+
+    blocks = GGMLQuantizationType[kind]
+    codes = quantize(values.detach().numpy(), blocks)
+    return torch.from_numpy(dequantize(codes, blocks)).view(values.shape)
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_floats_give_the_model_back(name: str, tmp_path: Path) -> None:
     model = tiny(name)
@@ -58,6 +68,25 @@ def test_codes_are_what_transformers_dequantizes(name: str, tmp_path: Path) -> N
     matrices = [m for m in found.module.modules() if isinstance(m, torch.nn.Linear | BlocksLinear)]  # type: ignore[union-attr]
     assert all(isinstance(m, BlocksLinear) for m in matrices)
     assert not [text for text in found.warnings if "floats" in text]
+
+
+def test_experts_in_codes_become_floats_and_this_is_said(tmp_path: Path) -> None:
+    def encode(name: str) -> str:
+        return "Q8_0" if "exps" in name or "shexp" in name else "F32"
+
+    model = tiny("qwen2moe")
+    found = load_model(write(model, "qwen2moe", tmp_path / "model.gguf", encode))
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            if "experts." in key or "shared_expert." in key:
+                value.copy_(rounded(value, "Q8_0"))
+    wanted = logits(model)
+    assert float((logits(found.module) - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+    said = [text for text in found.warnings if "held as floats" in text]
+    assert said
+    assert said[0].startswith("24 quantized weights")
+    coded = [m for m in found.module.modules() if isinstance(m, BlocksLinear)]  # type: ignore[union-attr]
+    assert len(coded) == 6  # the three of the shared expert, in two layers
 
 
 def test_a_trace_keeps_the_codes_and_one_tied_table(tmp_path: Path) -> None:
@@ -136,7 +165,8 @@ def _sizes() -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("more", "message"),
-    [({"expert_count": 4}, "with experts are not read"),
+    [({"expert_count": 4}, "expert_used_count' is missing"),
+     ({"expert_count": 4, "expert_used_count": 2}, "ffn_gate.weight' has no place"),
      ({"attention.head_count": 0}, "attention.head_count"),
      ({"attention.head_count": 3}, "transformers builds no model|3 heads"),
      ({"block_count": 3}, "missing"),
