@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,13 @@ class quiet_libraries:  # noqa: N801  (reads as a statement)
         self._levels = [logger.level for logger in self._loggers]
         for logger in self._loggers:
             logger.setLevel(logging.ERROR)
+        switches = [sys.modules.get(f"{n}.utils.logging") for n in ("transformers", "diffusers")]
+        self._bars = [s for s in switches if s is not None and s.is_progress_bar_enabled()]
+        for switch in self._bars:
+            switch.disable_progress_bar()
 
     def __exit__(self, *_: object) -> None:
         for logger, level in zip(self._loggers, self._levels, strict=True):
             logger.setLevel(level)
+        for switch in self._bars:
+            switch.enable_progress_bar()

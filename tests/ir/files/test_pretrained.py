@@ -147,3 +147,10 @@ def test_a_quantized_folder_that_lacks_a_layer(tmp_path: Path) -> None:
     change(tmp_path / "coded", lambda t: {n: v for n, v in t.items() if layer not in n})
     with pytest.raises(ModelError, match=f"missing: {layer}.weight"):
         load_model(tmp_path / "coded")
+
+
+def test_loading_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    llama(tmp_path)
+    capfd.readouterr()
+    load_model(tmp_path)
+    assert "".join(capfd.readouterr()) == ""
