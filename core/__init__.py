@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from graphwright import backends, ir, passes, specs
     from graphwright.api import load, lower, optimize
     from graphwright.backends.onnxruntime.adapters import save_onnx_adapter
+    from graphwright.backends.stand_in import stand_in
     from graphwright.ir.adapters.patch import extract_patch, save_patch
     from graphwright.ir.adapters.routed import route_adapters
     from graphwright.ir.adapters.save import save_adapter
@@ -66,6 +67,7 @@ _HOMES = {
     "register": "graphwright.passes.base",
     "oto": "graphwright.passes.prune._oto.loop",
     "load_spec": "graphwright.specs.spec",
+    "stand_in": "graphwright.backends.stand_in",
 }
 _PACKAGES = ("backends", "ir", "passes", "specs")
 
@@ -98,6 +100,7 @@ __all__ = [
     "save_onnx_adapter",
     "save_patch",
     "specs",
+    "stand_in",
     "trace",
     "trace_decoder",
     "trace_encoder_decoder",

@@ -220,6 +220,8 @@ def _do_check(arguments: argparse.Namespace) -> int:
         refuse_code(spec)
     check_rules(spec)
     chain = " -> ".join([call.id for call in spec.passes] + [call.id for call in spec.lower])
+    for name, part in spec.parts.items():
+        chain += f"; {name}: " + (" -> ".join(call.id for call in part.passes) or "no passes")
     print(f"{arguments.spec}: ok: {chain}")
     return 0
 

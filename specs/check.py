@@ -14,6 +14,7 @@ from graphwright.specs.between import between_findings
 from graphwright.specs.chain import chain_findings
 from graphwright.specs.document import Node, Path, problem_at
 from graphwright.specs.entries import chain_nodes, entry_id, straighten
+from graphwright.specs.part_views import part_views, placed, shell
 from graphwright.specs.rules import rule_findings
 from graphwright.specs.schema import Schema
 from graphwright.specs.translate import Finding, Translator, Violation, is_type
@@ -29,9 +30,16 @@ def check_document(root: Node, schema: Schema) -> tuple[list[Problem], Schema]:
     """
     if root.entries is None:
         return [problem_at(root, (), "a spec is a mapping; start with `version: 1`")], schema
-    checker = _Checker(root, schema)
+    checker = _Checker(shell(root), schema)
     checker.run()
-    return checker.problems, checker.schema
+    problems, schema = checker.problems, checker.schema
+    for name, view in part_views(root):
+        checker = _Checker(view, schema)
+        checker.run()
+        found = [placed(problem, name, root) for problem in checker.problems if problem.path]
+        problems += [problem for problem in found if problem not in problems]
+        schema = checker.schema
+    return problems, schema
 
 
 class _Checker:

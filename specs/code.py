@@ -39,7 +39,12 @@ def refuse_code(spec: Spec) -> None:
         SpecError: the spec names code, at each of its places.
     """
     message = "code that a run would import and call, which --no-code forbids"
-    problems = [spec.problem(path, f"{name}: {message}") for path, name in named_code(spec)]
+    problems = [
+        each.problem(path, f"{name}: {message}")
+        for each in (spec, *spec.parts.values())
+        for path, name in named_code(each)
+    ]
+    problems = list(dict.fromkeys(problems))
     if problems:
         raise SpecError(problems)
 

@@ -43,9 +43,10 @@ def find_spec(source: str | Path) -> tuple[Path, Path]:
 
 def missing_files(root: Node, folder: Path) -> Iterator[Problem]:
     """Problems with data and tokenizers that a spec names and that do not exist in `folder`."""
-    for section in ("calibration", "training", "evaluate"):
+    of_parts = [("parts", e.name, "calibration") for e in root.locate(("parts",))[0].entries or ()]
+    for section in (("calibration",), ("training",), ("evaluate",), *of_parts):
         for key in ("data", "tokenizer"):
-            path = (section, key)
+            path = (*section, key)
             node, holder = root.locate(path)
             if holder is None or holder.name != key or not isinstance(node.value, str):
                 continue

@@ -53,6 +53,9 @@ def build_schema(
         definitions |= _define(name, export, {"export": name}, _first_line(export.__doc__))
     properties = document["properties"]
     properties["passes"]["items"] = chain_items(definitions, "pass")
+    definitions["PartSection"]["properties"]["passes"]["items"] = {
+        "$ref": "#/properties/passes/items"
+    }
     properties["lower"]["items"] = chain_items(definitions, "backend")
     properties["export"]["items"] = chain_items(definitions, "export")
     return {

@@ -9,6 +9,7 @@ from graphwright.specs.document import CHAINS, Entry, Node, show
 from graphwright.specs.entries import entry_id
 from graphwright.specs.load import read_text
 from graphwright.specs.nearest import nearest
+from graphwright.specs.part_views import PARTS
 
 FILE = "--set"
 
@@ -72,8 +73,10 @@ class _Walk:
 
     def go(self, elements: list[str]) -> None:
         node, rest = self.root, elements
-        if elements[0] in CHAINS and len(elements) > 1:
-            node, rest = self._chain(elements[0], elements[1:])
+        if elements[0] == PARTS and len(elements) > 3 and elements[2] in CHAINS:
+            node, rest = self._entry(self._entry(node, PARTS), elements[1]), elements[2:]
+        if rest[0] in CHAINS and len(rest) > 1:
+            node, rest = self._chain(node, rest[0], rest[1:])
         while rest:
             if node.items is not None:
                 node, rest = self._item(node, rest[0]), rest[1:]
@@ -83,9 +86,9 @@ class _Walk:
         node.value, node.items = self.value.value, self.value.items
         node.entries = self.value.entries
 
-    def _chain(self, section: str, rest: list[str]) -> tuple[Node, list[str]]:
+    def _chain(self, owner: Node, section: str, rest: list[str]) -> tuple[Node, list[str]]:
         """The options of one entry, or the entry itself when the key ends there."""
-        holder = self.root.entry(section)
+        holder = owner.entry(section)
         items = holder.node.items if holder is not None else None
         if items is None:
             raise self._error(f"the spec has no list '{section}'")

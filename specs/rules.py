@@ -178,7 +178,7 @@ def _drop_without_metric(document: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _nothing_to_do(document: dict[str, Any]) -> Iterator[Finding]:
-    if not any(document.get(section) for section in CHAINS):
+    if not any(document.get(section) for section in (*CHAINS, "parts")):
         message = "neither 'passes' nor 'lower' nor 'export' has an entry: there is nothing to do"
         yield Finding((), message)
 

@@ -260,6 +260,16 @@ class LockSection(Options):
     spec's own, for a saved program that an earlier run folded or quantized."""
 
 
+class PartSection(Options):
+    """Chain of one part of a model that is several programs, in the place of the spec's own."""
+
+    passes: tuple[Any, ...] = ()
+    """Passes of this part in order; those of the spec are not run on it."""
+
+    calibration: CalibrationSection | None = None
+    """Inputs of this part that its passes may look at; the spec's section when absent."""
+
+
 class Document(Options):
     """A Graphwright spec: what to do to a model, in which order, and what must hold after."""
 
@@ -286,6 +296,12 @@ class Document(Options):
 
     passes: tuple[Any, ...] = ()
     """Passes in order: an id, or one id with its options."""
+
+    parts: dict[str, PartSection] = Field(default={})
+    """Chains of single parts of a model that is several programs, by the name of the part: of a
+    diffusers pipeline `unet` or `transformer`, `text_encoder`, `vae_decoder` and so on. Parts that
+    are not named take `passes`. `vae_encoder`, which making images from texts does without, is
+    compiled where it is named."""
 
     lower: tuple[Any, ...] = ()
     """Backends that the program is lowered to: a name, or one name with its options."""

@@ -18,6 +18,7 @@ from graphwright.specs.entries import chain_nodes, entry_id
 from graphwright.specs.files import find_spec, missing_files
 from graphwright.specs.load import read_file, read_text
 from graphwright.specs.overrides import apply_override
+from graphwright.specs.part_views import part_views
 from graphwright.specs.schema import Schema, shipped_schema
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ class Spec:
         require: bounds; each may be None.
         seed: seed of the run.
         passes: passes in order.
+        parts: of a model that is several programs, by name the spec of a part that has sections of
+            its own: this one with those in their place.
         lower: backends.
         export: formats of checkpoints to write.
         lock: facts of the run that wrote it, when it is a lock file.
@@ -91,6 +94,12 @@ class Spec:
     lock: LockSection | None
     document: Node = field(repr=False, compare=False)
     schema: Schema = field(repr=False, compare=False)
+    parts: Mapping[str, Spec] = field(default_factory=dict)
+
+    @property
+    def chains(self) -> tuple[tuple[PassCall, ...], ...]:
+        """The passes of the spec, and those of every part that has its own."""
+        return (self.passes, *(part.passes for part in self.parts.values()))
 
     def problem(self, path: NodePath, message: str, suggestion: str = "") -> Problem:
         """A problem with one value of the spec, at its place in the file.
@@ -192,6 +201,7 @@ def _typed(root: Node, name: str, folder: Path, schema: Schema) -> Spec:
         lock=section("lock", sections.LockSection),
         document=root,
         schema=schema,
+        parts={part: _typed(view, name, folder, schema) for part, view in part_views(root)},
     )
 
 
@@ -206,6 +216,12 @@ def resolve(spec: Spec) -> dict[str, Any]:
     def section(model: Any) -> Any:
         return model.model_dump(mode="json", exclude_none=True)
 
+    def of_part(part: Spec) -> Any:
+        own: dict[str, Any] = {"passes": [call(item) for item in part.passes]}
+        if part.calibration not in (None, spec.calibration):
+            own["calibration"] = section(part.calibration.filled())
+        return own
+
     document: dict[str, Any] = {"version": 1, "model": section(spec.model)}
     if spec.calibration is not None:
         document["calibration"] = section(spec.calibration.filled())
@@ -216,6 +232,8 @@ def resolve(spec: Spec) -> dict[str, Any]:
     document["require"] = section(spec.require)
     document["seed"] = spec.seed
     document["passes"] = [call(item) for item in spec.passes]
+    if spec.parts:
+        document["parts"] = {name: of_part(part) for name, part in spec.parts.items()}
     document["lower"] = [call(item) for item in spec.lower]
     if spec.export:
         document["export"] = [call(item) for item in spec.export]

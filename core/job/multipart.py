@@ -1,6 +1,7 @@
-"""The job on a model of several parts: the same chain on each, one folder, one report.
+"""The job on a model of several parts: a chain on each, one folder, one report.
 
-A pass acts on every part that has layers for it; selectors are names of layers, which tell the
+Parts that the spec names have a chain of their own; all others share that of the spec. There a pass
+acts on every part that has layers for it; selectors are names of layers, which tell the
 parts apart. A selector that matches no layer of any part is an error, as in a single program.
 """
 
@@ -66,6 +67,10 @@ def build_parts(run: Run, parts: Parts, build: Callable[[Run, Program], Outcome]
                 where=name,
                 fix="Leave the section out.",
             )
+    for name in run.spec.parts:
+        if name not in parts:
+            raise ArgumentError(f"the model has no part {name!r}, but {', '.join(parts)}",
+                                where=f"parts.{name}")  # fmt: skip
     if run.place.is_main:
         run.place.fresh_staging()
     built: dict[str, Outcome] = {}
@@ -82,14 +87,35 @@ def build_parts(run: Run, parts: Parts, build: Callable[[Run, Program], Outcome]
     if not run.place.is_main:
         return BuiltParts(programs, compiled, {})
     reports = {name: outcome.report for name, outcome in built.items()}
-    _refuse_idle_passes(reports)
+    _refuse_idle_passes({n: r for n, r in reports.items() if n not in run.spec.parts}, "")
+    for name in run.spec.parts:
+        _refuse_idle_passes({name: reports[name]}, f"parts.{name}.")
     report = _report(run, reports, compiled)
     _write_files(run, programs)
     return BuiltParts(programs, compiled, report)
 
 
+def refuse_parts(spec: Spec) -> None:
+    """Refuses chains of parts for a model that has none.
+
+    Raises:
+        ArgumentError: the spec has some.
+    """
+    if spec.parts:
+        raise ArgumentError(
+            "the model is one program, and has no parts",
+            where=f"parts.{next(iter(spec.parts))}",
+            fix="Put its passes into `passes`.",
+        )
+
+
 def _spec_of(spec: Spec, parts: Parts, name: str) -> Spec:
-    """The spec of one part: selectors of other parts' layers out, bounds left to the whole."""
+    """The spec of one part: selectors of other parts' layers out, bounds left to the whole.
+
+    A part with a chain of its own has that one as it is.
+    """
+    if name in spec.parts:
+        return replace(spec.parts[name], require=type(spec.require)())
     passes = tuple(_call_of(call, parts, name) for call in spec.passes)
     return replace(spec, passes=passes, require=type(spec.require)())
 
@@ -106,10 +132,11 @@ def _call_of(call: PassCall, parts: Parts, name: str) -> PassCall:
     return replace(call, options={**call.options, TARGETS: own})
 
 
-def _refuse_idle_passes(reports: dict[str, dict[str, Any]]) -> None:
+def _refuse_idle_passes(reports: dict[str, dict[str, Any]], place: str) -> None:
+    """Refuses a pass that did nothing in any of the parts that share a chain."""
     for index, rows in enumerate(zip(*(r["passes"] for r in reports.values()), strict=True)):
         if all(row["skipped"] for row in rows):
-            raise ModelError(rows[0]["skipped"], where=f"passes[{index}] ({rows[0]['id']})")
+            raise ModelError(rows[0]["skipped"], where=f"{place}passes[{index}] ({rows[0]['id']})")
 
 
 def _report(

@@ -19,9 +19,11 @@ from graphwright.ir.user_code import watched
 from graphwright.job.chain import run_chain
 from graphwright.job.data import read_data, seen_data
 from graphwright.job.decode import decode_error
+from graphwright.job.diffusion import build_diffusion, is_diffusion
 from graphwright.job.environment import deterministic, environment
 from graphwright.job.left import left_as_they_are
 from graphwright.job.memory import reset_peak
+from graphwright.job.multipart import build_parts, refuse_parts
 from graphwright.job.place import OutputPlace
 from graphwright.job.rules import check_rules, dtype_refusal
 from graphwright.job.run import JobSettings, Run
@@ -96,11 +98,20 @@ class Job:
     def compile(self, source: str | Path) -> Outcome:
         """The whole job."""
         reset_peak()
-        loaded = self._load(source)
-        original = self._trace(loaded)
-        if isinstance(original, Mapping):
-            return self.finish(self._build_parts(loaded, original), loaded)
-        return self.finish(self.build(loaded, original), loaded)
+        if is_diffusion(source):
+            built, loaded = build_diffusion(
+                self.run, source, lambda run, parts, part, p: Job(run, parts).build(part, p)
+            )
+        else:
+            loaded = self._load(source)
+            original = self._trace(loaded)
+            if not isinstance(original, Mapping):
+                refuse_parts(self.spec)
+                return self.finish(self.build(loaded, original), loaded)
+            parts: Any = original
+            built = build_parts(self.run, parts, lambda run, p: Job(run, parts).build(loaded, p))
+        outcome = Outcome(self.run.place.out, built.report, built.programs, built.compiled)
+        return self.finish(outcome, loaded)
 
     def build(self, loaded: LoadedModel, original: Program) -> Outcome:
         """Everything but the files of the report; no report in a process that only helps."""
@@ -125,12 +136,6 @@ class Job:
             evaluation, latency,
         )  # fmt: skip
         return Outcome(self.run.place.out, report, program, compiled)
-
-    def _build_parts(self, loaded: LoadedModel, parts: Parts) -> Outcome:
-        from graphwright.job.multipart import build_parts
-
-        built = build_parts(self.run, parts, lambda run, p: Job(run, parts).build(loaded, p))
-        return Outcome(self.run.place.out, built.report, built.programs, built.compiled)
 
     def finish(self, outcome: Outcome, loaded: LoadedModel) -> Outcome:
         """Writes the report, looks at the bounds, and puts the result in its place."""

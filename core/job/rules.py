@@ -23,7 +23,8 @@ def check_rules(spec: Spec) -> None:
     Raises:
         SpecError: options that do not go together; all of them at once.
     """
-    problems = list(_problems(spec))
+    found = [p for each in (spec, *spec.parts.values()) for p in _problems(each)]
+    problems = list(dict.fromkeys(found))
     if problems:
         raise SpecError(problems)
 
@@ -37,7 +38,10 @@ def dtype_refusal(spec: Spec) -> Callable[[str], str]:
 
     def refusal(dtype: str) -> str:
         return dtype_fault(
-            spec.schema, dtype, [c.id for c in spec.passes], [c.id for c in spec.lower]
+            spec.schema,
+            dtype,
+            [c.id for chain in spec.chains for c in chain],
+            [c.id for c in spec.lower],
         )
 
     return refusal

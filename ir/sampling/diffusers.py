@@ -10,8 +10,12 @@ from graphwright.ir.errors import ArgumentError
 from graphwright.ir.sampling.grid import Grid
 from graphwright.ir.sampling.schedule import NoiseSchedule
 
+PIPELINE = "pipeline"
+"""Entry of a program's facts: configurations of its pipeline, `scheduler` and `guider`."""
+
 _SOLVERS = {
     "DDIMScheduler": ("ddim", "leading"),
+    "DDPMScheduler": ("ddim", "leading"),
     "EulerDiscreteScheduler": ("euler", "linspace"),
     "EulerAncestralDiscreteScheduler": ("euler_ancestral", "linspace"),
     "HeunDiscreteScheduler": ("heun", "linspace"),
@@ -44,6 +48,7 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "timestep_type": ("discrete",),
     "predict_x0": (True,),
     "solver_p": (None,),
+    "variance_type": ("fixed_small", None),
 }
 """Options whose other values are not what our solvers compute; a value outside is refused."""
 
@@ -97,20 +102,25 @@ def read_scheduler(config: Mapping[str, Any]) -> Scheduler:
     if kind.startswith("FlowMatch"):
         return _flow(config, solver)
     spacing = str(config.get("timestep_spacing", spacing))
+    if solver == "ddim" and spacing == "linspace":
+        raise ArgumentError(
+            f"{kind} with the spacing linspace leaves its own grid: it steps by a fixed stride",
+            fix="Set `timestep_spacing` to leading or trailing.",
+        )
     if kind == "LCMScheduler":
         spacing = "lcm"
     elif by_sigma := _by_sigma(config, solver, spacing):
         return Scheduler(_prediction(config), _table(config), by_sigma, solver)
     elif solver in _MULTISTEP:
         spacing = _multistep(spacing)
-    first = solver in ("ddim", "lcm") and not config.get("set_alpha_to_one", True)
+    first = kind in ("DDIMScheduler", "LCMScheduler") and not config.get("set_alpha_to_one", True)
     grid = Grid(
         spacing=spacing,  # type: ignore[arg-type]  # checked by the model
         steps_offset=int(config.get("steps_offset", 0)) if spacing == "leading" else 0,
         original_steps=int(config.get("original_inference_steps", 50)),
         final="first" if first else "zero",
     )
-    options = {}
+    options = {"eta": 1.0} if kind == "DDPMScheduler" else {}
     if kind == "LCMScheduler":
         options = {"timestep_scaling": float(config.get("timestep_scaling", 10.0))}
     return Scheduler(_prediction(config), _table(config), grid, solver, options)
@@ -182,3 +192,30 @@ def _flow(config: Mapping[str, Any], solver: str) -> Scheduler:
     # diffusers' grid runs between the shifted ends of its table, and is shifted once more
     least = schedule.shifted(1.0 / steps)
     return Scheduler("flow", schedule, Grid(spacing="uniform", start=1.0, end=least), solver)
+
+
+def read_guider(config: Mapping[str, Any]) -> dict[str, float]:
+    """The options of sample.cfg that a `guider_config.json` says.
+
+    Only ClassifierFreeGuidance is the same thing here. AdaptiveProjectedGuidance of diffusers acts
+    on the network's own output, and sample.apg, as its paper, on the data.
+
+    Raises:
+        ArgumentError: another guider, or one that is switched off.
+    """
+    kind = str(config.get("_class_name"))
+    if kind != "ClassifierFreeGuidance":
+        raise ArgumentError(
+            f"no guider of ours computes the guider {kind}",
+            fix="Known is ClassifierFreeGuidance; or choose a pass of guidance and its options "
+            "yourself.",
+        )
+    if config.get("enabled") is False:
+        raise ArgumentError("the guider is switched off", fix="Leave the pass of guidance out.")
+    scale = float(config.get("guidance_scale", 7.5))
+    if config.get("use_original_formulation"):
+        scale += 1.0  # it counts from the prediction with the condition
+    found = {"guidance_scale": scale}
+    for name, own in (("guidance_rescale", 0.0), ("start", 0.0), ("stop", 1.0)):
+        found[name] = float(config.get(name, own))
+    return found

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from graphwright.ir.errors import ArgumentError, ModelError
+from graphwright.ir.errors import ModelError
 from graphwright.ir.graft import graft
 from graphwright.ir.options import Options
 from graphwright.ir.program import Program
@@ -39,6 +39,7 @@ from graphwright.ir.sampling.surgery import Interface, NewInput
 from graphwright.ir.signature import TensorSpec
 from graphwright.passes.base import Action, Context, Result
 from graphwright.passes.sample._form.base import Named, Run, SamplePass
+from graphwright.passes.sample._form.configuration import configuration
 
 
 class DenoiserOptions(Options):
@@ -56,7 +57,7 @@ class DenoiserOptions(Options):
 
     scheduler: str | None = None
     """Path of a diffusers `scheduler_config.json`, which then says parameterization, schedule, grid
-    and solver."""
+    and solver; `pipeline` is that of the pipeline's folder which the network came from."""
 
     sample: str | None = None
     """Input that is noisy; the first one when absent."""
@@ -100,7 +101,7 @@ class Denoiser(SamplePass[DenoiserOptions]):
             ModelError: an input is not there, or the output has not the sample's shape.
             ArgumentError: the parameterization has no form on this schedule.
         """
-        said = _Said(self.options, context.folder)
+        said = _Said(self.options, context.folder, program)
         if Record.of(program) is not None:
             raise ModelError(f"{self.id}: the program is a denoiser already")
         record = self._record(program, said)
@@ -187,17 +188,6 @@ def _refuse_shape(program: Program, sample: str, by: str) -> None:
         )
 
 
-def _read(path: Path) -> Scheduler:
-    import json
-
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArgumentError(f"no scheduler's configuration can be read: {error}",
-                            where=str(path)) from None  # fmt: skip
-    return read_scheduler(config)
-
-
 class _Pair(nn.Module):
     """D and E of the network's output."""
 
@@ -229,10 +219,10 @@ class _NetworkInput(nn.Module):
 class _Said:
     """The options, with what a scheduler's configuration says in their place."""
 
-    def __init__(self, options: DenoiserOptions, folder: Path) -> None:
+    def __init__(self, options: DenoiserOptions, folder: Path, program: Program) -> None:
         read: Scheduler | None = None
         if options.scheduler is not None:
-            read = _read(folder / options.scheduler)
+            read = read_scheduler(configuration("scheduler", options.scheduler, folder, program))
         self.parameterization = read.parameterization if read else options.parameterization
         self.schedule = read.schedule if read else options.schedule
         self.grid = read.grid if read else options.grid

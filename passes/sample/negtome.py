@@ -81,7 +81,7 @@ class Negtome(Pass[NegtomeOptions]):
     after: ClassVar[tuple[str, ...]] = (*OTHER_FAMILIES, *GUIDERS)
     behind: ClassVar[tuple[str, ...]] = ("sample.denoiser",)
     conflicts: ClassVar[tuple[str, ...]] = (
-        "sample.feynman_kac", "sample.linear_guidance", "sample.negtome",
+        "sample.feynman_kac", "sample.linear_guidance", "sample.negtome", "sample.stream",
     )  # fmt: skip
     computes_in: ClassVar[tuple[str, ...]] = ("float64", "float32")
 

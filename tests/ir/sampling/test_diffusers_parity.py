@@ -12,7 +12,7 @@ import torch
 from models.mixture import Mixture, mixture
 
 from graphwright.ir.errors import ArgumentError
-from graphwright.ir.sampling.diffusers import read_scheduler
+from graphwright.ir.sampling.diffusers import read_guider, read_scheduler
 from graphwright.ir.sampling.parameterization import canonical, output_of
 from graphwright.ir.sampling.schedule import Level
 from graphwright.ir.sampling.solvers.base import Path, Prediction
@@ -24,6 +24,7 @@ STEPS = 10
 TABLE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 CASES: dict[str, dict[str, Any]] = {
     "DDIMScheduler": {**TABLE, "clip_sample": False, "steps_offset": 1, "set_alpha_to_one": False},
+    "DDPMScheduler": {**TABLE, "clip_sample": False, "timestep_spacing": "leading"},
     "EulerDiscreteScheduler": TABLE,
     "EulerAncestralDiscreteScheduler": TABLE,
     "HeunDiscreteScheduler": TABLE,
@@ -138,6 +139,34 @@ def test_grids_are_theirs() -> None:
         times = times[[0, *range(1, len(times), 2)]] if "Heun" in name else times
         mine = [level.time for level in read.grid.levels(read.schedule, STEPS)[:-1]]
         assert np.allclose(times, mine, atol=1e-3), name
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler"])
+def test_trailing_steps(name: str) -> None:
+    """The levels of a spacing at equal strides; a linspace is left by both, and refused."""
+    options = {**TABLE, "clip_sample": False, "timestep_spacing": "trailing"}
+    assert worst_step(name, options, STEPS) < 1e-4
+    config = {**options, "_class_name": name, "timestep_spacing": "linspace"}
+    with pytest.raises(ArgumentError, match="leaves its own grid"):
+        read_scheduler(config)
+
+
+def test_guiders_are_theirs() -> None:
+    from diffusers import guiders
+
+    guider = guiders.ClassifierFreeGuidance(4.0, 0.3, start=0.1, stop=0.8)
+    options = {"guidance_scale": 4.0, "guidance_rescale": 0.3, "start": 0.1, "stop": 0.8}
+    assert read_guider(dict(guider.config, _class_name="ClassifierFreeGuidance")) == options
+    other = guider.new(use_original_formulation=True, start=0.0, stop=1.0, guidance_rescale=0.0)
+    found = read_guider(dict(other.config, _class_name="ClassifierFreeGuidance"))
+    data, away = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    wanted = other.forward(data, away).pred
+    torch.testing.assert_close(away + found["guidance_scale"] * (data - away), wanted)
+    for name in ("AdaptiveProjectedGuidance", "ClassifierFreeZeroStarGuidance"):
+        with pytest.raises(ArgumentError, match=f"no guider of ours computes the guider {name}"):
+            read_guider(dict(getattr(guiders, name)().config, _class_name=name))
+    with pytest.raises(ArgumentError, match="switched off"):
+        read_guider({"_class_name": "ClassifierFreeGuidance", "enabled": False})
 
 
 def test_what_our_solvers_do_not_compute_is_refused() -> None:
