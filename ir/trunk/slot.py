@@ -31,6 +31,8 @@ class Slot(Hook):
     Source: P44 (Lo et al. 2024, "m2mKD"), whose mean is over all logits, as in the released code.
     """
 
+    counts_on_last_step = False
+
     def __init__(
         self, teacher: Program, own: Collection[str], alpha: float, temperature: float
     ) -> None:

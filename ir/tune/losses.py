@@ -131,6 +131,8 @@ def next_token(logits: Tensor, batch: Mapping[str, Tensor], smoothing: float = 0
             f"next_token takes logits (batch, length, vocabulary) and labels (batch, length); "
             f"these are {tuple(logits.shape)} and {tuple(labels.shape)}"
         )
+    if bool((labels[:, 1:] == IGNORED_LABEL).all()):
+        return 0.0 * logits.sum()
     return F.cross_entropy(
         logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().long(),
         ignore_index=IGNORED_LABEL, label_smoothing=smoothing,

@@ -111,6 +111,8 @@ class Mixing(Hook):
         last_distance: of features, in the last step.
     """
 
+    counts_on_last_step = False
+
     def __init__(
         self, program: Program, node: str, alpha: float, noise: float, shrink: float,
         distance: Distance,
@@ -157,6 +159,12 @@ class Mixing(Hook):
         distance = shrinkage(inside, between, self.noise, self.distance)
         self.last_distance = float(distance.detach())
         return loss + self.share * own + (1 - self.share) * other + self.shrink * distance
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_distance": self.last_distance}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.last_distance = state["last_distance"]
 
     def _mixed(self, x: Tensor) -> Tensor:
         return self.share * x + (1 - self.share) * x[self.order]

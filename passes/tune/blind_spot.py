@@ -135,6 +135,8 @@ class BlindSpot(Pass[BlindSpotOptions]):
 class Invariance(Hook):
     """P05's loss; runs the network seeing on images and blind on their sub-images."""
 
+    counts_on_last_step = False
+
     def __init__(
         self,
         program: Program,
@@ -190,6 +192,8 @@ class Invariance(Hook):
 
 class Cyclic(Hook):
     """P20's loss, on all sub-images of a batch at once."""
+
+    counts_on_last_step = False
 
     def __init__(self, program: Program, name: str, stride: int, random: bool) -> None:
         """

@@ -47,7 +47,7 @@ class ContrastiveOptions(Bounded):
     hops: Annotated[int, Field(ge=1)] = 1
     """Steps from neighbour to neighbour that still count, once for every path."""
 
-    tau: Annotated[float, Field(gt=0)] = 1.0
+    tau: Annotated[float, Field(gt=0)] = 0.5
     """Factor of the cosines inside the exponentials."""
 
     contrast: Factor = 0.5
@@ -108,6 +108,8 @@ class Contrastive(Pass[ContrastiveOptions]):
 
 class MetaNodes(Hook):
     """Adds the contrast with clusters and the divergence of assignments to the loss."""
+
+    counts_on_last_step = False
 
     def __init__(self, teacher: Program, centres: Tensor, options: ContrastiveOptions) -> None:
         self.teacher, self.centres, self.options = teacher, centres, options

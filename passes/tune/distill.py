@@ -108,9 +108,9 @@ class Distill(Pass[DistillOptions]):
     are averaged as probabilities. Places inside are found by the names that the two graphs share.
 
     P33's recipe is soft labels alone with a discriminator, without weight decay: `discriminator:
-    {}` with `tune: {optimizer: sgd}`. Its discriminator learns at the rate of the program, as in
-    the released code. That lets both minimize the discriminator's loss, against the paper; the
-    gradient is turned around here, unless `mode` says `as_released`.
+    {}` with `tune: {optimizer: sgd, lr: 0.01}`. Its discriminator learns at the rate of the
+    program, as in the released code. That lets both minimize the discriminator's loss, against the
+    paper; the gradient is turned around here, unless `mode` says `as_released`.
 
     Source: P33 (Shen & Savvides 2020, "MEAL V2"); features as in Romero et al. 2015, attention as
     in Zagoruyko & Komodakis 2017 and Wang et al. 2020.

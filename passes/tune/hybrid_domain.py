@@ -117,6 +117,8 @@ class Approach(Hook):
         distances: mean of sum |r_k(e')| in the first and in the last batch.
     """
 
+    counts_on_last_step = False
+
     def __init__(
         self, program: Program, encoder: nn.Module, domains: Sequence[Subspace], direction: float,
         context: Context,

@@ -129,12 +129,15 @@ def fitted(batches: Iterable[Tensor], inflation: float, by: str) -> Noise:
         ArgumentError: there are too few samples, too many numbers in each, or they are all alike.
     """
     count, total, products = 0, torch.zeros(0), torch.zeros(0)
+    origin = torch.zeros(0)  # near the mean, so that a mean far from 0 costs no digits
     for batch in batches:
         rows = batch.detach().flatten(1).double().cpu()
         if rows.shape[1] > MOST_NUMBERS:
             raise ArgumentError(f"{by}: samples have {rows.shape[1]} numbers, and noise is fitted "
                                 f"to {MOST_NUMBERS} at most")  # fmt: skip
         first = not count
+        origin = rows[0] if first else origin
+        rows = rows - origin
         total = rows.sum(0) if first else total + rows.sum(0)
         products = rows.mT @ rows if first else products + rows.mT @ rows
         count += len(rows)
@@ -146,7 +149,7 @@ def fitted(batches: Iterable[Tensor], inflation: float, by: str) -> Noise:
     if spread <= 0:
         raise ArgumentError(f"{by}: all samples of the training data are alike")
     covariance += 1e-6 * spread * torch.eye(len(mean), dtype=torch.float64)
-    return Noise(mean, torch.linalg.cholesky(covariance))
+    return Noise(origin + mean, torch.linalg.cholesky(covariance))
 
 
 class Likelihood(Hook):
@@ -164,6 +167,7 @@ class Likelihood(Hook):
         self.log_partition = -math.inf
         self.batches, self.poor, self.effective = 0, 0, 0.0
         self._log_density = torch.zeros(0)
+        self._best = -math.inf
 
     def also_run(self, at: Moment, batch: Values) -> Sequence[Values]:
         """Noise, as much as there is data."""
@@ -195,13 +199,21 @@ class Likelihood(Hook):
                 "estimate may be off; change `inflation`, or bring the data to one scale",
         )  # fmt: skip
 
+    def keep_best(self) -> None:
+        """The estimate belongs to the values that are kept."""
+        self._best = self.log_partition
+
+    def restore_best(self) -> None:
+        self.log_partition = self._best
+
     def state_dict(self) -> dict[str, Any]:
         return {"log_partition": self.log_partition, "batches": self.batches, "poor": self.poor,
-                "effective": self.effective}  # fmt: skip
+                "effective": self.effective, "best": self._best}  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.log_partition, self.batches = state["log_partition"], state["batches"]
         self.poor, self.effective = state["poor"], state["effective"]
+        self._best = state["best"]
 
 
 def moved(log_u: float, log_mean: float, gamma: float) -> float:

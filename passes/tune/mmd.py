@@ -97,7 +97,7 @@ class Mmd(DenoiserRecipe[MmdOptions]):
 
         Raises:
             ModelError: no denoiser of one row per sample, or adapters that act on training.
-            ArgumentError: no such grid, file or layer.
+            ArgumentError: no such grid, file or layer, or batches of one sample.
         """
         o = self.options
         training = Training(program, self.id)
@@ -109,6 +109,12 @@ class Mmd(DenoiserRecipe[MmdOptions]):
                              fix="Put adapt.merge in front.")  # fmt: skip
         hook = Unrolled(training, context, path, self._features(context), o.kernel, o.recompute)
         data = training.data(context.training_data)
+        rows = len(next(iter(data))[training.record.sample])
+        if rows < 2:
+            raise ArgumentError(
+                f"{self.id}: the estimate takes 2 samples or more in a batch, and there is {rows}",
+                fix="Raise the data's batch_size.",
+            )
         tuned = tune(program, data, o.tune, context, hooks=[hook])
         made = training.sampled_in(tuned.program, steps, grid)
         action = Action("network", f"finetuned for {steps} steps of ddim")

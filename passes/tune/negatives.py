@@ -91,7 +91,7 @@ class Negatives(Pass[NegativesOptions]):
         """Collects noise, and trains.
 
         Raises:
-            ModelError: the network is no restorer of one image.
+            ModelError: the network is no restorer of one image, or makes it smaller.
             ArgumentError: the images are no whole number of patches, or none of them has a flat
                 window.
         """
@@ -101,7 +101,9 @@ class Negatives(Pass[NegativesOptions]):
         if len(output) != 4:
             raise ModelError(f"{self.id} trains restorers, and the output is {list(output)}")
         data = as_batches(context.training_data, program.signature)
-        refuse_parts(next(iter(data))[name].shape, o.patch, "see `patch`", self.id)
+        first = next(iter(data))
+        refuse_parts(first[name].shape, o.patch, "see `patch`", self.id)
+        self._refuse_scale(program, first, name)
         noise = None
         if o.mix:
             noise = flat_windows((batch[name] for batch in data), o.window, o.variance)
@@ -119,9 +121,23 @@ class Negatives(Pass[NegativesOptions]):
         metrics["noise_windows"] = 0.0 if noise is None else float(len(noise))
         return Result(tuned.program, tuple(chosen.actions(tuned)), metrics)
 
+    def _refuse_scale(self, program: Program, batch: Values, name: str) -> None:
+        """Raises ModelError unless the output is a whole number of times as large as the image."""
+        with torch.no_grad():
+            flat = program.run_flat(tuple(batch[spec.name] for spec in program.signature.inputs))
+        given, made = batch[name].shape[2:], flat[main_output(program.signature)].shape[2:]
+        factors = {b / a for a, b in zip(given, made, strict=True)}
+        if len(factors) > 1 or not min(factors).is_integer():
+            raise ModelError(
+                f"{self.id} compares patches of the output with those of the image, and it makes "
+                f"{list(made)} pixels of {list(given)}: no whole number of times as many each way"
+            )
+
 
 class Agreement(Hook):
     """Mixes noise into the batch, runs it with turned patches too, and compares."""
+
+    counts_on_last_step = False
 
     def __init__(
         self, program: Program, name: str, noise: Tensor | None, options: NegativesOptions

@@ -93,6 +93,8 @@ class Patches(Pass[PatchesOptions]):
 class Schedule(Hook):
     """Makes patches of every batch."""
 
+    counts_on_last_step = False
+
     def __init__(
         self, name: str, resolution: int, beta: tuple[float, float], rise: float, group: int
     ) -> None:

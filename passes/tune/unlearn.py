@@ -134,7 +134,9 @@ class Unlearn(Pass[UnlearnOptions]):
         last = Repel(program, inside, o, kept, adapted, self.id)
         tuned = self._trained(last, data, o.tune, inside, chosen.names)
         metrics |= metrics_of(tuned.history)
-        metrics["first_distance"], metrics["last_distance"] = last.distances[0], last.distances[-1]
+        if last.distances:  # of the generator's steps: an early stop may leave none
+            metrics["first_distance"] = last.distances[0]
+            metrics["last_distance"] = last.distances[-1]
         return Result(tuned.program, tuple(chosen.actions(tuned)), metrics)
 
     def _trained(

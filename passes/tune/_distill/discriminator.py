@@ -64,6 +64,8 @@ class Judged(Hook):
     Source: P33 (Shen & Savvides 2020, "MEAL V2"), section 3.3; `as_released` is its code.
     """
 
+    counts_on_last_step = False
+
     def __init__(
         self, teaching: Teaching, signature: Signature, classes: int, mode: Mode, reduction: int,
         factor: float, generator: torch.Generator,

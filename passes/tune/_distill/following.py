@@ -104,6 +104,8 @@ def following(
 class Inside(Hook):
     """Adds to the loss how far values inside are from the teacher's: factor * mean over places."""
 
+    counts_on_last_step = False
+
     def __init__(self, teaching: Teaching, groups: Sequence[tuple[float, Sequence[Compared]]]):
         """
         Args:

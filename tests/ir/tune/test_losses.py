@@ -64,6 +64,16 @@ def test_next_token(given: str) -> None:
     assert ids[1, 3] == 0, "the inputs are left as they are"
 
 
+def test_labels_that_do_not_count_give_no_loss() -> None:
+    logits = torch.randn(2, 5, 7, requires_grad=True)
+    labels = torch.full((2, 5), -100)
+    labels[:, 0] = 3  # the first token is foretold by nothing
+    loss = next_token(logits, {"labels": labels})
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
 def test_mse_and_kl() -> None:
     a, b = random(2, 3), random(3, 2).T
     expected = (

@@ -122,6 +122,13 @@ def test_features_between_two_inputs_come_nearer_to_the_middle() -> None:
     assert bent(10.0) < bent(0.0) / 2
 
 
+def test_the_report_of_a_run_that_was_done_already_is_the_same(tmp_path: Path) -> None:
+    step = AdaptiveMix(tune={"steps": 2, "lr": 0.01})
+    context = Context(training=batches(), work=tmp_path, checkpoint_seconds=0.0)
+    first, again = (step.execute(program(), context) for _ in range(2))
+    assert first.metrics == again.metrics
+
+
 def test_what_the_last_layer_reads_is_the_embedding() -> None:
     result = AdaptiveMix(tune={"steps": 2, "lr": 0.01}).execute(
         program(), Context(training=batches())

@@ -183,9 +183,15 @@ def test_it_adds_its_terms_to_the_loss_of_a_plain_loop() -> None:
     q = formulas.soft_assignment(z, centres)
     m = torch.stack([z[q.argmax(1) == k].sum(0) for k in range(4)])
     p = formulas.sharpened(q)
-    added = 2.0 * float(dense(z, a, m, 1.0)) + 1.5 * float((p * (p / q).log()).sum(1).mean())
+    added = 2.0 * float(dense(z, a, m, 0.5)) + 1.5 * float((p * (p / q).log()).sum(1).mean())
     found = result.metrics["first_loss"] - plain.metrics["first_loss"]
     assert found == pytest.approx(added, rel=1e-4)
+
+
+def test_the_factors_are_those_of_acm() -> None:
+    """alpha, beta, r and tau, as the released commands give them for that data set."""
+    o = Contrastive().options
+    assert (o.contrast, o.cluster, o.hops, o.tau) == (0.5, 0.5, 1, 0.5)
 
 
 def test_refusals() -> None:

@@ -78,6 +78,15 @@ def test_noise_is_the_datas_normal_distribution() -> None:
     torch.testing.assert_close(log_density, exact.log_prob(x), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("mean", [1e4, -1e7])
+def test_data_far_from_zero_has_its_own_covariance(mean: float) -> None:
+    rows = torch.randn(500, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = fitted((rows + mean).split(100), 2.0, "tune.meco")
+    wanted = 2 * np.cov(rows.numpy().T, bias=True)
+    np.testing.assert_allclose((noise.factor @ noise.factor.T).numpy(), wanted, atol=1e-5)
+    torch.testing.assert_close(noise.mean, rows.mean(0) + mean, rtol=1e-12, atol=0)
+
+
 def test_learns_a_normal_density_and_its_partition_function() -> None:
     data = samples(1.5, 0.6)
     tune = {"steps": 1000, "lr": 0.1, "optimizer": "adam"}
@@ -123,6 +132,15 @@ def test_the_estimate_goes_on_where_it_was() -> None:
     first.log_partition, first.batches, first.poor, first.effective = 1.5, 7, 2, 3.5
     second.load_state_dict(first.state_dict())
     assert second.state_dict() == first.state_dict()
+
+
+def test_the_estimate_is_that_of_the_values_that_are_kept() -> None:
+    recipe = Likelihood(parabola(), fitted([samples(0, 1, 64)], 2.0, "tune.meco"), 0.1)
+    recipe.log_partition = 1.5
+    recipe.keep_best()
+    recipe.log_partition = 4.0
+    recipe.restore_best()
+    assert recipe.log_partition == 1.5
 
 
 SPEC = """

@@ -54,6 +54,12 @@ def test_the_estimate_is_unbiased() -> None:
     assert float(apart.min()) > 0
 
 
+def test_batches_of_one_sample_are_refused() -> None:
+    data = [{name: x[:1] for name, x in batch.items()} for batch in planar.data(1, 4)]
+    with pytest.raises(ArgumentError, match="2 samples or more in a batch, and there is 1"):
+        Mmd(steps=1, tune={"steps": 1}).execute(planar.corrected(), Context(training=data))
+
+
 def unrolled(recompute: bool, features) -> tuple[Unrolled, dict, Tensor]:
     """A hook, a batch of it, and its first noise."""
     training = Training(planar.corrected(), "test")

@@ -145,6 +145,9 @@ def test_what_cannot_be_right_is_refused() -> None:
                     (x,), {"input": {0: "batch"}})  # fmt: skip
     with pytest.raises(ModelError, match="trains restorers, and the output is"):
         Negatives(tune=tune)(flat, training=[(x, x)])
+    half = gw.trace(nn.Conv2d(1, 1, 3, 2, 1).eval(), (x,), {"input": {0: "batch"}})
+    with pytest.raises(ModelError, match=r"it makes \[8, 8\] pixels of \[16, 16\]"):
+        Negatives(patch=8, mix=0.0, tune=tune)(half, training=[(x, x[:, :, ::2, ::2])])
     with pytest.raises(ArgumentError, match="margin 4 leaves nothing of a patch of 8"):
         Negatives(patch=8, margin=4)
     with pytest.raises(ArgumentError, match="window has no part where mix is 0"):
