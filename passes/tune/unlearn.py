@@ -31,6 +31,10 @@ from graphwright.passes.tune._generator.weights import (
 )
 
 
+AS_RELEASED = OwnLoss(optimizer="adam", lr=2e-3, betas=(0.0, 0.99), schedule="constant")
+"""Both trainings, but for their lengths."""
+
+
 class UnlearnOptions(StageOptions):
     """Options of tune.unlearn."""
 
@@ -67,10 +71,10 @@ class UnlearnOptions(StageOptions):
     gamma: Annotated[float, Field(gt=0)] = 1.0
     """Its factor."""
 
-    adapt: OwnLoss | None = None
-    """Options of the training of the adapted copies; those of `tune` when absent."""
+    adapt: OwnLoss | None = AS_RELEASED
+    """Options of the training of the adapted copies; null for those of `tune`."""
 
-    tune: OwnLoss = OwnLoss(optimizer="adam", lr=2e-3, betas=(0.0, 0.99), schedule="constant")
+    tune: OwnLoss = AS_RELEASED
     """Options of the training that unlearns. The data is the generator's inputs; labels say what it
     makes of each."""
 

@@ -61,5 +61,7 @@ def test_what_a_pass_trains_with_stays_unless_it_is_given() -> None:
     assert (made.epochs, made.schedule, made.milestones) == (200, "cosine", ())
     made = gw.passes.quantize.Pv(tune={"betas": [0.5, 0.6]}).options.tune
     assert (made.optimizer, made.betas) == ("adam", (0.5, 0.6))
+    adapt = gw.passes.tune.Unlearn(adapt={"steps": 7}).options.adapt
+    assert (adapt.optimizer, adapt.lr, adapt.betas, adapt.steps) == ("adam", 2e-3, (0.0, 0.99), 7)
     critic = gw.passes.tune.Ddgan(critic={"width": 8}).options.critic
     assert (critic.width, critic.lr) == (8, 1.25e-4)

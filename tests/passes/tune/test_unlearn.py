@@ -253,6 +253,7 @@ passes:
       ewc: 10
       repulsion: l2
       critic: {width: 8}
+      adapt: null
       tune: {steps: 6, lr: 0.01}
 lower: [onnxruntime]
 """
