@@ -87,7 +87,12 @@ class Bundle(Compiled):
         found: tuple[torch.Tensor, ...] = ()
         beside = (BESIDE[name] for name in self.record.settings if name in BESIDE)
         for part in (self.parts[name] for name in (FULL, *beside)):
-            found += tuple(part.run_flat(tuple(given[s.name] for s in part.signature.inputs)))
+            values = part.run_flat(tuple(given[s.name] for s in part.signature.inputs))
+            names = (spec.name for spec in part.signature.outputs)
+            found += tuple(
+                value for name, value in zip(names, values, strict=True)
+                if name not in self.record.cached
+            )  # fmt: skip
         return found
 
     def save(self, folder: str | Path) -> Artifact:

@@ -47,15 +47,19 @@ BESIDE = {SWITCH: OTHER + FULL, RETRIEVE: LOOK_UP}
 
 
 def whole(record: Denoiser, signatures: Mapping[str, Signature]) -> Signature:
-    """The interface of the one program that these were cut out of, by their names."""
+    """The interface of the one program that these were cut out of, by their names.
+
+    What the first of them hands out for later steps is no output of that one.
+    """
     main = signatures[FULL]
-    inputs, outputs = list(main.inputs), list(main.outputs)
+    inputs = list(main.inputs)
+    outputs = [spec for spec in main.outputs if spec.name not in record.cached]
     for setting in (name for name in record.settings if name in BESIDE):
         other = signatures[BESIDE[setting]]
         known = {spec.name for spec in inputs}
         inputs += [spec for spec in other.inputs if spec.name not in known]
         outputs += [replace(spec, name=f"{setting}_{spec.name}") for spec in other.outputs]
-    if len(outputs) == len(main.outputs):
+    if outputs == list(main.outputs):
         return main
     structure = {"dict": {spec.name: {"leaf": i} for i, spec in enumerate(outputs)}}
     return replace(main, inputs=tuple(inputs), outputs=tuple(outputs), structure=structure)

@@ -15,7 +15,7 @@ from graphwright.ir.sampling.record import ALPHA, NEGATIVE, NOISE, SIGMA, Denois
 from graphwright.ir.sampling.slots import DELTA, NOISES, SCALE, Slots
 from graphwright.ir.sampling.tick import ticking
 from graphwright.passes.base import Action, Context, Result
-from graphwright.passes.sample._form.base import Named, Run, SamplePass
+from graphwright.passes.sample._form.base import Named, Run, SamplePass, runs_of_rows
 from graphwright.passes.sample._form.guider import GUIDERS
 
 
@@ -88,31 +88,29 @@ class Stream(SamplePass[StreamOptions]):
         frame, z = given[record.sample], given[NOISES]
         times = after.state.get(f"{self.id}.enter.time")
         waiting, reference = given.get("waiting"), given.get("reference")
+        entering = [slots.a[0] * frame + slots.s[0] * z[0]]
+        samples = entering if waiting is None else [*entering, *waiting]
+        asked = [*range(slots.count), *range(slots.more)]  # the second part without the condition
+        told = [self._told(record, slots, given, k, samples[k], times, place >= slots.count)
+                for place, k in enumerate(asked)]  # fmt: skip
+        names = (record.sample, ALPHA, SIGMA, record.time, *record.conditions)
+        noises = [found[NOISE] for found in runs_of_rows(after, run, told, [n for n in names if n])]
+        others = noises[slots.count :]
         done: list[Tensor] = []
         away: list[Tensor] = []
         for k in range(slots.count):
             a, s, skip, out = (_stored(getattr(slots, n)[k], frame)
                                for n in ("a", "s", "skip", "out"))  # fmt: skip
-            if k == 0:
-                x = slots.a[0] * frame + slots.s[0] * z[0]
-            else:
-                assert waiting is not None
-                x = waiting[k - 1]
-
-            def ask(negative: bool, k: int = k, x: Tensor = x) -> Tensor:
-                return run(self._told(record, slots, given, k, x, times, negative))[NOISE]
-
-            noise = ask(False)
+            x, noise = samples[k], noises[k]
             if slots.residual:
                 entered = frame if slots.mode == "self" else None
                 if k > 0 and reference is not None:
                     entered = reference[k - 1]
-                v = (x - a * entered) / s if entered is not None else ask(True)
+                v = (x - a * entered) / s if entered is not None else others[0]
                 away.append((x - s * v) / a if entered is None else entered)
                 noise = given[DELTA] * v + given[SCALE] * (noise - given[DELTA] * v)
             elif slots.mode == "full":
-                other = ask(True)
-                noise = other + given[SCALE] * (noise - other)
+                noise = others[k] + given[SCALE] * (noise - others[k])
             done.append(out * (x - s * noise) / a + skip * x)
         found = {"denoised": done[-1]}
         if slots.count > 1:

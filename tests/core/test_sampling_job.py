@@ -74,3 +74,29 @@ def test_a_resumed_check_compares_with_the_restated_network() -> None:
     resumed.resume(program, [step.promise() for step in steps])
     assert resumed.total() == straight.total()
     assert 0.001 < resumed.total().relative < 0.5
+
+
+def test_features_that_later_steps_take_over_are_no_outputs(tmp_path: Path) -> None:
+    denoisers.conv().save(tmp_path / "net.pt2")
+    (tmp_path / "spec.yaml").write_text(
+        "version: 1\npasses:\n  - quantize.int8: {}\n"
+        "  - sample.denoiser: {unconditional: {label: 4}}\n"
+        "  - sample.cfg: {stop: 0.5}\n  - sample.reuse: {modules: [middle]}\nlower: [triton]\n"
+    )
+    done = gw.optimize(tmp_path / "net.pt2", tmp_path / "spec.yaml", out=tmp_path / "out")
+    assert 0 < done.report["fidelity"]["relative"] < 0.05
+    bundle = gw.load(tmp_path / "out")
+    mine, wanted = bundle(*done.program.examples), done.program(*done.program.examples)
+    assert list(mine) == list(wanted) == ["denoised", "noise"]
+    torch.testing.assert_close(mine["denoised"], wanted["denoised"])
+
+
+@pytest.mark.parametrize("mode", ["initialize", "full", None])
+def test_ranges_of_activations_are_those_of_all_rows_of_a_call(mode: str | None) -> None:
+    """Dynamic int8 joins the rows that are asked together; the check of the pass says the same."""
+    rounded = gw.passes.quantize.Int8(embeddings=False)(denoisers.token())
+    program = gw.passes.sample.Denoiser(unconditional={"label": 4})(rounded)
+    made = (
+        gw.passes.sample.Stream(steps=(359, 99), guidance=mode) if mode else gw.passes.sample.Cfg()
+    )(program)
+    assert made.facts["sampling"]["guidance"] is not None

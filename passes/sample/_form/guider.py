@@ -24,7 +24,7 @@ from graphwright.ir.sampling.record import (
     Denoiser,
 )
 from graphwright.passes.base import Action, Context, Result
-from graphwright.passes.sample._form.base import Named, Run, SamplePass
+from graphwright.passes.sample._form.base import Named, Run, SamplePass, runs_of_rows
 
 GUIDERS = (
     "sample.adaptive_guidance", "sample.apg", "sample.cfg", "sample.cfgpp",
@@ -86,12 +86,13 @@ class GuiderPass(SamplePass[OptionsT]):
         """The guider on two runs of the denoiser, one with and one without the condition."""
         record = Denoiser.required(after, self.id)
         assert record.guidance is not None
-        with_condition = run(given)
         others = dict(given)
         for name, fill in record.conditions.items():
             negative = given.get(NEGATIVE + name)
             others[name] = torch.full_like(given[name], fill or 0) if negative is None else negative
-        without = run(others)
+        (batch, *_), *_ = (s.shape for s in after.signature.inputs if s.name == record.sample)
+        rows = [spec.name for spec in after.signature.inputs if spec.shape[:1] == (batch,)]
+        with_condition, without = runs_of_rows(after, run, (given, others), rows)
         numbers = [given[name] for name in self.parameters()]
         states = [given[item.input] for item in self.carried]
         pairs = [part[name] for name in (DENOISED, NOISE) for part in (with_condition, without)]
