@@ -68,6 +68,20 @@ class Program:
         self.graph.owning_module = None
         return module
 
+    @cached_property
+    def running(self) -> fx.GraphModule:
+        """As `module`, with every compressed weight rebuilt where it is first read (`turns.py`).
+
+        So one weight is held as floats at a time. Its nodes are others than those of `graph`, of
+        the same names.
+        """
+        from graphwright.ir.graph.turns import laid_out
+
+        graph = laid_out(self.graph)
+        if graph is self.graph:
+            return self.module
+        return fx.GraphModule(dict(self.state), graph, class_name="Program")
+
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Runs the program; the result is structured like the model's own output.
 
@@ -88,7 +102,7 @@ class Program:
 
         Inputs at the end may be left out where the program has a default for them.
         """
-        return tuple(self.module(*self.filled(inputs)))
+        return tuple(self.running(*self.filled(inputs)))
 
     def filled(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """The inputs, with the program's defaults for those at the end that are left out."""

@@ -32,7 +32,12 @@ from graphwright.backends.onnxruntime.optimized import OptimizedGraph
 from graphwright.backends.onnxruntime.options import OnnxRuntimeOptions
 from graphwright.backends.onnxruntime.ragged import check_rows
 from graphwright.backends.onnxruntime.rounded import raise_level
-from graphwright.backends.onnxruntime.runtime import SessionSettings, open_and_count, run_session
+from graphwright.backends.onnxruntime.runtime import (
+    SessionSettings,
+    open_and_count,
+    open_session,
+    run_session,
+)
 from graphwright.backends.onnxruntime.sparse import store_sparse
 from graphwright.backends.onnxruntime.steps.blocks import EXACT
 from graphwright.backends.onnxruntime.steps.catalog import Step
@@ -40,6 +45,7 @@ from graphwright.backends.onnxruntime.steps.int8 import REPLACED
 from graphwright.backends.onnxruntime.steps.leftovers import has_compressed_weights
 from graphwright.backends.onnxruntime.ties import with_settled_ties
 from graphwright.backends.onnxruntime.translate import translate_with_values
+from graphwright.backends.onnxruntime.written import is_apart, save_apart, weight_bytes
 from graphwright.ir.causes import innermost
 from graphwright.ir.check.exact import SMALL_MULTIPLE
 from graphwright.ir.edit import Editor
@@ -244,12 +250,18 @@ class Job:
 
     def _round_activations(self, model: ir.Model, made: Attempt) -> None:
         """Goes over to kernels that round activations as they come, behind the sharp check."""
+        # A session holds all weights in its kernels' own layout: of a large model, one at a time.
+        is_closed = isinstance(made.model, Path) and self.generation is not None
+        if is_closed:
+            made.session = made.exact = None
         settings = raise_level(self.program, self.options, self.settings, model, made, self.cases)
         changed = None if settings is None else model
         settings = settings or self.settings
         integer = to_integers(self.program, settings, changed or model, made, self.cases)
         changed = integer or changed
         if changed is None:
+            if is_closed:
+                made.session = open_session(made.model, self.settings)
             return
         made.model = self._write(changed, made)
         case = self.cases[0]
@@ -264,7 +276,7 @@ class Job:
     def _check_size(self, model: ir.Model) -> None:
         """A compressed weight must not have come out as floats."""
         stored = sum(tensor.nbytes for tensor in self.program.state.values())
-        written = _weight_bytes(model)
+        written = weight_bytes(model)
         if has_compressed_weights(self.program) and written > MOST_GROWTH * stored + SLACK:
             raise Differs(f"its weights take {written:,} bytes, the program's {stored:,}")
 
@@ -298,15 +310,13 @@ class Job:
 
     def _write(self, model: ir.Model, made: Attempt) -> bytes | Path:
         """Serialized in memory, or in a folder with the weights apart when they are large."""
-        if _weight_bytes(model) <= self.options.external_data_mb * 1e6:
+        if not is_apart(model, self.options.external_data_mb):
             proto = ir.to_proto(model)
             if self.options.sparse_initializers:
                 made.sparse = store_sparse(proto)
             content: bytes = proto.SerializeToString()
             return content
-        path = Path(self.folder.name) / FILE
-        ir.save(model, path, external_data=DATA)
-        return path
+        return save_apart(model, Path(self.folder.name) / FILE, DATA)
 
     def one_by_one(self, steps: list[Step]) -> tuple[Attempt, dict[str, str]]:
         """Adds one step at a time and leaves out each that breaks the model.
@@ -331,8 +341,3 @@ class Job:
     def failure(self, error: Differs) -> LoweringError:
         """The error for a model that is wrong without any step."""
         return failure(self.program, error, self.options.opset, self.settings, self.bound)
-
-
-def _weight_bytes(model: ir.Model) -> int:
-    values = (value.const_value for value in model.graph.initializers.values())
-    return sum(value.nbytes for value in values if value is not None)

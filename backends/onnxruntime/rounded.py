@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx_ir as ir
@@ -28,6 +30,7 @@ from graphwright.backends.onnxruntime.runtime import (
 )
 from graphwright.backends.onnxruntime.steps.blocks import EXACT, PRODUCTS_FACT
 from graphwright.backends.onnxruntime.translate import translate_with_values
+from graphwright.backends.onnxruntime.written import content_of
 from graphwright.ir.ops.blocks import dequantize_blocks
 from graphwright.ir.program import Program
 
@@ -69,7 +72,7 @@ def raise_level(
     fast = replace(settings, accuracy_level=options.accuracy_level)
     try:
         error = check_products(
-            program, made.program, options.opset, fast, [c.inputs for c in cases if not c.drawn]
+            program, made.program, options, fast, [c.inputs for c in cases if not c.drawn]
         )
     except Differs as error:
         made.products["why"] = str(error)
@@ -103,7 +106,7 @@ def emulated(x: Tensor, weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
 def check_products(
     program: Program,
     lowered: Program,
-    opset: int,
+    options: OnnxRuntimeOptions,
     settings: SessionSettings,
     inputs: Sequence[tuple[Tensor, ...]],
 ) -> float:
@@ -112,14 +115,14 @@ def check_products(
     Args:
         program: the program, whose stored weights are the reference.
         lowered: it behind all steps.
-        opset, settings: as the model is made and run.
+        options, settings: as the model is made and run.
         inputs: of every run, one tensor per input.
 
     Raises:
         Differs: a product gives something else than its weight and rounded activation.
     """
     products: Mapping[str, Any] = lowered.facts[PRODUCTS_FACT]
-    model, values = translate_with_values(lowered, opset)
+    model, values = translate_with_values(lowered, options.opset)
     set_level(model, 4)
     by_name = {node.name: value for node, value in values.items()}
     wanted = {n: by_name[n] for p, r in products.items() for n in (p, r["x"])}
@@ -129,7 +132,9 @@ def check_products(
         if value.name not in shown | given:
             shown.add(value.name)
             model.graph.outputs.append(value)
-    session = open_session(ir.to_proto(model).SerializeToString(), settings)
+    with TemporaryDirectory() as folder:
+        content = content_of(model, Path(folder), options.external_data_mb)
+        session = open_session(content, settings)
     names = [str(value.name) for value in model.graph.outputs]
     runs = []
     for each in inputs:

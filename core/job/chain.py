@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,6 +124,7 @@ def _one_pass(
     run: Run, index: int, program: Program, checker: Checker, context: Context
 ) -> tuple[Program, Program, dict[str, Any]]:
     """The program behind the pass, the uncompressed one (`uncompressed.follow`), and the record."""
+    from graphwright.ir.files.mapped import new_tensors_mapped
     from graphwright.job.uncompressed import follow
     from graphwright.passes.base import find_pass
 
@@ -132,6 +134,7 @@ def _one_pass(
     begin = time.monotonic()
     with run.progress.stage(call.id):
         result, skipped = _executed(run, step, program, context)
+        result = replace(result, program=new_tensors_mapped(program, result.program))
         peak = run.note_peak()
         seconds = time.monotonic() - begin
         try:

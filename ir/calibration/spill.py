@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 import weakref
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-SMALL = 1 << 16
-"""Bytes of a tensor that is not worth a file."""
+from graphwright.ir.files.mapped import SMALL, mapped_copy
 
 
 class Spill:
@@ -50,13 +46,4 @@ class Spill:
 
     def _to_file(self, value: Tensor, size: int) -> Tensor:
         self.spilled += size
-        with tempfile.NamedTemporaryFile(prefix="graphwright-", delete=False) as file:
-            path = Path(file.name)
-            file.truncate(size)
-        try:
-            flat = torch.from_file(str(path), shared=True, size=value.numel(), dtype=value.dtype)
-        finally:
-            path.unlink()
-        mapped = flat.view(value.shape)
-        mapped.copy_(value)
-        return mapped
+        return mapped_copy(value)

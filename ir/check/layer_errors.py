@@ -73,7 +73,7 @@ class _Taps(fx.Interpreter):
     """Keeps the floating-point results of some nodes, until the budget is spent."""
 
     def __init__(self, program: Program, wanted: set[str], budget: int) -> None:
-        super().__init__(program.module)
+        super().__init__(program.running)
         self.wanted, self.left = wanted, budget
         self.kept: dict[str, Tensor] = {}
 
@@ -91,7 +91,7 @@ class _Comparison(fx.Interpreter):
     """Compares the results of nodes with values kept from another program."""
 
     def __init__(self, program: Program, reference: dict[str, Tensor]) -> None:
-        super().__init__(program.module)
+        super().__init__(program.running)
         self.reference = reference
         self.errors: dict[str, Fidelity] = {}
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphwright.ir.graph.turns import in_turn
 from graphwright.ir.program import Program
 
 ROUNDOFF = {"float64": 2**-52, "float32": 2**-23, "float16": 2**-10, "bfloat16": 2**-7}
@@ -163,7 +164,7 @@ def run_in_double(
         one tensor per output: float64 where the program gives floats.
     """
     walk = Walk(program, inputs, wide=True)
-    for node in program.graph.nodes:
+    for node in in_turn(program.graph):
         if node.op == "output":
             return tuple(fx.map_arg(node.args[0], walk.value))
         walk.step(node)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from graphwright.ir.check.precision import Walk, draws
+from graphwright.ir.graph.turns import in_turn
 from graphwright.ir.program import Program
 
 Flat = tuple[Tensor, ...]
@@ -27,7 +28,7 @@ def run_together(program: Program, inputs: Sequence[Flat], *, wide: bool = False
     """
     walks = [Walk(program, each, wide=wide) for each in inputs]
     stored: set[fx.Node] = set()
-    for node in program.graph.nodes:
+    for node in in_turn(program.graph):
         if node.op == "output":
             break
         if node.op == "get_attr" or _follows(node, stored):

@@ -184,7 +184,7 @@ def _outputs(program: Program, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]
     try:
         with torch.no_grad():
             # not through the call of the module, which prints what fails
-            return tuple(program.module.forward(*inputs))
+            return tuple(program.running.forward(*inputs))
     except (RuntimeError, IndexError, ValueError):
         return None
 

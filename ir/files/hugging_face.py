@@ -20,7 +20,8 @@ from graphwright.ir.files.coded.description import (
 from graphwright.ir.files.config_size import fits, refuse_counts
 from graphwright.ir.files.detect import Kind, detect, read_json
 from graphwright.ir.files.dtypes import STORED, Change, DtypeChoice
-from graphwright.ir.files.pretrained import build_pretrained
+from graphwright.ir.files.mapped import IN_MEMORY
+from graphwright.ir.files.pretrained import build_mapped, build_pretrained
 from graphwright.ir.files.safetensor_files import read_safetensors, shards_of
 from graphwright.ir.files.target import WRAPPERS, stripped
 from graphwright.ir.files.weights import fill
@@ -117,7 +118,9 @@ def _built(
     dtype = change.dtype or stored
     key = "dtype" if kind is Kind.HUGGING_FACE else "torch_dtype"
     arguments: dict[str, Any] = {key: dtype}
-    if inner is None:
+    if inner is None and kind is Kind.HUGGING_FACE and _is_large(weights, change):
+        model, warnings = build_mapped(cls, folder, weights, dtype)
+    elif inner is None:
         model, warnings = build_pretrained(cls, folder, **arguments)
     elif kind is Kind.HUGGING_FACE:
         model, warnings = build_pretrained(cls, folder, inner, **arguments)
@@ -137,6 +140,15 @@ def _built(
         given = {n: t.to(dtype) if t.is_floating_point() else t for n, t in inner.items()}
         warnings = fill(model, given, str(folder))
     return model, change, [*more, *warnings]
+
+
+def _is_large(weights: dict[str, torch.Tensor], change: Change) -> bool:
+    """Whether the weights in another dtype are more than is kept in memory."""
+    dtype = change.dtype
+    if dtype is None:
+        return False
+    floats = [t for t in weights.values() if t.is_floating_point() and t.dtype is not dtype]
+    return sum(tensor.numel() * dtype.itemsize for tensor in floats) > IN_MEMORY
 
 
 def _weights(folder: Path, kind: Kind) -> dict[str, torch.Tensor]:

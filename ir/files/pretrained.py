@@ -13,6 +13,7 @@ from torch import nn
 
 from graphwright.ir.causes import innermost
 from graphwright.ir.errors import ModelError
+from graphwright.ir.files.mapped import in_dtype
 from graphwright.ir.files.pickles import counted, listed
 from graphwright.ir.files.weights import unexpected_note
 
@@ -61,6 +62,45 @@ def build_pretrained(
     _refuse_missing(report["missing_keys"], unexpected, cls.__name__, folder)
     assert isinstance(model, nn.Module)
     return model.eval(), unexpected_note(unexpected)
+
+
+def build_mapped(
+    cls: Any, folder: Path, weights: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> tuple[nn.Module, list[str]]:
+    """As `build_pretrained`, in a dtype other than the stored one, with weights in mapped files.
+
+    The library would convert them in memory, all of them.
+
+    Args:
+        cls: a model class of transformers.
+        folder: where config.json is.
+        weights: the folder's, by name.
+        dtype: to convert them to.
+
+    Raises:
+        ModelError: as `build_pretrained`.
+    """
+    if not hasattr(cls, "config_class"):  # a class that looks for the architecture itself
+        return build_pretrained(cls, folder, dtype=dtype)
+    model, notes = build_pretrained(cls, folder, in_dtype(weights, dtype), dtype=dtype)
+    _read_generation_config(model, folder)
+    return model, notes
+
+
+def _read_generation_config(model: nn.Module, folder: Path) -> None:
+    """What the library does where it reads the weights itself."""
+    if not hasattr(model, "adjust_generation_fn") or not model.can_generate():  # type: ignore[operator]
+        return
+    from transformers import GenerationConfig
+
+    try:
+        found = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    except OSError:
+        found = GenerationConfig.from_pretrained(
+            str(folder), config_file_name="config.json", local_files_only=True,
+            _from_model_config=True,
+        )  # fmt: skip
+    model.generation_config = found
 
 
 def _refuse_missing(missing: Iterable[str], unexpected: list[str], what: str, folder: Path) -> None:

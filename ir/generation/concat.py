@@ -24,7 +24,7 @@ def runner_of(program: Program, record: Generation) -> ConcatRunner:
 
     def run(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            return tuple(program.module.forward(*inputs))
+            return tuple(program.running.forward(*inputs))
 
     return ConcatRunner(record, program.signature, run)
 

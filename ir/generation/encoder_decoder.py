@@ -173,7 +173,7 @@ class _OfProgram:
 
     def __init__(self, program: Program) -> None:
         self.signature = program.signature
-        self._module = program.module
+        self._module = program.running
 
     def run_flat(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         with torch.no_grad():

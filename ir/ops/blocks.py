@@ -82,7 +82,26 @@ def unpack_zero_points(zero_point: Tensor | None, scale: Tensor, bits: int) -> T
     return unpack_codes(zero_point, scale.shape[1], bits)
 
 
+PIECE = 1 << 22
+"""Weights that are rebuilt at a time: what is between codes and floats is as large as the result,
+several times over."""
+
+
 def _eager(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, block: int, columns: int
+) -> Tensor:
+    rows = max(1, PIECE // max(columns, 1))
+    if len(codes) <= rows or (torch.is_grad_enabled() and scale.requires_grad):
+        return _rebuilt(codes, scale, zero_point, bits, block, columns)
+    value = torch.empty((len(codes), columns), dtype=scale.dtype, device=codes.device)
+    for at in range(0, len(codes), rows):
+        part = slice(at, at + rows)
+        zero = None if zero_point is None else zero_point[part]
+        value[part] = _rebuilt(codes[part], scale[part], zero, bits, block, columns)
+    return value
+
+
+def _rebuilt(
     codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, block: int, columns: int
 ) -> Tensor:
     value = unpack_codes(codes, block, bits).to(scale.dtype)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from graphwright.ir.ops.blocks import (
+    PIECE,
     dequantize_blocks,
     pack_codes,
     unpack_codes,
@@ -46,6 +48,19 @@ class Blocks:
             self.codes, self.scale, self.zero_point, self.bits, self.block, self.columns
         )
         return value
+
+    def split(self, rows: int) -> Iterator[Blocks]:
+        """The same of at most `rows` rows at a time."""
+        for at in range(0, max(len(self.codes), 1), rows):
+            part = slice(at, at + rows)
+            yield self.through(lambda tensor, part=part: tensor[part])
+
+    def through(self, function: Callable[[Tensor], Tensor]) -> Blocks:
+        """The same with what a function makes of each tensor."""
+        zero = None if self.zero_point is None else function(self.zero_point)
+        return replace(
+            self, codes=function(self.codes), scale=function(self.scale), zero_point=zero
+        )
 
     @property
     def nbytes(self) -> int:
@@ -113,6 +128,13 @@ def round_to_nearest(
         block: columns per scale, at least 1.
         symmetric, search: as for `grid_math.fit`.
     """
+    rows = max(1, PIECE // max(matrix.shape[1], 1))
+    if len(matrix) > rows:  # a row's codes depend on no other row
+        parts = [
+            round_to_nearest(piece, bits, block, symmetric=symmetric, search=search)
+            for piece in matrix.split(rows)
+        ]
+        return _joined(parts)
     wide = grid_math.grouped(matrix.detach().float(), block)
     scale, zero = grid_math.fit(wide, bits, symmetric=symmetric, search=search)
     # Codes are those of the scale that is stored.
@@ -120,3 +142,14 @@ def round_to_nearest(
     codes = grid_math.encode(wide, stored.float()[..., None], zero[..., None], bits)
     q = codes.flatten(1)[:, : matrix.shape[1]].to(torch.uint8)
     return pack(q, stored, None if symmetric else zero.to(torch.uint8), bits, block)
+
+
+def _joined(parts: list[Blocks]) -> Blocks:
+    """Matrices below each other, of one form."""
+    zeros = [part.zero_point for part in parts if part.zero_point is not None]
+    return replace(
+        parts[0],
+        codes=torch.cat([part.codes for part in parts]),
+        scale=torch.cat([part.scale for part in parts]),
+        zero_point=torch.cat(zeros) if zeros else None,
+    )

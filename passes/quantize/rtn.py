@@ -34,8 +34,9 @@ class Rtn(Pass[RtnOptions]):
 
     Every weight of a recurrent call (`lstm.weight_ih_l0`) is one of its own; so are the operands of
     an einsum. What cannot be quantized (weights that are not finite, or that a layer outside
-    `targets` reads too) is left as it is, with the reason in the report. Memory: six times
-    the largest weight.
+    `targets` reads too) is left as it is, with the reason in the report. Memory: what
+    stands between weights and codes, for four million weights at a time; codes beyond 256 MB are
+    in mapped files.
     """
 
     contract = "lossy"

@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
+import torch
 from pydantic import Field
 from torch import Tensor, fx
 
 from graphwright.ir.calibration.site import Solved
+from graphwright.ir.calibration.spill import Spill
 from graphwright.ir.calibration.workers import Workers
+from graphwright.ir.files.mapped import IN_MEMORY
 from graphwright.ir.layers.kinds import TABLES
 from graphwright.ir.layers.products import weight_node, weight_value
 from graphwright.ir.layers.selectors import Layer
+from graphwright.ir.ops.blocks import PIECE
 from graphwright.ir.options import Bounded, Targets, also
 from graphwright.ir.program import Program
 from graphwright.ir.stored.blocks import Blocks, block_for, round_to_nearest
@@ -61,9 +65,19 @@ class _Job:
         made = round_to_nearest(
             self.matrix, self.bits, self.block, symmetric=self.symmetric, search=self.search
         )
-        size = float(self.matrix.double().norm())
-        off = float((made.value().double() - self.matrix.double()).norm())
+        size, off = _norms(self.matrix, made)
         return made, off / size if size > 0 else off
+
+
+def _norms(matrix: Tensor, made: Blocks) -> tuple[float, float]:
+    """Norms of a matrix and of its error in float64, some rows at a time."""
+    rows = max(1, PIECE // max(made.columns, 1))
+    squares = torch.zeros(2, dtype=torch.float64)
+    for part, of_part in zip(matrix.split(rows), made.split(rows), strict=True):
+        wide = part.double()
+        squares += torch.stack([wide.norm(), (of_part.value().double() - wide).norm()]).square()
+    size, off = squares.sqrt().tolist()
+    return size, off
 
 
 def round_layers(
@@ -87,7 +101,7 @@ def round_layers(
     for layer in layers:
         first.setdefault(weight_node(layer), layer)
     tables = {weight_node(layer) for layer in layers if layer.kind in TABLES}
-    weights, workers = list(first), Workers(jobs)
+    weights, workers, spill = list(first), Workers(jobs), Spill(IN_MEMORY)
     found: dict[fx.Node, tuple[Blocks, float]] = {}
     for start in range(0, len(weights), workers.width):
         part = weights[start : start + workers.width]
@@ -97,7 +111,8 @@ def round_layers(
             block = block_for(matrix.shape[1], options.block)
             bits = options.bits_of(weight in tables)
             tasks.append(_Job(matrix, bits, block, options.symmetric, search))
-        found.update(zip(part, workers.map(_Job.run, tasks), strict=True))
+        for weight, (made, error) in zip(part, workers.map(_Job.run, tasks), strict=True):
+            found[weight] = made.through(spill.put), error
     return found
 
 
