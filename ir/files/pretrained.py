@@ -87,9 +87,9 @@ def build_mapped(
     return model, notes
 
 
-def _read_generation_config(model: nn.Module, folder: Path) -> None:
+def _read_generation_config(model: Any, folder: Path) -> None:
     """What the library does where it reads the weights itself."""
-    if not hasattr(model, "adjust_generation_fn") or not model.can_generate():  # type: ignore[operator]
+    if not hasattr(model, "adjust_generation_fn") or not model.can_generate():
         return
     from transformers import GenerationConfig
 

@@ -12,7 +12,6 @@ import torch
 from models.tiny_decoder import write
 
 import graphwright as gw
-from graphwright.backends.onnxruntime import runtime
 
 pytest.importorskip("transformers")
 
@@ -39,7 +38,7 @@ def test_the_same_model_from_files_with_one_session_at_a_time(
             super().__init__(source, *rest, **named)
             alive.add(self)
 
-    monkeypatch.setattr(runtime.onnxruntime, "InferenceSession", Counted)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Counted)
     large = gw.lower(decoder, "onnxruntime", accuracy_level=level, external_data_mb=0)
     assert opened
     assert all(found == (str, 0) for found in opened), opened

@@ -50,17 +50,21 @@ def test_a_folder_is_converted_into_files_and_is_the_same_model(
     assert list(tensors[0]) == list(tensors[1])
     for name, tensor in tensors[0].items():
         other = tensors[1][name]
-        assert tensor.dtype is other.dtype and torch.equal(tensor, other), name
+        assert tensor.dtype is other.dtype
+        assert torch.equal(tensor, other), name
         assert tensor.requires_grad == other.requires_grad
     assert plain.generation_config.to_dict() == large.generation_config.to_dict()
     assert ModelFacts.of(plain, folder) == ModelFacts.of(large, folder)
 
 
-def test_a_copy_is_in_a_file_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_is_in_a_file_without_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     value = torch.randn(7, 5)
     copy = mapped_copy(value.t(), torch.float64)
-    assert is_mapped(copy) and not list(tmp_path.iterdir())
+    assert is_mapped(copy)
+    assert not list(tmp_path.iterdir())
     assert torch.equal(copy, value.t().double())
 
 
@@ -72,7 +76,8 @@ def test_a_full_disk_leaves_tensors_in_memory(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(mapped, "SMALL", 1)
     weights = {"w": torch.randn(3, 3).bfloat16()}
     found = mapped.in_dtype(weights, torch.float32)["w"]
-    assert not is_mapped(found) and torch.equal(found, weights["w"].float())
+    assert not is_mapped(found)
+    assert torch.equal(found, weights["w"].float())
 
 
 def test_new_tensors_of_a_program_move_and_shared_ones_stay(
