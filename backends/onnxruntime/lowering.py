@@ -27,6 +27,7 @@ from graphwright.backends.onnxruntime.steps.leftovers import leftovers, rebuilt_
 from graphwright.backends.onnxruntime.ties import decided_by_ties
 from graphwright.ir.adapters.record import adapters
 from graphwright.ir.context import Context
+from graphwright.ir.files.entropy.stream import FACT as ENTROPY_FACT
 from graphwright.ir.generation.last_logits import last_logits
 from graphwright.ir.generation.record import Generation
 from graphwright.ir.graph.arrange import arranged
@@ -113,6 +114,8 @@ class Lowering(Backend):
             notes["ties"] = ties
         if job.generation is not None:
             notes["cache"] = cache_notes(attempt.program, cut)
+        if ENTROPY_FACT in program.facts:
+            notes["fixed_width"] = True
         notes["warnings"] = _warnings(notes)
         keep = job.folder if isinstance(attempt.model, Path) else None
         if keep is None:
@@ -160,6 +163,11 @@ def _warnings(notes: dict[str, Any]) -> list[str]:
         found.append(f"runs with graph optimizations only: {notes['unoptimized']}")
     if "ties" in notes:
         found.append(notes["ties"])
+    if "fixed_width" in notes:
+        found.append(
+            "ONNX files keep codes at their fixed width: what store.entropy saves, it saves in "
+            "program.pt2 and in artifacts of the backend triton"
+        )
     found += rebuilt_warnings(notes["left"])
     if "why" in notes.get("lstms", {}):
         found.append(f"LSTMs with int8 weights are computed in float: {notes['lstms']['why']}")

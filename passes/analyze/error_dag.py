@@ -215,7 +215,7 @@ def _values(program: Program, nodes: list[str], inputs: tuple[Tensor, ...]) -> M
 
 
 def reachable(program: Program, chosen: list[Layer]) -> np.ndarray:
-    """(layers + 1, layers + 1) bool: whether column j is behind row i; the output is behind all."""
+    """(layers + 1, layers + 1) bool: whether column j is behind row i; the main output is last."""
     place = {layer.node.name: index for index, layer in enumerate(chosen)}
     behind: dict[fx.Node, frozenset[int]] = {}
     found = np.zeros((len(chosen) + 1,) * 2, bool)
@@ -226,7 +226,8 @@ def reachable(program: Program, chosen: list[Layer]) -> np.ndarray:
             found[list(sources), index] = True
             sources |= {index}
         behind[node] = sources
-    found[:-1, -1] = True
+    outputs: Any = program.graph.output_node().args[0]
+    found[list(behind[outputs[main_output(program.signature)]]), -1] = True
     return found
 
 

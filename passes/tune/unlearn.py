@@ -30,7 +30,6 @@ from graphwright.passes.tune._generator.weights import (
     weight_distance,
 )
 
-
 AS_RELEASED = OwnLoss(optimizer="adam", lr=2e-3, betas=(0.0, 0.99), schedule="constant")
 """Both trainings, but for their lengths."""
 

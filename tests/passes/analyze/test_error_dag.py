@@ -153,6 +153,27 @@ def test_edges_run_only_where_the_graph_has_a_way() -> None:
     assert not any(a.changed for a in result.actions)
 
 
+def test_a_layer_of_another_output_has_no_part_in_the_main_one() -> None:
+    class TwoOutputs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.side, self.head = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            h = self.stem(x).relu()
+            return self.head(h), self.side(h)
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 8)
+    program = gw.trace(TwoOutputs().eval(), (x,))
+    chosen = layers(program)
+    place = [layer.name for layer in chosen].index("side")
+    assert error_dag.reachable(program, chosen)[:-1, -1].sum() == 2
+    assert not error_dag.reachable(program, chosen)[place, -1]
+    made = ErrorDag(trials=16)(program, calibration=[{"x": x}])
+    assert made.facts["analyze.error_dag"]["influence"]["side"] == 0.0
+
+
 def test_influences_are_the_layers_shares_of_the_error() -> None:
     """The error of a sum of independent ones: the share of each, averaged over the trials."""
     program, batches = branches()

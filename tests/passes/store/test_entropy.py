@@ -141,3 +141,12 @@ def test_refusals(tmp_path: Path) -> None:
     wrong = coarse().replace(facts={FACT: {"latent": "many"}})
     with pytest.raises(ArgumentError, match=r"record of store\.entropy"):
         wrong.save(tmp_path / "wrong.pt2")
+
+
+def test_onnx_files_are_said_to_stay_as_they_are() -> None:
+    coded, plain = (gw.lower(p, "onnxruntime").notes["warnings"] for p in (
+        Entropy()(coarse()), coarse()))  # fmt: skip
+    assert [text for text in coded if text not in plain] == [
+        "ONNX files keep codes at their fixed width: what store.entropy saves, it saves in "
+        "program.pt2 and in artifacts of the backend triton"
+    ]
