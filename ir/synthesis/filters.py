@@ -39,19 +39,32 @@ class Made:
 def agreement(logits: Tensor, labels: Tensor) -> Tensor:
     """How far a model agrees with the labels of samples, (samples,) in [0, 1].
 
-    Of a classifier, the probability of the class; of dense predictions, the share of the labelled
-    elements (those that are not -100) that it names, with 1e-6 added to their number: a sample
-    without any gets 0.
+    Of a classifier, the probability of the class, 0 where it is -100; of dense predictions, the
+    share of the labelled elements (those that are not -100) that it names, with 1e-6 added to their
+    number: a sample without any gets 0.
 
     Args:
         logits: (samples, classes, ...).
         labels: (samples, ...), classes.
 
+    Raises:
+        ModelError: labels are no classes of the model, one per sample or per element.
+
     Source: P78, which takes one share for a whole batch; here every sample has its own.
     """
-    if logits.dim() == 2:
-        return logits.softmax(-1).gather(1, labels.long()[:, None])[:, 0]
+    wanted, classes = (len(logits), *logits.shape[2:]), logits.shape[1]
+    if tuple(labels.shape) != wanted or labels.is_floating_point():
+        raise ModelError(
+            f"filter: agreement takes classes, whole numbers {list(wanted)}, and the labels are "
+            f"{labels.dtype} {list(labels.shape)}",
+            fix="Leave `filter` out.",
+        )
     labelled = labels != IGNORED_LABEL
+    if bool((labelled & ((labels < 0) | (labels >= classes))).any()):
+        raise ModelError(f"filter: agreement: labels go beyond the model's {classes} classes")
+    if logits.dim() == 2:
+        named = torch.where(labelled, labels, 0).long()[:, None]
+        return logits.softmax(-1).gather(1, named)[:, 0] * labelled
     right = (logits.argmax(1) == labels) & labelled
     return right.flatten(1).sum(1) / (labelled.flatten(1).sum(1) + TINY)
 

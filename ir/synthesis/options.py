@@ -74,7 +74,8 @@ class SynthesisOptions(Options):
     """Standard deviation per channel that the model's images are normalized with."""
 
     weight_adjust: WeightAdjust | None = None
-    """Gives every batch a teacher of its own, so that batches differ more; off when absent."""
+    """Gives every batch a teacher of its own, so that batches differ more; off when absent. The
+    paper has no curriculum with it: set `milestone: 0`."""
 
     step: Literal["fixed", "adaptive"] = "fixed"
     """`adaptive` lets every image lengthen or shorten its step, by what the model says of the whole

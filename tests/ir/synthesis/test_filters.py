@@ -52,6 +52,18 @@ def test_of_a_class_its_probability():
     assert found.tolist() == pytest.approx(expected)
 
 
+def test_labels_that_are_no_classes_are_told():
+    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]])
+    assert agreement(logits, torch.tensor([1, -100])).tolist()[1] == 0
+    with pytest.raises(ModelError, match="labels go beyond the model's 3 classes"):
+        agreement(logits, torch.tensor([1, 3]))
+    with pytest.raises(ModelError, match=r"takes classes, whole numbers \[2\], and the labels are"):
+        agreement(logits, torch.rand(2, 3))
+    images = torch.rand(2, 3, 4, 4)
+    with pytest.raises(ModelError, match=r"whole numbers \[2, 4, 4\]"):
+        agreement(images, images)
+
+
 def test_rejected_images_are_what_they_were_made_of():
     x, labels = stripes.images(8, seed=5)
     bad = x.clone()

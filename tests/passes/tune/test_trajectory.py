@@ -217,6 +217,18 @@ def test_the_denoising_loss_is_balanced_at_the_last_layer() -> None:
     assert extra == pytest.approx(0.5 * float(found[0].norm()), rel=1e-3)
 
 
+def test_the_average_follows_what_is_trained() -> None:
+    program = student()
+    options = Trajectory(levels=8, width=32, target_ema=0.75).options
+    hook = Jumping(Training(planar.corrected(), "test"), Context(), options, levels(8), program)
+    moved = {name: nn.Parameter(p.detach() + 4.0) for name, p in program.trainable().items()}
+    before = {name: p.clone() for name, p in hook.average.named_parameters()}
+    hook.after_step(Moment(0, 5, 0, moved, torch.optim.SGD(list(moved.values()), lr=1.0)))
+    after = dict(hook.average.named_parameters())
+    for name in moved:
+        torch.testing.assert_close(after[name], before[name] + 1.0)
+
+
 def replace_weight(weight: float):
     return Trajectory(levels=8, width=32, teacher_steps=2, denoising_weight=weight).options
 
