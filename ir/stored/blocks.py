@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -52,8 +53,7 @@ class Blocks:
     def split(self, rows: int) -> Iterator[Blocks]:
         """The same of at most `rows` rows at a time."""
         for at in range(0, max(len(self.codes), 1), rows):
-            part = slice(at, at + rows)
-            yield self.through(lambda tensor, part=part: tensor[part])
+            yield self.through(itemgetter(slice(at, at + rows)))
 
     def through(self, function: Callable[[Tensor], Tensor]) -> Blocks:
         """The same with what a function makes of each tensor."""
