@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -149,9 +149,23 @@ RATE, WEIGHTS = "weight_rate", "log_weights"
 
 
 def reweighted(
-    plan: Plan, record: Denoiser, i: int, x: Tensor, state: dict[str, Tensor]
+    plan: Plan,
+    record: Denoiser,
+    i: int,
+    x: Tensor,
+    state: dict[str, Tensor],
+    doubled: Collection[str] = (),
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(x, state) behind a step, with weights grown by it, and resampled but for the last step."""
+    """(x, state) behind a step, with weights grown by it, and resampled but for the last step.
+
+    Args:
+        plan: the trajectory.
+        record: of the denoiser.
+        i: number of the step.
+        x: [particles, ...] behind it.
+        state: tensors with a row per particle, and flags without an axis.
+        doubled: names of those that are [2, particles, ...].
+    """
     here, there = plan.path.levels[i], plan.path.levels[i + 1]
     _, g2 = drift(plan.path.schedule, here.t, here.a, here.s)
     rest = dict(state)
@@ -160,11 +174,13 @@ def reweighted(
     assert record.guidance is not None
     least = float(record.guidance.settings["weights"]["least"])
     if i + 1 < plan.path.steps:
+        flags = {n: t for n, t in rest.items() if not t.dim()}
+        rows = {n: _turned(n, t, doubled) for n, t in rest.items() if t.dim()}
         moved, weights = resampled(
-            {**rest, "x": x}, weights, plan.particles, _offsets(plan, i), least
+            {**rows, "x": x}, weights, plan.particles, _offsets(plan, i), least
         )
         x = moved.pop("x")
-        rest = moved
+        rest = {**flags, **{n: _turned(n, t, doubled) for n, t in moved.items()}}
     return x, {**rest, WEIGHTS: weights}
 
 
@@ -173,6 +189,11 @@ def settled(plan: Plan, x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
     offsets = _offsets(plan, plan.path.steps)
     moved, _ = resampled({"x": x}, state[WEIGHTS], plan.particles, offsets, ALWAYS)
     return moved["x"]
+
+
+def _turned(name: str, tensor: Tensor, doubled: Collection[str]) -> Tensor:
+    """Rows first, and back."""
+    return tensor.transpose(0, 1) if name in doubled else tensor
 
 
 def _offsets(plan: Plan, i: int) -> Tensor:

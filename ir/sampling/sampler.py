@@ -240,7 +240,9 @@ class Sampler:
 
         x, own = plan.solver.step(denoise, x, plan.path, i, own, list(noise))
         state = {**kept, **{SOLVER + name: tensor for name, tensor in own.items()}}
-        return reweighted(plan, self.record, i, x, state) if plan.particles > 1 else (x, state)
+        if plan.particles == 1:
+            return x, state
+        return reweighted(plan, self.record, i, x, state, self._doubled)
 
     # ---- retrieval
 
@@ -303,10 +305,15 @@ class Sampler:
             return {}
         found = {n: state[CACHED + n] for n in self.record.cached}
         if name.startswith(CONDITIONED) and BOTH in state:
-            doubled = {s.name for s in self.parts[FULL + SHALLOW].signature.inputs
-                       if s.shape[:1] == (2,)}  # fmt: skip
-            found = {n: t[0] if n in doubled else t for n, t in found.items()}
+            found = {n: t[0] if CACHED + n in self._doubled else t for n, t in found.items()}
         return found
+
+    @cached_property
+    def _doubled(self) -> frozenset[str]:
+        """Names in the state of what is kept as [2, batch, ...], with and without the condition."""
+        part = self.parts.get(FULL + SHALLOW)
+        specs = part.signature.inputs if part is not None else ()
+        return frozenset(CACHED + spec.name for spec in specs if spec.shape[:1] == (2,))
 
     def _look(self, found: Mapping[str, Tensor], state: State) -> None:
         """Ends guidance where the two predictions are alike."""

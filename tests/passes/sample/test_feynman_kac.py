@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models import denoisers
 from torch import Tensor, nn
 
 import graphwright as gw
 from graphwright.ir.errors import ArgumentError
 from graphwright.ir.sampling.guidance import Weighted
+from graphwright.ir.sampling.particles import reweighted
 from graphwright.ir.sampling.sampler import Sampler
 
 DENOISER = ("sample.denoiser", {"unconditional": {"label": 4}})
@@ -121,3 +123,26 @@ def test_rates_keep_their_digits_where_predictions_are_alike() -> None:
     *_, rate = Weighted()(with_, with_, with_, without, with_, *levels, *numbers)
     square = (with_.double() - without.double()).flatten(1).square().sum(1)
     torch.testing.assert_close(rate.double(), 2.5 * 1.5 / 2 * square / 0.64, rtol=1e-4, atol=0)
+
+
+def test_kept_features_are_resampled_with_their_particles() -> None:
+    network = denoisers.conv_denoiser(
+        schedule={"kind": "vp", "time_scale": 999.0}, solver="reverse_sde",
+        grid={"spacing": "uniform", "end": 0.01},
+    )  # fmt: skip
+    guided = gw.passes.sample.FeynmanKac(resample_below=2.0)(network)
+    sampler = Sampler.of(gw.passes.sample.Reuse(modules=["middle"])(guided))
+    plan = sampler.plan(2, {"label": torch.tensor([1, 1])}, steps=3, particles=2)
+    assert sampler._doubled == {"cached.cached_0"}
+    x = torch.arange(2.0)[:, None]
+    state = {
+        "cached.cached_0": torch.stack([x, 10 + x]), "cached_rows_of_both": torch.ones(()).bool(),
+        "weight_rate": torch.zeros(2), "log_weights": torch.tensor([-50.0, 50.0]).double(),
+    }  # fmt: skip
+    moved, after = reweighted(plan, sampler.record, 0, x, state, sampler._doubled)
+    assert moved.flatten().tolist() == [1.0, 1.0]  # the one with the weight
+    assert after["cached.cached_0"].flatten().tolist() == [1.0, 1.0, 11.0, 11.0]
+    noise = torch.randn(6, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    made = sampler.sample(noise, {"label": torch.full((6,), 1)}, steps=4, particles=3, seed=0)
+    assert torch.isfinite(made).all()
+    assert sampler.calls == {"full": 2, "full_shallow": 2}
