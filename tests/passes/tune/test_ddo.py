@@ -61,6 +61,22 @@ def test_a_level_weighs_as_the_networks_own_output(kind: str) -> None:
     torch.testing.assert_close(weight * (data[0] - data[1]).square(), wanted)
 
 
+def test_delta_is_a_difference_of_losses_on_the_networks_own_output() -> None:
+    program = planar.otherwise(planar.corrected(), parameterization="epsilon")
+    fakes, g = planar.data(1, 5, seed=4)[0], torch.Generator().manual_seed(1)
+    hook = Against(Training(program, "test"), Context(), program, fakes, alpha=2.0, beta=0.3)
+    made = dict(hook.on_batch(SimpleNamespace(step=0, micro=0), planar.data(1, 4)[0]))
+    own, other = (torch.randn(made["clean"].shape, generator=g) for _ in range(2))
+    made["copy"] = made["clean"] + other
+    outputs = {DENOISED: made["clean"] + own}
+    found = hook.on_loss(SimpleNamespace(step=0, micro=0), torch.zeros(()), outputs, made)
+    weight = (made["alpha"] / made["sigma"]).square()  # of the noise that epsilon is
+    delta = (-weight * (own.square().sum(1) - other.square().sum(1))).double().numpy()
+    sigmoid = 1 / (1 + np.exp(-0.3 * delta))
+    wanted = -np.log(sigmoid[:4]).mean() - 2.0 * np.log(1 - sigmoid[4:]).mean()
+    assert float(found) == pytest.approx(wanted, rel=1e-4)
+
+
 def test_both_networks_are_asked_at_the_same_noise() -> None:
     """Delta is zero before training, and the gradient of the recipe is the paper's identity."""
     program = planar.corrected()
