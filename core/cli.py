@@ -130,6 +130,10 @@ def _optimize_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         default=True,
         help="go on after the last finished pass of a run that was killed",
     )
+    parser.add_argument(
+        "--plan", action="store_true",
+        help="print each stage's estimated time, memory and disk; run and write nothing",
+    )  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="print errors only")
     _common(parser, _do_optimize)
     return parser
@@ -159,6 +163,11 @@ def _do_optimize(arguments: argparse.Namespace) -> int:
         resume=arguments.resume,
         quiet=arguments.quiet,
     )
+    if arguments.plan:
+        from graphwright.plan.job import plan
+
+        plan(arguments.model, spec, settings)
+        return 0
     run(arguments.model, spec, settings)
     return 0
 

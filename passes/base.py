@@ -17,6 +17,7 @@ from graphwright.ir.errors import ArgumentError, ContractError
 from graphwright.ir.graph.writes import Writes
 from graphwright.ir.options import EVERY_DTYPE, Options
 from graphwright.ir.program import Program, Provenance
+from graphwright.ir.work import BACKWARD, FORWARD, Load, Work
 from graphwright.passes.registry import all_passes, find_pass, register
 
 Contract = Literal["exact", "identity_at_init", "lossy"]
@@ -238,6 +239,26 @@ class Pass(Generic[OptionsT]):
         result = self.run(stored, context)
         said = tuple(Action(n, "weight stored", "it was computed from parameters") for n in names)
         return replace(result, actions=(*said, *result.actions))
+
+    def cost(self, load: Load) -> Work:
+        """The work of a run, counted from shapes, for estimates (`optimize --plan`).
+
+        What a pass of its needs does: it writes the weights that it targets anew; with calibration
+        it runs the data forward, for gradients backward too, and trains as `tune` says. A pass
+        that does far more adds that to what this gives.
+
+        Args:
+            load: sizes of the model and of the data.
+        """
+        layers = load.targeted(getattr(self.options, "targets", None) or ("*",))
+        work = load.rewritten(layers)
+        if self.needed == "calibration":
+            work += load.forward(load.calibration)
+        elif self.needed == "gradients":
+            work += load.forward(load.calibration).times(FORWARD + BACKWARD)
+        elif self.needed == "training":
+            work += load.training_steps(getattr(self.options, "tune", None), load.training)
+        return work
 
     def effect(self, result: Result) -> Effect:
         """The effect of a run on weights: as its result says, or as the pass declares."""

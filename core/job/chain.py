@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from graphwright.ir.lack import lack
 from graphwright.job.checkpoint import Checkpoints
 from graphwright.job.data import write_made
 from graphwright.job.keys import chain_keys
+from graphwright.job.run import clock
 
 if TYPE_CHECKING:
     from graphwright.ir.check.verify import Checker
@@ -45,7 +45,8 @@ def run_chain(
     records: list[dict[str, Any]] = []
     program, begin, uncompressed = original, 0, original
     checkpoints = Checkpoints(run.place.work / "checkpoints")
-    checker = _checker(run, original, calibration)
+    with run.stage("first run"):
+        checker = _checker(run, original, calibration)
     if not run.settings.resume:
         run.place.drop_pass_work()
     found = checkpoints.load(keys, run.warn) if run.settings.resume else None
@@ -131,16 +132,17 @@ def _one_pass(
     call = run.spec.passes[index]
     step = find_pass(call.id)(**call.options)
     run.note_peak()
-    begin = time.monotonic()
+    begin = clock()
     with run.progress.stage(call.id):
         result, skipped = _executed(run, step, program, context)
         result = replace(result, program=new_tensors_mapped(program, result.program))
-        peak = run.note_peak()
-        seconds = time.monotonic() - begin
+        peak, behind = run.note_peak(), clock()
+        run.note_stage(f"{index} {call.id}", begin, peak)
         try:
             error = checker.accept(result.program, step.promise())
         except ContractError as failure:
             raise _with_reproducer(run, failure, program, index, context) from failure
+    run.note_stage(f"{index} check", behind, run.note_peak())
     said = [f"{call.id}: {text}" for text in result.warnings]
     for text in said:
         run.warn(text)
@@ -148,7 +150,7 @@ def _one_pass(
         "id": call.id,
         "options": step.resolved_options(),
         "contract": step.contract,
-        "seconds": seconds,
+        "seconds": behind[0] - begin[0],
         "peak_rss_bytes": peak,
         "error": error.as_dict(),
         "decode": checker.decode_error,

@@ -58,7 +58,7 @@ def seen_data(
         ModelError, ArgumentError: the model lacks what a `source` takes, or data cannot be read.
     """
     sections = [run.spec.calibration, run.spec.training]
-    _check_made(run.spec, program, several=parts is not None)
+    check_made(run.spec, program, several=parts is not None)
     found: list[Batches | None] = [None, None]
     for index in sorted((0, 1), key=lambda i: getattr(sections[i], "source", None) is not None):
         section = sections[index]
@@ -92,7 +92,7 @@ def write_made(section: dict[str, Any], batches: Batches | None, folder: Path, n
     section["data"] = f"{name}.safetensors"
 
 
-def _check_made(spec: Spec, program: Program, *, several: bool) -> None:
+def check_made(spec: Spec, program: Program, *, several: bool) -> None:
     """What the model lacks for the data that the spec lets be made of it."""
     from graphwright.ir.errors import ArgumentError
     from graphwright.ir.synthesis.source import check_source

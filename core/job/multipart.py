@@ -59,14 +59,7 @@ def build_parts(run: Run, parts: Parts, build: Callable[[Run, Program], Outcome]
         ArgumentError: a section has no meaning for several programs.
         ModelError: a pass has nothing to do in any part.
     """
-    for name in ONE_PROGRAM:
-        if getattr(run.spec, name):
-            raise ArgumentError(
-                f"the model is compiled as {len(parts)} programs ({', '.join(parts)}), and "
-                f"`{name}` is for one",
-                where=name,
-                fix="Leave the section out.",
-            )
+    check_sections(run.spec, parts)
     for name in run.spec.parts:
         if name not in parts:
             raise ArgumentError(f"the model has no part {name!r}, but {', '.join(parts)}",
@@ -75,7 +68,7 @@ def build_parts(run: Run, parts: Parts, build: Callable[[Run, Program], Outcome]
         run.place.fresh_staging()
     built: dict[str, Outcome] = {}
     for name, program in parts.items():
-        part = run.of_part(name, _spec_of(run.spec, parts, name))
+        part = run.of_part(name, spec_of(run.spec, parts, name))
         built[name] = build(part, program)
         run.peak = max(run.peak, part.peak)
     programs = Parts({name: cast("Program", outcome.program) for name, outcome in built.items()})
@@ -95,6 +88,18 @@ def build_parts(run: Run, parts: Parts, build: Callable[[Run, Program], Outcome]
     return BuiltParts(programs, compiled, report)
 
 
+def check_sections(spec: Spec, parts: Parts) -> None:
+    """Raises ArgumentError where a section has no meaning for several programs."""
+    for name in ONE_PROGRAM:
+        if getattr(spec, name):
+            raise ArgumentError(
+                f"the model is compiled as {len(parts)} programs ({', '.join(parts)}), and "
+                f"`{name}` is for one",
+                where=name,
+                fix="Leave the section out.",
+            )
+
+
 def refuse_parts(spec: Spec) -> None:
     """Refuses chains of parts for a model that has none.
 
@@ -109,7 +114,7 @@ def refuse_parts(spec: Spec) -> None:
         )
 
 
-def _spec_of(spec: Spec, parts: Parts, name: str) -> Spec:
+def spec_of(spec: Spec, parts: Parts, name: str) -> Spec:
     """The spec of one part: selectors of other parts' layers out, bounds left to the whole.
 
     A part with a chain of its own has that one as it is.
@@ -146,6 +151,8 @@ def _report(
     from graphwright.report.parts import joined
 
     whole = joined(reports)
+    loading = [{"part": "", "estimated": None, **stage} for stage in run.stages]
+    whole["stages"] = [*loading, *whole["stages"]]
     whole["warnings"] = list(dict.fromkeys([*run.warnings, *whole["warnings"]]))
     seconds = run.seconds()
     bounds = check_bounds(

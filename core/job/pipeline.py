@@ -27,6 +27,7 @@ from graphwright.job.multipart import build_parts, refuse_parts
 from graphwright.job.place import OutputPlace
 from graphwright.job.rules import check_rules, dtype_refusal
 from graphwright.job.run import JobSettings, Run
+from graphwright.plan.table import compared
 from graphwright.specs.code import refuse_code
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from graphwright.ir.files.exports import Export
     from graphwright.ir.parts import Parts
     from graphwright.ir.program import Program
+    from graphwright.plan.estimate import Step
     from graphwright.specs.spec import Spec
 
 __all__ = ["JobSettings", "Outcome", "run"]
@@ -103,8 +105,8 @@ class Job:
                 self.run, source, lambda run, parts, part, p: Job(run, parts).build(part, p)
             )
         else:
-            loaded = self._load(source)
-            original = self._trace(loaded)
+            loaded = self.load(source)
+            original = self.trace(loaded)
             if not isinstance(original, Mapping):
                 refuse_parts(self.spec)
                 return self.finish(self.build(loaded, original), loaded)
@@ -115,10 +117,12 @@ class Job:
 
     def build(self, loaded: LoadedModel, original: Program) -> Outcome:
         """Everything but the files of the report; no report in a process that only helps."""
-        exports = self._exports(original)
-        held_out = self._held_out(original, loaded)
-        calibration, training = seen_data(self.run, original, loaded.tokenizer, self.parts)
-        program, records, checker = run_chain(self.run, original, calibration, training)
+        exports = self.exports(original)
+        data = self.read_data(original, loaded)
+        steps = self._estimate(original, data)
+        program, records, checker = run_chain(
+            self.run, original, data["calibration"], data["training"]
+        )
         if not self.run.place.is_main:
             return Outcome(self.run.place.out, {}, program)
         for line in left_as_they_are(program, records):
@@ -126,15 +130,19 @@ class Job:
         staging = self.run.place.fresh_staging()
         exported = self._export(exports, program, staging, loaded)
         compiled = self._lower(program)
-        artifacts = self._save(program, compiled, staging)
-        fidelity = self._fidelity(checker, compiled, artifacts)
+        with self.run.stage("write"):
+            artifacts = self._save(program, compiled, staging)
+        with self.run.stage("fidelity"):
+            fidelity = self._fidelity(checker, compiled, artifacts)
         artifacts += exported
-        evaluation = self._evaluate(original, program, compiled, held_out)
+        evaluation = self._evaluate(original, program, compiled, data["evaluate"])
         latency = self._latency(original, loaded, compiled)
-        report = self._report(
-            loaded, original, program, records, fidelity, compiled, artifacts,
-            evaluation, latency,
-        )  # fmt: skip
+        with self.run.stage("report"):
+            report = self._report(
+                loaded, original, program, records, fidelity, compiled, artifacts,
+                evaluation, latency,
+            )  # fmt: skip
+        compared(report, steps, self.run.stages)
         return Outcome(self.run.place.out, report, program, compiled)
 
     def finish(self, outcome: Outcome, loaded: LoadedModel) -> Outcome:
@@ -147,10 +155,11 @@ class Job:
 
     # ---- stages
 
-    def _load(self, source: str | Path) -> LoadedModel:
+    def load(self, source: str | Path) -> LoadedModel:
+        """Opens the model."""
         from graphwright.ir.files import load_model
 
-        with self.progress.stage("load"):
+        with self.run.stage("load"):
             loaded = load_model(
                 source,
                 section=self.spec.model,
@@ -161,19 +170,38 @@ class Job:
             self.run.warn(text)
         return loaded
 
-    def _trace(self, loaded: LoadedModel) -> Program | Parts:
+    def trace(self, loaded: LoadedModel) -> Program | Parts:
+        """Traces it, into several programs where it is several."""
         import warnings
 
         from graphwright.ir.trace.capture import TraceWarning
         from graphwright.job.build import build_traced
 
-        with self.progress.stage("trace"), warnings.catch_warnings(record=True) as caught:
+        with self.run.stage("trace"), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", TraceWarning)
             program = build_traced(loaded, self.spec.model, self.spec.seed)
         for warning in caught:
             if issubclass(warning.category, TraceWarning):
                 self.run.warn(str(warning.message))
         return program
+
+    def read_data(self, program: Program, loaded: LoadedModel) -> dict[str, Any]:
+        """The data of the sections `evaluate`, `calibration` and `training`, None where absent."""
+        with self.run.stage("data"):
+            held_out = self._held_out(program, loaded)
+            seen = seen_data(self.run, program, loaded.tokenizer, self.parts)
+        return {"evaluate": held_out, "calibration": seen[0], "training": seen[1]}
+
+    def _estimate(self, program: Program, data: Mapping[str, Any]) -> list[Step]:
+        """What the stages to come will take; nothing where there is no report to put it into."""
+        if not self.run.place.is_main:
+            return []
+        from graphwright.plan.job import planned
+        from graphwright.plan.rates import measured_rates
+
+        found = measured_rates(self.run.settings.device, self.progress.note)
+        with self.run.stage("estimate"):
+            return [] if found is None else planned(self.run, program, data, found)
 
     def _data(self, section: Any, program: Program, loaded: LoadedModel) -> Batches | None:
         if section is None:
@@ -202,7 +230,7 @@ class Job:
                 work=self.run.place.work / "lower",
                 scope=("lower", call.id),
             )
-            with self.progress.stage(call.id):
+            with self.run.stage(call.id):
                 compiled[call.id] = lower_program(program, call.id, call.options, context)
             for text in compiled[call.id].notes.get("warnings", ()):
                 self.run.warn(f"{call.id}: {text}")
@@ -243,7 +271,7 @@ class Job:
                 raise LoweringError(f"{name}: {'; '.join(error.notes)}")
         return max(found.values(), key=lambda error: 0.0 if error.blank else error.relative)
 
-    def _exports(self, program: Program) -> list[Export]:
+    def exports(self, program: Program) -> list[Export]:
         """The formats to write, looked at before the passes run."""
         from graphwright.ir.files.exports import EXPORTS
 
@@ -257,7 +285,7 @@ class Job:
     ) -> list[dict[str, Any]]:
         rows = []
         for export in exports:
-            with self.progress.stage(f"export {export.name}"):
+            with self.run.stage(f"export {export.name}"):
                 notes = export.write(program, staging, loaded.folder)
             for text in notes:
                 self.run.warn(f"export {export.name}: {text}")
@@ -273,7 +301,7 @@ class Job:
         from graphwright.evaluation.stage import evaluated
 
         result = next(iter(compiled.values()), program)
-        with self.progress.stage("evaluate"):
+        with self.run.stage("evaluate"):
             say, root = self.progress.update, self.spec.folder
             return evaluated(self.spec.evaluate, original, result, data, root=root, progress=say)
 
@@ -282,7 +310,7 @@ class Job:
     ) -> list[dict[str, Any]]:
         from graphwright.job.latency import against_the_original
 
-        with self.progress.stage("latency"):
+        with self.run.stage("latency"):
             return against_the_original(loaded, original, compiled, self.run)
 
     def _report(

@@ -68,14 +68,14 @@ class OutputPlace:
         if not self.is_main:
             yield
             return
-        self._check()
+        self.check()
         with self._lock():
             try:
                 yield
             finally:
                 self._tidy()
 
-    def _check(self) -> None:
+    def check(self) -> None:
         """Raises ArgumentError where the output folder cannot be replaced."""
         try:
             if self.out.exists() and not self.out.is_dir():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from graphwright.ir.errors import RequirementError
 from graphwright.job.memory import peak_rss_bytes, reset_peak
@@ -41,6 +43,11 @@ class JobSettings:
     checkpoint_seconds: float = 2.0
 
 
+def clock() -> tuple[float, float]:
+    """Seconds of the clock, and of the processor in this process."""
+    return time.monotonic(), time.process_time()
+
+
 @dataclass
 class Run:
     """The state that all stages of a run share.
@@ -53,6 +60,7 @@ class Run:
         code: the user's own code that ran, one line each.
         part: name of the part of the model that this run is about; empty where it is one program.
         made: whether data was made of the model in this run.
+        stages: name, seconds, processor_seconds and peak_rss_bytes of every stage that has ended.
     """
 
     spec: Spec
@@ -65,10 +73,11 @@ class Run:
     code: list[str] = field(default_factory=list)
     part: str = ""
     made: bool = False
+    stages: list[dict[str, Any]] = field(default_factory=list)
 
     def of_part(self, name: str, spec: Spec) -> Run:
         """The same run on one part of the model, with a place and a spec of its own."""
-        return replace(self, part=name, place=self.place.part(name), spec=spec)
+        return replace(self, part=name, place=self.place.part(name), spec=spec, stages=[])
 
     def warn(self, text: str) -> None:
         """Notes something the user should know, in the report and on the console; once."""
@@ -90,6 +99,22 @@ class Run:
         self.peak = max(self.peak, peak)
         reset_peak()
         return peak
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Shows `name` while the block runs, and notes its time and its peak of memory."""
+        self.note_peak()
+        since = clock()
+        with self.progress.stage(name):
+            yield
+        self.note_stage(name, since, self.note_peak())
+
+    def note_stage(self, name: str, since: tuple[float, float], peak: int) -> None:
+        """Notes a stage that began at `since`, a reading of `clock`."""
+        wall, own = (now - then for now, then in zip(clock(), since, strict=True))
+        self.stages.append(
+            {"name": name, "seconds": wall, "processor_seconds": own, "peak_rss_bytes": peak}
+        )
 
     def seconds(self) -> float:
         """Time since the start."""

@@ -196,13 +196,15 @@ def print_summary(
     console = console or Console()
     if report["passes"]:
         chain = Table(box=None, pad_edge=False, header_style="dim")
-        for title, side in [("pass", "left"), ("contract", "left"), ("changed", "right"),
-                            ("time", "right"), ("error", "right")]:  # fmt: skip
-            chain.add_column(title, justify=side)  # type: ignore[arg-type]
+        for title in ("pass", "contract"):
+            chain.add_column(title)
+        for title in ("changed", "time", "estimated", "error"):
+            chain.add_column(title, justify="right")
         for row in report["passes"]:
             chain.add_row(
                 _named(row, row["id"]), row["contract"], str(changed_layers(row)),
-                time_text(row["seconds"]), error_text(row["error"]),
+                time_text(row["seconds"]), time_text((row.get("estimated") or {}).get("seconds")),
+                error_text(row["error"]),
             )  # fmt: skip
         console.print(chain)
         console.print()
@@ -238,6 +240,7 @@ def summary_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
             f"({_named(row, row['backend'])}, {row['device']}, {row['threads']} threads)"
         )
         lines.append(("latency", text))
+    lines += _estimate_lines(report)
     lines += [("warning", text) for text in report["warnings"]]
     lines += [("ran code", text) for text in report["code"]]
     for row in report["require"]:
@@ -258,6 +261,21 @@ def _fidelity_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("fidelity", f"{error_text(row['fidelity'])} ({_named(row, row['backend'])})")
         for row in rows
     ]
+
+
+def _estimate_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """The stages with an estimate, all together."""
+    from graphwright.report.charts import size_text, time_text
+
+    rows = [row for row in report.get("stages", []) if row["estimated"]]
+    if not rows:
+        return []
+    took = sum(row["seconds"] for row in rows)
+    told = sum(row["estimated"]["seconds"] for row in rows)
+    peak = max(row["peak_rss_bytes"] for row in rows)
+    high = max(row["estimated"]["peak_rss_bytes"] for row in rows)
+    return [("estimated", f"{time_text(told)} (it took {time_text(took)}), "
+                          f"{size_text(high)} of memory (it was {size_text(peak)})")]  # fmt: skip
 
 
 def _named(row: dict[str, Any], what: str) -> str:

@@ -42,6 +42,7 @@ class PassPart(_Part):
     contract: str
     seconds: float
     peak_rss_bytes: int
+    estimated: Estimate | None = None
     error: Figures
     decode: float | None = None
     """Of a decoder with a cache: relative error of its tokens one at a time against the same text
@@ -133,6 +134,27 @@ class SizePart(_Part):
     macs_after: int | None
 
 
+class Estimate(_Part):
+    """What a stage was thought to take before it ran."""
+
+    seconds: float
+    peak_rss_bytes: int
+    disk_bytes: int = 0
+
+
+class StagePart(_Part):
+    """A stage of the run: what it took, and what was estimated."""
+
+    name: str
+    """`0 quantize.int8` is the first pass, `0 check` its check."""
+    part: str = ""
+    seconds: float
+    processor_seconds: float
+    """Of this process; less than `seconds` where it waited for others."""
+    peak_rss_bytes: int
+    estimated: Estimate | None = None
+
+
 class Report(_Part):
     """`report.json`."""
 
@@ -146,6 +168,8 @@ class Report(_Part):
     layers: list[LayerPart] = []
     parts: dict[str, SizePart] = {}
     """Of a model of several programs: sizes of each. The rows above name the part they are of."""
+    stages: list[StagePart] = []
+    """In the order in which they ran; `estimated` as `optimize --plan` does."""
     notes: dict[str, Any] = {}
     """Notes of each backend: fusions, kernel counts, nodes that stayed, with the reason."""
     require: list[RequirePart] = []

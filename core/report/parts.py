@@ -30,7 +30,7 @@ def joined(reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
             for row in report["result"]["artifacts"]
         ],
     }
-    for key in ("passes", "latency", "layers"):
+    for key in ("passes", "latency", "layers", "stages"):
         whole[key] = _rows({part: report[key] for part, report in reports.items()})
     whole["notes"] = {
         f"{part}.{backend}": notes

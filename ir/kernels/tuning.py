@@ -56,13 +56,17 @@ def bucket(m: int) -> int:
     return 1 << max(m - 1, 0).bit_length()
 
 
+def cache_folder() -> Path:
+    """The user's cache folder."""
+    folder = os.environ.get(FOLDER)
+    if folder:
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graphwright"
+
+
 def cache_file(device: str) -> Path:
     """File that keeps the choices of a device."""
-    folder = os.environ.get(FOLDER)
-    if not folder:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = str(Path(home) / "graphwright")
-    return Path(folder) / f"tiles-{re.sub(r'[^A-Za-z0-9]+', '-', device).strip('-')}.json"
+    return cache_folder() / f"tiles-{re.sub(r'[^A-Za-z0-9]+', '-', device).strip('-')}.json"
 
 
 class Cache:

@@ -16,6 +16,7 @@ from graphwright.ir.layers.products import as_matrix, from_matrix
 from graphwright.ir.layers.selectors import select
 from graphwright.ir.options import Bounded, Selector
 from graphwright.ir.program import Program
+from graphwright.ir.work import Load, Work
 from graphwright.passes.base import Context, Pass, Result
 from graphwright.passes.compensate._math import low_rank
 
@@ -55,6 +56,10 @@ class Eora(Pass[EoraOptions]):
     needs = "calibration"
     papers = ("P02",)
     after = ("cleanup.*", "cast.*", "prune.*", "quantize.*")
+
+    def cost(self, load: Load) -> Work:
+        layers = load.targeted(self.options.targets)
+        return super().cost(load) + load.hessians(layers) + load.decompositions(layers)
 
     def run(self, program: Program, context: Context) -> Result:
         chosen = select(program, self.options.targets, PRODUCTS)

@@ -14,6 +14,7 @@ from graphwright.ir.layers.products import as_matrix, geometry, weight_value
 from graphwright.ir.layers.selectors import select
 from graphwright.ir.options import Bounded, Selector
 from graphwright.ir.program import Program
+from graphwright.ir.work import Load, Work
 from graphwright.passes.base import Context, Pass, Result
 from graphwright.passes.compensate._math import low_rank
 
@@ -41,6 +42,10 @@ class Svd(Pass[SvdOptions]):
     contract = "lossy"
     behind = low_rank.COMPRESSING
     after = ("cleanup.*", "cast.*", "prune.*", "quantize.*")
+
+    def cost(self, load: Load) -> Work:
+        layers = load.targeted(self.options.targets)
+        return super().cost(load) + load.decompositions(layers)
 
     def run(self, program: Program, context: Context) -> Result:
         chosen = select(program, self.options.targets, PRODUCTS)

@@ -13,6 +13,7 @@ from graphwright.ir.errors import ModelError
 from graphwright.ir.layers.kinds import MATRICES, TURNED
 from graphwright.ir.layers.selectors import layers
 from graphwright.ir.program import Program
+from graphwright.ir.work import STRUCTURAL, Load, Work
 from graphwright.passes.base import Action, Context, Pass, Result, WeightKind
 from graphwright.passes.decompose._attention.find import Attention, attentions
 from graphwright.passes.decompose._attention.rebuild import NewScores, NewValues, Rebuild
@@ -88,6 +89,9 @@ class Modegpt(Pass[ModegptOptions]):
     before = ("quantize.*", *MASKS)
     weights = "reformed"
     stores_weights = True
+
+    def cost(self, load: Load) -> Work:
+        return super().cost(load) + Work(edited=STRUCTURAL * load.nodes)
 
     def run(self, program: Program, context: Context) -> Result:
         options = self.options

@@ -19,6 +19,7 @@ from graphwright.ir.layers.products import as_matrix, from_matrix, geometry, wei
 from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.options import Rule
 from graphwright.ir.program import Program
+from graphwright.ir.work import Load, Work
 from graphwright.passes.base import Action, Context, Need, Pass, Result, WeightKind
 from graphwright.passes.decompose._form.eligible import eligible
 from graphwright.passes.decompose._form.pair import (
@@ -73,6 +74,11 @@ class Svd(Pass[SvdOptions]):
     before = ("quantize.*", *MASKS)
     weights = "reformed"
     stores_weights = True
+
+    def cost(self, load: Load) -> Work:
+        layers = load.targeted(self.options.targets)
+        work = super().cost(load) + load.decompositions(layers)
+        return work if self.needed == "nothing" else work + load.hessians(layers)
 
     def run(self, program: Program, context: Context) -> Result:
         options = self.options

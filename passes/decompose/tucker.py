@@ -14,6 +14,7 @@ from graphwright.ir.layers.factors import relative_error
 from graphwright.ir.layers.kinds import CONVOLUTIONS
 from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.program import Program
+from graphwright.ir.work import Load, Work
 from graphwright.passes.base import Action, Context, Pass, Result, WeightKind
 from graphwright.passes.decompose._form.eligible import eligible
 from graphwright.passes.decompose._form.ranks import RankOptions, choose_rank, names, own_ranks
@@ -44,6 +45,10 @@ class Tucker(Pass[TuckerOptions]):
     before = ("quantize.*", *MASKS)
     weights = "reformed"
     stores_weights = True
+
+    def cost(self, load: Load) -> Work:
+        layers = load.targeted(self.options.targets)
+        return super().cost(load) + load.decompositions(layers)
 
     def run(self, program: Program, context: Context) -> Result:
         groups, actions = eligible(program, self.id, self.options.targets, CONVOLUTIONS)

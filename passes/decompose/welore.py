@@ -17,6 +17,7 @@ from graphwright.ir.layers.factors import split
 from graphwright.ir.layers.kinds import MATRICES, TURNED
 from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.program import Program
+from graphwright.ir.work import Load, Work
 from graphwright.passes.base import Action, Context, Pass, Result, WeightKind
 from graphwright.passes.decompose._form.eligible import eligible
 from graphwright.passes.decompose._form.pair import insert_pair
@@ -69,6 +70,10 @@ class Welore(Pass[WeloreOptions]):
     before = ("quantize.*", *MASKS)
     weights = "reformed"
     stores_weights = True
+
+    def cost(self, load: Load) -> Work:
+        layers = load.targeted(self.options.targets)
+        return super().cost(load) + load.decompositions(layers)
 
     def run(self, program: Program, context: Context) -> Result:
         options = self.options

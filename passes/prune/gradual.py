@@ -12,6 +12,7 @@ from graphwright.ir.options import Bounded, Rule, Targets
 from graphwright.ir.program import Program
 from graphwright.ir.tune import History, TuneOptions, tune
 from graphwright.ir.tune.zeros import zeros_to_keep
+from graphwright.ir.work import Load, Work
 from graphwright.passes.base import MATRICES, Action, Context, Pass, Result
 from graphwright.passes.prune._masks.layers import maskable, share_of_zeros
 from graphwright.passes.prune._masks.patterns import Pattern
@@ -114,6 +115,9 @@ class Gradual(Pass[GradualOptions]):
     needs = "training"
     computes_in = ("float64", "float32", "bfloat16")  # in float16, updates round to nothing
     before: ClassVar[tuple[str, ...]] = ("cleanup.fold_batch_norm",)  # training wants the norms
+
+    def cost(self, load: Load) -> Work:
+        return super().cost(load).times(self.options.rounds)
 
     def run(self, program: Program, context: Context) -> Result:
         o = self.options

@@ -12,6 +12,7 @@ from graphwright.ir.layers.selectors import Layer
 from graphwright.ir.options import Rule
 from graphwright.ir.program import Program
 from graphwright.ir.tune.fisher import Fisher
+from graphwright.ir.work import BACKWARD, FORWARD, Load, Work
 from graphwright.passes.base import MATRICES, Action, Context, Pass, Result
 from graphwright.passes.prune._masks.layers import maskable, share_of_zeros, with_weights
 from graphwright.passes.prune._masks.patterns import Pattern, SparsityOptions
@@ -89,6 +90,13 @@ class Mfac(Pass[MfacOptions]):
     takes = MATRICES
     needs = "calibration"
     papers = ("P66",)
+
+    def cost(self, load: Load) -> Work:
+        whole = load.calibration
+        if whole is None:
+            return super().cost(load)
+        seen = self.options.gradients * self.options.batch_size / max(whole.samples, 1)
+        return super().cost(load) + load.forward(whole).times(seen * (FORWARD + BACKWARD))
 
     def run(self, program: Program, context: Context) -> Result:
         o: MfacOptions = self.options

@@ -10,6 +10,7 @@ from graphwright.ir.channels import ChannelGroup
 from graphwright.ir.channels.fold import fold
 from graphwright.ir.program import Program
 from graphwright.ir.tune import tune
+from graphwright.ir.work import STRUCTURAL, Load, Work
 from graphwright.passes.base import Action, Context, Pass, Result
 from graphwright.passes.prune._oto.options import Otov2Options
 from graphwright.passes.prune._oto.training import (
@@ -58,6 +59,9 @@ class Otov2(Pass[Otov2Options]):
     computes_in = ("float64", "float32", "bfloat16")  # in float16, updates round to nothing
     papers = ("P46",)
     before = ("cleanup.fold_batch_norm",)  # training wants the norms
+
+    def cost(self, load: Load) -> Work:
+        return super().cost(load) + Work(edited=STRUCTURAL * load.nodes)
 
     def run(self, program: Program, context: Context) -> Result:
         options = self.options

@@ -15,6 +15,7 @@ from graphwright.ir.calibration.site import Site, Solved, Task
 from graphwright.ir.calibration.walk import sweep
 from graphwright.ir.layers.products import as_matrix, from_matrix
 from graphwright.ir.program import Program
+from graphwright.ir.work import Load, Work
 from graphwright.passes.base import MATRICES, Action, Context, Pass, Result
 from graphwright.passes.prune._masks.distribution import LayerwiseOptions, distributed
 from graphwright.passes.prune._masks.layers import maskable, share_of_zeros, with_weights
@@ -100,6 +101,10 @@ class Sparsegpt(Pass[SparsegptOptions]):
     contract = "lossy"
     takes = MATRICES
     needs = "calibration"
+
+    def cost(self, load: Load) -> Work:
+        layers = load.targeted(self.options.targets)
+        return super().cost(load) + load.hessians(layers) + load.columns(layers)
 
     def run(self, program: Program, context: Context) -> Result:
         o = self.options

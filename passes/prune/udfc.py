@@ -13,6 +13,7 @@ from graphwright.ir.program import Program
 from graphwright.ir.repair.options import RepairOptions
 from graphwright.ir.repair.round import quantizable, quantized
 from graphwright.ir.repair.walk import Compressed, Plan, compress, metrics, repair_text
+from graphwright.ir.work import STRUCTURAL, Load, Work
 from graphwright.passes.base import Action, Context, Effect, Pass, Result
 
 
@@ -71,6 +72,9 @@ class Udfc(Pass[UdfcOptions]):
     contract = "lossy"
     papers = ("P69",)
     before = ("quantize.*", "cleanup.fold_batch_norm")
+
+    def cost(self, load: Load) -> Work:
+        return super().cost(load) + Work(edited=STRUCTURAL * load.nodes)
 
     def run(self, program: Program, context: Context) -> Result:
         o: UdfcOptions = self.options

@@ -15,6 +15,7 @@ from graphwright.ir.channels.families import Family
 from graphwright.ir.errors import ArgumentError, ModelError
 from graphwright.ir.options import Bounded, Selector
 from graphwright.ir.program import Program
+from graphwright.ir.work import BACKWARD, STRUCTURAL, Load, Work
 from graphwright.passes.base import Action, Context, Need, Pass, Result
 from graphwright.passes.prune._units.eligible import (
     gap,
@@ -134,6 +135,12 @@ class Zig(Pass[ZigOptions]):
         (("score", name) for name in ON_DATA), "calibration"
     )
     papers = ("P46", "P66")
+
+    def cost(self, load: Load) -> Work:
+        work = super().cost(load) + Work(edited=STRUCTURAL * load.nodes)
+        if self.needed == "nothing":
+            return work
+        return work + load.forward(load.calibration).times(BACKWARD)
 
     def run(self, program: Program, context: Context) -> Result:
         o = self.options

@@ -26,6 +26,7 @@ from graphwright.ir.program import Program
 from graphwright.ir.stored.blocks import Blocks, block_for, pack
 from graphwright.ir.stored.insert import Insertion, Make, rebuild_blocks, replace_weight
 from graphwright.ir.stored.refusals import refusals
+from graphwright.ir.work import BACKWARD, CALLS_OF_A_STEP, FORWARD, ROUNDED, Load, Work
 from graphwright.passes.base import MATRICES, Action, Context, Pass, Result
 from graphwright.passes.quantize._low_bit.rounding import blocks_of
 from graphwright.passes.quantize._math import adaquant
@@ -124,6 +125,19 @@ class Adaquant(Pass[AdaquantOptions]):
     needs = "calibration"
     papers = ("P47",)
     after = ("cleanup.*", "prune.*", "tune.*", "quantize.smoothquant")
+
+    def cost(self, load: Load) -> Work:
+        # every layer is trained by itself, forward and backward, on batches of its inputs
+        options, data = self.options, load.calibration
+        share = 0.0 if data is None else min(options.batch_size / max(data.samples, 1), 1.0)
+        runs = 0.0 if data is None else data.runs * share
+        layers = [layer for layer in load.targeted(options.targets) if layer.rows]
+        step = Work(
+            macs=sum(layer.rows * runs * layer.inner * layer.outer for layer in layers),
+            moved=ROUNDED * sum(layer.bytes for layer in layers),
+            calls=CALLS_OF_A_STEP * len(layers),
+        ).times(FORWARD + BACKWARD)
+        return super().cost(load) + step.times(options.iterations)
 
     def run(self, program: Program, context: Context) -> Result:
         options = self.options

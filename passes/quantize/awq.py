@@ -27,6 +27,7 @@ from graphwright.ir.layers.selectors import layers as find_layers
 from graphwright.ir.program import Program
 from graphwright.ir.stored.blocks import block_for, round_to_nearest
 from graphwright.ir.stored.insert import Make, rebuild_blocks
+from graphwright.ir.work import ROUNDED, Load, Work
 from graphwright.passes.base import WEIGHTS, Action, Context, Pass, Result
 from graphwright.passes.quantize._activations.folding import Group, divide, find_groups
 from graphwright.passes.quantize._activations.region import feeds_scores, region_of
@@ -102,6 +103,15 @@ class Awq(Pass[AwqOptions]):
     stores_weights = True
     needs = "calibration"
     after = ("cleanup.*", "prune.*", "tune.*", "quantize.smoothquant")
+
+    def cost(self, load: Load) -> Work:
+        # every exponent is tried on so many rows, and a limit of every block likewise
+        layers = [layer for layer in load.targeted(self.options.targets) if layer.rows]
+        macs = sum(float(self.options.tokens) * layer.inner * layer.outer for layer in layers)
+        size = sum(layer.bytes for layer in layers)
+        tries = awq_math.STEPS * (2 if self.options.clip else 1)
+        tried = Work(macs=macs, moved=ROUNDED * size, calls=float(len(layers))).times(tries)
+        return super().cost(load) + tried
 
     def run(self, program: Program, context: Context) -> Result:
         options = self.options

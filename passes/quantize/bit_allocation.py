@@ -24,6 +24,7 @@ from graphwright.ir.options import Bounded, Rule, Targets
 from graphwright.ir.program import Program
 from graphwright.ir.stored.transplant import mixed
 from graphwright.ir.tune.losses import main_output
+from graphwright.ir.work import Load, Work
 from graphwright.passes.base import MATRICES, WEIGHTS, Action, Pass, Result
 from graphwright.passes.inner import fits, inner_pass
 from graphwright.passes.quantize._math.allocate import allocate
@@ -123,6 +124,16 @@ class BitAllocation(Pass[BitAllocationOptions]):
     needs = "calibration"
     papers = ("P47",)
     after = ("cleanup.*", "prune.*", "tune.*", "quantize.smoothquant")
+
+    def cost(self, load: Load) -> Work:
+        options = self.options
+        work = super().cost(load)
+        for bits in options.bits:
+            work += options.quantizer_of(bits).cost(load)
+        if options.sensitivity == "measured":
+            runs = len(load.targeted(options.targets)) * (len(options.bits) - 1)
+            work += load.forward(load.calibration).times(runs)
+        return work
 
     def run(self, program: Program, context: Context) -> Result:
         options = self.options

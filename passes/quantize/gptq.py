@@ -23,6 +23,7 @@ from graphwright.ir.options import Rule
 from graphwright.ir.program import Program
 from graphwright.ir.stored.blocks import Blocks, block_for, pack, round_to_nearest
 from graphwright.ir.stored.insert import Make, rebuild_blocks
+from graphwright.ir.work import Load, Work
 from graphwright.passes.base import WEIGHTS, Action, Context, Pass, Result
 from graphwright.passes.quantize._low_bit.coding import (
     choose,
@@ -113,6 +114,10 @@ class Gptq(Pass[GptqOptions]):
     stores_weights = True
     needs = "calibration"
     after = ("cleanup.*", "prune.*", "tune.*", "quantize.smoothquant")
+
+    def cost(self, load: Load) -> Work:
+        layers = load.targeted(self.options.targets)
+        return super().cost(load) + load.hessians(layers) + load.columns(layers)
 
     def run(self, program: Program, context: Context) -> Result:
         options = self.options

@@ -25,6 +25,7 @@ from graphwright.ir.stored.codebook import Vectors, rebuild_vectors
 from graphwright.ir.stored.insert import Make
 from graphwright.ir.stored.refusals import refusals
 from graphwright.ir.tune import TuneOptions
+from graphwright.ir.work import Load, Work
 from graphwright.passes.base import Action, Context, Need, Pass, Result
 from graphwright.passes.quantize._low_bit.centroids import tune_centroids
 from graphwright.passes.quantize._low_bit.coding import (
@@ -174,6 +175,10 @@ class Vptq(Pass[VptqOptions]):
     weights = "compressed"
     papers = ("P63",)
     after = ("cleanup.*", "prune.*", "quantize.smoothquant")
+
+    def cost(self, load: Load) -> Work:
+        layers = load.targeted(self.options.targets)
+        return super().cost(load) + load.hessians(layers) + load.columns(layers)
 
     def run(self, program: Program, context: Context) -> Result:
         options = self.options

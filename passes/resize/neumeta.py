@@ -20,6 +20,7 @@ from graphwright.ir.layers.selectors import layers
 from graphwright.ir.options import Bounded, OutputFile, Rule, Selector
 from graphwright.ir.program import Program
 from graphwright.ir.tune import TuneOptions, tune
+from graphwright.ir.work import STRUCTURAL, Load, Work
 from graphwright.passes.base import Action, Context, Pass, Result
 from graphwright.passes.resize._manifold import network
 from graphwright.passes.resize._manifold.layout import Layout, kept_units, layouts
@@ -118,6 +119,9 @@ class Neumeta(Pass[NeumetaOptions]):
     papers = ("P48",)
     before = ("quantize.*", "adapt.*")
     computes_in = ("float64", "float32")
+
+    def cost(self, load: Load) -> Work:
+        return super().cost(load) + Work(edited=STRUCTURAL * load.nodes)
 
     def run(self, program: Program, context: Context) -> Result:
         o = self.options

@@ -10,9 +10,11 @@ from pydantic import Field, model_validator
 from graphwright.ir.context import Context
 from graphwright.ir.options import Rule
 from graphwright.ir.program import Program
+from graphwright.ir.work import Load, Work
 from graphwright.passes.base import MATRICES, Action, Pass, Result
 from graphwright.passes.inner import fits, inner_pass
 from graphwright.passes.search._evolution.bits import Bits as Database
+from graphwright.passes.search._evolution.cost import evolution
 from graphwright.passes.search._evolution.levels import Levels, lowered, rebalanced, switched
 from graphwright.passes.search._evolution.run import EvolutionOptions, Search
 
@@ -101,6 +103,12 @@ class Bits(Pass[BitsOptions]):
     needs = "calibration"
     papers = ("P86",)
     after = ("cleanup.*", "prune.*", "tune.*", "quantize.smoothquant")
+
+    def cost(self, load: Load) -> Work:
+        work = super().cost(load)
+        for bits in self.options.bits:
+            work += self.options.quantizer_of(bits).cost(load)
+        return work + evolution(load, self.options, self.options.generations)
 
     def run(self, program: Program, context: Context) -> Result:
         o = self.options

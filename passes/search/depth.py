@@ -11,7 +11,9 @@ from pydantic import Field
 from graphwright.ir.context import Context
 from graphwright.ir.errors import ModelError
 from graphwright.ir.program import Program
+from graphwright.ir.work import Load, Work
 from graphwright.passes.base import Action, Pass, Result
+from graphwright.passes.search._evolution.cost import evolution
 from graphwright.passes.search._evolution.depth import Depth as Database
 from graphwright.passes.search._evolution.levels import Levels, Unit, switched
 from graphwright.passes.search._evolution.run import EvolutionOptions, Search
@@ -57,6 +59,13 @@ class Depth(Pass[DepthOptions]):
     weights = "reformed"
     papers = ("P86",)
     before = ("quantize.*",)
+
+    def cost(self, load: Load) -> Work:
+        # branches are not told apart before the run: two for every block of about six layers
+        branches = max(len(load.layers) // 3, 1)
+        count = max(round(self.options.target * branches), 1)
+        generations = self.options.generations or math.ceil(count * (branches - count) / 1.5)
+        return super().cost(load) + evolution(load, self.options, max(generations, 1))
 
     def run(self, program: Program, context: Context) -> Result:
         o = self.options

@@ -16,6 +16,7 @@ from graphwright.ir.options import Bounded, Selector
 from graphwright.ir.program import Program
 from graphwright.ir.tune import TuneOptions, tune
 from graphwright.ir.tune.checkpoint import Checkpoint, make_key
+from graphwright.ir.work import Load, Work
 from graphwright.passes.base import Action, Pass, Result
 from graphwright.passes.search._pooling.places import find_places, paths, restrided
 from graphwright.passes.search._pooling.supernets import Schedule, Supernets, fresh_weights, split
@@ -75,6 +76,12 @@ class Pooling(Pass[PoolingOptions]):
     papers = ("P13",)
     before = ("quantize.*", "adapt.*", "prune.*")
     computes_in = ("float64", "float32")
+
+    def cost(self, load: Load) -> Work:
+        # the search trains on one half of the batches, and runs the other half
+        searched = load.training_steps(TuneOptions(epochs=self.options.epochs), load.training)
+        judged = load.forward(load.training).times(self.options.candidates / 2)
+        return super().cost(load) + searched + judged
 
     def run(self, program: Program, context: Context) -> Result:
         o = self.options

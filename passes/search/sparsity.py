@@ -9,8 +9,10 @@ from pydantic import Field, model_validator
 
 from graphwright.ir.context import Context
 from graphwright.ir.program import Program
+from graphwright.ir.work import Load, Work
 from graphwright.passes.base import MATRICES, Action, Pass, Result
 from graphwright.passes.inner import fits, inner_pass
+from graphwright.passes.search._evolution.cost import evolution
 from graphwright.passes.search._evolution.levels import switched
 from graphwright.passes.search._evolution.run import EvolutionOptions, Search
 from graphwright.passes.search._evolution.sparsity import Sparsity as Database
@@ -73,6 +75,12 @@ class Sparsity(Pass[SparsityOptions]):
     takes = MATRICES
     needs = "calibration"
     papers = ("P86",)
+
+    def cost(self, load: Load) -> Work:
+        options = self.options
+        level = options.pruner_of(options.target, options.targets).cost(load)
+        levels = level.times(2 * options.steps + 1)
+        return super().cost(load) + levels + evolution(load, options, options.generations)
 
     def run(self, program: Program, context: Context) -> Result:
         o = self.options

@@ -1,0 +1,135 @@
+"""`optimize --plan`: opens and traces the model, and estimates the rest without running it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graphwright.ir.errors import ResourceError
+from graphwright.ir.lack import lacks_told
+from graphwright.ir.user_code import watched
+from graphwright.plan.estimate import Estimator, Step, estimate
+from graphwright.specs.code import refuse_code
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from graphwright.ir.program import Program
+    from graphwright.job.run import JobSettings, Run
+    from graphwright.plan.rates import Rates
+    from graphwright.specs.spec import Spec
+
+
+def planned(run: Run, program: Program, data: Mapping[str, Any], rates: Rates) -> list[Step]:
+    """The stages behind tracing and reading of data.
+
+    Args:
+        run: with the spec, and the name of the part.
+        program: as traced.
+        data: opened, by name of the spec's section; what is still to be made is not there.
+        rates: of the machine.
+    """
+    from graphwright.job.chain import CHECK_BATCHES
+    from graphwright.job.memory import resident_bytes
+    from graphwright.passes.base import find_pass
+    from graphwright.plan.facts import data_size, load_of, made_size
+
+    sizes = {name: data_size(program, batches) for name, batches in data.items()}
+    made = [name for name in ("calibration", "training") if _is_made(run.spec, name)]
+    sizes |= {name: made_size(program, getattr(run.spec, name)) for name in made}
+    seen = [sizes.get(name) for name in ("calibration", "training")]
+    load = load_of(program, *seen, CHECK_BATCHES)
+    passes = [find_pass(call.id)(**call.options) for call in run.spec.passes]
+    sums = Estimator(load, rates, resident_bytes(), run.part)
+    for name in made:
+        if data.get(name) is None:
+            sums.make_data(getattr(run.spec, name), sizes[name])
+    estimate(sums, run.spec, passes, sizes.get("evaluate"))
+    return sums.steps
+
+
+def _is_made(spec: Spec, name: str) -> bool:
+    return getattr(getattr(spec, name), "source", None) is not None
+
+
+def plan(
+    source: str | Path, spec: Spec, settings: JobSettings, console: Console | None = None
+) -> list[Step]:
+    """Prints what a run will take. Nothing is written but the rates in the cache folder.
+
+    Args:
+        source, spec, settings: as of a run.
+        console: where to print; stdout when None.
+
+    Raises:
+        ResourceError: something will not fit; the table is printed first.
+        GraphwrightError: what a run would raise before its first pass.
+    """
+    from rich.console import Console
+
+    from graphwright.job.memory import resident_bytes
+    from graphwright.job.pipeline import Job
+    from graphwright.job.place import OutputPlace
+    from graphwright.job.progress import Progress
+    from graphwright.job.rules import check_rules
+    from graphwright.job.run import Run
+    from graphwright.plan.fits import available_memory, beyond_bounds, free_disk, lacking
+    from graphwright.plan.rates import measured_rates
+    from graphwright.plan.table import print_plan
+
+    if settings.no_code:
+        refuse_code(spec)
+    check_rules(spec)
+    place = OutputPlace(Path(settings.out))
+    place.check()
+    progress = Progress(quiet=settings.quiet)
+    with lacks_told(), progress, watched(no_code=settings.no_code, say=progress.note) as door:
+        run = Run(spec, settings, place, progress, time.monotonic(), code=door.ran)
+        found = measured_rates(settings.device, progress.note)
+        if found is None:
+            raise ResourceError("the speed of this machine could not be measured")
+        run.started = time.monotonic()
+        steps = _steps(Job(run), source, found)
+    print_plan(run.stages, steps, console or Console())
+    memory, disk = available_memory(), free_disk(place.work)
+    missing = lacking(steps, held=resident_bytes(), memory=memory, disk=disk, out=place.out)
+    missing += beyond_bounds(steps, run.seconds(), spec.require)
+    if missing:
+        raise ResourceError(
+            f"this will not fit: {'; '.join(missing)}",
+            fix="Take smaller batches, fewer samples or fewer jobs, or a machine with more.",
+        )
+    return steps
+
+
+def _steps(job: Any, source: str | Path, found: Rates) -> list[Step]:
+    """The stages of every part of the model, one part behind the other."""
+    from graphwright.job.multipart import check_sections, spec_of
+    from graphwright.job.pipeline import Job
+
+    loaded = job.load(source)
+    traced = job.trace(loaded)
+    if not isinstance(traced, Mapping):
+        return _of_program(job, loaded, traced, found)
+    check_sections(job.spec, traced)
+    steps: list[Step] = []
+    for name, program in traced.items():
+        part = Job(job.run.of_part(name, spec_of(job.spec, traced, name)), traced)
+        steps += _of_program(part, loaded, program, found)
+    return steps
+
+
+def _of_program(job: Any, loaded: Any, program: Program, found: Rates) -> list[Step]:
+    """Estimates one program; data that takes work to make is not made for that."""
+    from graphwright.job.data import check_made
+
+    job.exports(program)
+    made = {name: None for name in ("calibration", "training") if _is_made(job.spec, name)}
+    check_made(job.spec, program, several=job.parts is not None)
+    job.run.spec = replace(job.spec, **made)
+    data = job.read_data(program, loaded)
+    job.run.spec = job.spec
+    return planned(job.run, program, data, found)
