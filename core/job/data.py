@@ -47,6 +47,24 @@ def read_data(
     return decoder_data(parts, batches)
 
 
+def all_data(
+    run: Run, program: Program, tokenizer: Path | None, parts: Parts | None
+) -> dict[str, Any]:
+    """The data of the sections `evaluate`, `calibration` and `training`, None where absent."""
+    section = run.spec.evaluate
+    with run.stage("data"):
+        held_out: Any = None
+        if section is not None and section.metric == "multiple_choice":
+            from graphwright.ir.data.questions import load_questions
+
+            given = section.model_dump(exclude_none=True)
+            held_out = load_questions(given, root=run.spec.folder, tokenizer=tokenizer)
+        elif section is not None:
+            held_out = read_data(run, section, program, tokenizer, parts)
+        seen = seen_data(run, program, tokenizer, parts)
+    return {"evaluate": held_out, "calibration": seen[0], "training": seen[1]}
+
+
 def seen_data(
     run: Run, program: Program, tokenizer: Path | None, parts: Parts | None
 ) -> list[Batches | None]:

@@ -17,7 +17,7 @@ from graphwright.ir.errors import LoweringError, RequirementError
 from graphwright.ir.lack import lacks_told
 from graphwright.ir.user_code import watched
 from graphwright.job.chain import run_chain
-from graphwright.job.data import read_data, seen_data
+from graphwright.job.data import all_data
 from graphwright.job.decode import decode_error
 from graphwright.job.diffusion import build_diffusion, is_diffusion
 from graphwright.job.environment import deterministic, environment
@@ -27,6 +27,7 @@ from graphwright.job.multipart import build_parts, refuse_parts
 from graphwright.job.place import OutputPlace
 from graphwright.job.rules import check_rules, dtype_refusal
 from graphwright.job.run import JobSettings, Run
+from graphwright.plan.job import estimated
 from graphwright.plan.table import compared
 from graphwright.specs.code import refuse_code
 
@@ -34,12 +35,10 @@ if TYPE_CHECKING:
     from graphwright.backends.base import Compiled
     from graphwright.ir.check.fidelity import Fidelity
     from graphwright.ir.check.verify import Checker
-    from graphwright.ir.data.batches import Batches
     from graphwright.ir.files import LoadedModel
     from graphwright.ir.files.exports import Export
     from graphwright.ir.parts import Parts
     from graphwright.ir.program import Program
-    from graphwright.plan.estimate import Step
     from graphwright.specs.spec import Spec
 
 __all__ = ["JobSettings", "Outcome", "run"]
@@ -118,8 +117,8 @@ class Job:
     def build(self, loaded: LoadedModel, original: Program) -> Outcome:
         """Everything but the files of the report; no report in a process that only helps."""
         exports = self.exports(original)
-        data = self.read_data(original, loaded)
-        steps = self._estimate(original, data)
+        data = all_data(self.run, original, loaded.tokenizer, self.parts)
+        steps = estimated(self.run, original, data)
         program, records, checker = run_chain(
             self.run, original, data["calibration"], data["training"]
         )
@@ -184,38 +183,6 @@ class Job:
             if issubclass(warning.category, TraceWarning):
                 self.run.warn(str(warning.message))
         return program
-
-    def read_data(self, program: Program, loaded: LoadedModel) -> dict[str, Any]:
-        """The data of the sections `evaluate`, `calibration` and `training`, None where absent."""
-        with self.run.stage("data"):
-            held_out = self._held_out(program, loaded)
-            seen = seen_data(self.run, program, loaded.tokenizer, self.parts)
-        return {"evaluate": held_out, "calibration": seen[0], "training": seen[1]}
-
-    def _estimate(self, program: Program, data: Mapping[str, Any]) -> list[Step]:
-        """What the stages to come will take; nothing where there is no report to put it into."""
-        if not self.run.place.is_main:
-            return []
-        from graphwright.plan.job import planned
-        from graphwright.plan.rates import measured_rates
-
-        found = measured_rates(self.run.settings.device, self.progress.note)
-        with self.run.stage("estimate"):
-            return [] if found is None else planned(self.run, program, data, found)
-
-    def _data(self, section: Any, program: Program, loaded: LoadedModel) -> Batches | None:
-        if section is None:
-            return None
-        return read_data(self.run, section, program, loaded.tokenizer, self.parts)
-
-    def _held_out(self, program: Program, loaded: LoadedModel) -> Any:
-        section = self.spec.evaluate
-        if section is None or section.metric != "multiple_choice":
-            return self._data(section, program, loaded)
-        from graphwright.ir.data.questions import load_questions
-
-        given = section.model_dump(exclude_none=True)
-        return load_questions(given, root=self.spec.folder, tokenizer=loaded.tokenizer)
 
     def _lower(self, program: Program) -> dict[str, Compiled]:
         from graphwright.backends.bundle import lower_program

@@ -23,6 +23,17 @@ if TYPE_CHECKING:
     from graphwright.specs.spec import Spec
 
 
+def estimated(run: Run, program: Program, data: Mapping[str, Any]) -> list[Step]:
+    """The plan of a run on its way; nothing in a process that only helps, or without rates."""
+    if not run.place.is_main:
+        return []
+    from graphwright.plan.rates import measured_rates
+
+    found = measured_rates(run.settings.device, run.progress.note)
+    with run.stage("estimate"):
+        return [] if found is None else planned(run, program, data, found)
+
+
 def planned(run: Run, program: Program, data: Mapping[str, Any], rates: Rates) -> list[Step]:
     """The stages behind tracing and reading of data.
 
@@ -124,12 +135,12 @@ def _steps(job: Any, source: str | Path, found: Rates) -> list[Step]:
 
 def _of_program(job: Any, loaded: Any, program: Program, found: Rates) -> list[Step]:
     """Estimates one program; data that takes work to make is not made for that."""
-    from graphwright.job.data import check_made
+    from graphwright.job.data import all_data, check_made
 
     job.exports(program)
     made = {name: None for name in ("calibration", "training") if _is_made(job.spec, name)}
     check_made(job.spec, program, several=job.parts is not None)
     job.run.spec = replace(job.spec, **made)
-    data = job.read_data(program, loaded)
+    data = all_data(job.run, program, loaded.tokenizer, job.parts)
     job.run.spec = job.spec
     return planned(job.run, program, data, found)

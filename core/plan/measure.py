@@ -76,10 +76,14 @@ def _seconds(call: Callable[[], object], device: str) -> float:
     """Shortest time of a call, behind one that warms up: other work only makes calls longer."""
     import torch
 
-    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
     call()
     wait()
-    begin, times = time.perf_counter(), []
+    begin = time.perf_counter()
+    times: list[float] = []
     while len(times) < 2 or time.perf_counter() - begin < SECONDS:
         one, clock = time.perf_counter(), Clock()
         call()

@@ -119,7 +119,8 @@ def cache_path(key: Mapping[str, Any]) -> Path:
     from graphwright.ir.kernels.tuning import cache_folder
 
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_folder() / f"rates-{digest}.json"
+    folder: Path = cache_folder()
+    return folder / f"rates-{digest}.json"
 
 
 def _read(path: Path, key: Mapping[str, Any]) -> Rates | None:
