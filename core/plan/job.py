@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphwright.ir.errors import ResourceError
+from graphwright.ir.errors import ArgumentError, ResourceError
 from graphwright.ir.lack import lacks_told
 from graphwright.ir.user_code import watched
 from graphwright.plan.estimate import Estimator, Step, estimate
@@ -118,12 +118,20 @@ def plan(
 
 def _steps(job: Any, source: str | Path, found: Rates) -> list[Step]:
     """The stages of every part of the model, one part behind the other."""
-    from graphwright.job.multipart import check_sections, spec_of
+    from graphwright.job.diffusion import is_diffusion
+    from graphwright.job.multipart import check_sections, refuse_parts, spec_of
     from graphwright.job.pipeline import Job
 
+    if is_diffusion(source):
+        raise ArgumentError(
+            "a folder of diffusers cannot be planned as a whole",
+            where=str(source),
+            fix="Plan its networks one by one, each by the path of its own folder.",
+        )
     loaded = job.load(source)
     traced = job.trace(loaded)
     if not isinstance(traced, Mapping):
+        refuse_parts(job.spec)
         return _of_program(job, loaded, traced, found)
     check_sections(job.spec, traced)
     steps: list[Step] = []
