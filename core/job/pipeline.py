@@ -27,7 +27,7 @@ from graphwright.job.multipart import build_parts, refuse_parts
 from graphwright.job.place import OutputPlace
 from graphwright.job.rules import check_rules, dtype_refusal
 from graphwright.job.run import JobSettings, Run
-from graphwright.plan.job import estimated
+from graphwright.plan.stages import estimated
 from graphwright.plan.table import compared
 from graphwright.specs.code import refuse_code
 

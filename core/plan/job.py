@@ -11,59 +11,17 @@ from typing import TYPE_CHECKING, Any
 from graphwright.ir.errors import ArgumentError, ResourceError
 from graphwright.ir.lack import lacks_told
 from graphwright.ir.user_code import watched
-from graphwright.plan.estimate import Estimator, Step, estimate
+from graphwright.plan.estimate import Step
+from graphwright.plan.stages import is_made, planned
 from graphwright.specs.code import refuse_code
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from graphwright.ir.program import Program
-    from graphwright.job.run import JobSettings, Run
+    from graphwright.job.run import JobSettings
     from graphwright.plan.rates import Rates
     from graphwright.specs.spec import Spec
-
-
-def estimated(run: Run, program: Program, data: Mapping[str, Any]) -> list[Step]:
-    """The plan of a run on its way; nothing in a process that only helps, or without rates."""
-    if not run.place.is_main:
-        return []
-    from graphwright.plan.rates import measured_rates
-
-    found = measured_rates(run.settings.device, run.progress.note)
-    with run.stage("estimate"):
-        return [] if found is None else planned(run, program, data, found)
-
-
-def planned(run: Run, program: Program, data: Mapping[str, Any], rates: Rates) -> list[Step]:
-    """The stages behind tracing and reading of data.
-
-    Args:
-        run: with the spec, and the name of the part.
-        program: as traced.
-        data: opened, by name of the spec's section; what is still to be made is not there.
-        rates: of the machine.
-    """
-    from graphwright.job.chain import CHECK_BATCHES
-    from graphwright.job.memory import resident_bytes
-    from graphwright.passes.base import find_pass
-    from graphwright.plan.facts import data_size, load_of, made_size
-
-    sizes = {name: data_size(program, batches) for name, batches in data.items()}
-    made = [name for name in ("calibration", "training") if _is_made(run.spec, name)]
-    sizes |= {name: made_size(program, getattr(run.spec, name)) for name in made}
-    seen = [sizes.get(name) for name in ("calibration", "training")]
-    load = load_of(program, *seen, CHECK_BATCHES)
-    passes = [find_pass(call.id)(**call.options) for call in run.spec.passes]
-    sums = Estimator(load, rates, resident_bytes(), run.part)
-    for name in made:
-        if data.get(name) is None:
-            sums.make_data(getattr(run.spec, name), sizes[name])
-    estimate(sums, run.spec, passes, sizes.get("evaluate"))
-    return sums.steps
-
-
-def _is_made(spec: Spec, name: str) -> bool:
-    return getattr(getattr(spec, name), "source", None) is not None
 
 
 def plan(
@@ -146,7 +104,7 @@ def _of_program(job: Any, loaded: Any, program: Program, found: Rates) -> list[S
     from graphwright.job.data import all_data, check_made
 
     job.exports(program)
-    made = {name: None for name in ("calibration", "training") if _is_made(job.spec, name)}
+    made = {name: None for name in ("calibration", "training") if is_made(job.spec, name)}
     check_made(job.spec, program, several=job.parts is not None)
     job.run.spec = replace(job.spec, **made)
     data = all_data(job.run, program, loaded.tokenizer, job.parts)
