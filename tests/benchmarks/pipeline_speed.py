@@ -3,14 +3,13 @@
     python tests/benchmarks/pipeline_speed.py
 
 A U-Net of Stable Diffusion's form with random weights, DDIM, guidance in every step. Times are
-processor time of one thread, the median over trajectories. What the driver costs is the time of a
-trajectory outside of its calls of the programs.
+processor time of one thread. What the driver costs is the time of a trajectory whose programs
+answer at once.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ import torch
 import graphwright as gw
 from graphwright.ir.sampling.sampler import Part
 
-STEPS, SCALE, RUNS, SIZE, WIDTH = 20, 3.0, 7, 16, 32
+STEPS, SCALE, RUNS, SIZE, WIDTH = 20, 3.0, 5, 16, 32
 SCHEDULER: dict[str, Any] = {
     "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
     "clip_sample": False, "steps_offset": 1, "set_alpha_to_one": False,
@@ -79,35 +78,33 @@ def bundles(unet: Any, folder: Path) -> dict[str, Any]:
     return {name: gw.lower(program, "onnxruntime") for name, program in made.items()}
 
 
-class Clock:
-    """Processor time inside of the programs of a bundle."""
+def driver_alone(bundle: Any, run: Callable[[], Any]) -> float:
+    """Milliseconds of a trajectory whose programs answer at once, with what they gave before."""
+    real = dict(bundle.sampler.parts)
 
-    def __init__(self, bundle: Any) -> None:
-        self.seconds = 0.0
-        for name, part in bundle.sampler.parts.items():
-            bundle.sampler.parts[name] = Part(part.signature, self._timed(part.call))
+    def answering(part: Part) -> Part:
+        known: list[Any] = []
 
-    def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(inputs: Any) -> Any:
-            begin = time.process_time()
-            found = call(inputs)
-            self.seconds += time.process_time() - begin
-            return found
+        def call(inputs: Any) -> Any:
+            known.extend([part.call(inputs)] if not known else [])
+            return known[0]
 
-        return timed
+        return Part(part.signature, call)
+
+    bundle.sampler.parts.update({name: answering(part) for name, part in real.items()})
+    try:
+        return measured(run, 20)
+    finally:
+        bundle.sampler.parts.update(real)
 
 
-def measured(run: Callable[[], Any], clock: Clock | None = None) -> tuple[float, float]:
-    """Milliseconds of a trajectory, and of those outside of the programs: medians."""
-    whole, outside = [], []
-    for _ in range(RUNS + 1):
-        inside = clock.seconds if clock is not None else 0.0
-        begin = time.process_time()
+def measured(run: Callable[[], Any], count: int = RUNS) -> float:
+    """Milliseconds of processor time of a call, the mean of several behind a first one."""
+    run()
+    begin = time.process_time()
+    for _ in range(count):
         run()
-        spent = time.process_time() - begin
-        whole.append(1000 * spent)
-        outside.append(1000 * (spent - ((clock.seconds if clock is not None else 0.0) - inside)))
-    return statistics.median(whole[1:]), statistics.median(outside[1:])
+    return 1000 * (time.process_time() - begin) / count
 
 
 def main() -> None:
@@ -120,7 +117,7 @@ def main() -> None:
     wanted = theirs(unet, noise, text, away)
     print("| program | ms per image | ms per step | driver per step | difference |")
     print("| --- | ---: | ---: | ---: | ---: |")
-    spent, _ = measured(lambda: theirs(unet, noise, text, away))
+    spent = measured(lambda: theirs(unet, noise, text, away))
     print(f"| loop of diffusers | {spent:.0f} | {spent / STEPS:.2f} | - | - |")
     with tempfile.TemporaryDirectory() as folder:
         made = bundles(unet, Path(folder))
@@ -133,7 +130,7 @@ def main() -> None:
             return found
 
         off = float((run() - wanted).abs().max())
-        spent, driver = measured(run, Clock(bundle))
+        spent, driver = measured(run), driver_alone(bundle, run)
         print(f"| {label} | {spent:.0f} | {spent / STEPS:.2f} | {driver / STEPS:.3f} ms "
               f"| {off:.1e} |")  # fmt: skip
 
