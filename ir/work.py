@@ -197,3 +197,6 @@ CALLS_OF_A_STEP = 30
 
 ROUNDED = 8.0
 """Bytes moved when a weight is rounded to a grid and back, in those of the weight."""
+
+SEARCHED = 8
+"""Roundings that the search for a weight's scales amounts to: most channels end early."""

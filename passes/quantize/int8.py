@@ -33,6 +33,7 @@ from graphwright.ir.layers.transposed import even_sub_pixel
 from graphwright.ir.options import Bounded, Targets
 from graphwright.ir.program import Program
 from graphwright.ir.stored.insert import matrix_of
+from graphwright.ir.work import ROUNDED, SEARCHED, Load, Work
 from graphwright.passes.base import Action, Context, Need, Pass, Result
 from graphwright.passes.quantize._activations.integers import Inserter, Quantized, conv_bias
 from graphwright.passes.quantize._activations.sites import Sites, find_sites
@@ -105,6 +106,12 @@ class Int8(Pass[Int8Options]):
     needs_with: ClassVar[Mapping[tuple[str, Any], Need]] = {
         ("activations", "static"): "calibration"
     }
+
+    def cost(self, load: Load) -> Work:
+        # scales are searched for channels whose pairs of codes would be too large, or for all
+        size = sum(layer.bytes for layer in load.targeted(self.options.targets))
+        searched = self.options.any_cpu or self.options.weight_range == "mse"
+        return super().cost(load) + Work(moved=ROUNDED * size * (SEARCHED if searched else 1))
 
     def run(self, program: Program, context: Context) -> Result:
         options = self.options
