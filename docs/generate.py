@@ -156,6 +156,8 @@ def _sections(schema: Schema) -> Iterator[tuple[str, str]]:
             yield section, f"`{key}`"
         if key == "model":
             yield "InputSection", "an input under `model.inputs`"
+        if key == "search":
+            yield "ChoiceSection", "a place under `search.space`"
 
 
 def _options(entry: Schema, schema: Schema) -> list[str]:

@@ -100,6 +100,9 @@ class Pass(Generic[OptionsT]):
         stores_weights: weights that plain operators compute from stored tensors (weight norm,
             spectral norm) are stored before it runs.
         computes_in: floating-point dtypes of the programs it takes.
+        stored_bits: least bits in which a file behind it holds an element of the weight of a
+            linear layer or convolution, a number or the option that says it. None where elements
+            may be left out, or nothing is known. A search proves by it how small files can get.
     """
 
     id: ClassVar[str] = ""
@@ -121,6 +124,7 @@ class Pass(Generic[OptionsT]):
     restates: ClassVar[bool] = False
     stores_weights: ClassVar[bool] = False
     computes_in: ClassVar[tuple[str, ...]] = EVERY_DTYPE
+    stored_bits: ClassVar[int | str | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

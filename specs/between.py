@@ -67,6 +67,10 @@ def _faults(
             values[option] = start
             for at, message, instead in _faults(inside, written[option], start, schema):
                 yield (option, *at), message, instead
+        part, each = written.get(option), schema.of_values(name, option)
+        for key, value in part.items() if each and isinstance(part, dict) else ():
+            for at, message, instead in _faults(each, value, {}, schema):
+                yield (option, key, *at), message, instead
     given = {option for option, value in values.items() if value != defaults.get(option)}
     said: set[str] = set()
     for fact in schema.definitions[name].get("x-graphwright", {}).get("rules", ()):

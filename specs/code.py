@@ -10,6 +10,7 @@ from graphwright.ir.errors import SpecError
 from graphwright.specs.document import Path
 from graphwright.specs.schema import Schema
 from graphwright.specs.spec import Spec
+from graphwright.specs.written import written_specs
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -41,12 +42,11 @@ def refuse_code(spec: Spec) -> None:
     message = "code that a run would import and call, which --no-code forbids"
     problems = [
         each.problem(path, f"{name}: {message}")
-        for each in (spec, *spec.parts.values())
+        for each in written_specs(spec)
         for path, name in named_code(each)
     ]
-    problems = list(dict.fromkeys(problems))
     if problems:
-        raise SpecError(problems)
+        raise SpecError(list(dict.fromkeys(problems)))
 
 
 def _in_options(

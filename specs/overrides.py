@@ -28,10 +28,23 @@ def apply_override(root: Node, text: str) -> None:
     if not equals or not key:
         raise _error(key or text, 1, "expected KEY=VALUE, such as 'seed=1' or 'passes.0.bits=4'")
     value = _value(key, value_text, len(text) - len(value_text))
-    elements = [e for e in re.split(r"[.\[\]]+", key) if e]
-    if not elements:
+    if not elements_of(key):
         raise _error(key, 1, "names nothing; expected KEY=VALUE, such as 'seed=1'")
-    _Walk(root, key, value).go(elements)
+    put(root, key, value)
+
+
+def elements_of(key: str) -> list[str]:
+    """The names and indices of a key."""
+    return [e for e in re.split(r"[.\[\]]+", key) if e]
+
+
+def put(root: Node, key: str, value: Node) -> None:
+    """Puts a value at the place that a key names; what is absent is added.
+
+    Raises:
+        SpecError: the key leads nowhere.
+    """
+    _Walk(root, key, value).go(elements_of(key))
 
 
 def _value(key: str, text: str, offset: int) -> Node:

@@ -80,6 +80,12 @@ class Schema:
         refs = [p["$ref"] for p in (part, *part.get("anyOf", ())) if "$ref" in p]
         return str(refs[0]).removeprefix("#/$defs/") if refs else ""
 
+    def of_values(self, name: str, option: str) -> str:
+        """The definition of each value of an option that is a mapping of sections; else empty."""
+        part = self.options(name).get(option, {}).get("additionalProperties")
+        ref = part.get("$ref", "") if isinstance(part, dict) else ""
+        return str(ref).removeprefix("#/$defs/")
+
     def completed(self, name: str, option: str, given: dict[str, Any]) -> dict[str, Any]:
         """A set of options inside those of `name`, with their default for what it leaves out."""
         default = self.options(name)[option].get("default") or {}

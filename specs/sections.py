@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field
 
 from graphwright.ir.options import Options, Rule
 from graphwright.ir.synthesis.options import ShiftOptions, SynthesisOptions
+from graphwright.specs.search import SearchSection
 
 FUNCTION = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 DIM = r"^[A-Za-z_]\w*$"
@@ -236,6 +237,12 @@ class RequireSection(Options):
     max_file_mb: Annotated[float | None, Field(gt=0, json_schema_extra=_unit("MB"))] = None
     """Largest artifact, in MB (10^6 bytes)."""
 
+    min_cosine: Annotated[float | None, Field(gt=0, le=1)] = None
+    """Least cosine of the outputs with the original's, on the inputs that passes are checked on."""
+
+    max_latency_ms: Annotated[float | None, Field(gt=0, json_schema_extra=_unit("ms"))] = None
+    """Longest median time of one call, in milliseconds, for every backend."""
+
     max_rss_gb: Annotated[float | None, Field(gt=0, json_schema_extra=_unit("GB"))] = None
     """Largest resident memory of the run, in GB (10^9 bytes)."""
 
@@ -309,6 +316,9 @@ class Document(Options):
     export: tuple[Any, ...] = ()
     """Checkpoints that other tools read, written beside the artifacts: a format, or one format with
     its options. The tokenizer's and generation files of the model's folder go with them."""
+
+    search: SearchSection | None = None
+    """Looks for the best spec; see [search](search.md)."""
 
     lock: LockSection | None = None
     """Facts of the run that wrote this file (`spec.lock.yaml`)."""

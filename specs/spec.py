@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from graphwright.specs.part_views import part_views
 from graphwright.specs.schema import Schema, shipped_schema
 
 if TYPE_CHECKING:
+    from graphwright.specs.search import SearchSection
     from graphwright.specs.sections import (
         CalibrationSection,
         EvaluateSection,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
         RequireSection,
         TrainingSection,
     )
+    from graphwright.specs.space import Picks, Space
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Spec:
             its own: this one with those in their place.
         lower: backends.
         export: formats of checkpoints to write.
+        search: where the spec may vary, or None where there is nothing to search.
         lock: facts of the run that wrote it, when it is a lock file.
     """
 
@@ -91,6 +95,7 @@ class Spec:
     passes: tuple[PassCall, ...]
     lower: tuple[BackendCall, ...]
     export: tuple[ExportCall, ...]
+    search: SearchSection | None
     lock: LockSection | None
     document: Node = field(repr=False, compare=False)
     schema: Schema = field(repr=False, compare=False)
@@ -166,13 +171,18 @@ def _build(
         said = {(p.line, p.column) for p in problems}
         missing = missing_files(root, folder)
         problems += [p for p in missing if (p.line, p.column) not in said]
+    if not problems and root.entry("search") is not None:
+        from graphwright.specs.alternatives import search_problems
+
+        files = partial(missing_files, folder=folder) if check_files else None
+        problems += search_problems(root, schema, files)
     if problems:
         raise SpecError(list(dict.fromkeys(problems)))
     return _typed(root, name, folder, schema)
 
 
 def _typed(root: Node, name: str, folder: Path, schema: Schema) -> Spec:
-    from graphwright.specs import sections
+    from graphwright.specs import search, sections
 
     document = root.plain()
 
@@ -198,11 +208,25 @@ def _typed(root: Node, name: str, folder: Path, schema: Schema) -> Spec:
         passes=calls("passes", PassCall),
         lower=calls("lower", BackendCall),
         export=calls("export", ExportCall),
+        search=section("search", search.SearchSection),
         lock=section("lock", sections.LockSection),
         document=root,
         schema=schema,
         parts={part: _typed(view, name, folder, schema) for part, view in part_views(root)},
     )
+
+
+def candidate_spec(spec: Spec, space: Space, picks: Picks) -> Spec:
+    """One candidate of a search: the spec with these values, and without the section `search`.
+
+    Raises:
+        SpecError: the values do not go together.
+    """
+    document = space.candidate(picks)
+    problems, schema = check_document(document, spec.schema)
+    if problems:
+        raise SpecError(problems)
+    return _typed(document, spec.name, spec.folder, schema)
 
 
 def resolve(spec: Spec) -> dict[str, Any]:
@@ -237,6 +261,8 @@ def resolve(spec: Spec) -> dict[str, Any]:
     document["lower"] = [call(item) for item in spec.lower]
     if spec.export:
         document["export"] = [call(item) for item in spec.export]
+    if spec.search is not None:
+        document["search"] = section(spec.search)
     return document
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from graphwright.ir.errors import ContractError, GraphwrightError
 from graphwright.ir.lack import lack
-from graphwright.job.checkpoint import Checkpoints
 from graphwright.job.data import write_made
 from graphwright.job.keys import chain_keys
 from graphwright.job.run import clock
@@ -44,7 +43,7 @@ def run_chain(
     keys = chain_keys(run, digest(original), calibration, training)
     records: list[dict[str, Any]] = []
     program, begin, uncompressed = original, 0, original
-    checkpoints = Checkpoints(run.place.work / "checkpoints")
+    checkpoints = run.checkpoints
     with run.stage("first run"):
         checker = _checker(run, original, calibration)
     if not run.settings.resume:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,49 @@ class Checkpoints:
         for old in self.folder.glob("*.pt2"):
             if old.name not in kept:
                 old.unlink()
+
+
+@dataclass(frozen=True)
+class SharedCheckpoints:
+    """Steps of many chains, each in a folder of its own, so that a chain goes on where another one
+    with the same beginning has been. Those used last are kept.
+
+    Attributes:
+        folder: where they lie.
+        kept: number of them.
+    """
+
+    folder: Path
+    kept: int = 16
+
+    def load(
+        self, keys: list[str], warn: Callable[[str], None]
+    ) -> tuple[int, Program, list[dict[str, Any]], Program | None] | None:
+        """The latest stored step among `keys`; see `Checkpoints.load`."""
+        for index in reversed(range(len(keys))):
+            found = self._of(keys[index]).load(keys[: index + 1], warn)
+            if found is not None:
+                (self._of(keys[index]).folder / MANIFEST).touch()
+                return found
+        return None
+
+    def save(
+        self,
+        index: int,
+        key: str,
+        program: Program,
+        records: list[dict[str, Any]],
+        uncompressed: Program | None,
+    ) -> None:
+        """Stores a step; see `Checkpoints.save`."""
+        self._of(key).save(index, key, program, records, uncompressed)
+        stored = [path.parent for path in self.folder.glob(f"*/{MANIFEST}")]
+        stored.sort(key=lambda path: (path / MANIFEST).stat().st_mtime_ns)
+        for old in stored[: -self.kept]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _of(self, key: str) -> Checkpoints:
+        return Checkpoints(self.folder / key[:32])
 
 
 def file_sha256(path: Path) -> str:

@@ -45,13 +45,18 @@ def chain_keys(
     keys, key = [], base
     for index, call in enumerate(run.spec.passes):
         read = {k: v for k, v in call.options.items() if not _is_written(call.id, k)}
-        named = {name: _of_named(folder, name) for name in sorted(set(_texts(read)))}
         key = chain_key(
             key, id=call.id, options=call.options, index=index,
-            named={name: found for name, found in named.items() if found}, **surroundings,
+            named=contents_of(folder, read), **surroundings,
         )  # fmt: skip
         keys.append(key)
     return keys
+
+
+def contents_of(folder: Path, options: Any) -> dict[str, str]:
+    """Digests of the files, folders and modules that texts in plain data name, by their names."""
+    named = {name: _of_named(folder, name) for name in sorted(set(_texts(options)))}
+    return {name: found for name, found in named.items() if found}
 
 
 def _of_data(folder: Path, section: CalibrationSection | None, batches: Batches | None) -> str:

@@ -158,6 +158,7 @@ def _report(
     bounds = check_bounds(
         run.spec.require,
         evaluation=None,
+        cosine=whole["fidelity"]["cosine"],
         latency=whole["latency"],
         artifacts=whole["result"]["artifacts"],
         peak_rss_bytes=run.peak,

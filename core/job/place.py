@@ -52,6 +52,11 @@ class OutputPlace:
         """Folder of data that a run makes, for a resume within it."""
         return self.work / "data"
 
+    @property
+    def search_work(self) -> Path:
+        """Folder of a search: its log, and what its candidates share."""
+        return self.work / "search"
+
     def drop_data_work(self) -> None:
         """Removes data that an earlier run has made."""
         if self.is_main:
@@ -130,7 +135,8 @@ class OutputPlace:
 
     def _tidy(self) -> None:
         """Removes a work folder in which nothing is left that a later run could use."""
-        useful = [self.work / name for name in ("checkpoints", "data", "passes", "parts", "result")]
+        names = ("checkpoints", "data", "passes", "parts", "result", "search")
+        useful = [self.work / name for name in names]
         if not any(folder.exists() for folder in useful):
             shutil.rmtree(self.work, ignore_errors=True)
 
@@ -162,7 +168,7 @@ class OutputPlace:
             late = [name for name in self._foreign(old) if name not in known]
             names += carry([old / name for name in late], old, self.out)
             shutil.rmtree(old, ignore_errors=True)
-        for kept in ("checkpoints", "data", "parts"):
+        for kept in ("checkpoints", "data", "parts", "search"):
             shutil.rmtree(self.work / kept, ignore_errors=True)
         self.drop_pass_work()
         return names

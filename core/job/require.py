@@ -55,6 +55,7 @@ def check_bounds(
     section: RequireSection | None,
     *,
     evaluation: Mapping[str, Any] | None,
+    cosine: float | None,
     latency: list[dict[str, Any]],
     artifacts: list[dict[str, Any]],
     peak_rss_bytes: int,
@@ -70,12 +71,10 @@ def check_bounds(
         bounds.append(Bound("max_drop", section.max_drop, drop))
     if section.perplexity_ratio is not None:
         bounds.append(_perplexity_ratio(section.perplexity_ratio, evaluation))
-    if section.min_speedup is not None:
-        rows = latency or [{"speedup": None, "backend": "no artifact"}]
-        bounds += [
-            Bound("min_speedup", section.min_speedup, row["speedup"], row["backend"])
-            for row in rows
-        ]
+    if section.min_cosine is not None:
+        bounds.append(Bound("min_cosine", section.min_cosine, cosine))
+    bounds += _of_latency("min_speedup", section.min_speedup, latency, "speedup")
+    bounds += _of_latency("max_latency_ms", section.max_latency_ms, latency, "after_ms")
     if section.max_file_mb is not None:
         bounds += [
             Bound("max_file_mb", section.max_file_mb, a["file_bytes"] / 1e6, a["backend"])
@@ -90,6 +89,16 @@ def check_bounds(
             Bound("integer_kernels", 1, None, "no artifact")
         ]
     return bounds
+
+
+def _of_latency(
+    name: str, bound: float | None, latency: list[dict[str, Any]], key: str
+) -> list[Bound]:
+    """A bound per artifact on a figure of its row; missed where nothing was measured."""
+    if bound is None:
+        return []
+    rows = latency or [{key: None, "backend": "no artifact"}]
+    return [Bound(name, bound, row[key], row["backend"]) for row in rows]
 
 
 def _perplexity_ratio(bound: float, evaluation: Mapping[str, Any] | None) -> Bound:

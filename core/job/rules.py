@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from graphwright.ir.errors import Problem, SpecError
+from graphwright.specs.written import written_specs
 
 if TYPE_CHECKING:
     from graphwright.specs.spec import BackendCall, PassCall, Spec
@@ -23,7 +24,7 @@ def check_rules(spec: Spec) -> None:
     Raises:
         SpecError: options that do not go together; all of them at once.
     """
-    found = [p for each in (spec, *spec.parts.values()) for p in _problems(each)]
+    found = [p for each in written_specs(spec) for p in _problems(each)]
     problems = list(dict.fromkeys(found))
     if problems:
         raise SpecError(problems)

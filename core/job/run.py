@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphwright.ir.errors import RequirementError
+from graphwright.job.checkpoint import Checkpoints, SharedCheckpoints
 from graphwright.job.memory import peak_rss_bytes, reset_peak
 from graphwright.job.place import OutputPlace
 
@@ -31,6 +32,8 @@ class JobSettings:
         resume: go on after the last finished pass of a killed run.
         quiet: no progress, no summary.
         checkpoint_seconds: work worth saving; quicker passes are repeated on resume.
+        shared: folder of checkpoints that the candidates of a search share.
+        latency: whether latency is measured.
     """
 
     out: str | Path = "out"
@@ -41,6 +44,8 @@ class JobSettings:
     resume: bool = True
     quiet: bool = False
     checkpoint_seconds: float = 2.0
+    shared: Path | None = None
+    latency: bool = True
 
 
 def clock() -> tuple[float, float]:
@@ -60,6 +65,7 @@ class Run:
         code: the user's own code that ran, one line each.
         part: name of the part of the model that this run is about; empty where it is one program.
         made: whether data was made of the model in this run.
+        search: what a search found whose winner this run builds, for the report.
         stages: name, seconds, processor_seconds and peak_rss_bytes of every stage that has ended.
     """
 
@@ -73,7 +79,15 @@ class Run:
     code: list[str] = field(default_factory=list)
     part: str = ""
     made: bool = False
+    search: dict[str, Any] | None = None
     stages: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def checkpoints(self) -> Checkpoints | SharedCheckpoints:
+        """Where programs between passes are kept."""
+        if self.settings.shared is not None:
+            return SharedCheckpoints(self.settings.shared)
+        return Checkpoints(self.place.work / "checkpoints")
 
     def of_part(self, name: str, spec: Spec) -> Run:
         """The same run on one part of the model, with a place and a spec of its own."""

@@ -40,11 +40,11 @@ def plan(
     from rich.console import Console
 
     from graphwright.job.memory import resident_bytes
-    from graphwright.job.pipeline import Job
     from graphwright.job.place import OutputPlace
     from graphwright.job.progress import Progress
     from graphwright.job.rules import check_rules
     from graphwright.job.run import Run
+    from graphwright.job.stages import Job
     from graphwright.plan.fits import available_memory, beyond_bounds, free_disk, lacking
     from graphwright.plan.rates import measured_rates
     from graphwright.plan.table import print_plan
@@ -78,7 +78,7 @@ def _steps(job: Any, source: str | Path, found: Rates) -> list[Step]:
     """The stages of every part of the model, one part behind the other."""
     from graphwright.job.diffusion import is_diffusion
     from graphwright.job.multipart import check_sections, refuse_parts, spec_of
-    from graphwright.job.pipeline import Job
+    from graphwright.job.stages import Job
 
     if is_diffusion(source):
         raise ArgumentError(

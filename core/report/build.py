@@ -241,6 +241,8 @@ def summary_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
         )
         lines.append(("latency", text))
     lines += _estimate_lines(report)
+    if report.get("search"):
+        lines.append(("search", report["search"]["why"]))
     lines += [("warning", text) for text in report["warnings"]]
     lines += [("ran code", text) for text in report["code"]]
     for row in report["require"]:

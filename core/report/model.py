@@ -134,6 +134,39 @@ class SizePart(_Part):
     macs_after: int | None
 
 
+class TrialPart(_Part):
+    """A candidate of a search."""
+
+    number: int
+    values: dict[str, Any]
+    """By place of the spec, what the candidate has there."""
+    measured: dict[str, float | None]
+    require: list[RequirePart]
+    met: bool
+    """Whether it gave a result that keeps all bounds."""
+    missed_by: float
+    """Sum over the bounds of how far each is missed, relative to itself."""
+    seconds: float
+    failed: str
+    """Why it gave no result; empty where it gave one."""
+    same_as: int | None
+    """Number of an earlier trial that was the same candidate."""
+
+
+class SearchPart(_Part):
+    """The search that this result won."""
+
+    strategy: str
+    seed: int
+    objective: list[str]
+    trials: list[TrialPart]
+    winner: int
+    why: str
+    front: list[int]
+    """Trials that keep all bounds and that no other such trial beats in every measure."""
+    seconds: float
+
+
 class Estimate(_Part):
     """What a stage was thought to take before it ran."""
 
@@ -173,6 +206,8 @@ class Report(_Part):
     notes: dict[str, Any] = {}
     """Notes of each backend: fusions, kernel counts, nodes that stayed, with the reason."""
     require: list[RequirePart] = []
+    search: SearchPart | None = None
+    """Of a spec with a section `search`."""
     warnings: list[str] = []
     code: list[str] = []
     """Code of the user's own that ran because the spec or a flag names it."""

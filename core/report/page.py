@@ -17,6 +17,7 @@ from graphwright.report.charts import (
     size_text,
     time_text,
 )
+from graphwright.report.search import search_block
 
 if TYPE_CHECKING:
     from graphwright.ir.program import Program
@@ -48,7 +49,7 @@ def render_page(report: dict[str, Any], program: Program | None = None) -> str:
     )
     environment.filters |= {
         "bytes": size_text, "count": count_text, "seconds": time_text, "error": error_text,
-        "text": as_text,
+        "text": as_text, "figure": figure_text,
     }  # fmt: skip
     page = environment.get_template("report.html.j2").render(
         report=report,
@@ -58,6 +59,7 @@ def render_page(report: dict[str, Any], program: Program | None = None) -> str:
         sizes=size_rows(report),
         latency=latency_rows(report["latency"]),
         layers=layer_rows(report["layers"]),
+        search=search_block(report.get("search")),
         backends=[note_block(name, notes) for name, notes in report["notes"].items()],
         drawings=[] if program is None else drawings(program),
         max_rows=MAX_ROWS,

@@ -15,6 +15,7 @@ class Canonicalize(Pass):
     """
 
     contract = "exact"
+    stored_bits = 16
 
     def run(self, program: Program, context: Context) -> Result:
         before = len(program.graph.nodes)

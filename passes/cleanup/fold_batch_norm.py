@@ -34,6 +34,7 @@ class FoldBatchNorm(Pass):
     """
 
     contract = "exact"
+    stored_bits = 16
     weights = "reformed"
     before = ("quantize.*", "prune.*")
 

@@ -28,6 +28,7 @@ class RemoveIdentities(Pass):
     """
 
     contract = "exact"
+    stored_bits = 16
     tolerance = 0.0
 
     def run(self, program: Program, context: Context) -> Result:

@@ -118,6 +118,7 @@ class Adaquant(Pass[AdaquantOptions]):
     """
 
     contract = "lossy"
+    stored_bits = "bits"
     takes = MATRICES
     codes = MATRICES
     computes_in = ("float64", "float32")

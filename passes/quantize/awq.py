@@ -98,6 +98,7 @@ class Awq(Pass[AwqOptions]):
     """
 
     contract = "lossy"
+    stored_bits = "bits"
     takes = WEIGHTS
     codes = WEIGHTS
     stores_weights = True

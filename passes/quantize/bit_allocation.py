@@ -118,6 +118,7 @@ class BitAllocation(Pass[BitAllocationOptions]):
     """
 
     contract = "lossy"
+    stored_bits = "bits"
     takes = WEIGHTS
     codes = MATRICES
     stores_weights = True

@@ -54,6 +54,7 @@ class Fp8(Pass[Fp8Options]):
     """
 
     contract = "lossy"
+    stored_bits = 8
     takes = MATRICES
     codes = MATRICES
     stores_weights = True

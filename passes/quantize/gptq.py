@@ -109,6 +109,7 @@ class Gptq(Pass[GptqOptions]):
     """
 
     contract = "lossy"
+    stored_bits = "bits"
     takes = WEIGHTS
     codes = WEIGHTS
     stores_weights = True

@@ -98,6 +98,7 @@ class Int8(Pass[Int8Options]):
     """
 
     contract = "lossy"
+    stored_bits = 8
     takes = ("linear", "conv", "embedding")
     stores_weights = True
     after = ("cleanup.*", "quantize.smoothquant")

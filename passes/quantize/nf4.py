@@ -63,6 +63,7 @@ class Nf4(Pass[Nf4Options]):
     """
 
     contract = "lossy"
+    stored_bits = 4
     takes = WEIGHTS
     codes = WEIGHTS
     stores_weights = True

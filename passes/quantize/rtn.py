@@ -40,6 +40,7 @@ class Rtn(Pass[RtnOptions]):
     """
 
     contract = "lossy"
+    stored_bits = "bits"
     takes = WEIGHTS
     codes = WEIGHTS
     stores_weights = True

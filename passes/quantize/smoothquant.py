@@ -63,6 +63,7 @@ class Smoothquant(Pass[SmoothquantOptions]):
     """
 
     contract = "exact"
+    stored_bits = 16
     stores_weights = True
     weights = "reformed"
     needs = "calibration"

@@ -97,6 +97,7 @@ class Bits(Pass[BitsOptions]):
     """
 
     contract = "lossy"
+    stored_bits = "bits"
     takes = MATRICES
     codes = MATRICES
     stores_weights = True

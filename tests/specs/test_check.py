@@ -14,7 +14,8 @@ PINNED = {
     "unknown section, nothing near":
         (HEAD + "colour: red\n",
          "spec.yaml:3:1: colour: a spec has no section 'colour'; there are version, model, "
-         "calibration, training, evaluate, require, seed, passes, parts, lower, export, lock"),
+         "calibration, training, evaluate, require, seed, passes, parts, lower, export, search, "
+         "lock"),
     "key of another section":
         (HEAD + "samples: 3\n",
          "spec.yaml:3:1: samples: a spec has no section 'samples'; it belongs under 'calibration' "

@@ -73,7 +73,7 @@ def test_a_format_without_codes_to_write_ends_the_run_before_the_passes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[str] = []
-    monkeypatch.setattr("graphwright.job.pipeline.run_chain", lambda *_: ran.append("chain"))
+    monkeypatch.setattr("graphwright.job.stages.run_chain", lambda *_: ran.append("chain"))
     spec = "version: 1\npasses: [cleanup.canonicalize]\nexport: [gptq]\n"
     with pytest.raises(ModelError, match="no linear layer in codes") as caught:
         run(folder, spec, tmp_path / "out")
@@ -86,7 +86,7 @@ def test_what_a_format_cannot_hold_ends_the_run_before_lowering(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lowered: list[str] = []
-    monkeypatch.setattr("graphwright.job.pipeline.Job._lower", lambda *_: lowered.append("all"))
+    monkeypatch.setattr("graphwright.job.stages.Job._lower", lambda *_: lowered.append("all"))
     spec = (
         "version: 1\npasses: [quantize.int8: {activations: dynamic}]\n"
         "export: [gptq]\nlower: [onnxruntime]\n"

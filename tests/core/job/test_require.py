@@ -11,7 +11,11 @@ from graphwright.specs.sections import RequireSection
 
 MEASURED: dict[str, Any] = {
     "evaluation": {"metric": "perplexity", "before": 5.0, "after": 5.02, "drop": 0.02},
-    "latency": [{"backend": "a", "speedup": 1.5}, {"backend": "b", "speedup": 3.0}],
+    "cosine": 0.99,
+    "latency": [
+        {"backend": "a", "speedup": 1.5, "after_ms": 4.0},
+        {"backend": "b", "speedup": 3.0, "after_ms": 2.0},
+    ],
     "artifacts": [{"backend": "a", "file_bytes": 2_000_000}, {"backend": "b", "file_bytes": 10}],
     "peak_rss_bytes": 4_000_000_000,
     "seconds": 90.0,
@@ -22,7 +26,9 @@ MEASURED: dict[str, Any] = {
 @pytest.mark.parametrize(("name", "met", "missed", "measured"), [
     ("max_drop", 0.02, 0.019, [0.02]),
     ("perplexity_ratio", 1.005, 1.003, [1.004]),
+    ("min_cosine", 0.99, 0.991, [0.99]),
     ("min_speedup", 1.5, 1.51, [1.5, 3.0]),
+    ("max_latency_ms", 4.0, 3.99, [4.0, 2.0]),
     ("max_file_mb", 2.0, 1.99, [2.0, 1e-5]),
     ("max_rss_gb", 4.0, 3.99, [4.0]),
     ("max_minutes", 1.5, 1.49, [1.5]),

@@ -1,0 +1,1 @@
+"""The search of a spec: candidates are ordinary runs, and the best that keeps the bounds wins."""
