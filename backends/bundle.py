@@ -88,10 +88,9 @@ class Bundle(Compiled):
         beside = (BESIDE[name] for name in self.record.settings if name in BESIDE)
         for part in (self.parts[name] for name in (FULL, *beside)):
             values = part.run_flat(tuple(given[s.name] for s in part.signature.inputs))
-            names = (spec.name for spec in part.signature.outputs)
             found += tuple(
-                value for name, value in zip(names, values, strict=True)
-                if name not in self.record.cached
+                value for spec, value in zip(part.signature.outputs, values, strict=True)
+                if spec.name not in self.record.cached
             )  # fmt: skip
         return found
 

@@ -195,8 +195,8 @@ def _own_output(
     """What the network itself would have given for this pair."""
     if record.parameterization == "epsilon":
         return noise
-    levels = (torch.tensor(value, dtype=data.dtype) for value in (a, s))
-    out: Tensor = output_of(record.parameterization, data, x, *levels, record.sigma_data)
+    alpha, sigma = (torch.tensor(value, dtype=data.dtype) for value in (a, s))
+    out: Tensor = output_of(record.parameterization, data, x, alpha, sigma, record.sigma_data)
     return out
 
 

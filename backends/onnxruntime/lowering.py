@@ -86,7 +86,7 @@ class Lowering(Backend):
         if wrong:
             job.folder.cleanup()
             return self._from_two(program, wrong, context)
-        notes = {
+        notes: dict[str, Any] = {
             "translator": attempt.translator,
             "steps": attempt.applied,
             "dropped": dropped,

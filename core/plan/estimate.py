@@ -134,8 +134,8 @@ def estimate(
     copies = len(spec.lower) or 1
     written = Work(disk=float(load.weight_bytes * copies), memory=2.0 * load.weight_bytes)
     sums.add("write", written)
-    for call in spec.export:
-        sums.add(f"export {call.id}", replace(written, disk=float(load.weight_bytes)))
+    for export in spec.export:
+        sums.add(f"export {export.id}", replace(written, disk=float(load.weight_bytes)))
     sums.add("fidelity", load.forward(load.measured))
     if evaluated is not None:
         sums.add("evaluate", load.forward(evaluated).times(2))

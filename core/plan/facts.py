@@ -105,7 +105,8 @@ def _layers(program: Program, macs: dict[str, int]) -> tuple[LayerSize, ...]:
 
     found = []
     for layer in layers(program):
-        weight = at_place(layer.node, layer.place).meta["val"]
+        stored: Any = at_place(layer.node, layer.place)
+        weight = stored.meta["val"]
         shape = [int(size) for size in weight.shape]
         values = int(weight.numel())
         outer = shape[0] if shape else 1

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphwright.ir.errors import ArgumentError, ResourceError
 from graphwright.ir.lack import lacks_told
+from graphwright.ir.parts import Parts
 from graphwright.ir.user_code import watched
 from graphwright.plan.estimate import Step
 from graphwright.plan.stages import is_made, planned
@@ -88,7 +88,7 @@ def _steps(job: Any, source: str | Path, found: Rates) -> list[Step]:
         )
     loaded = job.load(source)
     traced = job.trace(loaded)
-    if not isinstance(traced, Mapping):
+    if not isinstance(traced, Parts):
         refuse_parts(job.spec)
         return _of_program(job, loaded, traced, found)
     check_sections(job.spec, traced)

@@ -42,13 +42,13 @@ def planned(run: Run, program: Program, data: Mapping[str, Any], rates: Rates) -
     sizes = {name: data_size(program, batches) for name, batches in data.items()}
     made = [name for name in ("calibration", "training") if is_made(run.spec, name)]
     sizes |= {name: made_size(program, getattr(run.spec, name)) for name in made}
-    seen = [sizes.get(name) for name in ("calibration", "training")]
-    load = load_of(program, *seen, CHECK_BATCHES)
+    load = load_of(program, sizes.get("calibration"), sizes.get("training"), CHECK_BATCHES)
     passes = [find_pass(call.id)(**call.options) for call in run.spec.passes]
     sums = Estimator(load, rates, resident_bytes(), run.part)
     for name in made:
         if data.get(name) is None:
-            sums.make_data(getattr(run.spec, name), sizes[name])
+            section = getattr(run.spec, name)
+            sums.make_data(section, made_size(program, section))
     estimate(sums, run.spec, passes, sizes.get("evaluate"))
     return sums.steps
 

@@ -166,7 +166,8 @@ def run_in_double(
     walk = Walk(program, inputs, wide=True)
     for node in in_turn(program.graph):
         if node.op == "output":
-            return tuple(fx.map_arg(node.args[0], walk.value))
+            found: Any = fx.map_arg(node.args[0], walk.value)
+            return tuple(found)
         walk.step(node)
         if replaced and node.name in replaced:
             walk.values[node] = replaced[node.name](walk.values[node])
