@@ -129,7 +129,8 @@ def test_a_report_has_what_was_estimated_beside_what_happened(
         assert told[name]["seconds"] > 0, name
         assert told[name]["peak_rss_bytes"] > 1e7, name
     assert report["passes"][1]["estimated"] == told["1 quantize.gptq"]
-    took = sum(row["seconds"] for row in report["stages"])
+    # the report's own total ends before the report's stage does
+    took = sum(row["seconds"] for row in report["stages"] if row["name"] != "report")
     assert 0.5 * report["seconds"] < took <= report["seconds"]  # no stage is left out
     assert "Time and memory" in (job / "out" / "report.html").read_text()
 

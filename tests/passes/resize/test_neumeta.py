@@ -152,7 +152,7 @@ def test_the_tensors_at_full_width_become_the_pretrained_ones(tmp_path: Path) ->
                "weight_norm": 0.0, "frequencies": 6, "targets": ("first",)}  # fmt: skip
 
     def shift(steps: int) -> float:
-        tune = {"steps": steps, "lr": 1e-2, "loss": "silent_loss:silent"}
+        tune = {"steps": steps, "lr": 1e-2, "loss": "silent_loss:silent", "weight_decay": 0.0}
         run = Context(training=digits.training(program), scope=("resize.neumeta",),
                       folder=tmp_path)  # fmt: skip
         made = neumeta(**options, tune=tune).execute(program, run).program
