@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from graphwright.report.charts import (
 from graphwright.report.search import search_block
 
 if TYPE_CHECKING:
+    from jinja2 import Template
+
     from graphwright.ir.program import Program
 
 MAX_ROWS = 240
@@ -38,20 +41,7 @@ def render_page(report: dict[str, Any], program: Program | None = None) -> str:
         report: see `graphwright.report.model.Report`.
         program: the program after all passes, to be drawn; no drawing when None.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("graphwright.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "bytes": size_text, "count": count_text, "seconds": time_text, "error": error_text,
-        "text": as_text, "figure": figure_text,
-    }  # fmt: skip
-    page = environment.get_template("report.html.j2").render(
+    page = _template().render(
         report=report,
         title=PurePath(report["model"]["source"]).name or report["model"]["source"],
         tiles=tiles(report),
@@ -65,6 +55,25 @@ def render_page(report: dict[str, Any], program: Program | None = None) -> str:
         max_rows=MAX_ROWS,
     )
     return page
+
+
+@cache
+def _template() -> Template:
+    """The page's template, compiled once in a process."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("graphwright.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "bytes": size_text, "count": count_text, "seconds": time_text, "error": error_text,
+        "text": as_text, "figure": figure_text,
+    }  # fmt: skip
+    return environment.get_template("report.html.j2")
 
 
 def tiles(report: dict[str, Any]) -> list[dict[str, str]]:
