@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from graphwright.ir.program import Program
     from graphwright.job.run import JobSettings
     from graphwright.plan.rates import Rates
+    from graphwright.specs.search import SearchSection
     from graphwright.specs.spec import Spec
 
 
@@ -62,7 +63,10 @@ def plan(
             raise ResourceError("the speed of this machine could not be measured")
         run.started = time.monotonic()
         steps = _steps(Job(run), source, found)
-    print_plan(run.stages, steps, console or Console())
+    console = console or Console()
+    print_plan(run.stages, steps, console)
+    if spec.search is not None:
+        console.print(candidates_text(spec.search))
     memory, disk = available_memory(), free_disk(place.work)
     missing = lacking(steps, held=resident_bytes(), memory=memory, disk=disk, out=place.out)
     missing += beyond_bounds(steps, run.seconds(), spec.require)
@@ -72,6 +76,13 @@ def plan(
             fix="Take smaller batches, fewer samples or fewer jobs, or a machine with more.",
         )
     return steps
+
+
+def candidates_text(section: SearchSection) -> str:
+    """How often a search runs what a plan is of."""
+    most = f", {section.trials} of them at most" if section.trials is not None else ""
+    return (f"This is one run of the spec as it is written. The search runs one for every "
+            f"candidate{most}, and then the winner's.")  # fmt: skip
 
 
 def _steps(job: Any, source: str | Path, found: Rates) -> list[Step]:

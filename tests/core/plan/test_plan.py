@@ -86,6 +86,17 @@ def test_a_plan_names_every_stage_and_runs_none(
     assert sorted(job.iterdir()) == before
 
 
+def test_a_plan_of_a_search_is_of_one_candidate(
+    job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search = "search: {space: {passes.1.bits: {choices: [4, 8]}}, objective: [file_mb], trials: 2}"
+    (job / "spec.yaml").write_text(f"{SPEC}{search}\n")
+    assert ran("--plan") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "one for every candidate, 2 of them at most, and then the winner's" in said
+    assert "quantize.gptq" in said
+
+
 def test_a_plan_refuses_what_a_run_refuses(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = []
     (job / "spec.yaml").write_text(SPEC.replace("gptq", "gtpq"))
