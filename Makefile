@@ -4,8 +4,7 @@
 SUPPORTED := import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 15) else 1)
 PYTHON ?= $(firstword $(foreach python,python3 python3.14 python3.13 python3.12 python3.11,\
   $(shell $(python) -c '$(SUPPORTED)' 2>/dev/null && echo $(python))) python3)
-# Worksteal keeps the tests of a file together, so that what they share is made once.
-PYTEST_ARGS ?= -n 2 --dist worksteal
+PYTEST_ARGS ?= -n 2
 BIN := .venv/bin
 STAMP := .venv/installed
 DEMO := out/demo
