@@ -20,7 +20,7 @@ from typing import Any
 from graphwright.ir.atomic import write_atomically
 from graphwright.ir.work import TIMED, Work
 
-PATIENCE_S = 300
+PATIENCE_S = 120
 """Seconds after which measuring is given up."""
 
 
@@ -81,6 +81,10 @@ class Rates:
         return cls(lowered=lowered, **plain)
 
 
+_KNOWN: dict[Path, Rates | None] = {}
+"""Measured in this process: parts and candidates ask again, and the file may not be writable."""
+
+
 def measured_rates(device: str, say: Callable[[str], object] | None = None) -> Rates | None:
     """Rates of this machine, from the file or measured now; None where measuring fails.
 
@@ -90,9 +94,14 @@ def measured_rates(device: str, say: Callable[[str], object] | None = None) -> R
     """
     key = _key(device)
     path = cache_path(key)
-    found = _read(path, key)
-    if found is not None:
-        return found
+    if path not in _KNOWN:
+        _KNOWN[path] = _read(path, key) or _measured_and_kept(device, key, path, say)
+    return _KNOWN[path]
+
+
+def _measured_and_kept(
+    device: str, key: Mapping[str, Any], path: Path, say: Callable[[str], object] | None
+) -> Rates | None:
     try:
         content = _measured(device)
         found = Rates.of(content)

@@ -15,14 +15,24 @@ if TYPE_CHECKING:
 
 
 def estimated(run: Run, program: Program, data: Mapping[str, Any]) -> list[Step]:
-    """The plan of a run on its way; nothing in a process that only helps, or without rates."""
+    """The plan of a run on its way; nothing in a process that only helps, or without rates.
+
+    A pass whose cost cannot be told is no reason for a run to fail: then a warning says why there
+    are no estimates.
+    """
     if not run.place.is_main:
         return []
     from graphwright.plan.rates import measured_rates
 
-    found = measured_rates(run.settings.device, run.progress.note)
     with run.stage("estimate"):
-        return [] if found is None else planned(run, program, data, found)
+        found = measured_rates(run.settings.device, run.progress.note)
+        if found is None:
+            return []
+        try:
+            return planned(run, program, data, found)
+        except Exception as error:  # a pass of the user's own raises anything
+            run.warn(f"nothing is estimated: {type(error).__name__}: {error}")
+            return []
 
 
 def planned(run: Run, program: Program, data: Mapping[str, Any], rates: Rates) -> list[Step]:

@@ -198,13 +198,12 @@ def print_summary(
         chain = Table(box=None, pad_edge=False, header_style="dim")
         for title in ("pass", "contract"):
             chain.add_column(title)
-        for title in ("changed", "time", "estimated", "error"):
+        for title in ("changed", "time", "error"):
             chain.add_column(title, justify="right")
         for row in report["passes"]:
             chain.add_row(
                 _named(row, row["id"]), row["contract"], str(changed_layers(row)),
-                time_text(row["seconds"]), time_text((row.get("estimated") or {}).get("seconds")),
-                error_text(row["error"]),
+                time_text(row["seconds"]), error_text(row["error"]),
             )  # fmt: skip
         console.print(chain)
         console.print()

@@ -18,6 +18,7 @@ import onnxruntime
 import torch
 from prepare import load_tokenizer, tokenize
 from transformers import AutoModel
+from transformers.utils.logging import disable_progress_bar
 
 LEAST_MEAN_COSINE = 0.995
 BATCH = 8
@@ -38,6 +39,7 @@ def main(data: Path, out: Path) -> int:
         a["path"] for a in report["result"]["artifacts"] if a["backend"] == "onnxruntime"
     )
     session = onnxruntime.InferenceSession(str(artifact), providers=["CPUExecutionProvider"])
+    disable_progress_bar()
     original = AutoModel.from_pretrained(data / "all-MiniLM-L6-v2").eval()
     tokenizer = load_tokenizer(data / "all-MiniLM-L6-v2")
     texts = (data / "held_out.txt").read_text(encoding="utf-8").splitlines()

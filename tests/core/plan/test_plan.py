@@ -15,7 +15,7 @@ import graphwright as gw
 from graphwright.cli import optimize_main
 from graphwright.ir.work import TIMED, DataSize, Work
 from graphwright.passes.base import find_pass
-from graphwright.plan import fits, rates
+from graphwright.plan import fits, measure, rates
 from graphwright.plan.facts import load_of
 from graphwright.plan.rates import Lowered, Rates
 
@@ -146,6 +146,34 @@ def test_a_report_has_what_was_estimated_beside_what_happened(
     assert "Time and memory" in (job / "out" / "report.html").read_text()
 
 
+def test_a_pass_whose_cost_cannot_be_told_fails_no_run(
+    job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Work:
+        raise ValueError("no layers")
+
+    monkeypatch.setattr(find_pass("quantize.gptq"), "cost", broken)
+    assert ran() == 0
+    report = json.loads((job / "out" / "report.json").read_text())
+    assert "nothing is estimated: ValueError: no layers" in report["warnings"]
+    assert all(row["estimated"] is None for row in report["stages"])
+
+
+def test_threads_that_wait_for_each_other_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a busy machine: with all threads every kernel is slower than with one."""
+    rate = {1: 4.0, 2: 0.5}
+    monkeypatch.setattr(measure, "_kernels", lambda device: {"macs": rate[torch.get_num_threads()]})
+    for name in ("_calls", "_edits", "_lowering", "_disk"):
+        monkeypatch.setattr(measure, name, lambda *_: 1.0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert measure.measure("cpu")["macs"] == 4.0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
 def seconds(program: gw.Program, name: str, runs: float = 100.0) -> float:
     data = DataSize(400, 50, runs)
     step = find_pass(name)()
@@ -187,10 +215,14 @@ def test_rates_are_measured_once_and_read_again(
     asked = []
     monkeypatch.setenv("GRAPHWRIGHT_CACHE", str(tmp_path))
     monkeypatch.setattr(rates, "_measured", lambda device: asked.append(device) or found)
+    monkeypatch.setattr(rates, "_KNOWN", {})
     first = rates.measured_rates("cpu")
     assert first is not None
     assert rates.measured_rates("cpu") == first
+    rates._KNOWN.clear()  # as another process
+    assert rates.measured_rates("cpu") == first
     assert asked == ["cpu"]
+    rates._KNOWN.clear()
     for file in tmp_path.iterdir():
         file.write_text(file.read_text().replace('"macs": 1.0', '"macs": -1.0'))
     assert rates.measured_rates("cpu") == first  # a broken file is measured anew
